@@ -1,0 +1,268 @@
+"""The one declaration of every option: YAML keys, command-line flags and the record in ``run.json`` all come from here.
+
+Names are Hugging Face's own. Names other tools use for the same thing are in `RENAMED` and taken with a notice; any
+other key is an error that names the nearest one. No torch here: ``halfbyte --help`` reads this file.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UsageError
+
+RENAMED = {
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "lora_rank": "lora_r",
+    "r": "lora_r",
+    "lora_target_modules": "target_modules",
+    "lora_target": "target_modules",
+    "use_double_quant": "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype": "dtype",
+    "torch_dtype": "dtype",
+    "sample_packing": "packing",
+    "gradient_clipping": "max_grad_norm",
+    "train_on_inputs": "completion_only_loss",
+    "optimizer": "optim",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "dataset_name": "data",
+    "dataset": "data",
+}
+"""Other tools' names for our options."""
+
+NEGATED = {"train_on_inputs"}
+"""Renamed options whose meaning is the opposite."""
+
+
+def option(default: Any, help_text: str, **rules: Any) -> Any:
+    return Field(default, description=help_text, **rules)
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+class ModelOptions(Options):
+    """How the base model is held."""
+
+    revision: str | None = option(None, "revision of a Hub model")
+    load_in_4bit: bool = option(True, "hold the linear layers in 4 bits; false keeps the base in 16 or 32 bits")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit format")
+    bnb_4bit_use_double_quant: bool = option(True, "store the scales in 8 bits (double quantization)")
+    bnb_4bit_blocksize: int = option(64, "weights per scale, a power of two in 32..4096")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "compute dtype; auto is bfloat16 where the hardware multiplies it, else float32"
+    )
+    device: str = option("auto", "cpu, cuda or auto")
+    allow_low_coverage: bool = option(False, "accept a model of which under 90 % of the linear weights are in 4 bits")
+
+    @field_validator("bnb_4bit_blocksize")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if not (32 <= value <= 4096 and value & (value - 1) == 0):
+            raise ValueError("must be a power of two in 32..4096")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if value not in ("auto", "cpu", "cuda") and not value.startswith("cuda:"):
+            raise ValueError("must be auto, cpu, cuda or cuda:N")
+        return value
+
+
+class LoraOptions(Options):
+    """The adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    lora_r: int = option(16, "rank of the adapter", ge=1)
+    lora_alpha: int = option(32, "the adapter's product is scaled by alpha / r", ge=1)
+    lora_dropout: float = option(0.05, "dropout on the adapter's input", ge=0.0, lt=1.0)
+    target_modules: str = option(
+        "all-linear", "all-linear, names separated by commas (q_proj,v_proj), or a regular expression of whole paths"
+    )
+    use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead")
+    full: bool = option(False, "train every parameter instead of an adapter; needs load_in_4bit false")
+
+
+class DataOptions(Options):
+    """What is trained on."""
+
+    max_length: int = option(1024, "longest row in tokens; capped at the model's context", ge=2)
+    over_length: Literal["truncate", "drop", "error"] = option("truncate", "what happens to a longer row (counted)")
+    completion_only_loss: bool = option(True, "prompt/completion rows: train the completion only")
+    assistant_only_loss: bool = option(True, "conversations: train the assistant's turns only")
+    packing: bool = option(False, "fill each sequence of max_length with several rows, kept apart by the attention")
+    chat_template: str | None = option(None, "a Jinja file used instead of the tokenizer's own template")
+
+
+class TrainingOptions(Options):
+    """How it is trained."""
+
+    output_dir: str = option("runs/halfbyte", "the run directory")
+    num_train_epochs: float = option(1.0, "passes over the data", gt=0)
+    max_steps: int = option(-1, "stop after this many optimizer steps; -1: by epochs")
+    per_device_train_batch_size: int = option(1, "rows (with packing: packed sequences) per micro-batch", ge=1)
+    gradient_accumulation_steps: int = option(16, "micro-batches per optimizer step", ge=1)
+    learning_rate: float = option(2e-4, "peak learning rate", gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("linear", "after the warm-up")
+    warmup_ratio: float = option(0.03, "share of the steps spent warming up", ge=0, lt=1)
+    warmup_steps: int = option(0, "steps of warm-up; 0: by warmup_ratio", ge=0)
+    weight_decay: float = option(0.0, "decoupled weight decay", ge=0)
+    adam_beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
+    adam_beta2: float = option(0.999, "decay of the second moment", ge=0, lt=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", gt=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", ge=0)
+    optim: Literal["adamw_8bit", "adamw_torch"] = option("adamw_8bit", "optimizer states in 8 bits, or in fp32")
+    gradient_checkpointing: bool = option(True, "recompute each layer in the backward pass")
+    seed: int = option(42, "everything random is a function of it", ge=0, lt=2**63)
+    logging_steps: int = option(1, "a line of metrics.jsonl every so many steps", ge=1)
+    save_steps: int = option(100, "a checkpoint every so many steps, and one at the end", ge=1)
+    save_total_limit: int = option(2, "checkpoints kept", ge=1)
+    resume_from_checkpoint: str | None = option(
+        None, "auto: continue from the newest valid checkpoint, or start where there is none"
+    )
+
+    @field_validator("resume_from_checkpoint")
+    @classmethod
+    def _auto_only(cls, value: str | None) -> str | None:
+        if value is not None and value != "auto":
+            raise ValueError('must be "auto": the newest valid checkpoint of output_dir is taken')
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _positive_or_minus_one(cls, value: int) -> int:
+        if value != -1 and value < 1:
+            raise ValueError("must be -1 or at least 1")
+        return value
+
+
+class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions):
+    """Everything ``halfbyte train`` reads."""
+
+    model: str = option(..., "a Hub id or a local directory")
+    data: str = option(..., "a JSON or JSONL file")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.full and self.load_in_4bit:
+            raise ValueError("full trains every parameter, which 4-bit weights cannot be: add --load_in_4bit false")
+        return self
+
+
+class ChatConfig(ModelOptions):
+    """Everything ``halfbyte chat`` reads."""
+
+    model: str = option(..., "a run directory, a Hub id or a local directory")
+    prompt: str | None = option(None, "one message; its answer is printed and the program ends")
+    system: str | None = option(None, "system message")
+    max_new_tokens: int = option(256, "longest answer in tokens", ge=1)
+    temperature: float = option(0.0, "0: the likeliest token each time", ge=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability", gt=0, le=1)
+    seed: int = option(42, "for sampling", ge=0, lt=2**63)
+
+
+class MergeConfig(Options):
+    """Everything ``halfbyte merge`` reads."""
+
+    run: str = option(..., "a run directory")
+    onto: Literal["trained", "original"] = option(
+        "trained", "the base the adapter is added to: the 4-bit weights it was trained on, or the original ones"
+    )
+    output_dir: str = option(..., "where the merged model goes")
+    min_agreement: float = option(
+        0.99, "share of positions where merged and adapted model must predict the same token", ge=0, le=1
+    )
+    device: str = option("auto", "cpu, cuda or auto")
+
+
+VERBS: dict[str, type[Options]] = {"train": TrainConfig, "chat": ChatConfig, "merge": MergeConfig}
+
+
+def all_keys() -> set[str]:
+    return {name for cls in VERBS.values() for name in cls.model_fields}
+
+
+def nearest(key: str, known: set[str]) -> str | None:
+    matches = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def translate(key: str, value: Any, known: set[str], where: str) -> tuple[str, Any, str | None]:
+    """A key as the user wrote it, to ours: (key, value, notice or None).
+
+    Raises:
+        UsageError: the key is unknown; names the nearest.
+    """
+    name = key.replace("-", "_")
+    if name in known:
+        return name, value, None
+    if name in RENAMED:
+        ours = RENAMED[name]
+        if name in NEGATED:
+            value = str(value).lower() not in ("true", "1", "yes")
+        return ours, value, f"{key} is called {ours} here; taken as such"
+    close = nearest(name, known)
+    raise UsageError(
+        f"unknown option {key!r}",
+        where=where,
+        ways_out=[f"did you mean {close!r}?"] if close else ["see `halfbyte --help`"],
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options of a configuration file; keys of any verb are allowed.
+
+    Raises:
+        UsageError: unreadable, no YAML mapping, or an unknown key.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML", found=str(error).replace("\n", " ")) from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} must hold a mapping of options, not a {type(value).__name__}")
+    return {str(key): item for key, item in value.items()}
+
+
+def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> OptionsT:
+    """A checked record from keys already translated.
+
+    Raises:
+        UsageError: naming every wrong value by the name the user typed.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            missing = item["type"] == "missing"
+            problems.append(f"{name} is required" if missing else f"{name}: {message}" if name else message)
+        found = {str(e["loc"][0]): e["input"] for e in error.errors() if e["loc"] and e["type"] != "missing"}
+        raise UsageError(
+            "; ".join(problems),
+            where=where,
+            found=", ".join(f"{name}={value!r}" for name, value in found.items()),
+        ) from error

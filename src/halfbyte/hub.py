@@ -1,0 +1,372 @@
+"""Hugging Face model directories, read and written one tensor at a time.
+
+A directory holds ``config.json``, the tokenizer, and weights in one ``model.safetensors`` or in shards named by
+``model.safetensors.index.json``. We read the weights with ``pread`` after checking every header ourselves: the format
+protects memory, not integrity, and a file truncated under an open memory map ends Python with SIGBUS. Pickled weights
+and code that comes with a model are never opened.
+
+Writing goes to a temporary name in the same directory, is synced, and renamed: a reader sees the old file or the new
+one.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from .errors import HalfbyteError, ModelError, StorageError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADER_LIMIT = 100_000_000
+"""The format's own limit on a header, bytes."""
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(model: str, revision: str | None = None, *, config_only: bool = False) -> Path:
+    """The local directory of a model: itself, or a snapshot of a Hub id (downloaded where not cached).
+
+    Raises:
+        ModelError: no such directory and no such id, or the download failed.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path} is not a model directory: it has no config.json",
+                ways_out=["name the directory that holds config.json and *.safetensors"],
+            )
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ModelError(
+            f"no model directory at {model!r}",
+            ways_out=["check the path", "or give a Hub id such as meta-llama/Llama-3.2-1B"],
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja"] if config_only else HUB_PATTERNS
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"]))
+    except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{model!r} is neither a local directory nor a Hub model that can be reached",
+            found=message,
+            ways_out=["check the spelling and the network", "log in with `hf auth login` if the model is gated"],
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: the file is absent, is no JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON", found=str(error)) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: file, dtype, shape, first byte and length in the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, every number checked against the file.
+
+    Raises:
+        ModelError: the header is damaged, a tensor lies outside the file, or tensors overlap.
+    """
+
+    def refuse(why: str, **more: str) -> ModelError:
+        return ModelError(
+            f"{path} is not an intact safetensors file: {why}", ways_out=["download or copy the file again"], **more
+        )
+
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise refuse("it is not a regular file")
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise refuse(f"it holds {size} bytes, fewer than its length field")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(HEADER_LIMIT, size - 8):
+                raise refuse(f"its header of {length} bytes does not fit in a file of {size}")
+            header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"its header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise refuse("its header is not a JSON object")
+    base = 8 + length
+    entries: dict[str, Entry] = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
+            begin, end = info["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise refuse(f"tensor {name!r} has a damaged entry", found=str(info)[:200]) from error
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise refuse(f"tensor {name!r} has a shape or offset that is no size", found=str(info)[:200])
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise refuse(f"tensor {name!r} takes {end - begin} bytes but its shape {list(shape)} says otherwise")
+        if base + end > size:
+            raise refuse(f"it is truncated: tensor {name!r} ends at byte {base + end} of a file of {size}")
+        entries[name] = Entry(path, dtype, shape, base + begin, end - begin)
+    position = base
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.start != position:
+            raise refuse(f"tensor {name!r} starts at byte {entry.start}, expected {position}: a gap or an overlap")
+        position += entry.nbytes
+    if position != size:
+        raise refuse(f"{size - position} bytes follow the last tensor")
+    return entries
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError("a name appears twice")
+    return dict(pairs)
+
+
+class Checkpoint:
+    """The weights of a model directory: names to entries, and `read` for one tensor at a time.
+
+    Raises:
+        ModelError: no safetensors, a shard missing, or the index and the shards disagree.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = self._files()
+        self.entries: dict[str, Entry] = {}
+        for file in self.files:
+            for name, entry in read_header(file).items():
+                if name in self.entries:
+                    raise ModelError(
+                        f"tensor {name!r} is stored twice", where=f"{self.entries[name].file.name} and {file.name}"
+                    )
+                self.entries[name] = entry
+        self._check_index()
+
+    def _files(self) -> list[Path]:
+        index = self.directory / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+                raise ModelError(f"{index} has no weight_map of names to files")
+            names = sorted(set(weight_map.values()))
+            if foreign := [name for name in names if Path(name).name != name]:
+                raise ModelError(f"{index} names files outside its directory", found=", ".join(foreign[:3]))
+            missing = [name for name in names if not (self.directory / name).is_file()]
+            if missing:
+                raise ModelError(
+                    f"{len(missing)} of {len(names)} shards are missing in {self.directory}",
+                    found=", ".join(missing[:5]),
+                    ways_out=["finish the download"],
+                )
+            return [self.directory / name for name in names]
+        if (self.directory / SINGLE).is_file():
+            return [self.directory / SINGLE]
+        pickled = sorted(f.name for f in self.directory.glob("*.bin")) + sorted(
+            f.name for f in self.directory.glob("*.pt*")
+        )
+        if pickled:
+            raise ModelError(
+                f"{self.directory} holds pickled weights only ({pickled[0]}), which can run code when opened",
+                ways_out=["use a safetensors version of the model", "or convert it once on a machine you can lose"],
+            )
+        raise ModelError(f"{self.directory} holds no weights", expected=f"{SINGLE} or {INDEX} with its shards")
+
+    def _check_index(self) -> None:
+        index = self.directory / INDEX
+        if not index.is_file():
+            return
+        weight_map = read_json(index)["weight_map"]
+        absent = [name for name, file in weight_map.items() if self._file_of(name) != file]
+        if absent:
+            raise ModelError(
+                f"{index} and the shards disagree on {len(absent)} tensors", found=", ".join(sorted(absent)[:5])
+            )
+
+    def _file_of(self, name: str) -> str | None:
+        entry = self.entries.get(name)
+        return None if entry is None else entry.file.name
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order they lie on disk."""
+        return iter(sorted(self.entries, key=lambda name: (self.entries[name].file.name, self.entries[name].start)))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own."""
+        return read_tensor(self.entries[name], name)
+
+
+def read_tensor(entry: Entry, name: str) -> torch.Tensor:
+    """The tensor at an entry, by ``pread`` into fresh memory.
+
+    Raises:
+        ModelError: the file ends early. StorageError: the system cannot read it.
+    """
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    view, done = memoryview(raw.numpy()), 0
+    try:
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            while done < entry.nbytes:
+                count = file.readinto(view[done : done + (1 << 30)])
+                if not count:
+                    raise ModelError(f"{entry.file} ended inside tensor {name!r}", ways_out=["copy the file again"])
+                done += count
+    except OSError as error:
+        raise StorageError(f"cannot read tensor {name!r} of {entry.file}: {error.strerror}") from error
+    return raw.view(entry.dtype).view(entry.shape) if entry.nbytes else torch.empty(entry.shape, dtype=entry.dtype)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A whole file or none: temporary name, sync, rename.
+
+    Raises:
+        StorageError: naming the file and what the system said.
+    """
+    _write_then_rename(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Tensors to one file, as transformers and PEFT write it (metadata ``format: pt``)."""
+    metadata = {"format": "pt", **(metadata or {})}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _write_then_rename(path, lambda temporary: safetensors.torch.save_file(contiguous, temporary, metadata))
+
+
+def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif isinstance(error, safetensors.SafetensorError):
+            reason = str(error)
+        else:
+            raise
+        raise StorageError(
+            f"cannot write {path}: {reason}", ways_out=["free space or fix the permissions", "or choose another place"]
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Make a file or directory entry durable, where the system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(directory: Path) -> None:
+    """Create the directory and prove that a file can be written there, before hours are spent.
+
+    Raises:
+        StorageError: naming the directory and what the system said.
+    """
+    probe = directory / f".probe.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"halfbyte")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {directory}: {error.strerror}", ways_out=["name another directory with --output_dir"]
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's tokenizer, a fast one (built on `tokenizers`), no code of the directory run.
+
+    Raises:
+        ModelError: there is none, it is broken, or it exists in Python only.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except HalfbyteError:
+        raise
+    except Exception as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"cannot load a tokenizer from {directory}",
+            found=message[:300],
+            expected="tokenizer.json (and tokenizer_config.json)",
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"the tokenizer in {directory} has no tokenizer.json: positions of characters in tokens are unknown, "
+            "so masks cannot be exact",
+            ways_out=["convert it to a fast tokenizer with transformers and save it there"],
+        )
+    return tokenizer

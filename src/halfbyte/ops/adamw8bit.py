@@ -1,0 +1,142 @@
+"""One AdamW step with moments in 8 bits, over many tensors at once.
+
+Each moment is stored per block of 256 values as codes of a dynamic map and an fp32 absolute maximum (Dettmers et al.
+2022, "8-bit optimizers via block-wise quantization", arXiv:2110.02861). All tensors share one arena: tensor after
+tensor, each padded to whole blocks, so one call moves them all and a block never crosses a tensor.
+"""
+
+import torch
+from torch import Tensor
+
+from .library import define
+
+BLOCK = 256
+_CHUNK = 1 << 18
+
+
+def adamw_update(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, eps: float, decay: float, t: int
+) -> None:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) in place on fp32 tensors of one shape; t counts from 1.
+
+    The bias corrections are folded into the step size and eps as bitsandbytes does it.
+    """
+    correction2 = (1 - beta2**t) ** 0.5
+    step_size = lr * correction2 / (1 - beta1**t)
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    if decay:
+        p.mul_(1 - lr * decay)
+    p.addcdiv_(m, v.sqrt().add_(eps * correction2), value=-step_size)
+
+
+def adamw_8bit_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    m_codes: Tensor,
+    v_codes: Tensor,
+    m_absmax: Tensor,
+    v_absmax: Tensor,
+    m_map: Tensor,
+    v_map: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """Update params in place and their moments in the arena.
+
+    Args:
+        params, grads: fp32 tensors, pairwise of one shape.
+        m_codes, v_codes: uint8 [arena], arena = sum of the tensors' sizes rounded up to 256.
+        m_absmax, v_absmax: fp32 [arena / 256]. m_map: signed dynamic map; v_map: unsigned; both fp32 [256].
+        step: counts from 1.
+    """
+    arena = sum(padded_size(p.numel()) for p in params)
+    for name, tensor, dtype, count in (
+        ("m_codes", m_codes, torch.uint8, arena),
+        ("v_codes", v_codes, torch.uint8, arena),
+        ("m_absmax", m_absmax, torch.float32, arena // BLOCK),
+        ("v_absmax", v_absmax, torch.float32, arena // BLOCK),
+    ):
+        if tensor.dtype != dtype or tensor.numel() != count:
+            raise ValueError(f"{name} must be {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}")
+    if any(p.shape != g.shape or p.dtype != torch.float32 for p, g in zip(params, grads, strict=True)):
+        raise ValueError("parameters must be fp32, each with a gradient of its shape")
+    torch.ops.halfbyte.adamw_8bit_step(
+        params, grads, m_codes, v_codes, m_absmax, v_absmax, m_map, v_map, lr, *betas, eps, weight_decay, step
+    )
+
+
+def padded_size(numel: int) -> int:
+    """Elements a tensor takes in the arena."""
+    return -(-numel // BLOCK) * BLOCK
+
+
+def _decode(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
+    """fp32 [n] from uint8 [n] and fp32 [n / 256]."""
+    return table.index_select(0, codes.int()).view(-1, BLOCK).mul_(absmax.unsqueeze(1)).view(-1)
+
+
+def _encode(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor) -> None:
+    """The nearest code of each value relative to its block's absolute maximum, written in place."""
+    blocks = values.view(-1, BLOCK)
+    torch.amax(blocks.abs(), 1, out=absmax)
+    scaled = blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)
+    bounds = (table[1:] + table[:-1]) / 2
+    codes.copy_(torch.bucketize(scaled.view(-1), bounds, out_int32=True))
+
+
+def _gather(tensors: list[Tensor], arena: int) -> Tensor:
+    """The tensors in one fp32 arena, padding zero."""
+    flat = tensors[0].new_zeros(arena)
+    for part, tensor in zip(flat.split([padded_size(t.numel()) for t in tensors]), tensors, strict=True):
+        part[: tensor.numel()] = tensor.reshape(-1)
+    return flat
+
+
+def _adamw_8bit_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    m_codes: Tensor,
+    v_codes: Tensor,
+    m_absmax: Tensor,
+    v_absmax: Tensor,
+    m_map: Tensor,
+    v_map: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    if not params:
+        return
+    arena = m_codes.numel()
+    p, g = _gather(params, arena), _gather(grads, arena)
+    for start in range(0, arena, _CHUNK):
+        here = slice(start, min(start + _CHUNK, arena))
+        blocks = slice(here.start // BLOCK, here.stop // BLOCK)
+        m = _decode(m_codes[here], m_absmax[blocks], m_map)
+        v = _decode(v_codes[here], v_absmax[blocks], v_map)
+        adamw_update(p[here], g[here], m, v, lr, beta1, beta2, eps, weight_decay, step)
+        _encode(m, m_codes[here], m_absmax[blocks], m_map)
+        _encode(v, v_codes[here], v_absmax[blocks], v_map)
+    for part, param in zip(p.split([padded_size(t.numel()) for t in params]), params, strict=True):
+        param.copy_(part[: param.numel()].view_as(param))
+
+
+def _adamw_8bit_step_shapes(*args) -> None:
+    return None
+
+
+define(
+    "adamw_8bit_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) m_codes, Tensor(c!) v_codes, "
+    "Tensor(d!) m_absmax, Tensor(e!) v_absmax, Tensor m_map, Tensor v_map, float lr, float beta1, float beta2, "
+    "float eps, float weight_decay, int step) -> ()",
+    _adamw_8bit_step,
+    _adamw_8bit_step_shapes,
+)

@@ -1,0 +1,87 @@
+"""Dropout masks as a function of counters, so that they are recomputed instead of stored.
+
+A mask is needed in the forward pass, again where a checkpointed layer is recomputed, and in the backward pass. Philox
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns (key, counter) into random words without any
+state: Philox4x32 with 7 rounds is the shortest that passes BigCrush. Each 32-bit word serves two elements: element i
+of a mask uses the counter (i // 8, layer, micro_batch, step), word (i % 8) // 2, the low half first, and is dropped
+if its 16 bits, unsigned, are below the threshold round(p * 65536).
+
+Everything is integer arithmetic, so every backend gives the same bits. The arithmetic here is int64 because PyTorch
+has no unsigned 32-bit multiply; the products wrap, and only their low and high 32 bits are used.
+"""
+
+import torch
+from torch import Tensor
+
+from .library import define
+
+DROPOUT_RESOLUTION = 65536
+ROUNDS = 7
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_COUNTERS = 1 << 15
+"""Counters per pass: four int64 lanes of them stay in the second-level cache."""
+
+
+def drop_threshold(p: float) -> int:
+    """The threshold for drop probability p; the exact probability is threshold / 65536.
+
+    Raises:
+        ValueError: p is not in [0, 1).
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+    return min(round(p * DROPOUT_RESOLUTION), DROPOUT_RESOLUTION - 1)
+
+
+def dropout_mask(
+    numel: int, threshold: int, seed: int, step: int, micro_batch: int, layer: int, device: torch.device
+) -> Tensor:
+    """bool [numel], True where the element is kept.
+
+    Args:
+        threshold: of 65536 (`drop_threshold`). seed: 64 bits. step, micro_batch, layer: 32 bits each.
+    """
+    for name, value in (("step", step), ("micro_batch", micro_batch), ("layer", layer)):
+        if not 0 <= value <= _MASK:
+            raise ValueError(f"{name} must fit in 32 bits, got {value}")
+    out = torch.empty(numel, dtype=torch.bool, device=device)
+    torch.ops.halfbyte.dropout_mask(out, threshold, seed & 0x7FFFFFFFFFFFFFFF, step, micro_batch, layer)
+    return out
+
+
+def philox(counters: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-7: four int64 tensors of 32-bit counters (consumed) to four of 32-bit words."""
+    c0, c1, c2, c3 = counters
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = (p1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (p0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def _dropout_mask(out: Tensor, threshold: int, seed: int, step: int, micro_batch: int, layer: int) -> None:
+    n = out.numel()
+    key = (seed & _MASK, seed >> 32)
+    for start in range(0, n, 8 * _COUNTERS):
+        stop = min(start + 8 * _COUNTERS, n)
+        c0 = torch.arange(start // 8, -(-stop // 8), dtype=torch.int64, device=out.device)
+        words = philox([c0, *(torch.full_like(c0, c) for c in (layer, micro_batch, step))], key)
+        halves = torch.stack(words, 1).to(torch.int32).view(torch.int16).view(-1)[: stop - start]
+        # unsigned comparison of 16-bit halves in signed arithmetic: flip the sign bit on both sides
+        torch.ge(halves.bitwise_xor_(-32768), threshold - 32768, out=out[start:stop])
+
+
+def _dropout_mask_shapes(*args) -> None:
+    return None
+
+
+define(
+    "dropout_mask(Tensor(a!) out, int threshold, int seed, int step, int micro_batch, int layer) -> ()",
+    _dropout_mask,
+    _dropout_mask_shapes,
+)

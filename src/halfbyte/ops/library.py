@@ -1,0 +1,18 @@
+"""The `torch.library` namespace ``halfbyte`` and the chunk size plain-PyTorch passes work in."""
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("halfbyte", "DEF")
+
+CHUNK = 1 << 18
+"""Weights handled at once by a plain-PyTorch pass: its buffers stay in the second-level cache (fp32: 1 MiB)."""
+
+
+def define(schema: str, meaning: Callable, shapes: Callable) -> None:
+    """Declare an operation: its schema, its plain-PyTorch meaning (all devices), its result on ``meta`` tensors."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, shapes, "Meta")
