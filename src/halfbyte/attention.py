@@ -1,0 +1,113 @@
+"""Attention over several rows laid end to end, each seeing only itself, through transformers' attention registry.
+
+A micro-batch is one sequence [1, T] of whole rows, without padding: no token is wasted and a packed batch is the same
+thing as an unpacked one. What keeps the rows apart is ``cu_seq_lens_q``, the row boundaries, which transformers hands
+to the attention function; position ids restart with each row. The registered mask function returns None: there is no
+mask to build or to hold. Here each row is a separate causal call of PyTorch's own attention.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NAME = "halfbyte"
+
+
+def segment_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment.
+
+    Args:
+        query: [1, heads, T, d]; key, value: [1, kv_heads, T, d]. cu_seq_lens_q: int [segments + 1], from 0 to T.
+        sliding_window: a query sees this many tokens at most, itself included. softcap: scores become
+            c * tanh(score / c). s_aux: one more logit per head that takes part in the softmax only.
+
+    Returns:
+        [1, T, heads, d] (and no weights).
+
+    Raises:
+        ValueError: no segment boundaries: the caller did not pass them through.
+    """
+    if cu_seq_lens_q is None:
+        raise ValueError("the model does not hand cu_seq_lens_q to its attention, so rows cannot be packed")
+    pieces = []
+    bounds = cu_seq_lens_q.tolist()
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        here = slice(start, stop)
+        pieces.append(
+            _causal(query[:, :, here], key[:, :, here], value[:, :, here], scaling, dropout, sliding_window, softcap, s_aux)
+        )
+    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    return joined.transpose(1, 2), None
+
+
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    length = q.shape[2]
+    if softcap is None and sinks is None:
+        narrow = _band(length, window, q.device) if window is not None and window < length else None
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=narrow, dropout_p=dropout, is_causal=narrow is None, scale=scaling, enable_gqa=True
+        )
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_band(length, window, q.device), float("-inf"))
+    if sinks is not None:
+        sink = sinks.view(1, -1, 1, 1).expand(q.shape[0], -1, length, 1).to(scores.dtype)
+        scores = torch.cat((scores, sink), -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., :length]
+    return functional.dropout(weights, dropout) @ v
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [length, length]: True where a query (row) sees a key (column)."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
+
+
+def register() -> None:
+    """Make the name known to transformers; done once, on first use."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, segment_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+@contextmanager
+def segments(model: Any) -> Iterator[None]:
+    """Within this block the model's attention is `segment_attention`; outside, what it was."""
+    register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

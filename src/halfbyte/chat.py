@@ -1,0 +1,356 @@
+"""The one renderer: a conversation to text, token ids and a mask. Training, chat and export all use it.
+
+The text of a row comes from two sources, and mixing them up is how models are broken: the *template* writes control
+tokens, the *data* must not (a user's ``<|im_end|>`` is text). And some characters are trained, the others only read.
+So a row is rendered to `Segment`s, each from the template or from data, trained or not; then the whole text is
+tokenized once (so the ids are those any other tool gets from the same conversation) and the mask is read off the
+character positions. It is never read off token ids: where pad equals eos, that masks the end.
+
+Where does a segment come from? Contents are wrapped in markers (two private-use characters), rendered, and the markers
+removed; if that gives the unmarked rendering, the markers tell which characters are data. Templates that inspect or
+rewrite contents fail that test; then the row is taken only if no content holds the text of a control token.
+
+What is trained? Where the template marks it with ``{% generation %}``, that. Else, turn by turn, the text by which
+the rendering grows from "up to the question, asking for an answer" to "up to the answer", after checking that these
+are prefixes of the whole. Templates that rewrite earlier turns fail that test and are refused by name.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from .errors import DataError
+from .rows import Example
+
+BUILTIN_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{{ message.content + '\\n\\n' }}
+{%- elif message.role == 'assistant' -%}{{ '### Assistant:\\n' + message.content + eos_token + '\\n' }}
+{%- else -%}{{ '### User:\\n' + message.content + '\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '### Assistant:\\n' }}{%- endif -%}
+"""
+"""For tokenizers without a template: needs no new tokens."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OPEN, _CLOSE = "\ue0a0", "\ue0a1"
+_STAND_IN = 0xF0000
+"""First of the private-use characters that stand for control tokens while a text is tokenized."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered row."""
+
+    text: str
+    from_data: bool
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenized row: ids, and for each whether the model is trained to predict it."""
+
+    where: str
+    input_ids: list[int]
+    trained: list[bool]
+
+
+class Renderer:
+    """Conversations to ids for one tokenizer and template.
+
+    Args:
+        tokenizer: a fast transformers tokenizer. template: Jinja text used instead of the tokenizer's own.
+        assistant_only: train the assistant's turns only. completion_only: train the completion only.
+
+    Raises:
+        DataError: no template, none can be built (no end token), or the template cannot be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        *,
+        assistant_only: bool = True,
+        completion_only: bool = True,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.assistant_only, self.completion_only = assistant_only, completion_only
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "the tokenizer has no end token (eos_token), so a model trained with it could never stop",
+                ways_out=["set eos_token in tokenizer_config.json"],
+            )
+        self.template: str = template or _template_of(tokenizer) or _builtin(tokenizer)
+        self.special: dict[str, int] = {
+            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._stand_in = {text: chr(_STAND_IN + n) for n, text in enumerate(self.special)}
+        self._special_pattern = re.compile("|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)))
+        self._backend = self._tokenizer_without_control_words()
+        self._original_id = {
+            self._backend.token_to_id(character): self.special[text] for text, character in self._stand_in.items()
+        }
+
+    @property
+    def template_sha256(self) -> str:
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    def _tokenizer_without_control_words(self) -> Tokenizer:
+        """A copy that reads control tokens as plain text, and stand-in characters as control tokens."""
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        for index, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special:
+                stand_in = AddedToken(
+                    self._stand_in[token.content],
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    single_word=token.single_word,
+                    normalized=False,
+                    special=False,
+                )
+                if backend.add_tokens([stand_in]) != 1:
+                    raise DataError(f"the tokenizer uses the private character U+{ord(self._stand_in[token.content]):X}")
+        backend.encode_special_tokens = True
+        return backend
+
+    # --- text ---
+
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        """The template's text for a conversation.
+
+        Raises:
+            DataError: the template raised; its message is quoted.
+        """
+        return self._render(messages, add_generation_prompt, False)[0]
+
+    def _render(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, want_spans: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=want_spans,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise DataError(
+                "the chat template refused the conversation",
+                found=str(error) or type(error).__name__,
+                ways_out=["check the order of roles", "or give another template with --chat_template"],
+            ) from error
+        return texts[0], [tuple(span) for span in spans[0]] if want_spans else []
+
+    def segments(self, example: Example) -> list[Segment]:
+        """A row as pieces of known origin.
+
+        Raises:
+            DataError: naming the row: the template raised, rewrites earlier turns, or writes no end token.
+        """
+        if example.messages is None:
+            return [
+                Segment(example.prompt, True, not self.completion_only),
+                Segment(example.completion, True, True),
+            ]
+        try:
+            text = self.render(example.messages)
+            spans = self._trained_spans(example.messages, text) if self.assistant_only else [(0, len(text))]
+        except DataError as error:
+            error.where = error.where or example.where
+            raise
+        return _cut(text, self._data_spans(example.messages, text, example.where), spans)
+
+    def _trained_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+        """Character spans of the assistant's turns, each up to and with its end token."""
+        if _GENERATION.search(self.template):
+            spans = self._render(messages, False, True)[1]
+            if not spans:
+                raise DataError("the template's {% generation %} marks nothing in this conversation")
+            return spans
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:index], add_generation_prompt=True)
+            after = self.render(messages[: index + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise DataError(
+                    f"the chat template rewrites turn {index} when the conversation goes on, "
+                    "so what to train cannot be told from its output",
+                    ways_out=[
+                        "use a template with {% generation %} around the assistant's text (--chat_template)",
+                        "or split such rows into conversations that end with the assistant's turn",
+                    ],
+                )
+            spans.append((len(before), self._end_of_turn(after, len(before))))
+        return spans
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """Where a turn ends: after its last control token if only white space follows, else at its last character."""
+        last = None
+        for match in self._special_pattern.finditer(text, start):
+            last = match
+        if last is not None and not text[last.end() :].strip():
+            return last.end()
+        raise DataError(
+            "the chat template writes no end token after the assistant's turn, so the model would never learn to stop",
+            found=repr(text[start:][-40:]),
+            ways_out=["give a template that ends the turn with the end token (--chat_template)"],
+        )
+
+    def _data_spans(
+        self, messages: list[dict[str, Any]], text: str, where: str, *, asking: bool = False
+    ) -> list[tuple[int, int]]:
+        """Character spans of the rendered text that come from the contents."""
+        contents = [message["content"] for message in messages]
+        if any(_OPEN in content or _CLOSE in content for content in contents):
+            marked_text = None
+        else:
+            marked = [{**m, "content": _mark(m["content"])} for m in messages]
+            marked_text = self.render(marked, add_generation_prompt=asking)
+        if marked_text is None or marked_text.replace(_OPEN, "").replace(_CLOSE, "") != text:
+            if culprit := next((m.group() for c in contents for m in self._special_pattern.finditer(c)), None):
+                raise DataError(
+                    f"the text {culprit!r} in this row would become a control token: the chat template rewrites "
+                    "contents, so its own tokens cannot be told from the row's",
+                    where=where,
+                    ways_out=["change that text in the row", "or give another template with --chat_template"],
+                )
+            return []
+        spans, removed, opened = [], 0, 0
+        for position, character in enumerate(marked_text):
+            if character == _OPEN:
+                opened = position - removed
+                removed += 1
+            elif character == _CLOSE:
+                spans.append((opened, position - removed))
+                removed += 1
+        return spans
+
+    # --- ids ---
+
+    def encode(self, examples: list[Example]) -> list[Encoded]:
+        """Ids and masks of many rows (the tokenizer works on them in parallel)."""
+        pieces = [self.segments(example) for example in examples]
+        texts, spans = [], []
+        for row in pieces:
+            text, trained = "", []
+            for segment in row:
+                shown = self._shown(segment)
+                if segment.trained:
+                    trained.append((len(text), len(text) + len(shown)))
+                text += shown
+            texts.append(text)
+            spans.append(trained)
+        plain = [example.messages is None for example in examples]
+        results = self._encode_batch(texts, plain)
+        return [
+            self._mask(example.where, result, trained, ended)
+            for example, result, trained, ended in zip(examples, results, spans, plain, strict=True)
+        ]
+
+    def _encode_batch(self, texts: list[str], add_special_tokens: list[bool]) -> list[Any]:
+        results: list[Any] = [None] * len(texts)
+        for flag in (False, True):
+            chosen = [i for i, value in enumerate(add_special_tokens) if value is flag]
+            batch = self._backend.encode_batch([texts[i] for i in chosen], add_special_tokens=flag)
+            for i, result in zip(chosen, batch, strict=True):
+                results[i] = result
+        return results
+
+    def _shown(self, segment: Segment) -> str:
+        """What the tokenizer sees: control tokens of the template as stand-ins, the data as it is."""
+        if segment.from_data or not self.special:
+            return segment.text
+        return self._special_pattern.sub(lambda match: self._stand_in[match.group()], segment.text)
+
+    def _mask(self, where: str, result: Any, spans: list[tuple[int, int]], append_end: bool) -> Encoded:
+        ids = [self._original_id.get(index, index) for index in result.ids]
+        trained, span = [], 0
+        for start, stop in result.offsets:
+            while span < len(spans) and spans[span][1] <= start:
+                span += 1
+            trained.append(span < len(spans) and stop > spans[span][0] and stop > start)
+        if append_end:
+            if not ids or ids[-1] != self.tokenizer.eos_token_id:
+                ids.append(self.tokenizer.eos_token_id)
+                trained.append(True)
+            trained[-1] = True
+        return Encoded(where, ids, trained)
+
+    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Ids of a conversation that asks for the assistant's next turn: what generation starts from."""
+        text = self.render(messages, add_generation_prompt=True)
+        row = _cut(text, self._data_spans(messages, text, "the prompt", asking=True), [])
+        (result,) = self._encode_batch(["".join(map(self._shown, row))], [False])
+        return [self._original_id.get(index, index) for index in result.ids]
+
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: the tokenizer's end token, and what the template writes after an answer."""
+        (row,) = self.encode([Example("", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])])
+        last = max((i for i, flag in enumerate(row.trained) if flag), default=None)
+        stops = {self.tokenizer.eos_token_id}
+        if last is not None and self.assistant_only and row.input_ids[last] in self.special.values():
+            stops.add(row.input_ids[last])
+        return sorted(stops)
+
+
+def _template_of(tokenizer: Any) -> str | None:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template or None
+
+
+def _builtin(tokenizer: Any) -> str:
+    """The built-in template, with the beginning token where this tokenizer itself writes one."""
+    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return ("{{- bos_token -}}\n" if starts else "") + BUILTIN_TEMPLATE
+
+
+def read_template(path: str) -> str:
+    """A template file given by the user.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the chat template {path}", found=str(error)) from error
+
+
+def _mark(content: str) -> str:
+    """The content between markers, white space at its ends left outside, where a template may trim it."""
+    core = content.strip()
+    if not core:
+        return content
+    start = content.index(core)
+    return f"{content[:start]}{_OPEN}{core}{_CLOSE}{content[start + len(core) :]}"
+
+
+def _cut(text: str, data: list[tuple[int, int]], trained: list[tuple[int, int]]) -> list[Segment]:
+    """The text cut where its origin or its training changes."""
+    edges = sorted({0, len(text), *(e for span in data for e in span), *(e for span in trained for e in span)})
+
+    def inside(spans: list[tuple[int, int]], start: int) -> bool:
+        return any(low <= start < high for low, high in spans)
+
+    return [
+        Segment(text[start:stop], inside(data, start), inside(trained, start))
+        for start, stop in zip(edges, edges[1:], strict=False)
+        if stop > start
+    ]
