@@ -1,0 +1,58 @@
+"""halfbyte: fine-tune large language models in 4 bits on whatever one machine has.
+
+The names below are loaded when first used; ``import halfbyte`` itself imports nothing heavy. Some are functions whose
+module has the same name (`train`, `load`, `merge`): the package always gives the function, and the module is reached
+with ``from halfbyte.train import ...``.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adamw8bit import AdamW8bit as AdamW8bit
+    from .config import TrainConfig as TrainConfig
+    from .load import load as load
+    from .lora import attach_lora as attach_lora
+    from .merge import merge as merge
+    from .nf4 import NF4Tensor as NF4Tensor
+    from .run import Run as Run
+    from .train import train as train
+
+_WHERE = {
+    "AdamW8bit": "adamw8bit",
+    "NF4Tensor": "nf4",
+    "Run": "run",
+    "TrainConfig": "config",
+    "attach_lora": "lora",
+    "load": "load",
+    "merge": "merge",
+    "train": "train",
+}
+
+__all__ = ["AdamW8bit", "NF4Tensor", "Run", "TrainConfig", "attach_lora", "load", "merge", "nf4", "train"]
+
+
+def _lazily(name: str) -> property:
+    def get(package: types.ModuleType) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+    def ignore(package: types.ModuleType, module: Any) -> None:
+        """The import system sets a submodule on its package; the function of that name stays."""
+
+    return property(get, ignore)
+
+
+class _Package(types.ModuleType):
+    """This module's type: properties, so that names load on first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "nf4":
+            return importlib.import_module(f"{__name__}.nf4")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+for _name in _WHERE:
+    setattr(_Package, _name, _lazily(_name))
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,35 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: .venv/.installed
+	$(BIN)/halfbyte demo
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/.dev
+	$(BIN)/pytest -m slow
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --level error
+
+bench: .venv/.dev
+	$(BIN)/python bench/cpu.py
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,3 @@
+from halfbyte.cli import main
+
+main()

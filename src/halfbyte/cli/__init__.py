@@ -1,0 +1,100 @@
+"""The command line: parse, call, show. Verbs are loaded when used, so ``--help`` answers at once."""
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import click
+
+from ..errors import HalfbyteError, UsageError
+from . import console
+
+VERBS = {
+    "demo": "train a tiny model made on the spot, offline, on the CPU: the whole path in a minute",
+    "train": "fine-tune a model in 4 bits on a JSON or JSONL file",
+    "chat": "talk to a model or a run; --prompt for one answer",
+    "merge": "add a run's adapter into the weights, verified",
+}
+
+
+class _Verbs(click.Group):
+    """Verbs by name, imported on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        return importlib.import_module(f".{cmd_name}", __name__).command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="halfbyte")
+def halfbyte() -> None:
+    """Fine-tune large language models in 4 bits on whatever one machine has."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with DESIGN's codes; a traceback only with --debug."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command line."""
+    debug = "--debug" in arguments
+    console.use_json("--json" in arguments)
+    try:
+        result: Any = halfbyte.main([a for a in arguments if a != "--debug"], standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except HalfbyteError as error:
+        if debug:
+            raise
+        return _fail(error)
+    except click.ClickException as error:
+        return _fail(UsageError(error.format_message(), ways_out=["see `halfbyte --help`"]))
+    except (KeyboardInterrupt, click.Abort):
+        console.say("interrupted")
+        return 130
+    except MemoryError:
+        return _out_of_memory("not enough memory")
+    except RuntimeError as error:
+        if debug:
+            raise
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return _out_of_memory(str(error).splitlines()[0])
+        return _unforeseen(error)
+    except Exception as error:
+        if debug:
+            raise
+        return _unforeseen(error)
+
+
+def _fail(error: HalfbyteError) -> int:
+    console.error(str(error))
+    if console.JSON:
+        print(json.dumps(error.as_dict()))
+    return error.exit_code
+
+
+def _out_of_memory(found: str) -> int:
+    error = HalfbyteError(
+        "out of memory", found=found, ways_out=["lower --max_length", "lower --per_device_train_batch_size"]
+    )
+    error.exit_code = 3
+    return _fail(error)
+
+
+def _unforeseen(error: Exception) -> int:
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _fail(
+        HalfbyteError(
+            f"unforeseen {type(error).__name__}: {message}", ways_out=["repeat with --debug and report the traceback"]
+        )
+    )

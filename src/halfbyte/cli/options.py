@@ -1,0 +1,98 @@
+"""Command-line options from the pydantic declarations in `config`: one option a field, dash or underscore."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import config
+from ..errors import UsageError
+from . import console
+
+
+class Verb(click.Command):
+    """A verb whose options are the fields of a configuration class.
+
+    Unknown options name the nearest; other tools' names are taken with a notice; ``--config`` gives a YAML file that
+    the flags override; booleans are ``--packing``, ``--packing true`` or ``--packing false``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        declaration: type[config.Options],
+        call: Callable[[Any], Any],
+        positional: tuple[str, ...] = (),
+        short: dict[str, str] | None = None,
+    ) -> None:
+        self.declaration, self.call = declaration, call
+        self.short = {f"-{letter}": field for letter, field in (short or {}).items()}
+        params: list[click.Parameter] = [click.Argument([field], required=False) for field in positional]
+        for field, info in declaration.model_fields.items():
+            if field not in positional:
+                params.append(self._option(field, info))
+        params.append(click.Option(["--config"], metavar="FILE", help="YAML file of options; flags override it"))
+        params.append(click.Option(["--dry-run", "dry_run"], is_flag=True, help="check the options and stop"))
+        params.append(click.Option(["--json", "as_json"], is_flag=True, help="one JSON document on stdout"))
+        super().__init__(name, params=params, callback=self._run, help=(call.__doc__ or "").strip())
+
+    def _option(self, field: str, info: Any) -> click.Option:
+        names = [f"--{field}", f"--{field.replace('_', '-')}"] if "_" in field else [f"--{field}"]
+        names += [letter for letter, target in self.short.items() if target == field]
+        default = "" if info.is_required() or info.default is None else f"  [{_shown(info.default)}]"
+        more: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if info.annotation is bool else {}
+        return click.Option([*names, field], help=f"{info.description}{default}", metavar=_metavar(info), **more)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = set(self.declaration.model_fields)
+        reserved = {"config", "dry_run", "json", "help"}
+        translated = []
+        for argument in args:
+            if not argument.startswith("--") or argument == "--":
+                translated.append(argument)
+                continue
+            name, equals, value = argument[2:].partition("=")
+            if name.replace("-", "_") in reserved:
+                translated.append(argument)
+                continue
+            ours, _, notice = config.translate(name, value, known, f"halfbyte {self.name}")
+            if notice:
+                if name.replace("-", "_") in config.NEGATED:
+                    raise UsageError(f"--{name} has the opposite meaning of --{ours}: use that one")
+                if ours not in known:
+                    raise UsageError(f"--{name} is not an option of `halfbyte {self.name}`")
+                console.say(notice)
+            translated.append(f"--{ours}{equals}{value}")
+        return super().parse_args(ctx, translated)
+
+    def _run(self, **given: Any) -> Any:
+        path, as_json, dry_run = given.pop("config"), given.pop("as_json"), given.pop("dry_run")
+        values: dict[str, Any] = {}
+        if path:
+            known, mine = config.all_keys(), set(self.declaration.model_fields)
+            for key, value in config.read_yaml(Path(path)).items():
+                name, value, notice = config.translate(key, value, known, path)
+                if notice:
+                    console.say(notice)
+                if name in mine:
+                    values[name] = value
+        values.update({name: value for name, value in given.items() if value is not None})
+        record = config.build(self.declaration, values, where=path or "")
+        result = record.model_dump() if dry_run else self.call(record)
+        if dry_run:
+            console.say(f"the options of `halfbyte {self.name}` are in order")
+        if as_json:
+            print(json.dumps(result))
+        return 0
+
+
+def _shown(default: Any) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _metavar(info: Any) -> str:
+    if getattr(info.annotation, "__args__", None) and all(isinstance(a, str) for a in info.annotation.__args__):
+        return "|".join(info.annotation.__args__)
+    return {bool: "BOOL", int: "N", float: "X"}.get(info.annotation, "TEXT")

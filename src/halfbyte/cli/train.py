@@ -1,0 +1,25 @@
+"""``halfbyte train MODEL --data FILE``."""
+
+from typing import Any
+
+from ..config import TrainConfig
+from . import console
+from .options import Verb
+
+
+def train(record: TrainConfig) -> dict[str, Any]:
+    """Fine-tune MODEL (a Hub id or a local directory) on a JSON or JSONL file."""
+    from ..train import Reporter, train
+
+    with console.steps() as shown:
+        run = train(record, Reporter(console.say, console.progress, shown.update))
+    rows = run.metrics()
+    if len(rows) > 1:
+        console.say(f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f} in {rows[-1]['step']} steps")
+    console.say(f"the adapter is in {run.adapter}")
+    console.say(f'next: halfbyte chat {run.path} --prompt "..."')
+    last = rows[-1] if rows else {}
+    return {"run_dir": str(run.path), "adapter": str(run.adapter), "steps": last.get("step"), "loss": last.get("loss")}
+
+
+command = Verb("train", TrainConfig, train, positional=("model",))

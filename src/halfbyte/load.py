@@ -1,0 +1,439 @@
+"""A model directory to a transformers model whose linear weights are 4-bit, one tensor in memory at a time.
+
+The model is built empty, from transformers' own class. Then each tensor is read alone, quantized or cast, put in its
+place and freed: peak memory is the finished model plus the largest tensor. Names on disk go through transformers' own
+renamings. What does not fit is collected and reported in one error: a model is loaded whole or not at all.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import hub, nf4
+from .attention import segments
+from .config import ModelOptions
+from .errors import ModelError, UsageError
+from .lora import load_adapter
+from .loss import output_head
+from .nf4 import NF4Tensor
+from .run import Run, is_run
+
+MIN_COVERAGE = 0.9
+Progress = Callable[[Iterable[str], int, str], Iterable[str]]
+
+
+def no_progress(items: Iterable[str], total: int, title: str) -> Iterable[str]:
+    return items
+
+
+def choose_device(name: str) -> torch.device:
+    """The device an option names.
+
+    Raises:
+        UsageError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("device cuda was asked for, but PyTorch sees no GPU", ways_out=["--device cpu"])
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype an option names; auto is bf16 where the hardware multiplies it, else fp32 (GPU: fp16)."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def read_config(path: Path) -> Any:
+    """The model's configuration as transformers knows it.
+
+    Raises:
+        ModelError: damaged, not a causal language model, or code of its own would be needed.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    raw = hub.read_json(path / "config.json")
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = "auto_map" in raw
+        raise ModelError(
+            f"{path} is not a causal language model that transformers knows",
+            found=f"model_type {model_type!r}" + (" with code of its own, which is never run" if own else ""),
+            ways_out=["update transformers, if the model is new"],
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever a foreign config makes transformers raise
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path}/config.json is refused by transformers", found=message) from error
+
+
+def build_empty(config: Any) -> Any:
+    """transformers' model with parameters on the meta device and real buffers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+@dataclass
+class QuantReport:
+    """quant.json: what was quantized and how well."""
+
+    quant_type: str
+    coverage: float
+    tensors: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"quant_type": self.quant_type, "coverage": self.coverage, "tensors": self.tensors}
+
+
+def load_base(path: Path, options: ModelOptions, progress: Progress = no_progress) -> tuple[Any, QuantReport]:
+    """The base model of a directory, frozen, in eval mode.
+
+    Raises:
+        ModelError: missing, unexpected or misshapen tensors (all in one message), a NaN, or too little quantized.
+    """
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    config = read_config(path)
+    _check_quantization(path, getattr(config, "quantization_config", None))
+    checkpoint = hub.Checkpoint(path)
+    model = build_empty(config)
+    filler = _Filler(model, checkpoint, options, dtype, device)
+    filler.check_names()
+    for target in progress(filler.sources, len(filler.sources), "loading"):
+        filler.fill(target)
+    model.tie_weights()
+    _place_buffers(model, device)
+    if left := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ModelError(f"{len(left)} parameters of the model are in no file", found=", ".join(left[:5]))
+    model.requires_grad_(False)
+    model.eval()
+    model.config.dtype = dtype
+    _load_generation_config(model, path)
+    report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records)
+    if options.load_in_4bit and report.coverage < MIN_COVERAGE and not options.allow_low_coverage:
+        raise ModelError(
+            f"only {report.coverage:.0%} of the weights in layers would be held in 4 bits",
+            expected=f"at least {MIN_COVERAGE:.0%}",
+            ways_out=["--allow_low_coverage true, if the memory is there", "--load_in_4bit false"],
+        )
+    return model, report
+
+
+def _check_quantization(path: Path, config: Any) -> None:
+    if config is None:
+        return
+    values = config if isinstance(config, dict) else config.to_dict()
+    if values.get("quant_method") != "bitsandbytes" or values.get("load_in_8bit"):
+        raise ModelError(
+            f"{path} is quantized in a format that is not read here",
+            found=f"quant_method {values.get('quant_method')!r}",
+            expected="an unquantized checkpoint, or bitsandbytes 4-bit",
+        )
+
+
+def _load_generation_config(model: Any, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+
+
+def _place_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Names on disk to the model's names, by transformers' own renamings.
+
+    Raises:
+        ModelError: the model's layout on disk needs tensors to be joined or split (mixture-of-experts models).
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    result = {}
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None:
+            raise ModelError(
+                f"{type(model).__name__} stores {name!r} in another layout than it computes with, which is not read yet",
+                ways_out=["use a dense model"],
+            )
+        result[name] = target
+    return result
+
+
+class _Filler:
+    """Fills an empty model from a checkpoint, tensor by tensor."""
+
+    def __init__(
+        self, model: Any, checkpoint: hub.Checkpoint, options: ModelOptions, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model, self.checkpoint, self.options = model, checkpoint, options
+        self.dtype, self.device = dtype, device
+        self.stored_4bit = nf4.quantized_names(set(checkpoint.entries))
+        plain = [n for n in checkpoint if not any(n.startswith(f"{q}.") for q in _parents(n) & self.stored_4bit)]
+        self.sources = plain
+        self.targets = checkpoint_names(model, plain)
+        head = model.get_output_embeddings()
+        self.linear = {
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        }
+        embeddings = {id(m.weight) for m in (model.get_input_embeddings(), head) if m is not None}
+        self.in_layers = {
+            name: p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embeddings
+        }
+        self.records: list[dict[str, Any]] = []
+
+    def check_names(self) -> None:
+        """Everything that does not fit, in one error, from the headers alone."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers())
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        ignored = list(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or [])
+        found = set(self.targets.values())
+        problems = [f"missing: {name}" for name in parameters.keys() - found - tied]
+        for source, target in self.targets.items():
+            expected = parameters.get(target, buffers.get(target))
+            if expected is None:
+                if not _matches(target, ignored) and "rotary_emb.inv_freq" not in target:
+                    problems.append(f"unexpected: {source}")
+            elif source not in self.stored_4bit and self.checkpoint.entries[source].shape != tuple(expected.shape):
+                shape = list(self.checkpoint.entries[source].shape)
+                problems.append(f"{source}: {shape} in the file, {list(expected.shape)} in the model")
+        if problems:
+            more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+            raise ModelError(
+                f"the weights in {self.checkpoint.directory} do not fit {type(self.model).__name__}",
+                found="; ".join(sorted(problems)[:12]) + more,
+                ways_out=["check that config.json belongs to these weights"],
+            )
+
+    def fill(self, source: str) -> None:
+        """Read one tensor, quantize or cast it, and put it in its place."""
+        target = self.targets[source]
+        module_name, _, attribute = target.rpartition(".")
+        try:
+            module = self.model.get_submodule(module_name)
+        except AttributeError:
+            return
+        if source in self.stored_4bit:
+            value: Tensor = self._stored(source, target)
+        else:
+            tensor = self.checkpoint.read(source)
+            if attribute in module._buffers:
+                buffer = module._buffers[attribute]
+                module._buffers[attribute] = tensor.to(self.device, buffer.dtype if buffer is not None else None)
+                return
+            if attribute not in module._parameters:
+                return
+            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+                raise ModelError(f"{source} is stored as {tensor.dtype}, which is not read here", ways_out=[
+                    "use a 16- or 32-bit version of the model"
+                ])
+            if target in self.linear and self.options.load_in_4bit:
+                value = self._quantize(source, tensor)
+            else:
+                value = tensor.to(self.device, self.dtype)
+                self._refuse_non_finite(source, value)
+        module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+
+    def _stored(self, source: str, target: str) -> Tensor:
+        tensor = nf4.read_stored(self.checkpoint, source)
+        expected = self.model.get_parameter(target).shape
+        if tensor.shape != expected:
+            raise ModelError(f"{source}: {list(tensor.shape)} in the file, {list(expected)} in the model")
+        if not self.options.load_in_4bit:
+            return tensor.dequantize(self.dtype).to(self.device)
+        self.records.append(self._record(source, tensor, None))
+        return tensor.with_dtype(self.dtype)._map(lambda part: part.to(self.device))
+
+    def _quantize(self, source: str, tensor: Tensor) -> Tensor:
+        options = self.options
+        tensor = tensor if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor.float()
+        try:
+            quantized = nf4.quantize(
+                tensor.to(self.device),
+                block_size=options.bnb_4bit_blocksize,
+                double_quant=options.bnb_4bit_use_double_quant,
+                quant_type=options.bnb_4bit_quant_type,
+            )
+        except ValueError as error:
+            raise self._non_finite(source, str(error)) from error
+        self.records.append(self._record(source, quantized, tensor))
+        return quantized.with_dtype(self.dtype)
+
+    def _refuse_non_finite(self, source: str, tensor: Tensor) -> None:
+        if not bool(torch.isfinite(tensor).all()):
+            raise self._non_finite(source, f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite")
+
+    def _non_finite(self, source: str, found: str) -> ModelError:
+        return ModelError(
+            f"the weight {source} is not finite",
+            where=str(self.checkpoint.entries[source].file),
+            found=found,
+            ways_out=["download the file again", "or use another checkpoint of the model"],
+        )
+
+    def _record(self, source: str, quantized: NF4Tensor, original: Tensor | None) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "name": source,
+            "shape": list(quantized.shape),
+            "bytes": quantized.stored_bytes,
+            "weights": quantized.numel(),
+        }
+        if original is not None:
+            record["relative_mse"] = relative_error(quantized, original)
+        return record
+
+    def coverage(self) -> float:
+        """Share of the weights in layers (all but embeddings, head and vectors) that is held in 4 bits."""
+        total = sum(self.in_layers.values())
+        return sum(record["weights"] for record in self.records) / total if total else 0.0
+
+
+_SAMPLE = 1 << 20
+
+
+def relative_error(quantized: NF4Tensor, original: Tensor) -> float:
+    """Squared quantization error over squared weight, of the first million weights (whole blocks)."""
+    n = min(_SAMPLE, original.numel())
+    n = n if n == original.numel() else n - n % quantized.block_size
+    parts = quantized.parts
+    blocks = -(-n // parts.block_size)
+    if n < original.numel():
+        groups = -(-blocks // parts.nested_block_size)
+        parts = parts._replace(
+            packed=parts.packed[: n // 2],
+            absmax=parts.absmax[:blocks],
+            nested_absmax=None if parts.nested_absmax is None else parts.nested_absmax[:groups],
+        )
+    values = NF4Tensor(parts, torch.Size([n]), torch.float32, quantized.quant_type).dequantize(torch.float32)
+    reference = original.reshape(-1)[:n].to(values.device).float()
+    power = float(reference.square().sum())
+    return float((values - reference).square().sum()) / power if power else 0.0
+
+
+def _parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+# --- the self-test ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a model may be trained with, as measured at load."""
+
+    packing: bool
+    chunked_head: bool
+    packing_error: float
+    head_error: float
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest relative difference (norm over norm) that rounding can cause: about eight units of the last place, times
+the growth over a deep network. Tokens that leak between rows change the logits by several times as much."""
+
+
+@torch.no_grad()
+def self_test(model: Any) -> Abilities:
+    """Packed rows equal separate rows, and the chunked head equals the full logits, on a few tokens.
+
+    The caller refuses packing, or training, by name where it does not hold.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    length = 12
+    ids = (torch.arange(2 * length, device=device) * 7919 + 13) % vocabulary
+    position = torch.arange(length, device=device).repeat(2)
+    tolerance = TOLERANCE[model.config.dtype]
+    try:
+        apart = torch.cat([model(input_ids=ids[i : i + length][None], use_cache=False).logits[0] for i in (0, length)])
+        try:
+            with segments(model):
+                bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+                packed = model(
+                    input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=bounds, use_cache=False
+                ).logits[0]
+            packing_error = _relative(packed, apart)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            packing_error = math.inf
+        try:
+            hidden = model.base_model(input_ids=ids[None, :length], use_cache=False).last_hidden_state[0]
+            chunks = torch.cat([output_head(model)(part) for part in hidden.split(5)])
+            head_error = _relative(chunks, apart[:length])
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            head_error = math.inf
+    finally:
+        model.train(was_training)
+    return Abilities(packing_error <= tolerance, head_error <= tolerance, packing_error, head_error)
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    if value.shape != reference.shape:
+        return math.inf
+    error = (value.float() - reference.float()).norm() / reference.float().norm().clamp(min=1e-30)
+    return float(error) if torch.isfinite(error) else math.inf
+
+
+# --- a model or a run -------------------------------------------------------------------------------------------------
+
+
+def load(model_or_run: str | Path, *, progress: Progress = no_progress, **changes: Any) -> tuple[Any, Any]:
+    """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run directory.
+
+    Args:
+        model_or_run: Hub id, model directory or run directory. changes: fields of `config.ModelOptions`; a run's
+            base is held as it was in training unless changed here.
+
+    Raises:
+        ModelError, UsageError: as `load_base` and `lora.load_adapter`.
+    """
+    if not is_run(model_or_run):
+        path = hub.resolve(str(model_or_run), changes.get("revision"))
+        model, _ = load_base(path, ModelOptions(**changes), progress)
+        return model, hub.load_tokenizer(path)
+    run = Run.open(model_or_run)
+    trained = run.info()["config"]
+    options = ModelOptions(**{**{key: trained[key] for key in ModelOptions.model_fields}, **changes})
+    if trained["full"]:
+        model, _ = load_base(run.adapter, options, progress)
+    else:
+        model, _ = load_base(hub.resolve(run.info()["base"]["path"], options.revision), options, progress)
+        load_adapter(model, run.adapter)
+        model.eval()
+    return model, hub.load_tokenizer(run.adapter)
