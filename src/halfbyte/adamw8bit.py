@@ -50,7 +50,7 @@ class AdamW8bit(torch.optim.Optimizer):
         large, small = self._split(params)
         size = sum(padded_size(p.numel()) for p in large)
         device = params[0].device
-        arena = {
+        return {
             "m_codes": torch.zeros(size, dtype=torch.uint8, device=device),
             "v_codes": torch.zeros(size, dtype=torch.uint8, device=device),
             "m_absmax": torch.zeros(size // BLOCK, device=device),
@@ -58,7 +58,6 @@ class AdamW8bit(torch.optim.Optimizer):
             "small_m": torch.zeros(sum(p.numel() for p in small), device=device),
             "small_v": torch.zeros(sum(p.numel() for p in small), device=device),
         }
-        return arena
 
     def _split(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         large = [p for p in params if p.numel() >= self._min_8bit_size]
@@ -89,19 +88,10 @@ class AdamW8bit(torch.optim.Optimizer):
                 step=self.steps,
             )
             sizes = [p.numel() for p in small]
+            hyper: tuple[float, ...] = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
             moments = zip(arena["small_m"].split(sizes), arena["small_v"].split(sizes), strict=True)
             for p, (m, v) in zip(small, moments, strict=True):
-                adamw_update(
-                    p.view(-1),
-                    _grad(p).reshape(-1),
-                    m,
-                    v,
-                    group["lr"],
-                    *group["betas"],
-                    group["eps"],
-                    group["weight_decay"],
-                    self.steps,
-                )
+                adamw_update(p.view(-1), _grad(p).reshape(-1), m, v, *hyper, t=self.steps)  # pyright: ignore[reportCallIssue]
         return loss
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ to the attention function; position ids restart with each row. The registered ma
 mask to build or to hold. Here each row is a separate causal call of PyTorch's own attention.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,10 +49,12 @@ def segment_attention(
         raise ValueError("the model does not hand cu_seq_lens_q to its attention, so rows cannot be packed")
     pieces = []
     bounds = cu_seq_lens_q.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         here = slice(start, stop)
         pieces.append(
-            _causal(query[:, :, here], key[:, :, here], value[:, :, here], scaling, dropout, sliding_window, softcap, s_aux)
+            _causal(
+                query[:, :, here], key[:, :, here], value[:, :, here], scaling, dropout, sliding_window, softcap, s_aux
+            )
         )
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
     return joined.transpose(1, 2), None

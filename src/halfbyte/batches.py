@@ -91,22 +91,22 @@ def prepare(rows: Sequence[Encoded], max_length: int, over_length: Literal["trun
 class MicroBatch:
     """Rows laid end to end. input_ids, position_ids, labels: int64 [T]; bounds: int32 [rows + 1], from 0 to T.
 
-    labels[t] is the token that position t shall predict, or `IGNORE`.
+    labels[t] is the token that position t shall predict, or `IGNORE`. rows: their places in the data file.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     bounds: Tensor
-    rows: tuple[int, ...]
+    rows: tuple[str, ...]
 
     @property
     def supervised(self) -> int:
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.labels))
-        return MicroBatch(*moved, self.bounds, self.rows)
+        ids, positions, labels = (t.to(device) for t in (self.input_ids, self.position_ids, self.labels))
+        return MicroBatch(ids, positions, labels, self.bounds, self.rows)
 
     def split_rows(self) -> list["MicroBatch"]:
         """Each row as a micro-batch of its own: for models whose packing failed the self-test."""
@@ -130,9 +130,7 @@ def collate(rows: Sequence[Encoded], indices: Sequence[int]) -> MicroBatch:
         row = rows[index]
         ids += row.input_ids
         positions += range(len(row.input_ids))
-        labels += [
-            token if flag else IGNORE for token, flag in zip(row.input_ids[1:], row.trained[1:], strict=True)
-        ]
+        labels += [token if flag else IGNORE for token, flag in zip(row.input_ids[1:], row.trained[1:], strict=True)]
         labels.append(IGNORE)
         bounds.append(len(ids))
     return MicroBatch(
@@ -140,7 +138,7 @@ def collate(rows: Sequence[Encoded], indices: Sequence[int]) -> MicroBatch:
         torch.tensor(positions),
         torch.tensor(labels),
         torch.tensor(bounds, dtype=torch.int32),
-        tuple(indices),
+        tuple(rows[index].where for index in indices),
     )
 
 
@@ -151,9 +149,10 @@ def permutation(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows into bins of at most ``capacity`` tokens: first fit, longest first, ties and bins in the epoch's order.
+    """Rows into bins of at most ``capacity`` tokens: best fit, longest first, ties and bins in the epoch's order.
 
-    Each bin tracks what it has left; bins are indexed by that, so the search is over lengths and not over bins.
+    Bins are indexed by the space they have left, so the search is over lengths and not over bins. The number of bins
+    depends on the lengths only, so every epoch has as many steps as the first.
     """
     rank = {row: place for place, row in enumerate(order)}
     bins: list[list[int]] = []

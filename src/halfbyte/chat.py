@@ -16,6 +16,7 @@ are prefixes of the whole. Templates that rewrite earlier turns fail that test a
 """
 
 import hashlib
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,11 @@ class Renderer:
         self._stand_in = {text: chr(_STAND_IN + n) for n, text in enumerate(self.special)}
         self._special_pattern = re.compile("|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)))
         self._backend = self._tokenizer_without_control_words()
-        self._original_id = {
-            self._backend.token_to_id(character): self.special[text] for text, character in self._stand_in.items()
-        }
+        self._original_id: dict[int, int] = {}
+        for text, character in self._stand_in.items():
+            index = self._backend.token_to_id(character)
+            assert index is not None
+            self._original_id[index] = self.special[text]
 
     @property
     def template_sha256(self) -> str:
@@ -107,7 +110,7 @@ class Renderer:
         backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
-        for index, token in self.tokenizer.added_tokens_decoder.items():
+        for _index, token in self.tokenizer.added_tokens_decoder.items():
             if token.special:
                 stand_in = AddedToken(
                     self._stand_in[token.content],
@@ -118,7 +121,9 @@ class Renderer:
                     special=False,
                 )
                 if backend.add_tokens([stand_in]) != 1:
-                    raise DataError(f"the tokenizer uses the private character U+{ord(self._stand_in[token.content]):X}")
+                    raise DataError(
+                        f"the tokenizer uses the private character U+{ord(self._stand_in[token.content]):X}"
+                    )
         backend.encode_special_tokens = True
         return backend
 
@@ -152,7 +157,7 @@ class Renderer:
                 found=str(error) or type(error).__name__,
                 ways_out=["check the order of roles", "or give another template with --chat_template"],
             ) from error
-        return texts[0], [tuple(span) for span in spans[0]] if want_spans else []
+        return texts[0], [(int(a), int(b)) for a, b in spans[0]] if want_spans else []
 
     def segments(self, example: Example) -> list[Segment]:
         """A row as pieces of known origin.
@@ -277,8 +282,11 @@ class Renderer:
             return segment.text
         return self._special_pattern.sub(lambda match: self._stand_in[match.group()], segment.text)
 
+    def _original_ids(self, ids: list[int]) -> list[int]:
+        return [self._original_id.get(index, index) for index in ids]
+
     def _mask(self, where: str, result: Any, spans: list[tuple[int, int]], append_end: bool) -> Encoded:
-        ids = [self._original_id.get(index, index) for index in result.ids]
+        ids = self._original_ids(result.ids)
         trained, span = [], 0
         for start, stop in result.offsets:
             while span < len(spans) and spans[span][1] <= start:
@@ -296,7 +304,7 @@ class Renderer:
         text = self.render(messages, add_generation_prompt=True)
         row = _cut(text, self._data_spans(messages, text, "the prompt", asking=True), [])
         (result,) = self._encode_batch(["".join(map(self._shown, row))], [False])
-        return [self._original_id.get(index, index) for index in result.ids]
+        return self._original_ids(result.ids)
 
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's end token, and what the template writes after an answer."""
@@ -351,6 +359,6 @@ def _cut(text: str, data: list[tuple[int, int]], trained: list[tuple[int, int]])
 
     return [
         Segment(text[start:stop], inside(data, start), inside(trained, start))
-        for start, stop in zip(edges, edges[1:], strict=False)
+        for start, stop in itertools.pairwise(edges)
         if stop > start
     ]

@@ -36,7 +36,13 @@ class Found:
 
 
 def save(
-    directory: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int, base: str
+    directory: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    base: str,
 ) -> Path:
     """Write checkpoint ``step`` and prune older ones to ``keep``.
 
@@ -168,3 +174,42 @@ def remove_unfinished(directory: Path) -> None:
             shutil.rmtree(leftover)
 
 
+# --- what a resumed run must share ---
+
+_MAY_CHANGE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "model",
+    "data",
+}
+
+
+def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a resumed run to go on as the unbroken one would."""
+    settings = {key: value for key, value in info["config"].items() if key not in _MAY_CHANGE}
+    return {
+        **settings,
+        "base": info["base"]["path"],
+        "data_sha256": info["data"]["sha256"],
+        "template_sha256": info["template_sha256"],
+        "tokenizer_sha256": info["tokenizer_sha256"],
+        "total_steps": info["total_steps"],
+        "compute_dtype": info["compute_dtype"],
+        "threads": info["machine"]["threads"],
+        "torch": info["versions"]["torch"],
+    }
+
+
+def refuse_changes(state: dict[str, Any], info: dict[str, Any]) -> None:
+    """Raise ModelError if the checkpoint's training is another one than ``info`` (run.json) describes."""
+    before, now = state["fingerprint"], fingerprint(info)
+    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if differ:
+        raise ModelError(
+            "the checkpoint belongs to another training than this command describes",
+            found="; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ),
+            ways_out=["repeat the command as it was", "or start anew in another --output_dir"],
+        )

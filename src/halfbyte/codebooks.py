@@ -16,6 +16,7 @@ The 8-bit "dynamic" maps (Dettmers 2015, arXiv:1511.04561) store scales of scale
 bits the smaller the number. Linear INT4 / INT8 with a zero point is here to be compared with, not to be stored.
 """
 
+import itertools
 import math
 import struct
 from collections.abc import Iterable, Sequence
@@ -108,7 +109,7 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
     for i in range(7):
         count = 2 ** (i if signed else i + 1) + 1
         bounds = _linspace_float32(0.1, 1.0, count)
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for low, high in itertools.pairwise(bounds):
             mean = to_float32(to_float32(low + high) / 2.0)
             # the scalar is a double there, but the product is taken in fp32
             value = to_float32(to_float32(10 ** (i - 6)) * mean)
@@ -123,10 +124,7 @@ def _linspace_float32(start: float, stop: float, count: int) -> list[float]:
     step = to_float32(to_float32(stop - start) / (count - 1))
     half = count // 2
     return [
-        to_float32(start + step * i)
-        if i < half
-        else to_float32(stop - step * (count - 1 - i))
-        for i in range(count)
+        to_float32(start + step * i) if i < half else to_float32(stop - step * (count - 1 - i)) for i in range(count)
     ]
 
 

@@ -54,7 +54,9 @@ def answer(
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([renderer.prompt_ids(messages)], device=device)
     stops = renderer.stop_ids()
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     torch.manual_seed(seed)
     out = model.generate(
         ids,

@@ -71,7 +71,9 @@ def resolve(model: str, revision: str | None = None, *, config_only: bool = Fals
 
     patterns = ["*.json", "*.jinja"] if config_only else HUB_PATTERNS
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"]))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"])
+        )
     except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -253,7 +255,7 @@ def read_tensor(entry: Entry, name: str) -> torch.Tensor:
         ModelError: the file ends early. StorageError: the system cannot read it.
     """
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view, done = memoryview(raw.numpy()), 0
+    view, done = memoryview(raw.numpy()), 0  # pyright: ignore[reportArgumentType]
     try:
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)

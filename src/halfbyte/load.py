@@ -182,7 +182,7 @@ def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if pattern is not None:
             raise ModelError(
-                f"{type(model).__name__} stores {name!r} in another layout than it computes with, which is not read yet",
+                f"{type(model).__name__} stores {name!r} in another layout than it computes with: not read yet",
                 ways_out=["use a dense model"],
             )
         result[name] = target
@@ -203,7 +203,9 @@ class _Filler:
         self.targets = checkpoint_names(model, plain)
         head = model.get_output_embeddings()
         self.linear = {
-            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
         }
         embeddings = {id(m.weight) for m in (model.get_input_embeddings(), head) if m is not None}
         self.in_layers = {
@@ -254,9 +256,10 @@ class _Filler:
             if attribute not in module._parameters:
                 return
             if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-                raise ModelError(f"{source} is stored as {tensor.dtype}, which is not read here", ways_out=[
-                    "use a 16- or 32-bit version of the model"
-                ])
+                raise ModelError(
+                    f"{source} is stored as {tensor.dtype}, which is not read here",
+                    ways_out=["use a 16- or 32-bit version of the model"],
+                )
             if target in self.linear and self.options.load_in_4bit:
                 value = self._quantize(source, tensor)
             else:

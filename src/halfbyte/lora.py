@@ -72,7 +72,12 @@ class LoraLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, adapter: AdapterConfig, layer_index: int, clock: DropoutClock, generator: torch.Generator
+        cls,
+        linear: nn.Linear,
+        adapter: AdapterConfig,
+        layer_index: int,
+        clock: DropoutClock,
+        generator: torch.Generator,
     ) -> "LoraLinear":
         """Turn a linear layer into this class in place; A is Kaiming-uniform (PEFT's choice), B zero."""
         device = linear.weight.device
@@ -332,7 +337,8 @@ def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any
     entries = read_header(directory / WEIGHTS)
     names = _adapted_names(entries)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not names or (strangers := [name for name in names if name not in linear]):
+    strangers = [name for name in names if name not in linear]
+    if not names or strangers:
         raise ModelError(
             f"the adapter in {directory} does not fit this model",
             found=f"adapts {', '.join(strangers[:5])}" if names else "no lora_A / lora_B tensors",
@@ -373,5 +379,3 @@ def restore_adapter(model: nn.Module, entries: dict[str, Entry], file: Path) -> 
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(read_tensor(found[name], name))
-
-

@@ -204,9 +204,7 @@ def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
     return same / sum(x.shape[0] for x in a)
 
 
-def _verify(
-    source: Run, target: Path, reference: Any, tokenizer: Any, onto: str, dtype: Any, device: str
-) -> Receipt:
+def _verify(source: Run, target: Path, reference: Any, tokenizer: Any, onto: str, dtype: Any, device: str) -> Receipt:
     probes = _probes(source, tokenizer)
     expected = _logits(reference, probes)
     merged, _ = load_base(target, ModelOptions(load_in_4bit=False, dtype=dtype, device=device))

@@ -208,9 +208,7 @@ def quantize(
     if double_quant:
         table = _scale_table(w.device)
         codes, nested_absmax, offset = ops.quantize_absmax(absmax, table, NESTED_BLOCK_SIZE)
-        parts = parts._replace(
-            absmax=codes, nested_absmax=nested_absmax, nested_quant_map=table, nested_offset=offset
-        )
+        parts = parts._replace(absmax=codes, nested_absmax=nested_absmax, nested_quant_map=table, nested_offset=offset)
     return NF4Tensor(parts, w.shape, w.dtype, quant_type)
 
 

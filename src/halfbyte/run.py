@@ -121,5 +121,3 @@ class Run:
 
 def is_run(path: str | Path) -> bool:
     return (Path(path).expanduser() / RUN_JSON).is_file()
-
-

@@ -1,4 +1,4 @@
-"""Training: one optimizer step is one paragraph (`_step`).
+"""Training: one optimizer step is one paragraph (`Trainer.step`).
 
 The loss of a step is the sum of cross-entropy over all supervised tokens of the global batch, divided by their number:
 how the batch is cut into micro-batches cannot change it. Whatever is random is a function of (seed, epoch, step,
@@ -30,7 +30,17 @@ from .batches import MicroBatch, Prepared, Schedule, collate, prepare
 from .chat import Renderer, read_template
 from .config import TrainConfig
 from .errors import BusyError, DataError, Interrupted, ModelError, NonFiniteError
-from .load import Abilities, Progress, choose_device, choose_dtype, load_base, no_progress, read_config, self_test
+from .load import (
+    Abilities,
+    Progress,
+    QuantReport,
+    choose_device,
+    choose_dtype,
+    load_base,
+    no_progress,
+    read_config,
+    self_test,
+)
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter
 from .loss import chunk_rows, output_head, supervised_loss
 from .rows import read_examples
@@ -62,14 +72,14 @@ def train(config: TrainConfig | None = None, reporter: Reporter | None = None, *
     run = Run(Path(config.output_dir).expanduser())
     hub.check_writable(run.path)
     with run.locked():
-        return _Training(config, run, reporter).run_all()
+        return Trainer(config, run, reporter).run_all()
 
 
-class _Training:
+class Trainer:
     """Sets the pieces up in the order in which they can fail, then loops."""
 
-    def __init__(self, config: TrainConfig, run: Run, reporter: Reporter) -> None:
-        self.config, self.run, self.reporter = config, run, reporter
+    def __init__(self, config: TrainConfig, run: Run, reporter: Reporter | None = None) -> None:
+        self.config, self.run, self.reporter = config, run, reporter or Reporter()
 
     def run_all(self) -> Run:
         config, say = self.config, self.reporter.say
@@ -89,14 +99,10 @@ class _Training:
         )
         info = self._info(base_path)
         if resumed is not None:
-            _refuse_changes(checkpoint.read_state(resumed), info)
-        self.model, report = load_base(base_path, config, self.reporter.progress)
-        self._write_reports(info, report.as_dict())
-        say(_loaded_line(self.model, report.coverage, config.load_in_4bit))
-        self._check_abilities(self_test(self.model))
-        self._make_trainable()
-        self.optimizer = self._make_optimizer()
-        self.base_path = base_path
+            checkpoint.refuse_changes(checkpoint.read_state(resumed), info)
+        self.info = info
+        self.run.write_info(info)
+        hub.write_json(self.run.path / "quant.json", self.build_model(base_path).as_dict())
         start = 0
         if resumed is not None:
             checkpoint.restore(resumed, self.model, self.optimizer)
@@ -177,12 +183,16 @@ class _Training:
             },
         }
 
-    def _write_reports(self, info: dict[str, Any], quant: dict[str, Any]) -> None:
-        self.info = info
-        self.run.write_info(info)
-        hub.write_json(self.run.path / "quant.json", quant)
-
     # --- the model ---
+
+    def build_model(self, base_path: Path) -> QuantReport:
+        """Load, test, adapt: everything `step` needs."""
+        self.model, report = load_base(base_path, self.config, self.reporter.progress)
+        self.reporter.say(_loaded_line(self.model, report.coverage, self.config.load_in_4bit))
+        self._check_abilities(self_test(self.model))
+        self._make_trainable()
+        self.optimizer = self._make_optimizer()
+        return report
 
     def _check_abilities(self, abilities: Abilities) -> None:
         self.abilities = abilities
@@ -216,7 +226,9 @@ class _Training:
             self.clock = first.clock
         model.config.use_cache = False
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            # newer transformers renamed it, and warns at the older name
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         head = output_head(model)
@@ -254,9 +266,8 @@ class _Training:
                 if step // self.steps_per_epoch != epoch:
                     epoch = step // self.steps_per_epoch
                     steps = self.schedule.epoch(epoch)
-                # packing may give an epoch a step more or less than the first: the last one then repeats or is skipped
-                groups = steps[min(step % self.steps_per_epoch, len(steps) - 1)]
-                row = self._step(step, [collate(self.data.rows, rows) for rows in groups])
+                batches = [collate(self.data.rows, rows) for rows in steps[step % self.steps_per_epoch]]
+                row = self.step(step, batches)
                 row["epoch"] = round((step + 1) / self.steps_per_epoch, 4)
                 done = step + 1
                 if done % self.config.logging_steps == 0 or done == self.total_steps:
@@ -272,7 +283,7 @@ class _Training:
                         stop.signal,
                     )
 
-    def _step(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
+    def step(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
         """One optimizer step over a global batch; returns its row of metrics.jsonl."""
         began = time.perf_counter()
         supervised = sum(batch.supervised for batch in batches)
@@ -323,7 +334,7 @@ class _Training:
     def _refuse_non_finite(self, step: int, loss: float, norm: float, batches: list[MicroBatch]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        rows = [self.data.rows[i].where for batch in batches for i in batch.rows]
+        rows = [where for batch in batches for where in batch.rows]
         raise NonFiniteError(
             f"step {step + 1} gave loss {loss} and gradient norm {norm}; the parameters were not updated",
             where=", ".join(rows[:8]) + (f" and {len(rows) - 8} more rows" if len(rows) > 8 else ""),
@@ -331,7 +342,7 @@ class _Training:
         )
 
     def _save(self, step: int) -> None:
-        state = {"total_steps": self.total_steps, "fingerprint": _fingerprint(self.info)}
+        state = {"total_steps": self.total_steps, "fingerprint": checkpoint.fingerprint(self.info)}
         keep = self.config.save_total_limit
         checkpoint.save(self.run.checkpoints, step, self.model, self.optimizer, state, keep, self.config.model)
 
@@ -402,36 +413,6 @@ class _Stop:
         self._restore()
 
 
-_MAY_CHANGE = {"output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit", "model", "data"}
-
-
-def _fingerprint(info: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a resumed run to go on as the unbroken one would."""
-    settings = {key: value for key, value in info["config"].items() if key not in _MAY_CHANGE}
-    return {
-        **settings,
-        "base": info["base"]["path"],
-        "data_sha256": info["data"]["sha256"],
-        "template_sha256": info["template_sha256"],
-        "tokenizer_sha256": info["tokenizer_sha256"],
-        "total_steps": info["total_steps"],
-        "compute_dtype": info["compute_dtype"],
-        "threads": info["machine"]["threads"],
-        "torch": info["versions"]["torch"],
-    }
-
-
-def _refuse_changes(state: dict[str, Any], info: dict[str, Any]) -> None:
-    before, now = state["fingerprint"], _fingerprint(info)
-    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if differ:
-        raise ModelError(
-            "the checkpoint belongs to another training than this command describes",
-            found="; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ),
-            ways_out=["repeat the command as it was", "or start anew in another --output_dir"],
-        )
-
-
 def _loaded_line(model: Any, coverage: float, load_in_4bit: bool) -> str:
     count = sum(p.numel() for p in model.parameters())
     held = f"{coverage:.1%} of the weights in layers held in 4 bits" if load_in_4bit else "held unquantized"
@@ -448,4 +429,4 @@ def _data_lines(data: Prepared, max_length: int) -> Iterator[str]:
     if data.dropped_long:
         yield f"{len(data.dropped_long)} rows longer than {max_length} tokens were left out"
     if data.dropped_unsupervised:
-        yield f"{len(data.dropped_unsupervised)} rows have no trained token within {max_length} tokens and were left out"
+        yield f"{len(data.dropped_unsupervised)} rows without a trained token in {max_length} tokens were left out"

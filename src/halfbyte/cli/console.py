@@ -67,8 +67,7 @@ class StepProgress:
 
     def update(self, row: dict[str, Any], total: int) -> None:
         text = (
-            f"loss {row['loss']:.3f}  {row['tokens_per_s']:.0f} tokens/s  "
-            f"memory {row['memory_bytes'] / 2**30:.2f} GiB"
+            f"loss {row['loss']:.3f}  {row['tokens_per_s']:.0f} tokens/s  memory {row['memory_bytes'] / 2**30:.2f} GiB"
         )
         if self._first == 0:
             self._first, self._began = row["step"], time.monotonic()

@@ -6,7 +6,7 @@ register behind the same schema and are held to the plain one by the tests.
 """
 
 from .adamw8bit import adamw_8bit_step
-from .dropout import DROPOUT_RESOLUTION, dropout_mask, drop_threshold
+from .dropout import DROPOUT_RESOLUTION, drop_threshold, dropout_mask
 from .fourbit import (
     FourBit,
     check_storage,

@@ -327,7 +327,9 @@ def _input_grad_shapes(grad: Tensor, *args) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], args[-1]))
 
 
-define("quantize_4bit(Tensor weight, Tensor quant_map, int block_size) -> (Tensor, Tensor)", _quantize, _quantize_shapes)
+define(
+    "quantize_4bit(Tensor weight, Tensor quant_map, int block_size) -> (Tensor, Tensor)", _quantize, _quantize_shapes
+)
 define(
     "quantize_absmax(Tensor absmax, Tensor nested_quant_map, int nested_block_size) -> (Tensor, Tensor, Tensor)",
     _quantize_absmax,

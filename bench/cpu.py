@@ -1,0 +1,287 @@
+"""This package against its peers on this CPU: same work, one run, alternating, medians and ratios.
+
+    python bench/cpu.py [--only quant|step|load] [--rounds 3] [--json]
+
+Every measurement is a process of its own, and the contestants take turns, so that a change of the machine's speed hits
+all alike. ``step`` is one optimizer step of the article's recipe (r=16 on all linear layers, alpha 32, dropout 0.05,
+gradient checkpointing, 512 tokens) on a 0.37B Llama with random weights; bitsandbytes + PEFT is the peer, once as the
+article has it (``prepare_model_for_kbit_training``), once best tuned (no upcast, no dropout, bf16 LoRA).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GEOMETRY: dict[str, dict[str, Any]] = {
+    "0.4b": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 2816, "num_attention_heads": 16},
+    "1b": {"hidden_size": 2048, "num_hidden_layers": 22, "intermediate_size": 5632, "num_attention_heads": 32},
+}
+KV_HEADS = {"0.4b": 16, "1b": 4}
+CONTESTANTS = {
+    "quant": ["halfbyte", "bitsandbytes"],
+    "step": ["halfbyte", "halfbyte_no_dropout", "bitsandbytes_peft", "bitsandbytes_peft_tuned"],
+    "load": ["halfbyte", "bitsandbytes"],
+}
+TOKENS = 512
+
+
+def median_of(call: Callable[[], object], repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def make_checkpoint(size: str, home: Path) -> Path:
+    """A random bf16 Llama in safetensors."""
+    path = home / f"llama-{size}"
+    if (path / "config.json").exists():
+        return path
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **GEOMETRY[size], num_key_value_heads=KV_HEADS[size], vocab_size=32000, max_position_embeddings=2048
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def bnb_model(path: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    q = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=q, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+
+
+# --- quantize and dequantize ------------------------------------------------------------------------------------------
+
+
+def quant(who: str, home: Path) -> dict[str, float]:
+    """Milliseconds for a 4096 x 11008 bf16 weight, block 64, double quantized."""
+    import torch
+
+    torch.manual_seed(0)
+    w = torch.randn(4096, 11008, dtype=torch.bfloat16)
+    if who == "halfbyte":
+        from halfbyte import nf4, ops
+
+        q = nf4.quantize(w)
+        out = torch.empty(w.numel(), dtype=w.dtype)
+        forward, back = (lambda: nf4.quantize(w)), (lambda: ops.dequantize_4bit(q.parts, w.numel(), w.dtype, out))
+    else:
+        import bitsandbytes.functional as bnb
+
+        packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+        forward = lambda: bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)  # noqa: E731
+        back = lambda: bnb.dequantize_4bit(packed, state)  # noqa: E731
+    return {"quantize_ms": median_of(forward, 3) * 1e3, "dequantize_ms": median_of(back, 9) * 1e3}
+
+
+# --- one training step ------------------------------------------------------------------------------------------------
+
+
+def step(who: str, home: Path) -> dict[str, float]:
+    import torch
+
+    path = make_checkpoint("0.4b", home)
+    torch.manual_seed(0)
+    ids = [torch.randint(4, 32000, (TOKENS,)) for _ in range(3)]
+    run = _halfbyte_step(path, 0.0 if who.endswith("no_dropout") else 0.05) if who.startswith("halfbyte") else None
+    run = run or _peer_step(path, tuned=who.endswith("tuned"))
+    losses, count = [], 0
+
+    def once() -> None:
+        nonlocal count
+        losses.append(run(ids[count % 3], count))
+        count += 1
+
+    seconds = median_of(once, 3)
+    return {"tokens_per_s": TOKENS / seconds, "seconds": seconds, "loss": losses[-1]}
+
+
+def _halfbyte_step(path: Path, dropout: float) -> Callable[[Any, int], float]:
+    import torch
+
+    from halfbyte.batches import collate
+    from halfbyte.chat import Encoded
+    from halfbyte.config import TrainConfig
+    from halfbyte.run import Run
+    from halfbyte.train import Trainer
+
+    config = TrainConfig(model=str(path), data="none", lora_dropout=dropout, dtype="bfloat16", max_steps=1000)
+    trainer = Trainer(config, Run(path))
+    trainer.build_model(path)
+    from halfbyte import attention
+
+    attention.segments(trainer.model).__enter__()
+
+    def run(ids: torch.Tensor, number: int) -> float:
+        row = Encoded("bench", ids.tolist(), [True] * len(ids))
+        return trainer.step(number, [collate([row], [0])])["loss"]
+
+    return run
+
+
+def _peer_step(path: Path, *, tuned: bool) -> Callable[[Any, int], float]:
+    import bitsandbytes
+    import peft
+    import torch
+
+    model = bnb_model(path)
+    if not tuned:
+        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = peft.LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0 if tuned else 0.05, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=not tuned)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+    model.train()
+    optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+
+    def run(ids: torch.Tensor, number: int) -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids[None], labels=ids[None]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return run
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def load(who: str, home: Path) -> dict[str, float]:
+    """Seconds and peak anonymous memory (sampled each 5 ms) of a 1.1B bf16 checkpoint into 4 bits."""
+    path = make_checkpoint("1b", home)
+    before, peak, done = anonymous_bytes(), 0, threading.Event()
+    if who == "halfbyte":
+        from halfbyte.config import ModelOptions
+        from halfbyte.load import load_base
+
+        call = lambda: load_base(path, ModelOptions(dtype="bfloat16"))[0]  # noqa: E731
+        import transformers.models.llama.modeling_llama as _  # noqa: F401
+    else:
+        import bitsandbytes  # noqa: F401
+
+        call = lambda: bnb_model(path)  # noqa: E731
+    before = anonymous_bytes()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    model = call()
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    sizes = [getattr(p, "stored_bytes", p.nbytes) for p in model.parameters()]
+    largest = max(p.numel() for p in model.parameters()) * 2
+    mib = 2**20
+    return {
+        "seconds": seconds,
+        "peak_anonymous_mib": (peak - before) / mib,
+        "finished_model_mib": sum(sizes) / mib,
+        "largest_tensor_mib": largest / mib,
+    }
+
+
+# --- the contest ------------------------------------------------------------------------------------------------------
+
+
+def contest(what: str, rounds: int, home: Path) -> dict[str, dict[str, float]]:
+    results: dict[str, list[dict[str, float]]] = {who: [] for who in CONTESTANTS[what]}
+    for _ in range(rounds):
+        for who in CONTESTANTS[what]:
+            command = [sys.executable, __file__, "--child", what, who, "--home", str(home)]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+            if done.returncode:
+                raise SystemExit(f"{what} {who} failed with {done.returncode}: {' '.join(command)}")
+            results[who].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{what} {who}: {results[who][-1]}", file=sys.stderr, flush=True)
+    return {who: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for who, runs in results.items()}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "commit": commit,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(CONTESTANTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--home", type=Path, help="where the random checkpoints are kept; a temporary directory else")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        what, who = arguments.child
+        print(json.dumps({"quant": quant, "step": step, "load": load}[what](who, arguments.home)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        home = arguments.home or Path(temporary)
+        chosen = [arguments.only] if arguments.only else list(CONTESTANTS)
+        report: dict[str, Any] = {what: contest(what, arguments.rounds, home) for what in chosen}
+    report["machine"] = machine()
+    print(json.dumps(report, indent=2) if arguments.json else "\n".join(table(report)))
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for what in CONTESTANTS:
+        for who, figures in report.get(what, {}).items():
+            lines.append(f"{what:6} {who:26} " + "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
+    return [*lines, f"machine: {report['machine']}"]
+
+
+if __name__ == "__main__":
+    main()
