@@ -80,6 +80,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: Run, reporter: Reporter | None = None) -> None:
         self.config, self.run, self.reporter = config, run, reporter or Reporter()
+        self.total_steps = config.max_steps
 
     def run_all(self) -> Run:
         config, say = self.config, self.reporter.say
@@ -94,9 +95,8 @@ class Trainer:
             self.max_length if config.packing else None,
         )
         self.steps_per_epoch = len(self.schedule.epoch(0))
-        self.total_steps = (
-            config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.steps_per_epoch)
-        )
+        if config.max_steps < 0:
+            self.total_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         info = self._info(base_path)
         if resumed is not None:
             checkpoint.refuse_changes(checkpoint.read_state(resumed), info)

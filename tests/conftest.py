@@ -1,0 +1,55 @@
+"""Shared inputs. Real ones live in ../shared (not part of this repository); tests that need them skip without it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real trained Llama of 260k parameters."""
+    return shared("models/stories260k")
+
+
+@pytest.fixture(scope="session")
+def alpaca() -> Path:
+    return shared("data/rasbt-instruction/instruction-data.json")
+
+
+@pytest.fixture(scope="session")
+def oasst_es() -> Path:
+    return shared("data/oasst1-chat/oasst1_val_es.jsonl")
+
+
+def shared(path: str) -> Path:
+    if not (SHARED / path).exists():
+        pytest.skip(f"../shared/{path} is not here")
+    return SHARED / path
+
+
+@pytest.fixture
+def tiny_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        attention_bias=True,
+    )
+
+
+@pytest.fixture
+def tiny_llama(tiny_config: LlamaConfig) -> LlamaForCausalLM:
+    """A random fp32 Llama with grouped-query attention and biases."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.08)
+    return model.eval()
