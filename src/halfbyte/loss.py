@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 IGNORE = -100
-CHUNK_BYTES = 64 << 20
-"""fp32 logits held at once, bytes."""
+CHUNK_BYTES = 16 << 20
+"""fp32 logits held at once, bytes: small enough that the allocator reuses the memory instead of faulting it in anew."""
 
 
 class _HiddenStates(nn.Module):

@@ -108,7 +108,7 @@ def _array_items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         position = skip_space(end)
         if position < len(text) and text[position] == ",":
             position = skip_space(position + 1)
-        elif position >= len(text) or text[position] != "]":
+        elif position < len(text) and text[position] != "]":
             raise DataError("the JSON array is not closed here", where=f"{path}:{text.count(chr(10), 0, position) + 1}")
     if position >= len(text):
         raise DataError("the JSON array has no closing bracket: the file is cut off", where=f"{path}:{line}")

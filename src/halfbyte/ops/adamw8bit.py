@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .library import define
+from .nearest import rank
 
 BLOCK = 256
 _CHUNK = 1 << 18
@@ -86,7 +87,7 @@ def _encode(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor) -> Non
     torch.amax(blocks.abs(), 1, out=absmax)
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)
     bounds = (table[1:] + table[:-1]) / 2
-    codes.copy_(torch.bucketize(scaled.view(-1), bounds, out_int32=True))
+    codes.copy_(rank(scaled.view(-1), bounds))
 
 
 def _gather(tensors: list[Tensor], arena: int) -> Tensor:

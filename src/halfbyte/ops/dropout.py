@@ -20,8 +20,8 @@ ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_COUNTERS = 1 << 15
-"""Counters per pass: four int64 lanes of them stay in the second-level cache."""
+_COUNTERS = 1 << 16
+"""Counters per pass: four int64 lanes of them stay within the second-level cache."""
 
 
 def drop_threshold(p: float) -> int:
@@ -51,17 +51,33 @@ def dropout_mask(
     return out
 
 
-def philox(counters: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-7: four int64 tensors of 32-bit counters (consumed) to four of 32-bit words."""
-    c0, c1, c2, c3 = counters
+def philox(counter0: Tensor, counters: tuple[int, int, int], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-7 of (counter0[i], *counters): four int64 tensors whose low 32 bits are the words.
+
+    Words are masked to 32 bits only where the next product needs it. In the first two rounds three counters are
+    still plain numbers, which saves a fifth of the passes.
+    """
+    c0: Tensor | int = counter0
+    c1: Tensor | int = counters[0]
+    c2: Tensor | int = counters[1]
+    c3: Tensor | int = counters[2]
     k0, k1 = key
     for _ in range(ROUNDS):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = (p1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
-        c2 = (p0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
+        c0, c2 = _mix(p1, c1, k0), _mix(p0, c3, k1)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return [c0, c1, c2, c3]
+    return [c for c in (c0, c1, c2, c3) if isinstance(c, Tensor)]
+
+
+def _mix(product: Tensor | int, other: Tensor | int, key: int) -> Tensor | int:
+    """The high 32 bits of the product, xor other, xor key."""
+    if isinstance(product, int):
+        return ((product >> 32) ^ key ^ other) & _MASK
+    high = product >> 32
+    if isinstance(other, int):
+        return high.bitwise_xor_((other & _MASK) ^ key).bitwise_and_(_MASK)
+    return high.bitwise_xor_(other).bitwise_xor_(key).bitwise_and_(_MASK)
 
 
 def _dropout_mask(out: Tensor, threshold: int, seed: int, step: int, micro_batch: int, layer: int) -> None:
@@ -70,8 +86,10 @@ def _dropout_mask(out: Tensor, threshold: int, seed: int, step: int, micro_batch
     for start in range(0, n, 8 * _COUNTERS):
         stop = min(start + 8 * _COUNTERS, n)
         c0 = torch.arange(start // 8, -(-stop // 8), dtype=torch.int64, device=out.device)
-        words = philox([c0, *(torch.full_like(c0, c) for c in (layer, micro_batch, step))], key)
-        halves = torch.stack(words, 1).to(torch.int32).view(torch.int16).view(-1)[: stop - start]
+        words = torch.empty(len(c0), 4, dtype=torch.int32, device=out.device)
+        for lane, word in enumerate(philox(c0, (layer, micro_batch, step), key)):
+            words[:, lane] = word
+        halves = words.view(torch.int16).view(-1)[: stop - start]
         # unsigned comparison of 16-bit halves in signed arithmetic: flip the sign bit on both sides
         torch.ge(halves.bitwise_xor_(-32768), threshold - 32768, out=out[start:stop])
 

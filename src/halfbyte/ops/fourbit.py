@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .library import CHUNK, define
+from .nearest import rank
 
 TINY = 1e-38
 MIN_BLOCK, MAX_BLOCK = 32, 4096
@@ -133,8 +134,9 @@ def _midpoints(quant_map: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _pack(scaled: Tensor, bounds: Tensor, codes_of_rank: Tensor | None) -> Tensor:
     """uint8 [n / 2] from scaled fp32 [n], n even."""
-    codes = torch.bucketize(scaled, bounds, out_int32=True)
-    codes = codes.to(torch.uint8) if codes_of_rank is None else codes_of_rank[codes]
+    codes = rank(scaled, bounds)
+    if codes_of_rank is not None:
+        codes = codes_of_rank[codes.int()]
     return (codes[0::2] << 4) | codes[1::2]
 
 
@@ -194,8 +196,7 @@ def _quantize_absmax(absmax: Tensor, nested_quant_map: Tensor, nested_block_size
     nested_absmax = grouped.abs().amax(1) if groups else absmax.new_zeros(0)
     scaled = (grouped * (1.0 / nested_absmax.clamp(min=TINY)).unsqueeze(1)).view(-1)[:blocks]
     bounds = (nested_quant_map[1:] + nested_quant_map[:-1]) / 2
-    codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
-    return codes, nested_absmax, offset.clone()
+    return rank(scaled, bounds), nested_absmax, offset.clone()
 
 
 def _quantize_absmax_shapes(
