@@ -6,7 +6,6 @@ to the attention function; position ids restart with each row. The registered ma
 mask to build or to hold. Here each row is a separate causal call of PyTorch's own attention.
 """
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
