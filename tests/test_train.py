@@ -282,7 +282,7 @@ def test_a_bitsandbytes_checkpoint_opens_bit_for_bit(stories: Path, tmp_path: Pa
         weight = ours.get_parameter(f"{name}.weight") if hasattr(module, "weight") else None
         if isinstance(weight, nf4.NF4Tensor):
             state: Any = module.weight.quant_state
-            assert torch.equal(weight.packed, module.weight.data.view(-1)), name  # pyright: ignore
+            assert torch.equal(weight.packed, module.weight.data.view(-1)), name
             assert torch.equal(weight.absmax, state.absmax), name
     ids = torch.randint(3, 500, (1, 24), generator=torch.Generator().manual_seed(0))
     theirs.train()  # their evaluation path computes in bf16
