@@ -29,6 +29,7 @@ from halfbyte.batches import Schedule, collate, pack, prepare
 from halfbyte.chat import Encoded
 from halfbyte.errors import DataError
 from halfbyte.load import self_test
+from halfbyte.loss import ROW_MULTIPLE
 
 SMALL = {
     "vocab_size": 96,
@@ -183,6 +184,14 @@ def test_labels_are_shifted_within_rows_only():
     assert batch.labels.tolist() == [-100, 2, 3, -100, 1, 2, -100]
     assert batch.bounds.tolist() == [0, 4, 7]
     assert [part.labels.tolist() for part in batch.split_rows()] == [[-100, 2, 3, -100], [1, 2, -100]]
+
+
+def test_padding_is_a_row_of_its_own_that_trains_nothing():
+    batch = collate([row(3), row(4, 2)], [1, 0])
+    padded = batch.padded()
+    assert len(padded.input_ids) == ROW_MULTIPLE and padded.bounds.tolist() == [0, 4, 7, 16]
+    assert padded.position_ids.tolist()[7:] == list(range(9))
+    assert padded.supervised == batch.supervised and padded.padded() is padded
 
 
 def test_long_rows_are_counted_not_forgotten():

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .loss import ROW_MULTIPLE
+
 NAME = "halfbyte"
 
 
@@ -66,10 +68,15 @@ def _causal(
 ) -> Tensor:
     length = q.shape[2]
     if softcap is None and sinks is None:
-        narrow = _band(length, window, q.device) if window is not None and window < length else None
-        return functional.scaled_dot_product_attention(
+        # keys past the end are seen by no query of the row; PyTorch keeps a compiled kernel for every length on a CPU
+        lack = -length % ROW_MULTIPLE if q.device.type == "cpu" else 0
+        q, k, v = (functional.pad(t, (0, 0, 0, lack)) for t in (q, k, v)) if lack else (q, k, v)
+        total = length + lack
+        narrow = _band(total, window, q.device) if window is not None and window < total else None
+        out = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=narrow, dropout_p=dropout, is_causal=narrow is None, scale=scaling, enable_gqa=True
         )
+        return out[:, :, :length]
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)

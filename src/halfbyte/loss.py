@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 IGNORE = -100
+ROW_MULTIPLE = 16
+"""Numbers of rows are rounded up to this, so that matrix libraries meet few shapes."""
 CHUNK_BYTES = 16 << 20
 """fp32 logits held at once, bytes: small enough that the allocator reuses the memory instead of faulting it in anew."""
 
@@ -45,7 +47,8 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
 
 def chunk_rows(vocabulary: int) -> int:
     """Positions per chunk."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+    rows = CHUNK_BYTES // (4 * vocabulary)
+    return max(ROW_MULTIPLE, rows - rows % ROW_MULTIPLE)
 
 
 def supervised_loss(
@@ -59,8 +62,10 @@ def supervised_loss(
         rows: positions per chunk (`chunk_rows`).
     """
     chosen = (labels != IGNORE).nonzero().squeeze(1)
-    selected = hidden.index_select(0, chosen)
-    return _ChunkedLoss.apply(selected, labels[chosen], head, rows, *parameters)  # pyright: ignore[reportReturnType]
+    lack = -len(chosen) % ROW_MULTIPLE
+    targets = functional.pad(labels[chosen], (0, lack), value=IGNORE)
+    selected = hidden.index_select(0, functional.pad(chosen, (0, lack)))
+    return _ChunkedLoss.apply(selected, targets, head, rows, *parameters)  # pyright: ignore[reportReturnType]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -78,7 +83,9 @@ class _ChunkedLoss(torch.autograd.Function):
             piece = hidden[start : start + rows].detach().requires_grad_(needs_hidden)
             with torch.enable_grad():
                 logits = head(piece).float()
-                loss = functional.cross_entropy(logits, labels[start : start + rows], reduction="sum")
+                loss = functional.cross_entropy(
+                    logits, labels[start : start + rows], reduction="sum", ignore_index=IGNORE
+                )
             total += loss.detach()
             wanted = [*([piece] if needs_hidden else []), *parameters]
             if wanted:

@@ -316,6 +316,8 @@ class Trainer:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """Summed loss of a micro-batch."""
+        if self.abilities.packing:
+            batch = batch.padded()
         inputs: dict[str, Any] = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
         if self.abilities.packing:
             inputs["cu_seq_lens_q"] = batch.bounds
