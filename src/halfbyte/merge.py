@@ -22,7 +22,7 @@ from . import hub, nf4
 from .batches import prepare
 from .chat import Renderer
 from .config import ModelOptions
-from .errors import DataError, HalfbyteError, ModelError, StorageError, UsageError, VerificationError
+from .errors import DataError, ModelError, StorageError, UsageError, VerificationError
 from .load import Progress, checkpoint_names, load, load_base, no_progress
 from .lora import LoraLinear
 from .nf4 import NF4Tensor
@@ -102,7 +102,7 @@ def merge(
                 expected=f"at least {min_agreement:.2%}",
                 ways_out=["use the adapter unmerged", "or lower --min_agreement if you accept the difference"],
             )
-    except HalfbyteError:
+    except BaseException:  # an interrupt, too: half a model is not left behind
         shutil.rmtree(target, ignore_errors=True)
         raise
     hub.write_json(target / "merge.json", receipt.as_dict())
