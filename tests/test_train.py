@@ -145,6 +145,13 @@ def test_resume_refuses_another_training(stories: Path, rows: Path, tmp_path: Pa
         halfbyte.train(**options(stories, rows, tmp_path / "run", max_steps=1))
 
 
+def test_a_command_that_failed_early_can_be_mended_and_repeated(stories: Path, rows: Path, tmp_path: Path):
+    with pytest.raises(ModelError, match="8-bit AdamW"):
+        halfbyte.train(**options(stories, rows, tmp_path, full=True, load_in_4bit=False, dtype="bfloat16"))
+    assert (tmp_path / "run.json").exists()
+    halfbyte.train(**options(stories, rows, tmp_path, max_steps=1))
+
+
 def test_damaged_checkpoints_do_not_count(stories: Path, rows: Path, tmp_path: Path):
     run = halfbyte.train(**options(stories, rows, tmp_path / "run", max_steps=4, save_steps=2))
     newest = run.checkpoints / "step-00000004"

@@ -34,6 +34,7 @@ from .load import (
     Abilities,
     Progress,
     QuantReport,
+    build_empty,
     choose_device,
     choose_dtype,
     load_base,
@@ -41,10 +42,10 @@ from .load import (
     read_config,
     self_test,
 )
-from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter
+from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter, target_names
 from .loss import chunk_rows, output_head, supervised_loss
 from .rows import read_examples
-from .run import Run, is_run
+from .run import Run
 
 Say = Callable[[str], None]
 
@@ -122,7 +123,7 @@ class Trainer:
         for line in damaged:
             self.reporter.say(f"skipped a damaged checkpoint: {line}")
         if self.config.resume_from_checkpoint is None:
-            if is_run(self.run.path):
+            if found or damaged or self.run.adapter.exists():
                 raise BusyError(
                     f"{self.run.path} already holds a run",
                     ways_out=[
@@ -137,6 +138,8 @@ class Trainer:
         config = self.config
         examples = read_examples(config.data)
         model_config = read_config(base_path)
+        if not config.full:
+            target_names(build_empty(model_config), config.target_modules)  # raises now rather than after loading
         tokenizer = hub.load_tokenizer(base_path)
         template = read_template(config.chat_template) if config.chat_template else None
         renderer = Renderer(
