@@ -134,6 +134,21 @@ def test_resumed_equals_unbroken(stories: Path, rows: Path, tmp_path: Path, chan
     assert digest(halfbyte.train(**again)) == before, "a finished run resumed trains no further"
 
 
+@pytest.mark.slow
+def test_resumed_equals_unbroken_at_every_step(stories: Path, rows: Path, tmp_path: Path):
+    """Packing, accumulation 3, dropout, two epochs: a stop after any step leads to the same bytes."""
+    common = {"max_steps": 8, "save_steps": 1, "packing": True, "max_length": 128, "save_total_limit": 9}
+    straight = halfbyte.train(**options(stories, rows, tmp_path / "straight", **common))
+    for last in range(1, 8):
+        broken = tmp_path / f"broken{last}"
+        shutil.copytree(straight.path, broken)
+        shutil.rmtree(broken / "adapter")
+        for step in range(last + 1, 9):
+            shutil.rmtree(broken / f"checkpoints/step-{step:08d}")
+        again = options(stories, rows, broken, resume_from_checkpoint="auto", **common)
+        assert digest(halfbyte.train(**again)) == digest(straight), last
+
+
 def test_resume_refuses_another_training(stories: Path, rows: Path, tmp_path: Path):
     halfbyte.train(**options(stories, rows, tmp_path / "run", max_steps=1))
     with pytest.raises(ModelError, match="another training") as caught:
