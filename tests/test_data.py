@@ -165,6 +165,7 @@ def test_arrays_name_the_line_of_the_element(tmp_path: Path):
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant's turn"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a string"),
         ({"messages": []}, "non-empty list"),
+        ({"prompt": "a\ud800", "completion": "b"}, "lone surrogate U\\+D800 at character 1"),
     ],
 )
 def test_wrong_rows_are_explained(tmp_path: Path, row: dict, message: str):

@@ -164,7 +164,20 @@ def _text(row: dict[str, Any], column: str, where: str, *, optional: bool = Fals
     if not isinstance(value, str):
         found = "no such column" if column not in row else "null" if value is None else f"a {type(value).__name__}"
         raise DataError(f"column {column!r} must be a string", where=where, found=found)
-    return value
+    return _encodable(value, where)
+
+
+def _encodable(text: str, where: str) -> str:
+    """The text, if it has a UTF-8 form: JSON can escape half of a character (a lone surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} is no text",
+            where=where,
+            ways_out=["write the character whole, or remove it"],
+        ) from error
+    return text
 
 
 def _messages(value: Any, where: str, column: str) -> list[dict[str, Any]]:
@@ -180,6 +193,7 @@ def _messages(value: Any, where: str, column: str) -> list[dict[str, Any]]:
         if not isinstance(message.get("content"), str):
             found = f"a {type(message.get('content')).__name__}" if message.get("content") is not None else "none"
             raise DataError("a message's content must be a string", where=here, found=found)
+        _encodable(message["content"], here)
         if message["role"] == "assistant" and not message["content"].strip():
             raise DataError("an assistant's turn is empty: there is nothing to train", where=here)
     if not any(message["role"] == "assistant" for message in value):
