@@ -154,6 +154,9 @@ def test_arrays_name_the_line_of_the_element(tmp_path: Path):
     path.write_text(json.dumps([GOOD, GOOD])[:-1])
     with pytest.raises(DataError, match="cut off"):
         read_examples(path)
+    path.write_text(json.dumps([GOOD]) + "\n" + json.dumps([GOOD]))
+    with pytest.raises(DataError, match="text follows"):
+        read_examples(path)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,7 @@ def test_arrays_name_the_line_of_the_element(tmp_path: Path):
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant's turn"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a string"),
         ({"messages": []}, "non-empty list"),
+        ({"prompt": [{"role": "assistant", "content": "x"}], "completion": []}, "prompt holds an assistant"),
         ({"prompt": "a\ud800", "completion": "b"}, "lone surrogate U\\+D800 at character 1"),
     ],
 )

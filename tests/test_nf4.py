@@ -199,6 +199,16 @@ def test_linear_equals_its_dequantized_twin_bit_for_bit(dtype: torch.dtype):
     assert x.grad is not None and twin.grad is not None and torch.equal(x.grad, twin.grad)
 
 
+def test_generating_first_does_not_spoil_training():
+    from halfbyte.ops import fourbit
+
+    layer = quantized_linear()
+    fourbit._scratch.clear()
+    with torch.inference_mode():
+        layer(torch.randn(2, 100))
+    layer(torch.randn(2, 100, requires_grad=True)).sum().backward()
+
+
 def test_saved_for_backward_is_the_four_bits():
     layer = quantized_linear()
     saved = []

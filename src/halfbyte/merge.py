@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from . import hub, nf4
-from .batches import prepare
 from .chat import Renderer
 from .config import ModelOptions
 from .errors import DataError, ModelError, StorageError, UsageError, VerificationError
@@ -94,7 +93,7 @@ def merge(
         if onto == "original" and in_4bit:
             del reference
             receipt = _with_trained_run(receipt, source, target, dtype, device)
-        if receipt.greedy_agreement < min_agreement:
+        if not receipt.max_logit_difference < float("inf") or receipt.greedy_agreement < min_agreement:
             raise VerificationError(
                 "the merged model is not the model that was trained; it was removed",
                 found=f"{receipt.greedy_agreement:.2%} of {receipt.tokens} positions predict the same token, "
@@ -138,7 +137,7 @@ def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) 
         hub.write_safetensors(target / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(t.nbytes for t in tensors.values())
-    if len(shards) > 1:
+    if list(shards) != [hub.SINGLE]:
         hub.write_json(target / hub.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -187,8 +186,8 @@ def _probes(source: Run, tokenizer: Any) -> list[list[int]]:
     except DataError:
         question = [{"role": "user", "content": "What is the capital of France, and why do people travel there?"}]
         examples = [Example("probe", [*question, {"role": "assistant", "content": "Paris. They like its museums."}])]
-    rows = prepare(renderer.encode(examples), min(PROBE_TOKENS, config["max_length"]), "truncate").rows
-    return [row.input_ids for row in rows]
+    # whole rows, trained or not: a long question must not leave the merge without probes
+    return [row.input_ids[:PROBE_TOKENS] for row in renderer.encode(examples)]
 
 
 @torch.inference_mode()

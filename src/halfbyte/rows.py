@@ -112,6 +112,9 @@ def _array_items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             raise DataError("the JSON array is not closed here", where=f"{path}:{text.count(chr(10), 0, position) + 1}")
     if position >= len(text):
         raise DataError("the JSON array has no closing bracket: the file is cut off", where=f"{path}:{line}")
+    if text[position + 1 :].strip():
+        number = text.count("\n", 0, skip_space(position + 1)) + 1
+        raise DataError("text follows the end of the JSON array", where=f"{path}:{number}")
 
 
 def _form_of(row: dict[str, Any], where: str) -> str:
@@ -150,6 +153,12 @@ def _example(form: str, row: dict[str, Any], where: str) -> Example:
         return Example(where, _messages(turns, where, "output"))
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
+        if any(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt):
+            raise DataError(
+                "the prompt holds an assistant's turn, which would be trained like the completion",
+                where=where,
+                ways_out=["give such conversations as `messages`, of which every answer is trained"],
+            )
         return Example(where, _messages(prompt + completion, where, "prompt + completion"))
     answer = _text(row, "completion", where)
     if not answer:

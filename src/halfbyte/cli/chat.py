@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..config import ChatConfig, ModelOptions
+from ..run import is_run
 from . import console
 from .options import Verb
 
@@ -18,7 +19,10 @@ def chat(record: ChatConfig) -> dict[str, Any]:
     opening = [{"role": "system", "content": record.system}] if record.system else []
     if record.prompt is not None:
         text, stopped = _turn(record, model, renderer, [*opening, {"role": "user", "content": record.prompt}])
-        console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
+        if is_run(record.model):
+            console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
+        else:
+            console.say(f"next: halfbyte train {record.model} --data my.jsonl")
         return {"prompt": record.prompt, "answer": text, "stopped": stopped}
     turns = list(opening)
     console.say("an empty line ends the conversation")

@@ -278,7 +278,8 @@ def _dequantized(q: FourBit, rows: int, columns: int, dtype: torch.dtype) -> Ten
     device, n = q.packed.device, rows * columns
     buffer = _scratch.get((device, dtype))
     if buffer is None or buffer.numel() < n:
-        buffer = _scratch[device, dtype] = torch.empty(n, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a buffer made while generating must serve training, too
+            buffer = _scratch[device, dtype] = torch.empty(n, dtype=dtype, device=device)
     _dequantize(*q, buffer[:n])
     return buffer[:n].view(rows, columns)
 
