@@ -48,7 +48,7 @@ HEADER_LIMIT = 100_000_000
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def resolve(model: str, revision: str | None = None, *, config_only: bool = False) -> Path:
+def resolve(model: str, revision: str | None = None) -> Path:
     """The local directory of a model: itself, or a snapshot of a Hub id (downloaded where not cached).
 
     Raises:
@@ -69,10 +69,9 @@ def resolve(model: str, revision: str | None = None, *, config_only: bool = Fals
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja"] if config_only else HUB_PATTERNS
     try:
         return Path(
-            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"])
+            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=["original/*"])
         )
     except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
         message = (str(error).strip() or type(error).__name__).splitlines()[0]

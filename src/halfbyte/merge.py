@@ -73,8 +73,8 @@ def merge(
     source, target = Run.open(run), Path(output_dir).expanduser()
     if onto not in ("trained", "original"):
         raise UsageError(f'onto must be "trained" or "original", got {onto!r}')
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"{target} is not empty", ways_out=["name a new directory with -o"])
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
     info = source.info()
     if info["config"]["full"]:
         raise UsageError("a full fine-tuning has no adapter to merge", found=str(source.adapter))
