@@ -35,11 +35,39 @@ def test_train_chat_merge_end_to_end(stories: Path, rows: Path, tmp_path: Path, 
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_demo_runs_and_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert run(["demo", "--output_dir", str(tmp_path / "demo"), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["loss_after"] < 0.5 < 4 < result["loss_before"]
+@pytest.mark.parametrize("seed", [42, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
+def test_demo_learns_what_it_did_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int):
+    """The target of the built-in model: at most 5 % of held-out orders before, at least 90 % after, for every seed."""
+    assert run(["demo", "--output_dir", str(tmp_path / "demo"), "--seed", str(seed), "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["exact_match_before"] <= 0.05 and result["exact_match_after"] >= 0.9
     assert result["greedy_agreement"] > 0.99
+    assert captured.err.rstrip().splitlines()[-1].startswith("next: halfbyte chat")
+    assert Path(result["merged_dir"], "model.safetensors").is_file()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("x")
+    assert run(["demo", "--output_dir", str(tmp_path / "mine")]) == 2, "somebody's directory is not replaced"
+
+
+@pytest.mark.slow
+def test_demo_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """QLoRA within two points of LoRA on the unquantized base, on the same rows and seed."""
+    assert run(["demo", "--output_dir", str(tmp_path / "demo"), "--compare", "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)["compare"]
+    qlora, lora = compared["QLoRA (4-bit base)"], compared["LoRA (16-bit base)"]
+    assert qlora["exact_match"] >= lora["exact_match"] - 0.02
+    assert compared["full fine-tuning"]["exact_match"] > 0.5
+
+
+def test_orders_share_nothing_between_training_and_test():
+    from halfbyte.cli import orders
+
+    train, held_out = orders.rows(7, 400, 100)
+    for place in (0, 1):
+        sides = [{row["messages"][place]["content"] for row in side} for side in (train, held_out)]
+        assert not sides[0] & sides[1]
+    assert orders.rows(7, 400, 100) == (train, held_out) != orders.rows(8, 400, 100)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +132,91 @@ def test_booleans_with_and_without_a_value(capsys: pytest.CaptureFixture[str]):
     for given, expected in ((["--packing"], True), (["--packing", "false"], False), (["--packing=true"], True)):
         assert run([*common, *given]) == 0
         assert json.loads(capsys.readouterr().out)["packing"] is expected
+
+
+@pytest.mark.parametrize(
+    "topic", ["", "int4", "nf4", "double-quant", "paged", "memory", "tokens", "quiz", "lr", "optim"]
+)
+def test_explain_every_topic(topic: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["explain", *([topic] if topic else []), "--json"]) == 0
+    captured = capsys.readouterr()
+    page = json.loads(captured.out)
+    assert page["parts"] and captured.err.rstrip().splitlines()[-1].startswith("next: halfbyte")
+
+
+def test_explain_shows_the_published_figures_beside_the_articles(capsys: pytest.CaptureFixture[str]):
+    def page(topic: str) -> str:
+        assert run(["explain", topic, "--json"]) == 0
+        return json.dumps(json.loads(capsys.readouterr().out)["parts"])
+
+    nf4 = page("nf4")
+    assert "-0.7076" in nf4 and "-0.6962" in nf4 and "3.88 bits" in nf4
+    assert "4.1270" in page("double-quant") and "0.1167" in page("int4") and "3.3%" in page("int4")
+    memory = page("memory")
+    assert "207 M" in memory and "146.8 M" in memory
+    assert run(["explain", "lora_rr"]) == 2
+    assert "did you mean 'lora_r'?" in capsys.readouterr().err
+
+
+def test_doctor_finds_this_machine_in_order(capsys: pytest.CaptureFixture[str]):
+    assert run(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(check["ok"] for check in found["checks"]), found["checks"]
+    assert all(path["why"] for path in found["fast_paths"]) and found["machine"]["cores"] >= 1
+
+
+def test_data_check_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = ['{"instruction": "Say hello.", "output": "Hello!"}'] * 3 + ['{"instruction": "Hi.", "output": "Yo."}']
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*lines, "{bad"]))
+    assert run(["data", "check", str(path)]) == 4
+    assert f"{path}:5" in capsys.readouterr().err
+    assert run(["data", "check", str(path), "--skip_bad", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    counts = json.loads(captured.out)
+    assert counts["rows"] == counts["rows_with_trained_end"] == 4
+    assert counts["duplicate_rows"] == 2 and counts["bad_rows_skipped"] == 1 and counts["form"] == "alpaca"
+    assert counts["masked_tokens"] + counts["supervised_tokens"] == counts["tokens"]
+    assert "⟦Hello!⟧⟦<|end|>⟧" in captured.err
+
+
+def test_plain_text_runs_are_continued_without_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "colour of grass: ", "completion": "green"}\n' * 8)
+    out = str(tmp_path / "run")
+    options = ["--max_steps", "30", "--learning_rate", "1e-2", "--gradient_accumulation_steps", "1"]
+    assert run(["train", "demo", "--data", str(path), "--output_dir", out, "--lora_dropout", "0", *options]) == 0
+    capsys.readouterr()
+    assert run(["chat", out, "--prompt", "colour of grass: ", "--json"]) == 0
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)
+    assert (said["answer"], said["stopped"]) == ("green", True)
+    assert "without a chat template" in captured.err
+
+
+def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    common = ["train", "m", "--data", "d", "--dry-run", "--json"]
+
+    def record(*more: str) -> dict:
+        assert run([*common, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    both = record("--train_on_inputs")
+    assert both["completion_only_loss"] is both["assistant_only_loss"] is False
+    neither = record("--train_on_inputs", "false")
+    assert neither["completion_only_loss"] is neither["assistant_only_loss"] is True
+    assert record("--bf16")["dtype"] == "bfloat16" and record("--bf16", "false")["dtype"] == "auto"
+    assert record("--val_set_size", "0.1")["eval_split"] == 0.1
+    assert run([*common, "--use_dora"]) == 2
+    assert "DoRA is not trained yet" in capsys.readouterr().err
+    assert run([*common, "--num_train_epochs", "inf"]) == 2
+    capsys.readouterr()
+    config = tmp_path / "c.yaml"
+    config.write_text("target_modules: [q_proj, v_proj]\ntrust_remote_code: false\nfp16: true\n")
+    record = record("--config", str(config))
+    assert record["target_modules"] == "q_proj,v_proj" and record["dtype"] == "float16"
+    assert run(["chat", "m", "--prompt", "--packing is what?", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "--packing is what?"
 
 
 def test_help_does_not_import_torch():

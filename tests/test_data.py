@@ -8,7 +8,7 @@ import pytest
 from halfbyte import hub
 from halfbyte.chat import Renderer
 from halfbyte.errors import DataError
-from halfbyte.rows import Example, read_examples
+from halfbyte.forms import Example, read_examples
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -42,7 +42,7 @@ def test_ids_are_those_of_every_other_tool(stories: Path, oasst_es: Path, alpaca
     tokenizer = hub.load_tokenizer(stories)
     for path in (oasst_es, alpaca):
         renderer = Renderer(tokenizer)
-        examples = read_examples(path)[:200]
+        examples = read_examples(path).rows[:200]
         for example, row in zip(examples, renderer.encode(examples), strict=True):
             assert example.messages is not None
             text = renderer.render(example.messages)
@@ -141,7 +141,7 @@ def test_bad_lines_are_named(tmp_path: Path, lines: list[bytes], line: int, mess
 def test_line_separators_inside_strings_are_no_line_ends(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n" * 3)
-    (example,) = read_examples(path)
+    (example,) = read_examples(path).rows
     assert example.prompt == "a\u2028b"
 
 
@@ -168,7 +168,7 @@ def test_arrays_name_the_line_of_the_element(tmp_path: Path):
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant's turn"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a string"),
         ({"messages": []}, "non-empty list"),
-        ({"prompt": [{"role": "assistant", "content": "x"}], "completion": []}, "prompt holds an assistant"),
+        ({"prompt": [{"role": "assistant", "content": "x"}], "completion": []}, "completion has no assistant"),
         ({"prompt": "a\ud800", "completion": "b"}, "lone surrogate U\\+D800 at character 1"),
     ],
 )

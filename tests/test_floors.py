@@ -9,10 +9,10 @@ ROOT = Path(halfbyte.__file__ or "").parent
 FLOORS = {
     0: ["codebooks", "config", "errors"],
     1: ["ops"],
-    2: ["nf4", "hub", "chat", "rows", "run"],
+    2: ["nf4", "hub", "chat", "rows", "forms", "run"],
     3: ["lora", "loss", "adamw8bit", "batches", "attention"],
-    4: ["load", "checkpoint", "merge"],
-    5: ["train", "generate"],
+    4: ["load", "dataset", "checkpoint", "merge", "plan"],
+    5: ["train", "evaluate", "generate"],
     6: ["cli", "__init__", "__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -93,8 +93,8 @@ def test_a_packed_step_equals_rows_run_alone(stories: Path, rows: Path, tmp_path
     results = []
     for packing in (True, False):
         trainer = Trainer(TrainConfig(**options(stories, rows, tmp_path, lora_dropout=0.0)), Run(tmp_path))
-        trainer._read_data(stories)
-        _, data = trainer._read_data(stories)
+        trainer.read_data(stories)
+        data = trainer.data.train
         trainer.build_model(stories)
         trainer.abilities = type(trainer.abilities)(packing, True, 0.0, 0.0)
         from halfbyte.attention import segments

@@ -26,6 +26,7 @@ class Prepared:
     given: int = 0
     truncated: int = 0
     end_lost: int = 0
+    tokens_cut: int = 0
     dropped_long: list[str] = field(default_factory=list)
     dropped_unsupervised: list[str] = field(default_factory=list)
 
@@ -75,6 +76,7 @@ def prepare(rows: Sequence[Encoded], max_length: int, over_length: Literal["trun
             continue
         if kept is not row:
             result.truncated += 1
+            result.tokens_cut += len(row.input_ids) - max_length
             result.end_lost += any(row.trained[max_length:])
         result.rows.append(kept)
     if not result.rows:

@@ -25,7 +25,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from .errors import DataError
-from .rows import Example
+from .forms import Example, other_strings
 
 BUILTIN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -129,29 +129,31 @@ class Renderer:
 
     # --- text ---
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, add_generation_prompt: bool = False
+    ) -> str:
         """The template's text for a conversation.
 
         Raises:
             DataError: the template raised; its message is quoted.
         """
-        return self._render(messages, add_generation_prompt, False)[0]
+        return self._render(messages, tools, add_generation_prompt, False)[0]
 
     def _render(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, want_spans: bool
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool, want_spans: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],
+                tools=tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=want_spans,
                 add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens_map,
             )
-        except (TemplateError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        except Exception as error:  # a template is a program: it can raise anything
             raise DataError(
                 "the chat template refused the conversation",
                 found=str(error) or type(error).__name__,
@@ -171,61 +173,96 @@ class Renderer:
                 Segment(example.completion, True, True),
             ]
         try:
-            text = self.render(example.messages)
-            spans = self._trained_spans(example.messages, text) if self.assistant_only else [(0, len(text))]
+            text = self.render(example.messages, example.tools)
+            spans = self._trained_spans(example, text)
         except DataError as error:
             error.where = error.where or example.where
             raise
-        return _cut(text, self._data_spans(example.messages, text, example.where), spans)
+        return _cut(text, self._data_spans(example, text), spans)
 
-    def _trained_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
-        """Character spans of the assistant's turns, each up to and with its end token."""
+    def _trained_spans(self, example: Example, text: str) -> list[tuple[int, int]]:
+        """Character spans of what is trained: the assistant's turns, each up to and with its end token, or all."""
+        messages, tools, first = example.messages or [], example.tools, example.trained_from
+        if not (self.completion_only if first else self.assistant_only):
+            return [(0, len(text))]
         if _GENERATION.search(self.template):
-            spans = self._render(messages, False, True)[1]
+            spans = self._render(messages, tools, False, True)[1]
+            if first:
+                read = self.render(messages[:first], tools, add_generation_prompt=True)
+                if not text.startswith(read):
+                    raise self._rewrites(first)
+                spans = [span for span in spans if span[1] > len(read)]
             if not spans:
                 raise DataError("the template's {% generation %} marks nothing in this conversation")
             return spans
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or index < first:
                 continue
-            before = self.render(messages[:index], add_generation_prompt=True)
-            after = self.render(messages[: index + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                raise DataError(
-                    f"the chat template rewrites turn {index} when the conversation goes on, "
-                    "so what to train cannot be told from its output",
-                    ways_out=[
-                        "use a template with {% generation %} around the assistant's text (--chat_template)",
-                        "or split such rows into conversations that end with the assistant's turn",
-                    ],
-                )
-            spans.append((len(before), self._end_of_turn(after, len(before))))
+            before = self.render(messages[:index], tools, add_generation_prompt=True)
+            after = self.render(messages[: index + 1], tools)
+            if not after.startswith(before):
+                raise self._rewrites(index)
+            end = self._end_of_turn(after, len(before), text)
+            if end is None:
+                raise self._rewrites(index)
+            spans.append((len(before), end))
         return spans
 
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """Where a turn ends: after its last control token if only white space follows, else at its last character."""
-        last = None
-        for match in self._special_pattern.finditer(text, start):
-            last = match
-        if last is not None and not text[last.end() :].strip():
-            return last.end()
-        raise DataError(
-            "the chat template writes no end token after the assistant's turn, so the model would never learn to stop",
-            found=repr(text[start:][-40:]),
-            ways_out=["give a template that ends the turn with the end token (--chat_template)"],
+    @staticmethod
+    def _rewrites(index: int) -> DataError:
+        return DataError(
+            f"the chat template rewrites turn {index} when the conversation goes on, "
+            "so what to train cannot be told from its output",
+            ways_out=[
+                "use a template with {% generation %} around the assistant's text (--chat_template)",
+                "or split such rows into conversations that end with the assistant's turn",
+            ],
         )
 
-    def _data_spans(
-        self, messages: list[dict[str, Any]], text: str, where: str, *, asking: bool = False
-    ) -> list[tuple[int, int]]:
+    def _end_of_turn(self, after: str, start: int, text: str) -> int | None:
+        """Where a turn that begins at start ends: after the last control token that closes it in the whole text.
+
+        Args:
+            after: the conversation up to this turn. text: all of it. A template may close a *conversation* with more
+                control tokens than a turn (Phi's end of text); those are given back where it goes on.
+
+        Returns:
+            None if the whole text does not go on from this turn.
+        """
+        tail = len(after)
+        for match in reversed(list(self._special_pattern.finditer(after, start))):
+            if after[match.end() : tail].strip():
+                break
+            if text.startswith(after[: match.end()]):
+                return match.end()
+            tail = match.start()
+        if text.startswith(after):
+            raise DataError(
+                "the chat template writes no end token after the assistant's turn, so the model would never learn to "
+                "stop",
+                found=repr(after[start:][-40:]),
+                ways_out=["give a template that ends the turn with the end token (--chat_template)"],
+            )
+        return None
+
+    def _data_spans(self, example: Example, text: str, *, asking: bool = False) -> list[tuple[int, int]]:
         """Character spans of the rendered text that come from the contents."""
+        messages, where = example.messages or [], example.where
         contents = [message["content"] for message in messages]
+        if culprit := next(
+            (m.group() for c in other_strings(example) for m in self._special_pattern.finditer(c)), None
+        ):
+            raise DataError(
+                f"the text {culprit!r} in a tool or tool call of this row would become a control token",
+                where=where,
+                ways_out=["change that text in the row"],
+            )
         if any(_OPEN in content or _CLOSE in content for content in contents):
             marked_text = None
         else:
             marked = [{**m, "content": _mark(m["content"])} for m in messages]
-            marked_text = self.render(marked, add_generation_prompt=asking)
+            marked_text = self.render(marked, example.tools, add_generation_prompt=asking)
         if marked_text is None or marked_text.replace(_OPEN, "").replace(_CLOSE, "") != text:
             if culprit := next((m.group() for c in contents for m in self._special_pattern.finditer(c)), None):
                 raise DataError(
@@ -249,6 +286,12 @@ class Renderer:
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
         """Ids and masks of many rows (the tokenizer works on them in parallel)."""
+        encoded = {i: _ready(example) for i, example in enumerate(examples) if example.input_ids is not None}
+        chosen = [i for i in range(len(examples)) if i not in encoded]
+        encoded.update(zip(chosen, self._encode([examples[i] for i in chosen]), strict=True))
+        return [encoded[i] for i in range(len(examples))]
+
+    def _encode(self, examples: list[Example]) -> list[Encoded]:
         pieces = [self.segments(example) for example in examples]
         texts, spans = [], []
         for row in pieces:
@@ -299,21 +342,60 @@ class Renderer:
             trained[-1] = True
         return Encoded(where, ids, trained)
 
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Ids of a conversation that asks for the assistant's next turn: what generation starts from."""
-        text = self.render(messages, add_generation_prompt=True)
-        row = _cut(text, self._data_spans(messages, text, "the prompt", asking=True), [])
+    def prompt_ids(self, prompt: str | list[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:
+        """What generation starts from: ids of a conversation that asks for the assistant's turn, or of a plain text."""
+        if isinstance(prompt, str):
+            (result,) = self._encode_batch([prompt], [True])
+            ids = self._original_ids(result.ids)
+            return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+        text = self.render(prompt, tools, add_generation_prompt=True)
+        row = _cut(text, self._data_spans(Example("the prompt", prompt, tools=tools), text, asking=True), [])
         (result,) = self._encode_batch(["".join(map(self._shown, row))], [False])
         return self._original_ids(result.ids)
 
+    def question_and_answer(self, example: Example) -> tuple[list[int], str] | None:
+        """The ids that ask for a row's last answer, and that answer; None where there is no question (plain text)."""
+        if example.messages is not None:
+            last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+            if last == 0:
+                return None
+            return self.prompt_ids(example.messages[:last], example.tools), example.messages[last]["content"]
+        if not example.prompt:
+            return None
+        return self.prompt_ids(example.prompt), example.completion
+
+    def pieces(self, row: Encoded) -> list[tuple[str, str]]:
+        """A row as (text, kind) for people, kind one of "read", "trained", "end" (a trained control token)."""
+        kinds = [
+            "read" if not flag else "end" if index in self.special.values() else "trained"
+            for index, flag in zip(row.input_ids, row.trained, strict=True)
+        ]
+        result, start, shown = [], 0, ""
+        for kind, group in itertools.groupby(kinds):
+            stop = start + len(list(group))
+            whole = self.tokenizer.decode(row.input_ids[:stop], clean_up_tokenization_spaces=False)
+            piece = whole[len(shown) :] if whole.startswith(shown) else self.tokenizer.decode(row.input_ids[start:stop])
+            result.append((piece, kind))
+            start, shown = stop, whole
+        return result
+
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the tokenizer's end token, and what the template writes after an answer."""
-        (row,) = self.encode([Example("", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])])
-        last = max((i for i, flag in enumerate(row.trained) if flag), default=None)
-        stops = {self.tokenizer.eos_token_id}
-        if last is not None and self.assistant_only and row.input_ids[last] in self.special.values():
-            stops.add(row.input_ids[last])
+        """Ids that end an answer: the tokenizer's end token, and the control tokens the template trains after it."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        (row,) = self.encode([Example("the template's own example", turns)])
+        stops, control = {self.tokenizer.eos_token_id}, set(self.special.values())
+        for index, flag in zip(reversed(row.input_ids), reversed(row.trained), strict=True):
+            if index in control and flag:
+                stops.add(index)
+            elif self.tokenizer.decode([index]).strip():
+                break
         return sorted(stops)
+
+
+def _ready(example: Example) -> Encoded:
+    """A row that came as ids; without a mask of its own everything is trained."""
+    ids = example.input_ids or []
+    return Encoded(example.where, ids, example.trained or [True] * len(ids))
 
 
 def _template_of(tokenizer: Any) -> str | None:

@@ -192,7 +192,6 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in info["config"].items() if key not in _MAY_CHANGE}
     return {
         **settings,
-        "base": info["base"]["path"],
         "data_sha256": info["data"]["sha256"],
         "template_sha256": info["template_sha256"],
         "tokenizer_sha256": info["tokenizer_sha256"],

@@ -5,6 +5,7 @@ other key is an error that names the nearest one. No torch here: ``halfbyte --he
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -34,7 +35,15 @@ RENAMED = {
     "torch_dtype": "dtype",
     "sample_packing": "packing",
     "gradient_clipping": "max_grad_norm",
-    "train_on_inputs": "completion_only_loss",
+    "val_set_size": "eval_split",
+    "val_size": "eval_split",
+    "test_size": "eval_split",
+    "dataset_split": "dataset_train_split",
+    "split": "dataset_train_split",
+    "train_file": "data",
+    "dataset_path": "data",
+    "datasets": "data",
+    "train_on_responses_only": "assistant_only_loss",
     "optimizer": "optim",
     "model_name_or_path": "model",
     "base_model": "model",
@@ -43,8 +52,25 @@ RENAMED = {
 }
 """Other tools' names for our options."""
 
-NEGATED = {"train_on_inputs"}
-"""Renamed options whose meaning is the opposite."""
+NEGATED = {"train_on_inputs": ("completion_only_loss", "assistant_only_loss")}
+"""Renamed options whose meaning is the opposite, of these options of ours."""
+
+ADDING_TOKENS = (
+    "adding tokens is not done here: add them with transformers (resize_token_embeddings), save the model, train that"
+)
+REFUSED = {
+    **dict.fromkeys(("resize_token_embeddings", "additional_special_tokens", "added_tokens"), ADDING_TOKENS),
+    "modules_to_save": "whole modules beside the adapter are not trained yet",
+    "use_dora": "DoRA is not trained yet",
+    "trust_remote_code": "code that comes with a model is never run",
+    "load_in_8bit": "bases are held in 4 bits, or unquantized with load_in_4bit false",
+}
+"""Options of other tools that we know and do not have, and what to do instead."""
+
+SWITCHES = {"bf16": {"dtype": "bfloat16"}, "fp16": {"dtype": "float16"}}
+"""Switches of other tools and what they mean here when they are on."""
+
+TRUE, FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off", "none", "[]")
 
 
 def option(default: Any, help_text: str, **rules: Any) -> Any:
@@ -72,6 +98,13 @@ class ModelOptions(Options):
     device: str = option("auto", "cpu, cuda or auto")
     allow_low_coverage: bool = option(False, "accept a model of which under 90 % of the linear weights are in 4 bits")
 
+    def held_as(self, other: "ModelOptions") -> bool:
+        """Whether both hold a base in the same bytes."""
+        keys = ["load_in_4bit"]
+        if self.load_in_4bit:
+            keys += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_blocksize"]
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
     @field_validator("bnb_4bit_blocksize")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
@@ -82,9 +115,14 @@ class ModelOptions(Options):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if value not in ("auto", "cpu", "cuda") and not value.startswith("cuda:"):
-            raise ValueError("must be auto, cpu, cuda or cuda:N")
-        return value
+        return known_device(value)
+
+
+def known_device(value: str) -> str:
+    """The value, if it can name a device."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return value
 
 
 class LoraOptions(Options):
@@ -109,13 +147,18 @@ class DataOptions(Options):
     assistant_only_loss: bool = option(True, "conversations: train the assistant's turns only")
     packing: bool = option(False, "fill each sequence of max_length with several rows, kept apart by the attention")
     chat_template: str | None = option(None, "a Jinja file used instead of the tokenizer's own template")
+    eval_split: float = option(0.0, "held out and evaluated: a share of the rows below 1, or that many rows", ge=0)
+    skip_bad: int = option(0, "up to this many bad rows are left out (and listed); one more is an error", ge=0)
+    dataset_config: str | None = option(None, "configuration of a Hub data set")
+    dataset_train_split: str = option("train", "split of a Hub data set")
+    seed: int = option(42, "everything random is a function of it", ge=0, lt=2**63)
 
 
 class TrainingOptions(Options):
     """How it is trained."""
 
     output_dir: str = option("runs/halfbyte", "the run directory")
-    num_train_epochs: float = option(1.0, "passes over the data", gt=0)
+    num_train_epochs: float = option(1.0, "passes over the data", gt=0, le=1e6)
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: by epochs")
     per_device_train_batch_size: int = option(1, "rows (with packing: packed sequences) per micro-batch", ge=1)
     gradient_accumulation_steps: int = option(16, "micro-batches per optimizer step", ge=1)
@@ -130,9 +173,10 @@ class TrainingOptions(Options):
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", ge=0)
     optim: Literal["adamw_8bit", "adamw_torch"] = option("adamw_8bit", "optimizer states in 8 bits, or in fp32")
     gradient_checkpointing: bool = option(True, "recompute each layer in the backward pass")
-    seed: int = option(42, "everything random is a function of it", ge=0, lt=2**63)
     logging_steps: int = option(1, "a line of metrics.jsonl every so many steps", ge=1)
     save_steps: int = option(100, "a checkpoint every so many steps, and one at the end", ge=1)
+    eval_steps: int = option(0, "with eval_split: evaluate every so many steps; 0: before and after only", ge=0)
+    num_samples: int = option(3, "rows whose question is answered before and after training; 0: none", ge=0)
     save_total_limit: int = option(2, "checkpoints kept", ge=1)
     resume_from_checkpoint: str | None = option(
         None, "auto: continue from the newest valid checkpoint, or start where there is none"
@@ -156,8 +200,8 @@ class TrainingOptions(Options):
 class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions):
     """Everything ``halfbyte train`` reads."""
 
-    model: str = option(..., "a Hub id or a local directory")
-    data: str = option(..., "a JSON or JSONL file")
+    model: str = option(..., "a Hub id, a local directory, or `demo` for the built-in model")
+    data: str = option(..., "a .json, .jsonl, .csv, .tsv or .parquet file, or a Hub data set (owner/name)")
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -166,10 +210,51 @@ class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions):
         return self
 
 
+MODEL_HELP = "a run directory, a Hub id, a local directory, or `demo` for the built-in model"
+
+
+class EvalConfig(ModelOptions, DataOptions):
+    """Everything ``halfbyte eval`` reads."""
+
+    model: str = option(..., MODEL_HELP)
+    data: str = option(..., "the rows to evaluate on: a file or a Hub data set")
+    generate: bool = option(True, "answer each row's question and count exact matches")
+    max_rows: int = option(0, "the first so many rows; 0: all", ge=0)
+
+
+class DataCheckConfig(DataOptions):
+    """Everything ``halfbyte data check`` reads."""
+
+    data: str = option(..., "a file or a Hub data set")
+    model: str = option("demo", "the model whose tokenizer and template are used, or a run directory")
+    revision: str | None = option(None, "revision of a Hub model")
+    rows: int = option(3, "rows shown", ge=0)
+
+
+class ExplainConfig(Options):
+    """Everything ``halfbyte explain`` reads."""
+
+    topic: str | None = option(None, "int4, nf4, double-quant, paged, memory, tokens, quiz, or the name of an option")
+    model: str = option("demo", "for `tokens`: whose tokenizer and template")
+    text: str = option("two large teas and a bun, no sugar", "for `tokens`: what is said")
+
+
+class DoctorConfig(Options):
+    """Everything ``halfbyte doctor`` reads."""
+
+
+class DemoConfig(Options):
+    """Everything ``halfbyte demo`` reads."""
+
+    output_dir: str = option("demo", "where everything goes; a directory of an earlier demo is replaced")
+    seed: int = option(42, "everything random is a function of it", ge=0, lt=2**63)
+    compare: bool = option(False, "also train LoRA on the unquantized base, and every parameter, on the same rows")
+
+
 class ChatConfig(ModelOptions):
     """Everything ``halfbyte chat`` reads."""
 
-    model: str = option(..., "a run directory, a Hub id or a local directory")
+    model: str = option(..., MODEL_HELP)
     prompt: str | None = option(None, "one message; its answer is printed and the program ends")
     system: str | None = option(None, "system message")
     max_new_tokens: int = option(256, "longest answer in tokens", ge=1)
@@ -191,8 +276,22 @@ class MergeConfig(Options):
     )
     device: str = option("auto", "cpu, cuda or auto")
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        return known_device(value)
 
-VERBS: dict[str, type[Options]] = {"train": TrainConfig, "chat": ChatConfig, "merge": MergeConfig}
+
+VERBS: dict[str, type[Options]] = {
+    "demo": DemoConfig,
+    "doctor": DoctorConfig,
+    "train": TrainConfig,
+    "chat": ChatConfig,
+    "eval": EvalConfig,
+    "merge": MergeConfig,
+    "data check": DataCheckConfig,
+    "explain": ExplainConfig,
+}
 
 
 def all_keys() -> set[str]:
@@ -204,20 +303,30 @@ def nearest(key: str, known: set[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def translate(key: str, value: Any, known: set[str], where: str) -> tuple[str, Any, str | None]:
-    """A key as the user wrote it, to ours: (key, value, notice or None).
+def translate(key: str, value: Any, known: set[str], where: str) -> tuple[dict[str, Any], str | None]:
+    """A key as the user wrote it, to ours: (our keys and values, notice or None).
 
     Raises:
-        UsageError: the key is unknown; names the nearest.
+        UsageError: the key is unknown; names the nearest, or says what to do instead.
     """
     name = key.replace("-", "_")
     if name in known:
-        return name, value, None
+        return {name: value}, None
+    if name in NEGATED:
+        ours = NEGATED[name]
+        shown = str(str(value).lower() not in TRUE).lower()
+        return dict.fromkeys(ours, shown), f"{key} is {' and '.join(f'{o} {shown}' for o in ours)} here; taken as such"
     if name in RENAMED:
-        ours = RENAMED[name]
-        if name in NEGATED:
-            value = str(value).lower() not in ("true", "1", "yes")
-        return ours, value, f"{key} is called {ours} here; taken as such"
+        return {RENAMED[name]: value}, f"{key} is called {RENAMED[name]} here; taken as such"
+    if name in SWITCHES:
+        if str(value).lower() in TRUE:
+            ((ours, meaning),) = SWITCHES[name].items()
+            return {ours: meaning}, f"{key} is called {ours} {meaning} here; taken as such"
+        return {}, f"{key} {value} needs no option here"
+    if name in REFUSED and str(value).lower() in FALSE:
+        return {}, f"{key} {value} needs no option here"
+    if name in REFUSED:
+        raise UsageError(f"{key!r} is not an option here", where=where, ways_out=[REFUSED[name]])
     close = nearest(name, known)
     raise UsageError(
         f"unknown option {key!r}",
@@ -246,11 +355,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> OptionsT:
-    """A checked record from keys already translated.
+    """A checked record from keys already translated (lists, where one string is wanted, are joined by commas).
 
     Raises:
         UsageError: naming every wrong value by the name the user typed.
     """
+    if isinstance(targets := values.get("target_modules"), list):
+        values = {**values, "target_modules": ",".join(map(str, targets))}
     try:
         return cls.model_validate(values)
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """Answers from a model: transformers' own generation with its key-value cache, our renderer before it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,41 +34,80 @@ class _Stream:
             self.emit(text[len(self.shown) :])
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and whether it stopped by itself."""
+
+    text: str
+    stopped: bool
+
+
 def answer(
     model: Any,
     renderer: Renderer,
-    messages: list[dict[str, Any]],
+    prompt: str | list[dict[str, Any]],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 42,
     emit: Callable[[str], None] | None = None,
-) -> tuple[str, bool]:
-    """The model's next turn, and whether it stopped by itself.
+) -> Answer:
+    """The model's next turn.
 
     Args:
-        messages: the conversation so far, ending with the user's turn. temperature: 0 takes the likeliest token.
-        emit: called with each piece of text as it comes.
+        prompt: the conversation so far, ending with the user's turn, or a text to go on from. temperature: 0 takes the
+            likeliest token. emit: called with each piece of text as it comes.
     """
-    device = model.get_input_embeddings().weight.device
-    ids = torch.tensor([renderer.prompt_ids(messages)], device=device)
-    stops = renderer.stop_ids()
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
     torch.manual_seed(seed)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=stops[0],
-        streamer=_Stream(renderer.tokenizer, emit) if emit else None,
-        use_cache=True,
-        **sampling,
-    )
-    new = out[0, ids.shape[1] :].tolist()
-    stopped = bool(new) and new[-1] in stops
-    return renderer.tokenizer.decode(new, skip_special_tokens=True), stopped
+    streamer = _Stream(renderer.tokenizer, emit) if emit else None
+    (result,) = _generate(model, renderer, [renderer.prompt_ids(prompt)], max_new_tokens, streamer=streamer, **sampling)
+    return result
+
+
+def answers(
+    model: Any, renderer: Renderer, prompts: Sequence[list[int]], max_new_tokens: int, max_time: float | None = None
+) -> list[Answer]:
+    """The likeliest answers to several prompts (ids), generated together.
+
+    Args:
+        max_time: seconds after which all answers are cut off.
+    """
+    limits = {} if max_time is None else {"max_time": max_time}
+    return _generate(model, renderer, prompts, max_new_tokens, do_sample=False, **limits)
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any, renderer: Renderer, prompts: Sequence[list[int]], max_new_tokens: int, **settings: Any
+) -> list[Answer]:
+    """Prompts are padded on the left, where nothing attends to them; a model in training is left as it was."""
+    device = model.get_input_embeddings().weight.device
+    stops = renderer.stop_ids()
+    width = max(map(len, prompts))
+    ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    was_training, cached = model.training, model.config.use_cache
+    model.eval()
+    try:
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            use_cache=True,
+            **{"temperature": None, "top_p": None, "top_k": None, **settings},
+        )
+    finally:
+        model.train(was_training)
+        model.config.use_cache = cached
+    results = []
+    for row in out[:, width:].tolist():
+        end = next((place for place, token in enumerate(row) if token in stops), None)
+        text = renderer.tokenizer.decode(row if end is None else row[:end], skip_special_tokens=True)
+        results.append(Answer(text, end is not None))
+    return results

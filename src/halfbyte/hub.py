@@ -45,15 +45,21 @@ SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000
 """The format's own limit on a header, bytes."""
 
+BUILTIN = "demo"
+"""The name that stands for the model that comes with the package."""
+
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The local directory of a model: itself, or a snapshot of a Hub id (downloaded where not cached).
+    """The local directory of a model: itself, the built-in one (``demo``), or a snapshot of a Hub id (downloaded where
+    not cached). A directory called demo is named ``./demo``.
 
     Raises:
         ModelError: no such directory and no such id, or the download failed.
     """
+    if model == BUILTIN:
+        return Path(__file__).parent / "builtin"
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -6,6 +6,8 @@ renamings. What does not fit is collected and reported in one error: a model is 
 """
 
 import copy
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -99,9 +101,16 @@ class QuantReport:
     quant_type: str
     coverage: float
     tensors: list[dict[str, Any]]
+    digest: str
+    """sha256 over all weights as they are held: 4-bit codes and scales, other tensors as they are stored."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {"quant_type": self.quant_type, "coverage": self.coverage, "tensors": self.tensors}
+        return {
+            "quant_type": self.quant_type,
+            "coverage": self.coverage,
+            "digest": self.digest,
+            "tensors": self.tensors,
+        }
 
 
 def load_base(path: Path, options: ModelOptions, progress: Progress = no_progress) -> tuple[Any, QuantReport]:
@@ -128,7 +137,7 @@ def load_base(path: Path, options: ModelOptions, progress: Progress = no_progres
     model.eval()
     model.config.dtype = dtype
     _load_generation_config(model, path)
-    report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records)
+    report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records, filler.digest())
     if options.load_in_4bit and report.coverage < MIN_COVERAGE and not options.allow_low_coverage:
         raise ModelError(
             f"only {report.coverage:.0%} of the weights in layers would be held in 4 bits",
@@ -212,6 +221,7 @@ class _Filler:
             name: p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embeddings
         }
         self.records: list[dict[str, Any]] = []
+        self.hashes: dict[str, str] = {}
 
     def check_names(self) -> None:
         """Everything that does not fit, in one error, from the headers alone."""
@@ -249,6 +259,7 @@ class _Filler:
             value: Tensor = self._stored(source, target)
         else:
             tensor = self.checkpoint.read(source)
+            self._hash(source, [tensor])
             if attribute in module._buffers:
                 buffer = module._buffers[attribute]
                 module._buffers[attribute] = tensor.to(self.device, buffer.dtype if buffer is not None else None)
@@ -275,7 +286,18 @@ class _Filler:
         if not self.options.load_in_4bit:
             return tensor.dequantize(self.dtype).to(self.device)
         self.records.append(self._record(source, tensor, None))
+        self._hash(source, tensor.stored_tensors())
         return tensor.with_dtype(self.dtype)._map(lambda part: part.to(self.device))
+
+    def _hash(self, source: str, tensors: Iterable[Tensor]) -> None:
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        self.hashes[source] = digest.hexdigest()
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()
 
     def _quantize(self, source: str, tensor: Tensor) -> Tensor:
         options = self.options
@@ -290,6 +312,7 @@ class _Filler:
         except ValueError as error:
             raise self._non_finite(source, str(error)) from error
         self.records.append(self._record(source, quantized, tensor))
+        self._hash(source, quantized.stored_tensors())
         return quantized.with_dtype(self.dtype)
 
     def _refuse_non_finite(self, source: str, tensor: Tensor) -> None:
@@ -431,12 +454,25 @@ def load(model_or_run: str | Path, *, progress: Progress = no_progress, **change
         model, _ = load_base(path, ModelOptions(**changes), progress)
         return model, hub.load_tokenizer(path)
     run = Run.open(model_or_run)
-    trained = run.info()["config"]
-    options = ModelOptions(**{**{key: trained[key] for key in ModelOptions.model_fields}, **changes})
-    if trained["full"]:
+    info, trained = run.info(), run.config()
+    options = ModelOptions(**{**{key: getattr(trained, key) for key in ModelOptions.model_fields}, **changes})
+    if trained.full:
         model, _ = load_base(run.adapter, options, progress)
     else:
-        model, _ = load_base(hub.resolve(run.info()["base"]["path"], options.revision), options, progress)
+        model, report = load_base(hub.resolve(info["base"]["path"], options.revision), options, progress)
+        if options.held_as(trained):
+            refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"])
         load_adapter(model, run.adapter)
         model.eval()
     return model, hub.load_tokenizer(run.adapter)
+
+
+def refuse_other_base(found: str, expected: str, path: str) -> None:
+    """Raise ModelError if the base is not the one an adapter was trained on."""
+    if found != expected:
+        raise ModelError(
+            f"the base in {path} is not the one this adapter was trained on: its weights have changed since",
+            found=f"digest {found[:16]}",
+            expected=f"digest {expected[:16]}",
+            ways_out=["bring back the base of the training", "or train again on this one"],
+        )

@@ -17,6 +17,7 @@ and the checkpoint keeps its tensor names. Files are PEFT's. The road not taken 
 weight below it.
 """
 
+import contextlib
 import hashlib
 import math
 import re
@@ -197,6 +198,19 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Within this block the model is its base: adapted layers are the linear layers they were made from."""
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = LoraLinear
 
 
 def target_names(model: Any, target_modules: str) -> list[str]:

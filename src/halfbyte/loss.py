@@ -68,6 +68,29 @@ def supervised_loss(
     return _ChunkedLoss.apply(selected, targets, head, rows, *parameters)  # pyright: ignore[reportReturnType]
 
 
+def sequence_loss(
+    model: Any,
+    head: Callable[[Tensor], Tensor],
+    parameters: list[nn.Parameter],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    labels: Tensor,
+    bounds: Tensor | None,
+) -> Tensor:
+    """Summed loss of one sequence of rows laid end to end, fp32 [].
+
+    Args:
+        input_ids, position_ids, labels: int64 [T]. bounds: int32 [rows + 1] under `attention.segments`, None for a
+            single row under the model's own attention. head, parameters: as for `supervised_loss`.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
+    if bounds is not None:
+        inputs["cu_seq_lens_q"] = bounds
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    rows = chunk_rows(model.get_output_embeddings().weight.shape[0])
+    return supervised_loss(hidden, labels, head, parameters, rows)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients in one pass over chunks; backward scales them."""
 

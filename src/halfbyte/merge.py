@@ -9,6 +9,7 @@ base it was merged onto; a merge that fails is not called done.
 Merging into weights that are then quantized again is not offered: the rounding erases most of what the adapter adds.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,10 +23,10 @@ from . import hub, nf4
 from .chat import Renderer
 from .config import ModelOptions
 from .errors import DataError, ModelError, StorageError, UsageError, VerificationError
+from .forms import Example, read_examples
 from .load import Progress, checkpoint_names, load, load_base, no_progress
 from .lora import LoraLinear
 from .nf4 import NF4Tensor
-from .rows import Example, read_examples
 from .run import Run
 
 FP32_LIMIT = 3_000_000_000
@@ -61,38 +62,43 @@ def merge(
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda line: None,
 ) -> Receipt:
-    """Write the merged model to output_dir and verify it.
+    """Write the merged model beside output_dir, verify it, and only then give it that name.
 
     Args:
         onto: "trained" or "original". min_agreement: share of probe positions where both must predict the same token.
 
     Raises:
         UsageError: output_dir is not empty. ModelError: the run or its base is refused.
-        VerificationError: the merged model is not the adapted one; the directory is removed.
+        VerificationError: the merged model is not the adapted one; nothing is left in output_dir.
     """
     source, target = Run.open(run), Path(output_dir).expanduser()
     if onto not in ("trained", "original"):
         raise UsageError(f'onto must be "trained" or "original", got {onto!r}')
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
-    info = source.info()
-    if info["config"]["full"]:
+    info, config = source.info(), source.config()
+    if config.full:
         raise UsageError("a full fine-tuning has no adapter to merge", found=str(source.adapter))
-    hub.check_writable(target)
+    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    hub.check_writable(building)
     base = hub.resolve(info["base"]["path"])
-    in_4bit = info["config"]["load_in_4bit"]
     dtype = _compute_dtype(base, info)
     try:
         reference, tokenizer = load(
-            source.path, dtype=dtype, device=device, load_in_4bit=in_4bit and onto == "trained", progress=progress
+            source.path,
+            dtype=dtype,
+            device=device,
+            load_in_4bit=config.load_in_4bit and onto == "trained",
+            progress=progress,
         )
-        _write(base, target, reference, onto, progress)
-        _write_config(base, source.adapter, target)
-        say(f"merged onto the {onto} base in {target}; comparing it with the running adapter")
-        receipt = _verify(source, target, reference, tokenizer, onto, dtype, device)
-        if onto == "original" and in_4bit:
+        _write(base, building, reference, onto, progress)
+        _write_config(base, source.adapter, building)
+        say(f"merged onto the {onto} base; comparing the result with the running adapter")
+        probes = _probes(source, tokenizer, say)
+        receipt = _verify(building, reference, probes, onto, dtype, device)
+        if onto == "original" and config.load_in_4bit:
             del reference
-            receipt = _with_trained_run(receipt, source, target, dtype, device)
+            receipt = _with_trained_run(receipt, source, building, probes, dtype, device)
         if not receipt.max_logit_difference < float("inf") or receipt.greedy_agreement < min_agreement:
             raise VerificationError(
                 "the merged model is not the model that was trained; it was removed",
@@ -101,10 +107,13 @@ def merge(
                 expected=f"at least {min_agreement:.2%}",
                 ways_out=["use the adapter unmerged", "or lower --min_agreement if you accept the difference"],
             )
-    except BaseException:  # an interrupt, too: half a model is not left behind
-        shutil.rmtree(target, ignore_errors=True)
-        raise
-    hub.write_json(target / "merge.json", receipt.as_dict())
+        hub.write_json(building / "merge.json", receipt.as_dict())
+        try:
+            building.replace(target)  # an empty directory of that name gives way
+        except OSError as error:
+            raise StorageError(f"cannot put the merged model at {target}: {error.strerror}") from error
+    finally:  # a failure or an interrupt: half a model is not left behind
+        shutil.rmtree(building, ignore_errors=True)
     return receipt
 
 
@@ -176,14 +185,20 @@ def _write_config(base: Path, adapter: Path, target: Path) -> None:
 # --- verifying --------------------------------------------------------------------------------------------------------
 
 
-def _probes(source: Run, tokenizer: Any) -> list[list[int]]:
+def _probes(source: Run, tokenizer: Any, say: Callable[[str], None]) -> list[list[int]]:
     """Token rows to compare on: rows of the training data, or sentences where it is gone."""
-    info = source.info()
-    config = info["config"]
     renderer = Renderer(tokenizer)
     try:
-        examples = read_examples(config["data"])[:PROBE_ROWS]
-    except DataError:
+        config = source.config()
+        found = read_examples(
+            source.info()["data"]["source"],
+            config=config.dataset_config,
+            split=config.dataset_train_split,
+            skip_bad=config.skip_bad,
+        )
+        examples = found.rows[:PROBE_ROWS]
+    except DataError as error:
+        say(f"the training data is gone ({error.what}): comparing on one built-in sentence instead")
         question = [{"role": "user", "content": "What is the capital of France, and why do people travel there?"}]
         examples = [Example("probe", [*question, {"role": "assistant", "content": "Paris. They like its museums."}])]
     # whole rows, trained or not: a long question must not leave the merge without probes
@@ -203,8 +218,7 @@ def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
     return same / sum(x.shape[0] for x in a)
 
 
-def _verify(source: Run, target: Path, reference: Any, tokenizer: Any, onto: str, dtype: Any, device: str) -> Receipt:
-    probes = _probes(source, tokenizer)
+def _verify(target: Path, reference: Any, probes: list[list[int]], onto: str, dtype: Any, device: str) -> Receipt:
     expected = _logits(reference, probes)
     merged, _ = load_base(target, ModelOptions(load_in_4bit=False, dtype=dtype, device=device))
     got = _logits(merged, probes)
@@ -219,10 +233,11 @@ def _verify(source: Run, target: Path, reference: Any, tokenizer: Any, onto: str
     )
 
 
-def _with_trained_run(receipt: Receipt, source: Run, target: Path, dtype: Any, device: str) -> Receipt:
+def _with_trained_run(
+    receipt: Receipt, source: Run, target: Path, probes: list[list[int]], dtype: Any, device: str
+) -> Receipt:
     """The receipt with how often the merged model agrees with the 4-bit model that was trained."""
-    trained, tokenizer = load(source.path, dtype=dtype, device=device)
-    probes = _probes(source, tokenizer)
+    trained, _ = load(source.path, dtype=dtype, device=device)
     expected = _logits(trained, probes)
     del trained
     merged, _ = load_base(target, ModelOptions(load_in_4bit=False, dtype=dtype, device=device))

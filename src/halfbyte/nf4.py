@@ -42,6 +42,13 @@ def _scale_table(device: torch.device) -> Tensor:
     return torch.tensor(codebooks.dynamic_map(signed=True), dtype=torch.float32, device=device)
 
 
+def stored_sizes(weights: int, block_size: int = 64, double_quant: bool = True) -> tuple[int, int]:
+    """(bytes of codes, bytes of scales) of a 4-bit tensor of so many weights: `NF4Tensor.stored_bytes`, beforehand."""
+    blocks = -(-weights // block_size)
+    nested = -(-blocks // NESTED_BLOCK_SIZE)
+    return -(-weights // 2), blocks + 4 * nested + 4 if double_quant else 4 * blocks
+
+
 class NF4Tensor(Tensor):
     """A frozen 4-bit tensor. Made by `quantize` or `from_components`, not by the constructor.
 
@@ -85,8 +92,12 @@ class NF4Tensor(Tensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes of codes and scales (the two tables, shared by all tensors, not counted)."""
+        return sum(t.nbytes for t in self.stored_tensors())
+
+    def stored_tensors(self) -> list[Tensor]:
+        """Codes and scales: packed, absmax and, nested, nested_absmax and nested_offset."""
         tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
-        return sum(t.nbytes for t in tensors if t is not None)
+        return [t for t in tensors if t is not None]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The values as an ordinary tensor of this shape, in ``dtype`` or the tensor's own."""

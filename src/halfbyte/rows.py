@@ -1,91 +1,156 @@
-"""Training rows: JSON and JSONL files to examples, every row with its place in the file.
+"""Data sources to rows: JSON, JSONL, CSV, TSV and parquet files (JSON and text also gzipped), and Hub data sets.
 
-Two shapes come out: a conversation (`messages`) or a prompt with its completion. Alpaca rows become a conversation of
-one question and one answer. We read the files ourselves because an error must name the line in the user's file, which
-no reader at hand does; lines end at the newline byte only, as JSON allows U+2028 inside strings.
+A row is a mapping of columns with its place in the source (``file:line``), which every later message about the row
+names. JSON and CSV are read here because no reader at hand knows lines and bytes; parquet and the Hub go through
+pyarrow and datasets. Lines of JSONL end at the newline byte only: JSON allows U+2028 inside strings. What a row means
+is not decided here (`forms`).
 """
 
+import csv
+import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
 
-ROLES = ("system", "user", "assistant", "tool")
-FORMS = (
-    '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}',
-    '{"instruction": ..., "input": ..., "output": ...}',
-    '{"prompt": ..., "completion": ...}',
-)
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands, and its columns."""
+
+Refuse = Callable[[DataError], None]
+"""What happens to a row that cannot be read: raise, or count it and go on (``--skip_bad``)."""
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+UNPACKED_LIMIT = 8 << 30
+"""A gzipped file is unpacked up to this many bytes."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row: a conversation, or a prompt (string) with its completion."""
-
-    where: str
-    messages: list[dict[str, Any]] | None = None
-    prompt: str = ""
-    completion: str = ""
+def raise_it(error: DataError) -> None:
+    """The default for bad rows."""
+    raise error
 
 
-def read_examples(path: str | Path) -> list[Example]:
-    """All rows of a JSON array or JSONL file.
+def read_rows(
+    data: str | Path, *, config: str | None = None, split: str = "train", refuse: Refuse = raise_it
+) -> Iterator[Row]:
+    """The rows of a file or of a Hub data set.
+
+    Args:
+        data: a path, or a Hub id (``owner/name``). config, split: of a Hub data set. refuse: called with the error of
+            each bad row; raises it by default.
 
     Raises:
-        DataError: naming file and line: not JSON, unknown or changing columns, wrong types, no rows.
+        DataError: naming file and line: unreadable, not UTF-8, not JSON, not a table.
     """
-    path = Path(path).expanduser()
-    rows = list(_objects(path, _read_text(path)))
-    if not rows:
-        raise DataError(f"{path} holds no rows", expected="a JSON array of objects, or one JSON object per line")
-    form = _form_of(rows[0][1], rows[0][0])
-    return [_example(form, row, where) for where, row in rows]
+    path = Path(data).expanduser()
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(data)) and not str(data).endswith((*SUFFIXES, ".gz")):
+        yield from _hub(str(data), config, split)
+        return
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = next((suffix for suffix in reversed(suffixes) if suffix in SUFFIXES), "")
+    if kind == ".parquet":
+        yield from _parquet(path)
+        return
+    raw = _read_bytes(path)
+    if raw[:4] == b"PAR1":
+        yield from _parquet(path)
+    elif kind in (".csv", ".tsv"):
+        yield from _table(path, _text(path, raw), "\t" if kind == ".tsv" else ",", refuse)
+    elif raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        yield from _objects(_array_items(path, _text(path, raw)), refuse)
+    else:
+        yield from _objects(_lines(path, raw, refuse), refuse)
 
 
-def _read_text(path: Path) -> str:
+# --- bytes and text ---------------------------------------------------------------------------------------------------
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise DataError(f"{path} is a directory", ways_out=["name a .json, .jsonl, .csv or .parquet file in it"])
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is not a regular file", ways_out=["write the rows to a file first"])
     try:
-        if path.is_dir():
-            raise DataError(f"{path} is a directory", ways_out=["name a .json or .jsonl file in it"])
         raw = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror}", ways_out=["check --data"]) from error
+        raise DataError(
+            f"cannot read the data file {path}: {error.strerror}",
+            ways_out=["check --data: a path, or a Hub id of the form owner/name"],
+        ) from error
+    return _unpacked(path, raw) if raw[:2] == b"\x1f\x8b" else raw
+
+
+def _unpacked(path: Path, raw: bytes) -> bytes:
+    """A gzip file's content, no more than `UNPACKED_LIMIT` of it in memory whatever the file claims."""
+    parts, size = [], 0
+    try:
+        while raw:
+            stream = zlib.decompressobj(31)
+            part = stream.decompress(raw, UNPACKED_LIMIT - size + 1)
+            size += len(part)
+            if size > UNPACKED_LIMIT:
+                raise DataError(
+                    f"{path} unpacks to more than {UNPACKED_LIMIT >> 30} GiB",
+                    ways_out=["unpack it yourself, if it is what you think it is"],
+                )
+            if not stream.eof:
+                raise DataError(f"the gzip file {path} is cut off")
+            parts.append(part)
+            raw = stream.unused_data
+    except zlib.error as error:
+        raise DataError(f"the gzip file {path} is damaged", found=str(error)) from error
+    return b"".join(parts)
+
+
+def _not_utf8(path: Path, raw: bytes, line: int, error: UnicodeDecodeError) -> DataError:
+    column = error.start - (raw.rfind(b"\n", 0, error.start) + 1)
+    return DataError(
+        f"the data is not UTF-8: byte 0x{raw[error.start]:02x}",
+        where=f"{path}:{line + raw.count(bytes([10]), 0, error.start)}:{column}",
+        ways_out=["convert the file to UTF-8, e.g. with iconv"],
+    )
+
+
+def _text(path: Path, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        column = error.start - (raw.rfind(b"\n", 0, error.start) + 1)
-        raise DataError(
-            f"the data is not UTF-8: byte 0x{raw[error.start]:02x}",
-            where=f"{path}:{line}:{column}",
-            ways_out=["convert the file to UTF-8, e.g. with iconv"],
-        ) from error
+        raise _not_utf8(path, raw, 1, error) from error
 
 
-def _objects(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of each row; a file whose first character is [ is an array."""
-    pairs = _array_items(path, text) if text.lstrip()[:1] == "[" else _lines(path, text)
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _objects(pairs: Iterator[tuple[str, Any]], refuse: Refuse) -> Iterator[Row]:
     for where, value in pairs:
-        if not isinstance(value, dict):
-            raise DataError(f"a row must be a JSON object, not a {type(value).__name__}", where=where)
-        yield where, value
+        if isinstance(value, dict):
+            yield where, value
+        else:
+            refuse(DataError(f"a row must be a JSON object, not a {type(value).__name__}", where=where))
 
 
 def _bad_json(where: str, error: ValueError | RecursionError) -> DataError:
     message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"not valid JSON: {message}", where=where, ways_out=["mend or remove this row"])
+    return DataError(f"not valid JSON: {message}", where=where, ways_out=["mend or remove this row", "--skip_bad N"])
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                column = error.pos if isinstance(error, json.JSONDecodeError) else 0
-                raise _bad_json(f"{path}:{number}:{len(line[:column].encode())}", error) from error
+def _lines(path: Path, raw: bytes, refuse: Refuse) -> Iterator[tuple[str, Any]]:
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(io.BytesIO(raw), 1):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode()
+            yield f"{path}:{number}", json.loads(text)
+        except UnicodeDecodeError as error:
+            refuse(_not_utf8(path, line, number, error))
+        except (ValueError, RecursionError) as error:
+            place = error.pos if isinstance(error, json.JSONDecodeError) else 0
+            column = len(line.decode()[:place].encode())
+            refuse(_bad_json(f"{path}:{number}:{column}", error))
 
 
 def _array_items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -117,94 +182,75 @@ def _array_items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         raise DataError("text follows the end of the JSON array", where=f"{path}:{number}")
 
 
-def _form_of(row: dict[str, Any], where: str) -> str:
-    """Which form the file has, by the columns of its first row."""
-    if "messages" in row:
-        return "messages"
-    if "instruction" in row and "output" in row:
-        return "alpaca"
-    if "prompt" in row and "completion" in row:
-        return "prompt"
-    if {"chosen", "rejected"} <= row.keys():
-        raise DataError(
-            "these are preference pairs, which supervised fine-tuning does not use",
-            where=where,
-            ways_out=["rename the good answers to `completion` and drop `rejected`"],
-        )
-    raise DataError(
-        "the columns fit no known form",
-        where=where,
-        found=", ".join(map(str, row)) or "no columns",
-        expected=" or ".join(FORMS),
-        ways_out=["rename the columns"],
-    )
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _example(form: str, row: dict[str, Any], where: str) -> Example:
-    if form == "messages":
-        return Example(where, _messages(row.get("messages"), where, "messages"))
-    if form == "alpaca":
-        question = _text(row, "instruction", where)
-        if extra := _text(row, "input", where, optional=True):
-            question = f"{question}\n\n{extra}"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output", where)}]
-        if system := _text(row, "system", where, optional=True):
-            turns.insert(0, {"role": "system", "content": system})
-        return Example(where, _messages(turns, where, "output"))
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        if any(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt):
+def _table(path: Path, text: str, delimiter: str, refuse: Refuse) -> Iterator[Row]:
+    """CSV or TSV with a header line; a row's place is the line it begins on."""
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    begins, header = 1, None
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
             raise DataError(
-                "the prompt holds an assistant's turn, which would be trained like the completion",
-                where=where,
-                ways_out=["give such conversations as `messages`, of which every answer is trained"],
+                f"not valid CSV: {error}", where=f"{path}:{begins}", ways_out=["mend the quotes of this row"]
+            ) from error
+        if cells is None:
+            return
+        where, begins = f"{path}:{begins}", reader.line_num + 1
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            if len(set(header)) != len(header):
+                raise DataError("a column name occurs twice", where=where, found=", ".join(header))
+            continue
+        if len(cells) != len(header):
+            refuse(
+                DataError(
+                    f"a row of {len(cells)} cells under a header of {len(header)}",
+                    where=where,
+                    ways_out=["put cells that hold commas, quotes or line ends in quotes"],
+                )
             )
-        return Example(where, _messages(prompt + completion, where, "prompt + completion"))
-    answer = _text(row, "completion", where)
-    if not answer:
-        raise DataError("the completion is empty: there is nothing to train", where=where)
-    return Example(where, None, _text(row, "prompt", where), answer)
+            continue
+        yield where, dict(zip(header, cells, strict=True))
 
 
-def _text(row: dict[str, Any], column: str, where: str, *, optional: bool = False) -> str:
-    value = row.get(column)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        found = "no such column" if column not in row else "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"column {column!r} must be a string", where=where, found=found)
-    return _encodable(value, where)
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
 
-
-def _encodable(text: str, where: str) -> str:
-    """The text, if it has a UTF-8 form: JSON can escape half of a character (a lone surrogate)."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=512):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (OSError, pyarrow.ArrowException, ValueError) as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"cannot read the parquet file {path}", found=message) from error
+
+
+def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        table = load_dataset(name, config, split=split)
+    except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} is no text",
-            where=where,
-            ways_out=["write the character whole, or remove it"],
+            f"{name!r} is neither a file nor a Hub data set that can be read",
+            found=message,
+            ways_out=[
+                "check the path, or the id and the network",
+                "--dataset_train_split and --dataset_config choose a part of a data set",
+            ],
         ) from error
-    return text
-
-
-def _messages(value: Any, where: str, column: str) -> list[dict[str, Any]]:
-    """Checked turns: known roles, string contents, an answer to train on."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"column {column!r} must be a non-empty list of messages", where=where)
-    for number, message in enumerate(value):
-        here = f"{where} message {number}"
-        if not isinstance(message, dict):
-            raise DataError("a message must be an object with role and content", where=here)
-        if message.get("role") not in ROLES:
-            raise DataError("unknown role", where=here, found=repr(message.get("role")), expected=", ".join(ROLES))
-        if not isinstance(message.get("content"), str):
-            found = f"a {type(message.get('content')).__name__}" if message.get("content") is not None else "none"
-            raise DataError("a message's content must be a string", where=here, found=found)
-        _encodable(message["content"], here)
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise DataError("an assistant's turn is empty: there is nothing to train", where=here)
-    if not any(message["role"] == "assistant" for message in value):
-        raise DataError("the conversation has no assistant's turn: there is nothing to train", where=where)
-    return value
+    for number, row in enumerate(table, 1):
+        yield f"{name}[{split}] row {number}", dict(row)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import BusyError, ModelError, StorageError
+from .config import TrainConfig, build
+from .errors import BusyError, ModelError, StorageError, UsageError
 from .hub import read_json, write_bytes, write_json
 
 try:
@@ -21,7 +22,7 @@ try:
 except ImportError:  # Windows: the lock file is written but two trainers are not kept apart
     fcntl = None
 
-RUN_JSON = "run.json"
+RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
 
 
 @dataclass(frozen=True)
@@ -56,38 +57,79 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
     def info(self) -> dict[str, Any]:
-        """run.json: resolved configuration, versions, hashes, machine."""
-        return read_json(self.path / RUN_JSON)
+        """run.json: resolved configuration, versions, hashes, machine.
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; a last line cut off by a crash is left out."""
-        if not self.metrics_file.is_file():
-            return []
-        rows = []
-        for line in self.metrics_file.read_text().split("\n"):
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        Raises:
+            ModelError: it is damaged, or of another version's making.
+        """
+        info = read_json(self.path / RUN_JSON)
+        for section, keys in (("config", ()), ("base", ("path", "digest")), ("data", ("source", "form"))):
+            if not isinstance(info.get(section), dict) or any(key not in info[section] for key in keys):
+                raise ModelError(
+                    f"{self.path / RUN_JSON} is damaged or of another version: {section!r} is not complete",
+                    ways_out=["train again", "or use the adapter directly: " + str(self.adapter)],
+                )
+        return info
+
+    def config(self) -> TrainConfig:
+        """The options the run was trained with.
+
+        Raises:
+            ModelError: run.json is damaged.
+        """
+        try:
+            return build(TrainConfig, self.info()["config"])
+        except UsageError as error:
+            raise ModelError(f"{self.path / RUN_JSON} is damaged", found=error.what) from error
 
     def write_info(self, info: dict[str, Any]) -> None:
         write_json(self.path / RUN_JSON, info)
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        try:
-            with self.metrics_file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {self.metrics_file}: {error.strerror}") from error
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl."""
+        return self.read(METRICS)
 
-    def cut_metrics(self, last_step: int) -> None:
-        """Drop the rows of steps after last_step."""
-        rows = [row for row in self.metrics() if row["step"] <= last_step]
-        write_bytes(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    def samples(self) -> list[dict[str, Any]]:
+        """Each sampled question once: where, question, expected, and the answers before and after training."""
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.read(SAMPLES):
+            sample = found.setdefault(row["where"], {k: row[k] for k in ("where", "question", "expected")})
+            when = "before" if row["step"] == 0 else "after"
+            sample[when], sample[f"{when}_stopped"] = row["answer"], row["stopped"]
+        return list(found.values())
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """All rows of one of the run's .jsonl files; a last line cut off by a crash is left out."""
+        file = self.path / name
+        if not file.is_file():
+            return []
+        rows = []
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """One more row of a .jsonl file.
+
+        Raises:
+            StorageError: the disk said no.
+        """
+        file = self.path / name
+        try:
+            with file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {file}: {error.strerror}",
+                ways_out=["free space; then repeat the command with --resume_from_checkpoint auto"],
+            ) from error
+
+    def cut(self, name: str, last_step: int) -> None:
+        """Drop a .jsonl file's rows of steps after last_step."""
+        rows = [row for row in self.read(name) if row["step"] <= last_step]
+        write_bytes(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

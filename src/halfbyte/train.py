@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from . import attention, checkpoint, hub
 from .adamw8bit import AdamW8bit
-from .batches import MicroBatch, Prepared, Schedule, collate, prepare
-from .chat import Renderer, read_template
+from .batches import MicroBatch, Schedule, collate
 from .config import TrainConfig
-from .errors import BusyError, DataError, Interrupted, ModelError, NonFiniteError
+from .dataset import Data, read_data, source_digest
+from .errors import BusyError, Interrupted, ModelError, NonFiniteError
+from .evaluate import mean_loss
+from .generate import answers
 from .load import (
     Abilities,
     Progress,
@@ -40,23 +42,26 @@ from .load import (
     load_base,
     no_progress,
     read_config,
+    refuse_other_base,
     self_test,
 )
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter, target_names
-from .loss import chunk_rows, output_head, supervised_loss
-from .rows import read_examples
-from .run import Run
+from .loss import output_head, sequence_loss
+from .run import EVALS, METRICS, SAMPLES, Run
 
 Say = Callable[[str], None]
+SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
+"""Longest sample answer, and the time after which sampling is cut off."""
 
 
 @dataclass
 class Reporter:
-    """Where progress goes: lines of text, a bar over work, and a call per step."""
+    """Where progress goes: lines of text, a bar over work, a call per step, and a row as `Renderer.pieces`."""
 
     say: Say = lambda line: None
     progress: Progress = no_progress
     on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
+    show_row: Callable[[list[tuple[str, str]]], None] = lambda pieces: None
 
 
 def train(config: TrainConfig | None = None, reporter: Reporter | None = None, **options: Any) -> Run:
@@ -87,13 +92,13 @@ class Trainer:
         config, say = self.config, self.reporter.say
         resumed = self._find_checkpoint()
         base_path = hub.resolve(config.model, config.revision)
-        self.renderer, self.data = self._read_data(base_path)
+        self.read_data(base_path)
         self.schedule = Schedule(
-            self.data.rows,
+            self.data.train.rows,
             config.seed,
             config.per_device_train_batch_size,
             config.gradient_accumulation_steps,
-            self.max_length if config.packing else None,
+            self.data.max_length if config.packing else None,
         )
         self.steps_per_epoch = len(self.schedule.epoch(0))
         if config.max_steps < 0:
@@ -101,18 +106,28 @@ class Trainer:
         info = self._info(base_path)
         if resumed is not None:
             checkpoint.refuse_changes(checkpoint.read_state(resumed), info)
+        report = self.build_model(base_path)
+        info["base"]["digest"] = report.digest
+        if resumed is not None:
+            refuse_other_base(report.digest, checkpoint.read_state(resumed)["base_digest"], str(base_path))
         self.info = info
         self.run.write_info(info)
-        hub.write_json(self.run.path / "quant.json", self.build_model(base_path).as_dict())
+        hub.write_json(self.run.path / "quant.json", report.as_dict())
         start = 0
         if resumed is not None:
             checkpoint.restore(resumed, self.model, self.optimizer)
             start = resumed.step
             say(f"resumed from step {start} ({resumed.path})")
-        self.run.cut_metrics(start)
+        for file in (METRICS, EVALS, SAMPLES):
+            self.run.cut(file, start if resumed else -1)
         checkpoint.remove_unfinished(self.run.checkpoints)
+        if resumed is None:
+            self._evaluate(0)
+            self._sample(0)
         self._loop(start)
         self._save_result()
+        if start < self.total_steps:
+            self._sample(self.total_steps)
         return self.run
 
     # --- before the model ---
@@ -134,38 +149,16 @@ class Trainer:
             return None
         return found
 
-    def _read_data(self, base_path: Path) -> tuple[Renderer, Prepared]:
-        config = self.config
-        examples = read_examples(config.data)
-        model_config = read_config(base_path)
+    def read_data(self, base_path: Path) -> None:
+        """Rows, renderer and counts; shows what was decided. Needs no weights."""
+        config, say = self.config, self.reporter.say
         if not config.full:
-            target_names(build_empty(model_config), config.target_modules)  # raises now rather than after loading
-        tokenizer = hub.load_tokenizer(base_path)
-        template = read_template(config.chat_template) if config.chat_template else None
-        renderer = Renderer(
-            tokenizer,
-            template,
-            assistant_only=config.assistant_only_loss,
-            completion_only=config.completion_only_loss,
-        )
-        context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or config.max_length
-        self.max_length = min(config.max_length, context)
-        if self.max_length < config.max_length:
-            self.reporter.say(f"max_length {config.max_length} is capped at the model's context, {self.max_length}")
-        batches = [examples[i : i + 256] for i in range(0, len(examples), 256)]
-        rows = []
-        for number in self.reporter.progress([str(i) for i in range(len(batches))], len(batches), "tokenizing"):
-            rows += renderer.encode(batches[int(number)])
-        vocabulary = model_config.get_text_config().vocab_size
-        if (highest := max(max(row.input_ids) for row in rows)) >= vocabulary:
-            raise DataError(
-                f"the tokenizer gives id {highest}, but the model has {vocabulary} embeddings",
-                ways_out=["use the tokenizer that belongs to the model"],
-            )
-        data = prepare(rows, self.max_length, config.over_length)
-        for line in _data_lines(data, self.max_length):
-            self.reporter.say(line)
-        return renderer, data
+            # raises now rather than after loading
+            target_names(build_empty(read_config(base_path)), config.target_modules)
+        self.data = read_data(config.data, config, base_path, say=say, progress=self.reporter.progress)
+        for line in data_lines(self.data):
+            say(line)
+        self.reporter.show_row(self.data.renderer.pieces(self.data.train.rows[0]))
 
     def _info(self, base_path: Path) -> dict[str, Any]:
         device = choose_device(self.config.device)
@@ -174,9 +167,16 @@ class Trainer:
             "config": self.config.model_dump(),
             "base": {"name": self.config.model, "path": str(base_path.resolve())},
             "compute_dtype": str(choose_dtype(self.config.dtype, device)).removeprefix("torch."),
-            "data": {"sha256": hub.sha256_file(Path(self.config.data).expanduser()), **self.data.counts()},
-            "template_sha256": self.renderer.template_sha256,
-            "tokenizer_sha256": hashlib.sha256(self.renderer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "data": {
+                "source": _absolute(self.config.data),
+                "sha256": source_digest(self.config.data, self.data.examples.values()),
+                "form": self.data.form,
+                **self.data.counts(),
+            },
+            "template_sha256": self.data.renderer.template_sha256,
+            "tokenizer_sha256": hashlib.sha256(
+                self.data.renderer.tokenizer.backend_tokenizer.to_str().encode()
+            ).hexdigest(),
             "total_steps": self.total_steps,
             "versions": {name: metadata.version(name) for name in ("halfbyte", "torch", "transformers", "safetensors")},
             "machine": {
@@ -269,14 +269,16 @@ class Trainer:
                 if step // self.steps_per_epoch != epoch:
                     epoch = step // self.steps_per_epoch
                     steps = self.schedule.epoch(epoch)
-                batches = [collate(self.data.rows, rows) for rows in steps[step % self.steps_per_epoch]]
+                batches = [collate(self.data.train.rows, rows) for rows in steps[step % self.steps_per_epoch]]
                 row = self.step(step, batches)
                 row["epoch"] = round((step + 1) / self.steps_per_epoch, 4)
                 done = step + 1
                 if done % self.config.logging_steps == 0 or done == self.total_steps:
-                    self.run.append_metrics(row)
+                    self.run.append(METRICS, row)
                 self.reporter.on_step(row, self.total_steps)
                 last = done == self.total_steps
+                if last or (self.config.eval_steps and done % self.config.eval_steps == 0):
+                    self._evaluate(done)
                 if done % self.config.save_steps == 0 or last or stop.signal:
                     self._save(done)
                 if stop.signal and not last:
@@ -319,14 +321,11 @@ class Trainer:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """Summed loss of a micro-batch."""
-        if self.abilities.packing:
-            batch = batch.padded()
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
-        if self.abilities.packing:
-            inputs["cu_seq_lens_q"] = batch.bounds
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
-        rows = chunk_rows(self.model.get_output_embeddings().weight.shape[0])
-        return supervised_loss(hidden, batch.labels, self.head, self.head_parameters, rows)
+        batch = batch.padded() if self.abilities.packing else batch
+        bounds = batch.bounds if self.abilities.packing else None
+        return sequence_loss(
+            self.model, self.head, self.head_parameters, batch.input_ids, batch.position_ids, batch.labels, bounds
+        )
 
     def _clip(self) -> Tensor:
         """The gradients' norm, before they are scaled down to max_grad_norm."""
@@ -346,8 +345,36 @@ class Trainer:
             ways_out=["lower --learning_rate", "look at these rows", "the last checkpoint is unharmed: resume from it"],
         )
 
+    def _evaluate(self, step: int) -> None:
+        """Loss on the held-out rows, where there are any: a row of eval.jsonl."""
+        if not (rows := self.data.held_out):
+            return
+        loss, tokens = mean_loss(self.model, rows, packed=self.abilities.packing, progress=self.reporter.progress)
+        self.run.append(EVALS, {"step": step, "loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens})
+        self.reporter.say(f"held out: loss {loss:.3f}, perplexity {math.exp(min(loss, 700)):.1f} after {step} steps")
+
+    def _sample(self, step: int) -> None:
+        """The same questions before and after training: rows of samples.jsonl."""
+        asked = []
+        for row in self.data.held_out + self.data.train.rows:
+            if len(asked) >= self.config.num_samples:
+                break
+            if pair := self.data.renderer.question_and_answer(self.data.example(row)):
+                asked.append((row, *pair))
+        if not asked:
+            return
+        found = answers(self.model, self.data.renderer, [ids for _, ids, _ in asked], SAMPLE_TOKENS, SAMPLE_SECONDS)
+        for (row, ids, wanted), said in zip(asked, found, strict=True):
+            question = self.data.renderer.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            sample = {"step": step, "where": row.where, "question": question, "expected": wanted}
+            self.run.append(SAMPLES, {**sample, "answer": said.text, "stopped": said.stopped})
+
     def _save(self, step: int) -> None:
-        state = {"total_steps": self.total_steps, "fingerprint": checkpoint.fingerprint(self.info)}
+        state = {
+            "total_steps": self.total_steps,
+            "base_digest": self.info["base"]["digest"],
+            "fingerprint": checkpoint.fingerprint(self.info),
+        }
         keep = self.config.save_total_limit
         checkpoint.save(self.run.checkpoints, step, self.model, self.optimizer, state, keep, self.config.model)
 
@@ -358,11 +385,11 @@ class Trainer:
             save_adapter(self.model, target, self.config.model)
         else:
             self.model.save_pretrained(target)
-        tokenizer = self.renderer.tokenizer
-        tokenizer.chat_template = self.renderer.template
+        tokenizer = self.data.renderer.tokenizer
+        tokenizer.chat_template = self.data.renderer.template
         tokenizer.save_pretrained(target)
         generation = self.model.generation_config
-        generation.eos_token_id = self.renderer.stop_ids()
+        generation.eos_token_id = self.data.renderer.stop_ids()
         generation.save_pretrained(target)
 
 
@@ -424,14 +451,41 @@ def _loaded_line(model: Any, coverage: float, load_in_4bit: bool) -> str:
     return f"{type(model).__name__}: {count:,} parameters, {held}, computing in {str(model.config.dtype)[6:]}"
 
 
-def _data_lines(data: Prepared, max_length: int) -> Iterator[str]:
-    yield f"{len(data.rows):,} rows, {data.tokens:,} tokens, {data.supervised:,} of them trained"
-    if data.truncated:
+FORM_NAMES = {
+    "messages": "conversations (messages)",
+    "sharegpt": "conversations (ShareGPT)",
+    "alpaca": "instructions (alpaca)",
+    "prompt": "prompts and completions",
+    "text": "plain text",
+    "input_ids": "ready-made ids",
+}
+
+
+def data_lines(data: Data) -> Iterator[str]:
+    """What was decided about the data, for people."""
+    train, limit = data.train, data.max_length
+    yield (
+        f"{len(train.rows):,} rows taken as {FORM_NAMES[data.form]}: {train.tokens:,} tokens, "
+        f"{train.supervised:,} of them trained"
+    )
+    if data.held_out:
+        yield f"{len(data.held_out):,} rows are held out for evaluation"
+    if data.duplicates:
+        yield f"{data.duplicates:,} rows are copies of others; they are kept"
+    if train.truncated:
         yield (
-            f"{data.truncated} rows were cut at {max_length} tokens; {data.end_lost} of them lost trained tokens "
+            f"{train.truncated} rows were cut at {limit} tokens; {train.end_lost} of them lost trained tokens "
             "and their end (--max_length raises the limit, --over_length drop leaves such rows out)"
         )
-    if data.dropped_long:
-        yield f"{len(data.dropped_long)} rows longer than {max_length} tokens were left out"
-    if data.dropped_unsupervised:
-        yield f"{len(data.dropped_unsupervised)} rows without a trained token in {max_length} tokens were left out"
+    if train.dropped_long:
+        yield f"{len(train.dropped_long)} rows longer than {limit} tokens were left out"
+    if train.dropped_unsupervised:
+        yield f"{len(train.dropped_unsupervised)} rows without a trained token in {limit} tokens were left out"
+    if data.ends < len(train.rows) - train.end_lost:
+        yield f"only {data.ends} of {len(train.rows)} rows train an end token: the model may not learn to stop"
+
+
+def _absolute(source: str) -> str:
+    """A file's absolute path, so that later verbs find it from anywhere; a Hub id as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source

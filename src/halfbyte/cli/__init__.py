@@ -11,10 +11,14 @@ from ..errors import HalfbyteError, UsageError
 from . import console
 
 VERBS = {
-    "demo": "train a tiny model made on the spot, offline, on the CPU: the whole path in a minute",
-    "train": "fine-tune a model in 4 bits on a JSON or JSONL file",
+    "demo": "the built-in model learns something real, offline, on a CPU: the whole path",
+    "doctor": "what this machine can do, and why a fast path is off",
+    "train": "fine-tune a model in 4 bits on your rows",
     "chat": "talk to a model or a run; --prompt for one answer",
+    "eval": "loss, perplexity and exact match; a run's base beside it",
     "merge": "add a run's adapter into the weights, verified",
+    "data": "data check: what will be trained, token by token",
+    "explain": "int4, nf4, double-quant, paged, memory, tokens, quiz, or any option",
 }
 
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..config import ChatConfig, ModelOptions
-from ..run import is_run
+from ..errors import UsageError
+from ..run import Run, is_run
 from . import console
 from .options import Verb
 
@@ -14,22 +15,31 @@ def chat(record: ChatConfig) -> dict[str, Any]:
     from ..load import load
 
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
+    run = Run.open(record.model) if is_run(record.model) else None
     model, tokenizer = load(record.model, progress=console.progress, **given)
     renderer = Renderer(tokenizer)
+    # a run trained on texts continues texts: a chat template is a form it never saw
+    plain = run is not None and run.info()["data"]["form"] in ("prompt", "text")
+    if plain:
+        console.say("this run was trained on plain texts: what you type is continued, without a chat template")
+        if record.system:
+            raise UsageError("a system message needs a chat template, which this run was not trained with")
     opening = [{"role": "system", "content": record.system}] if record.system else []
     if record.prompt is not None:
-        text, stopped = _turn(record, model, renderer, [*opening, {"role": "user", "content": record.prompt}])
-        if is_run(record.model):
+        question = record.prompt if plain else [*opening, {"role": "user", "content": record.prompt}]
+        said = _turn(record, model, renderer, question)
+        if run is not None:
             console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
         else:
             console.say(f"next: halfbyte train {record.model} --data my.jsonl")
-        return {"prompt": record.prompt, "answer": text, "stopped": stopped}
+        return {"prompt": record.prompt, "answer": said.text, "stopped": said.stopped}
     turns = list(opening)
     console.say("an empty line ends the conversation")
     while line := _read_line():
         turns.append({"role": "user", "content": line})
-        text, _ = _turn(record, model, renderer, turns)
-        turns.append({"role": "assistant", "content": text})
+        said = _turn(record, model, renderer, line if plain else turns)
+        turns.append({"role": "assistant", "content": said.text})
+    console.say(f"next: halfbyte {'merge ' + record.model + ' --onto trained -o merged' if run else 'explain nf4'}")
     return {"messages": turns}
 
 
@@ -40,13 +50,13 @@ def _read_line() -> str:
         return ""
 
 
-def _turn(record: ChatConfig, model: Any, renderer: Any, messages: list[dict[str, Any]]) -> tuple[str, bool]:
+def _turn(record: ChatConfig, model: Any, renderer: Any, prompt: str | list[dict[str, Any]]) -> Any:
     from ..generate import answer
 
-    text, stopped = answer(
+    said = answer(
         model,
         renderer,
-        messages,
+        prompt,
         max_new_tokens=record.max_new_tokens,
         temperature=record.temperature,
         top_p=record.top_p,
@@ -54,9 +64,9 @@ def _turn(record: ChatConfig, model: Any, renderer: Any, messages: list[dict[str
         emit=console.piece,
     )
     console.piece("\n")
-    if not stopped:
+    if not said.stopped:
         console.say(f"(cut off after {record.max_new_tokens} tokens; --max_new_tokens raises the limit)")
-    return text, stopped
+    return said
 
 
 command = Verb("chat", ChatConfig, chat, positional=("model",))

@@ -1,13 +1,18 @@
 """What a person sees: text on stdout (on stderr beside ``--json``), errors, progress bars."""
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 JSON = False
 _out = Console(highlight=False, soft_wrap=True)
@@ -36,6 +41,65 @@ def piece(text: str) -> None:
     stream = sys.stderr if JSON else sys.stdout
     stream.write(text)
     stream.flush()
+
+
+_STYLES = {"read": "dim", "trained": "green", "end": "bold white on green"}
+
+
+def show_row(pieces: list[tuple[str, str]]) -> None:
+    """A row of training data: what is only read dim, what is trained green, its end token marked. Without colours,
+    trained text stands in brackets."""
+    people, text = _people(), Text()
+    coloured = people.color_system is not None
+    for piece, kind in pieces:
+        shown = piece if len(piece) <= 600 else piece[:400] + " [...] " + piece[-150:]
+        text.append(shown if coloured or kind == "read" else f"⟦{shown}⟧", style=_STYLES[kind] if coloured else "")
+    legend = Text("dim: read only   ", style="dim") if coloured else Text("outside ⟦⟧: read only   ")
+    legend.append("green: trained" if coloured else "⟦trained⟧", style="green" if coloured else "")
+    people.print(Padding(text, (0, 0, 0, 2)), soft_wrap=False)
+    people.print(Padding(legend, (0, 0, 0, 2)))
+
+
+def samples(rows: list[dict[str, Any]]) -> None:
+    """The same questions answered before and after training."""
+
+    def cut(text: str, stopped: bool = True) -> Text:
+        text = " ".join(text.split())
+        shown = text if len(text) <= 150 else text[:147] + "..."
+        return Text(shown + ("" if stopped else " (goes on)"))
+
+    for row in rows:
+        if "after" not in row:
+            continue
+        lines = Table.grid(padding=(0, 1))
+        lines.add_row(Text("asked", style="bold"), cut(row["question"]))
+        lines.add_row(Text("wanted", style="dim"), cut(row["expected"]))
+        lines.add_row(Text("before", style="dim"), cut(row["before"], row["before_stopped"]))
+        lines.add_row(Text("after", style="green"), cut(row["after"], row["after_stopped"]))
+        _people().print(Padding(lines, (0, 0, 1, 2)), soft_wrap=False)
+
+
+def paragraph(text: str) -> None:
+    """Running text, wrapped to the terminal (to 100 columns at most)."""
+    people = _people()
+    people.print(Padding(Text(text), (0, 0, 1, 0)), soft_wrap=False, width=min(people.width, 100))
+
+
+_FIGURE = re.compile(r"[-+]?[\d,.]*\d( ?(%|ms|M|GB|MiB|GiB))?|-|")
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A small table: columns of figures on the right, words on the left."""
+    people = _people()
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
+    for number, column in enumerate(columns):
+        figures = number > 0 and all(_FIGURE.fullmatch(str(row[number])) for row in rows)
+        grid.add_column(column, justify="right" if figures else "left")
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    if title:
+        people.print(Text(title, style="bold"), soft_wrap=False)
+    people.print(grid, soft_wrap=False)
 
 
 def progress(items: Iterable[str], total: int, title: str) -> Iterable[str]:

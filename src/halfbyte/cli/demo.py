@@ -1,131 +1,183 @@
-"""``halfbyte demo``: the whole path on a tiny model made on the spot."""
+"""``halfbyte demo``: the built-in model learns to turn spoken orders into JSON, and everything around it."""
 
 import json
-import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
-from ..config import Options, TrainConfig, option
+from ..config import DemoConfig, TrainConfig
 from ..errors import UsageError
-from . import console
+from . import console, orders
 from .options import Verb
 
-
-class DemoConfig(Options):
-    """Everything ``halfbyte demo`` reads."""
-
-    output_dir: str = option("demo", "where everything goes; a directory of an earlier demo is replaced")
-    seed: int = option(42, "everything random is a function of it", ge=0, lt=2**63)
-
-
-_NUMBERS = ("one", "two", "three", "four", "five", "six")
-_THINGS = ("tea", "coffee", "bun", "cake", "soup", "juice")
-_PROMPT = "two cake and one soup"
+TRAIN_ROWS, HELD_OUT_ROWS = 1500, 100
+ASKED = "two large teas and a bun, no sugar"
 
 
 def demo(record: DemoConfig) -> dict[str, Any]:
-    """Make a tiny untrained model, fine-tune it in 4 bits on spoken orders, chat with it, and merge it."""
-    from ..chat import Renderer
-    from ..generate import answer
-    from ..load import load
-    from ..merge import merge
-    from ..train import Reporter, train
-
+    """Fine-tune the built-in model in 4 bits on spoken orders, offline on the CPU: plan, train, compare, merge."""
+    began = time.monotonic()
     home = Path(record.output_dir)
     _clear(home)
-    base, data, run_dir, merged = home / "model", home / "orders.jsonl", home / "run", home / "merged"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    rows = [_row(random.Random(f"{record.seed} {i}")) for i in range(480)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _make_model(base, [f"{row['prompt']} {row['completion']}" for row in rows], record.seed)
-    console.say("a tiny Llama with random weights was made on the spot; it knows nothing yet")
-    config = TrainConfig(
-        model=str(base),
-        data=str(data),
-        output_dir=str(run_dir),
-        dtype="float32",
-        max_length=64,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=1,
-        num_train_epochs=4,
-        learning_rate=1e-2,
-        lora_r=32,
-        lora_dropout=0.0,
-        seed=record.seed,
+    home.mkdir(parents=True, exist_ok=True)
+    rows, held_out = orders.rows(record.seed, TRAIN_ROWS, HELD_OUT_ROWS)
+    _write(home / "orders.jsonl", rows)
+    _write(home / "held_out.jsonl", held_out)
+    console.say(
+        f"the task: a spoken order becomes JSON. {len(rows):,} rows to learn from, {len(held_out)} other orders to be "
+        "tested on"
     )
-    with console.steps() as shown:
-        run = train(config, Reporter(console.say, console.progress, shown.update))
-    losses = [row["loss"] for row in run.metrics()]
-    console.say(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    model, tokenizer = load(run.path)
-    text, stopped = answer(model, Renderer(tokenizer), [{"role": "user", "content": _PROMPT}], max_new_tokens=48)
-    console.say(f"asked {_PROMPT!r}, it now answers {text!r}" + (" and stops" if stopped else ""))
-    receipt = merge(run.path, merged, say=console.say)
-    console.say(f"merged and verified: {receipt.greedy_agreement:.2%} of the predicted tokens are the same")
-    console.say(f"everything lies in {home}: the run in run/, the merged model in merged/")
-    console.say(f'next: halfbyte chat {run_dir} --prompt "three bun and two tea"')
+    config = _config(home, "run", record.seed)
+    _show_plan(config)
+    before = _test(config.model, home / "held_out.jsonl")
+    console.say(f"before training it answers {before['exact_match']:.0%} of the held-out orders exactly")
+    run = _train(config)
+    console.samples(run.samples())
+    after = _test(str(run.path), home / "held_out.jsonl")
+    console.say(f"exact on held-out orders: {before['exact_match']:.0%} before, {after['exact_match']:.0%} after")
+    result = {
+        "exact_match_before": before["exact_match"],
+        "exact_match_after": after["exact_match"],
+        "loss_before": before["loss"],
+        "loss_after": after["loss"],
+    }
+    if record.compare:
+        result["compare"] = _compare(home, record.seed, after)
+    receipt = _merge(run.path, home / "merged")
+    seconds = time.monotonic() - began
+    console.say(f"done in {seconds:.0f} s. In {home}: the run (run/), its rows, and the merged model (merged/)")
+    console.say(f'next: halfbyte chat {run.path} --prompt "{ASKED}"')
     return {
+        **result,
+        "seconds": seconds,
         "run_dir": str(run.path),
-        "merged_dir": str(merged),
-        "loss_before": losses[0],
-        "loss_after": losses[-1],
-        "answer": text,
+        "merged_dir": str(home / "merged"),
         "greedy_agreement": receipt.greedy_agreement,
     }
+
+
+def _config(home: Path, name: str, seed: int, **changes: Any) -> TrainConfig:
+    return TrainConfig(
+        **{
+            "model": "demo",
+            "data": str(home / "orders.jsonl"),
+            "output_dir": str(home / name),
+            "dtype": "float32",
+            "device": "cpu",
+            "max_length": 256,
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 1,
+            "num_train_epochs": 2,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "cosine",
+            "lora_dropout": 0.0,
+            "gradient_checkpointing": False,
+            "save_steps": 100,
+            "seed": seed,
+            **changes,
+        }
+    )
 
 
 def _clear(home: Path) -> None:
     """Remove an earlier demo; anything else stays and is an error."""
     if not home.exists():
         return
-    if any(home.iterdir()) and not (home / "orders.jsonl").is_file():
+    if not home.is_dir() or (any(home.iterdir()) and not (home / "orders.jsonl").is_file()):
         raise UsageError(f"{home} holds something else than a demo", ways_out=["name another --output_dir"])
     shutil.rmtree(home)
 
 
-def _row(rng: random.Random) -> dict[str, str]:
-    items = [(rng.choice(_NUMBERS), thing) for thing in rng.sample(_THINGS, rng.randint(1, 2))]
-    spoken = " and ".join(f"{number} {thing}" for number, thing in items)
-    wanted = ", ".join(f'"{thing}": {_NUMBERS.index(number) + 1}' for number, thing in items)
-    messages = [{"role": "user", "content": spoken}, {"role": "assistant", "content": "{" + wanted + "}"}]
-    return {"messages": messages, "prompt": spoken, "completion": wanted}  # pyright: ignore[reportReturnType]
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _make_model(path: Path, texts: list[str], seed: int) -> None:
-    """A random Llama of half a million parameters and a byte-level BPE tokenizer trained on the texts."""
+def _show_plan(config: TrainConfig) -> None:
+    """The bytes of each part, in 4 bits and in 16, for the built-in model and for a 70B one."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils import logging
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    from .. import hub
+    from ..load import read_config
+    from ..plan import plan_memory
+
+    tokens = config.per_device_train_batch_size * 96
+    sides = [
+        plan_memory(
+            read_config(hub.resolve("demo")),
+            config.model_copy(update={"load_in_4bit": in_4bit}),
+            tokens,
+            torch.bfloat16,
+            checkpointing=False,
+        )
+        for in_4bit in (True, False)
+    ]
+    held = ("4-bit codes", "scales", "16-bit layers")
+    lines = [["the linear layers", *(_mib(side.bytes_of(*held)) for side in sides)]]
+    for part in sides[0].ledger:
+        if part.part not in held:
+            lines.append([part.part, *(_mib(side.bytes_of(part.part)) for side in sides)])
+    lines.append(["together", *(_mib(side.peak_bytes) for side in sides)])
+    count = sides[0].parameters
+    console.table(
+        f"the plan: {count / 1e6:.1f} M parameters, {sides[0].lora_parameters / 1e6:.2f} M of an adapter trained",
+        ["MiB", "4-bit", "16-bit"],
+        lines,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(path)
-    logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.08,
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f}"
+
+
+def _test(model: str, data: Path) -> dict[str, Any]:
+    """Loss and exact match on the held-out orders."""
+    from .. import hub
+    from ..chat import Renderer
+    from ..config import DataOptions
+    from ..dataset import read_data
+    from ..evaluate import score
+    from ..load import load
+
+    loaded, tokenizer = load(model, dtype="float32", device="cpu")
+    rows = read_data(str(data), DataOptions(), hub.resolve("demo"), renderer=Renderer(tokenizer))
+    return score(loaded, rows, rows.train.rows, packed=True, generate=True, progress=console.progress).as_dict()
+
+
+def _train(config: TrainConfig) -> Any:
+    from ..train import Reporter, train
+
+    with console.steps() as shown:
+        return train(config, Reporter(console.say, console.progress, shown.update, console.show_row))
+
+
+def _compare(home: Path, seed: int, qlora: dict[str, Any]) -> dict[str, Any]:
+    """The same rows and seed with an unquantized base, and with every parameter trained."""
+    results = {"QLoRA (4-bit base)": qlora}
+    for label, name, changes in (
+        ("LoRA (16-bit base)", "compare-lora", {"load_in_4bit": False}),
+        ("full fine-tuning", "compare-full", {"load_in_4bit": False, "full": True, "learning_rate": 1e-3}),
+    ):
+        console.say(f"now the same with {label}")
+        run = _train(_config(home, name, seed, **changes))
+        results[label] = _test(str(run.path), home / "held_out.jsonl")
+    console.table(
+        "the same rows, the same seed",
+        ["", "loss", "exact match"],
+        [[label, f"{r['loss']:.4f}", f"{r['exact_match']:.0%}"] for label, r in results.items()],
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    return {label: {key: r[key] for key in ("loss", "exact_match")} for label, r in results.items()}
+
+
+def _merge(run: Path, target: Path) -> Any:
+    from ..merge import merge
+
+    receipt = merge(run, target, say=console.say)
+    console.say(
+        f"merged and verified: {receipt.greedy_agreement:.2%} of {receipt.tokens:,} predicted tokens are the same, "
+        f"logits differ by at most {receipt.max_logit_difference:.1e}"
+    )
+    return receipt
 
 
 command = Verb("demo", DemoConfig, demo)

@@ -11,6 +11,8 @@ from .. import config
 from ..errors import UsageError
 from . import console
 
+_RESERVED = {"config", "dry_run", "json", "help"}
+
 
 class Verb(click.Command):
     """A verb whose options are the fields of a configuration class.
@@ -46,38 +48,45 @@ class Verb(click.Command):
         return click.Option([*names, field], help=f"{info.description}{default}", metavar=_metavar(info), **more)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        known = set(self.declaration.model_fields)
-        reserved = {"config", "dry_run", "json", "help"}
-        translated = []
-        for argument in args:
-            if not argument.startswith("--") or argument == "--":
-                translated.append(argument)
-                continue
+        translated, waiting = [], list(args)
+        while waiting:
+            argument = waiting.pop(0)
             name, equals, value = argument[2:].partition("=")
-            if name.replace("-", "_") in reserved:
+            if not argument.startswith("--") or argument == "--" or name.replace("-", "_") in _RESERVED:
                 translated.append(argument)
+                if name == "config" and not equals and waiting:
+                    translated.append(waiting.pop(0))
                 continue
-            ours, _, notice = config.translate(name, value, known, f"halfbyte {self.name}")
+            if not equals and waiting and self._takes(name, waiting[0]):
+                equals, value = "=", waiting.pop(0)
+            ours, notice = config.translate(name, value, set(self.declaration.model_fields), f"halfbyte {self.name}")
             if notice:
-                if name.replace("-", "_") in config.NEGATED:
-                    raise UsageError(f"--{name} has the opposite meaning of --{ours}: use that one")
-                if ours not in known:
-                    raise UsageError(f"--{name} is not an option of `halfbyte {self.name}`")
                 console.say(notice)
-            translated.append(f"--{ours}{equals}{value}")
+            for field, item in ours.items():
+                if field not in self.declaration.model_fields:
+                    raise UsageError(f"--{name} is not an option of `halfbyte {self.name}`")
+                translated.append(f"--{field}={item}" if equals or notice else f"--{field}")
         return super().parse_args(ctx, translated)
+
+    def _takes(self, name: str, following: str) -> bool:
+        """Whether the argument after an option is its value: a text may begin with dashes, a switch has true/false."""
+        field = name.replace("-", "_")
+        info = self.declaration.model_fields.get(field)
+        if (info and info.annotation is bool) or field in (*config.NEGATED, *config.SWITCHES):
+            return following.lower() in ("true", "false", "yes", "no", "1", "0", "on", "off")
+        option = following[2:].partition("=")[0].replace("-", "_")
+        known = {*self.declaration.model_fields, *config.RENAMED, *config.NEGATED, *config.SWITCHES, *_RESERVED}
+        return not (following.startswith("--") and option in known)
 
     def _run(self, **given: Any) -> Any:
         path, as_json, dry_run = given.pop("config"), given.pop("as_json"), given.pop("dry_run")
         values: dict[str, Any] = {}
         if path:
-            known, mine = config.all_keys(), set(self.declaration.model_fields)
             for key, value in config.read_yaml(Path(path)).items():
-                name, value, notice = config.translate(key, value, known, path)
+                ours, notice = config.translate(key, value, config.all_keys(), path)
                 if notice:
                     console.say(notice)
-                if name in mine:
-                    values[name] = value
+                values.update({k: v for k, v in ours.items() if k in self.declaration.model_fields})
         values.update({name: value for name, value in given.items() if value is not None})
         record = config.build(self.declaration, values, where=path or "")
         result = record.model_dump() if dry_run else self.call(record)

@@ -8,14 +8,15 @@ from .options import Verb
 
 
 def train(record: TrainConfig) -> dict[str, Any]:
-    """Fine-tune MODEL (a Hub id or a local directory) on a JSON or JSONL file."""
+    """Fine-tune MODEL (a Hub id, a local directory, or `demo`) on rows of a file or a Hub data set."""
     from ..train import Reporter, train
 
     with console.steps() as shown:
-        run = train(record, Reporter(console.say, console.progress, shown.update))
+        run = train(record, Reporter(console.say, console.progress, shown.update, console.show_row))
     rows = run.metrics()
     if len(rows) > 1:
         console.say(f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f} in {rows[-1]['step']} steps")
+    console.samples(run.samples())
     console.say(f"the adapter is in {run.adapter}")
     console.say(f'next: halfbyte chat {run.path} --prompt "..."')
     last = rows[-1] if rows else {}

@@ -1,0 +1,55 @@
+"""``halfbyte data check FILE --model MODEL``."""
+
+import statistics
+from typing import Any
+
+import click
+
+from ..config import DataCheckConfig
+from ..run import Run, is_run
+from . import console
+from .options import Verb
+
+
+def check(record: DataCheckConfig) -> dict[str, Any]:
+    """What of a data source will be trained, token by token; every bad row named. Reads no weights."""
+    from .. import hub
+    from ..dataset import read_data
+    from ..train import data_lines
+
+    run = Run.open(record.model) if is_run(record.model) else None
+    base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
+    data = read_data(record.data, record, base, say=console.say, progress=console.progress)
+    for line in data_lines(data):
+        console.say(line)
+    train = data.train
+    lengths = sorted(len(row.input_ids) for row in train.rows)
+    counts: dict[str, Any] = {
+        **data.counts(),
+        "masked_tokens": train.tokens - sum(sum(row.trained) for row in train.rows),
+        "tokens_cut_off": train.tokens_cut,
+        "max_length": data.max_length,
+        "longest": lengths[-1],
+        "median_length": int(statistics.median(lengths)),
+        "form": data.form,
+    }
+    console.table(
+        f"{record.data} as {record.model} reads it",
+        ["", "count"],
+        [[key.replace("_", " "), f"{value:,}" if isinstance(value, int) else value] for key, value in counts.items()],
+    )
+    for where in (train.dropped_unsupervised + train.dropped_long)[:10]:
+        console.say(f"left out: {where}")
+    for row in train.rows[: record.rows]:
+        console.say(f"{row.where}:")
+        console.show_row(data.renderer.pieces(row))
+    console.say(f"next: halfbyte train {record.model if not run else '...'} --data {record.data}")
+    return {"data": record.data, "model": record.model, **counts}
+
+
+@click.group("data")
+def command() -> None:
+    """Look at training data before training on it."""
+
+
+command.add_command(Verb("check", DataCheckConfig, check, positional=("data",)))

@@ -1,0 +1,186 @@
+"""``halfbyte doctor``: this machine, the versions, and every fast path with the reason it is on or off."""
+
+import contextlib
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..config import DoctorConfig
+from . import console
+from .options import Verb
+
+MINIMUM = {"torch": "2.11", "transformers": "5.17"}
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "datasets", "pyarrow")
+OPTIONAL = {"bitsandbytes": "not needed; its files are read and written here", "peft": "not needed; its files too"}
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+
+
+def doctor(record: DoctorConfig) -> dict[str, Any]:
+    """What this machine can do, and why a fast path is off."""
+    machine, versions = _machine(), _versions()
+    paths = _fast_paths(machine)
+    checks = _checks()
+    console.table("machine", ["", ""], [[key, _shown(value)] for key, value in machine.items()])
+    console.table("versions", ["", ""], [[name, note] for name, note in versions.items()])
+    console.table("fast paths", ["", "", "why"], [[p["path"], "on" if p["on"] else "off", p["why"]] for p in paths])
+    console.table("checks", ["", "", ""], [[c["check"], "ok" if c["ok"] else "FAILS", c["note"]] for c in checks])
+    wrong = [c["check"] for c in checks if not c["ok"]]
+    console.say(f"{len(wrong)} checks fail: {', '.join(wrong)}" if wrong else "everything that is needed is here")
+    console.say("next: halfbyte demo")
+    return {"machine": machine, "versions": versions, "fast_paths": paths, "checks": checks}
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    total, available = _memory()
+    flags = _cpu_flags()
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    place = next(p for p in (home, *home.parents) if p.exists())
+    found: dict[str, Any] = {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "processor": _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "threads torch uses": torch.get_num_threads(),
+        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
+        "memory GiB": round(total / 2**30, 1),
+        "memory available GiB": round(available / 2**30, 1),
+        "disk free here GiB": round(shutil.disk_usage(".").free / 2**30, 1),
+        "disk free for the Hub cache GiB": round(shutil.disk_usage(place).free / 2**30, 1),
+    }
+    for number in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(number)
+        found[f"cuda:{number}"] = (
+            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, capability {card.major}.{card.minor}"
+        )
+    return found
+
+
+def _memory() -> tuple[int, int]:
+    """(total, available) bytes of main memory; zeros where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return tuple(int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))  # pyright: ignore[reportReturnType]
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total
+    return 0, 0
+
+
+def _cpu_lines() -> dict[str, str]:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {}
+
+
+def _cpu_flags() -> set[str]:
+    lines = _cpu_lines()
+    return set((lines.get("flags") or lines.get("Features") or "").split())
+
+
+def _cpu_name() -> str:
+    return _cpu_lines().get("model name") or platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in (*PACKAGES, *OPTIONAL):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = f"absent ({OPTIONAL.get(name, 'needed')})"
+    return found
+
+
+def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
+    from ..load import choose_device, choose_dtype
+
+    device = choose_device("auto")
+    dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
+    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type == "cuda":
+        why = (
+            "compute capability 8.0 or more"
+            if dtype == "bfloat16"
+            else "compute capability below 8.0 has no bf16 units"
+        )
+    else:
+        why = (
+            "the processor multiplies bf16" if fast else "the processor has no bf16 instructions: fp32 is used instead"
+        )
+    return [
+        {
+            "path": "GPU",
+            "on": device.type == "cuda",
+            "why": "PyTorch sees one" if device.type == "cuda" else _why_no_gpu(),
+        },
+        {"path": f"16-bit products ({dtype})", "on": dtype != "float32", "why": why},
+        {
+            "path": "C++ kernels",
+            "on": False,
+            "why": "this version computes in plain PyTorch; they are not written yet",
+        },
+        {
+            "path": "Triton kernels",
+            "on": False,
+            "why": "this version computes in plain PyTorch; they are not written yet",
+        },
+    ]
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return f"torch {torch.__version__} is built for the CPU"
+    return "PyTorch finds no device: see nvidia-smi or rocm-smi"
+
+
+def _checks() -> list[dict[str, Any]]:
+    from packaging.version import Version
+
+    checks = []
+    for name, least in MINIMUM.items():
+        version = metadata.version(name)
+        ok = Version(version.partition("+")[0]) >= Version(least)
+        checks.append({"check": f"{name} is new enough", "ok": ok, "note": f"{version}, at least {least}"})
+    checks.append({"check": "4-bit bytes are the reference's", **_bytes_check()})
+    locks = os.name == "posix"
+    note = "flock" if locks else "no flock here: two trainers on one run are not kept apart"
+    checks.append({"check": "run directories are locked", "ok": locks, "note": note})
+    return checks
+
+
+REFERENCE_SHA256 = "REPLACE"
+"""Of the codes and scales of the tensor below, double-quantized: equal on every machine, backend and thread count."""
+
+
+def _bytes_check() -> dict[str, Any]:
+    import hashlib
+
+    import torch
+
+    from .. import nf4
+
+    n = 64 * 300 + 17
+    steps = (torch.arange(n, dtype=torch.int64) * 2654435761 + 12345) % 65521
+    weights = (steps.float() - 32760.0) / 65536.0
+    digest = hashlib.sha256()
+    for tensor in nf4.quantize(weights).stored_tensors():
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    found = digest.hexdigest()
+    return {"ok": found == REFERENCE_SHA256, "note": f"sha256 {found[:16]}"}
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) or "none known" if isinstance(value, list) else str(value)
+
+
+command = Verb("doctor", DoctorConfig, doctor)

@@ -1,0 +1,76 @@
+"""``halfbyte eval MODEL --data FILE``."""
+
+from typing import Any
+
+from ..config import DataOptions, EvalConfig, ModelOptions
+from ..run import Run, is_run
+from . import console
+from .options import Verb
+
+
+def evaluate(record: EvalConfig) -> dict[str, Any]:
+    """Loss, perplexity and exact match on held-out rows; for a run, its base beside it."""
+    from .. import hub
+    from ..chat import Renderer
+    from ..dataset import read_data
+    from ..evaluate import score
+    from ..load import load, load_base, self_test
+    from ..lora import adapter_off
+
+    given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
+    run = Run.open(record.model) if is_run(record.model) else None
+    renderer = None
+    options: DataOptions = record
+    if run is not None:
+        trained = run.config()
+        kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
+        options = record.model_copy(
+            update={key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
+        )
+        if record.chat_template is None:
+            renderer = Renderer(
+                hub.load_tokenizer(run.adapter),
+                assistant_only=options.assistant_only_loss,
+                completion_only=options.completion_only_loss,
+            )
+    base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
+    # read before the model, so that bad rows are known at once
+    data = read_data(record.data, options, base, say=console.say, progress=console.progress, renderer=renderer)
+    rows = data.train.rows[: record.max_rows or None]
+    model, _ = load(record.model, progress=console.progress, **given)
+    packed = self_test(model).packing
+
+    def measure(tested: Any) -> dict[str, Any]:
+        return score(tested, data, rows, packed=packed, generate=record.generate, progress=console.progress).as_dict()
+
+    tuned = None
+    if run is None:
+        found = measure(model)
+    else:
+        tuned = measure(model)
+        if run.config().full:
+            del model
+            found = measure(load_base(base, ModelOptions(**given), console.progress)[0])
+        else:
+            with adapter_off(model):
+                found = measure(model)
+    console.table(
+        f"{len(rows):,} rows, {found['tokens']:,} supervised tokens",
+        ["", "base", *(["tuned"] if tuned else [])],
+        [
+            [label, *(show(side) for side in (found, tuned) if side)]
+            for label, show in (
+                ("loss", lambda s: f"{s['loss']:.4f}"),
+                ("perplexity", lambda s: f"{s['perplexity']:.2f}"),
+                ("exact match", lambda s: "-" if s["exact_match"] is None else f"{s['exact_match']:.1%}"),
+            )
+        ],
+    )
+    if run is not None:
+        console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
+    else:
+        console.say(f"next: halfbyte train {record.model} --data my.jsonl")
+    return {"model": record.model, "data": record.data, "rows": len(rows), "base": found, "tuned": tuned}
+
+
+command = Verb("eval", EvalConfig, evaluate, positional=("model",))

@@ -1,0 +1,127 @@
+"""How good a model is on rows: loss per supervised token, perplexity, and how often it answers exactly what was wanted.
+
+The loss is the sum of cross-entropy over supervised tokens divided by their number, whatever the batches. An answer
+matches exactly if the model, asked as in training, writes that text and then stops by itself; it may not go on.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from . import attention
+from .batches import collate
+from .chat import Encoded, Renderer
+from .dataset import Data
+from .forms import Example
+from .generate import Answer, answers
+from .load import Progress, no_progress
+from .loss import output_head, sequence_loss
+
+TOKENS_AT_ONCE = 2048
+"""Rows are laid end to end up to this many tokens; the answers of as many prompt tokens are generated together."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one model on one set of rows. loss: nats per supervised token. exact_match: share, or None if not asked."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    rows: int
+    exact_match: float | None = None
+    asked: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def score(
+    model: Any, data: Data, rows: Sequence[Encoded], *, packed: bool, generate: bool, progress: Progress = no_progress
+) -> Score:
+    """Loss, perplexity and exact match of a model.
+
+    Args:
+        packed: the model keeps rows of one sequence apart (`load.self_test`). generate: answer the questions, too.
+    """
+    loss, tokens = mean_loss(model, rows, packed=packed, progress=progress)
+    matches: list[bool] = []
+    if generate:
+        asked = [(row, example) for row in rows if _has_question(example := data.example(row))]
+        found = exact_matches(model, data.renderer, [example for _, example in asked], progress)
+        matches = [match for match, _ in found]
+    return Score(
+        loss,
+        math.exp(min(loss, 700.0)),
+        tokens,
+        len(rows),
+        sum(matches) / len(matches) if matches else None,
+        len(matches),
+    )
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any, rows: Sequence[Encoded], *, packed: bool, progress: Progress = no_progress
+) -> tuple[float, int]:
+    """(nats per supervised token, supervised tokens); a model in training is left as it was."""
+    device = model.get_input_embeddings().weight.device
+    head, total, tokens = output_head(model), 0.0, 0
+    groups = list(_groups(list(range(len(rows))), [len(row.input_ids) for row in rows] if packed else None))
+    was_training = model.training
+    model.eval()
+    apart = attention.segments(model) if packed else contextlib.nullcontext()
+    try:
+        with apart:
+            for number in progress([str(i) for i in range(len(groups))], len(groups), "evaluating"):
+                batch = collate(rows, groups[int(number)]).to(device)
+                tokens += batch.supervised
+                batch = batch.padded() if packed else batch
+                bounds = batch.bounds if packed else None
+                loss = sequence_loss(model, head, [], batch.input_ids, batch.position_ids, batch.labels, bounds)
+                total += float(loss)
+    finally:
+        model.train(was_training)
+    return total / tokens, tokens
+
+
+def exact_matches(
+    model: Any, renderer: Renderer, examples: Sequence[Example], progress: Progress = no_progress
+) -> list[tuple[bool, Answer]]:
+    """For each row whether the model's answer is the row's, and what it answered (cut off where it ran too long)."""
+    asked = [pair for example in examples if (pair := renderer.question_and_answer(example)) is not None]
+    lengths = [len(ids) for ids, _ in asked]
+    order = sorted(range(len(asked)), key=lambda i: lengths[i])
+    groups = list(_groups(order, lengths))
+    results: list[tuple[bool, Answer]] = [(False, Answer("", False))] * len(asked)
+    for number in progress([str(i) for i in range(len(groups))], len(groups), "answering"):
+        group = groups[int(number)]
+        wanted = [asked[i][1] for i in group]
+        longest = max(len(renderer.tokenizer(text)["input_ids"]) for text in wanted)
+        given = answers(model, renderer, [asked[i][0] for i in group], longest + 4)
+        for i, said, right in zip(group, given, wanted, strict=True):
+            results[i] = (said.stopped and said.text.strip() == right.strip(), said)
+    return results
+
+
+def _has_question(example: Example) -> bool:
+    return bool(example.prompt) or any(m["role"] == "assistant" for m in (example.messages or [])[1:])
+
+
+def _groups(order: Sequence[int], lengths: Sequence[int] | None) -> Iterable[list[int]]:
+    """The order cut into groups of about `TOKENS_AT_ONCE` tokens; of one row each without lengths."""
+    group: list[int] = []
+    used = 0
+    for i in order:
+        length = TOKENS_AT_ONCE if lengths is None else lengths[i]
+        if group and used + length > TOKENS_AT_ONCE:
+            yield group
+            group, used = [], 0
+        group.append(i)
+        used += length
+    if group:
+        yield group

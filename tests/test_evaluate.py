@@ -1,0 +1,187 @@
+"""Loss and exact match against transformers' own loss and a greedy loop; the base beside the run; overfitted rows."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import halfbyte
+from halfbyte import hub
+from halfbyte.chat import Renderer
+from halfbyte.cli import run as cli
+from halfbyte.config import DataOptions
+from halfbyte.dataset import read_data
+from halfbyte.evaluate import exact_matches, mean_loss, score
+from halfbyte.forms import Example
+from halfbyte.generate import answer, answers
+from halfbyte.load import load
+from halfbyte.lora import adapter_off
+from halfbyte.run import Run
+
+EIGHT = [
+    ("What is the capital of France?", "Paris, on the Seine."),
+    ("Two and two?", "4"),
+    ("Say nothing much.", "Nothing much!"),
+    ("Name three colours.", "red, green and blue"),
+    ("Who wrote Emma?", "Jane Austen wrote it in 1815."),
+    ("Translate dog.", "perro"),
+    ("A list, please.", "- one\n- two"),
+    ("As JSON?", '{"a": [1, 2]}'),
+]
+
+
+def write(path: Path, pairs: list[tuple[str, str]]) -> str:
+    path.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in pairs))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def overfitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+    """The built-in model after eight rows, seen until it knows them; its tokenizer's pad token is its end token."""
+    home = tmp_path_factory.mktemp("eight")
+    shutil.copytree(hub.resolve("demo"), home / "base")
+    tokenizer = hub.load_tokenizer(home / "base")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(home / "base")
+    data = write(home / "rows.jsonl", EIGHT)
+    options: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "lora_dropout": 0.0}
+    run = halfbyte.train(
+        model=str(home / "base"),
+        data=data,
+        output_dir=str(home / "run"),
+        dtype="float32",
+        learning_rate=5e-3,
+        max_steps=60,
+        num_samples=8,
+        **options,
+    )
+    return run, data
+
+
+def test_eight_overfitted_rows_are_answered_exactly_and_end_by_themselves(overfitted: tuple[Run, str]):
+    run, _data = overfitted
+    model, tokenizer = load(run.path)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    renderer = Renderer(tokenizer)
+    for question, wanted in EIGHT:
+        said = answer(model, renderer, [{"role": "user", "content": question}])
+        assert (said.text, said.stopped) == (wanted, True)
+    samples = run.samples()
+    assert len(samples) == 8 and all(s["after"] == s["expected"] and s["after_stopped"] for s in samples)
+    assert not any(s["before"] == s["expected"] for s in samples)
+
+
+def test_eval_puts_the_base_beside_the_run(overfitted: tuple[Run, str], capsys: pytest.CaptureFixture[str]):
+    run, data = overfitted
+    assert cli(["eval", str(run.path), "--data", data, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tuned"]["exact_match"] == 1.0 and result["base"]["exact_match"] == 0.0
+    assert result["tuned"]["loss"] < 0.05 < 1 < result["base"]["loss"]
+    assert result["base"]["tokens"] == result["tuned"]["tokens"]
+    base = str(run.info()["base"]["path"])
+    assert cli(["eval", base, "--data", data, "--json", "--dtype", "float32"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["base"]["loss"] == pytest.approx(result["base"]["loss"], rel=1e-5) and alone["tuned"] is None
+
+
+def test_a_run_on_another_base_is_refused(overfitted: tuple[Run, str], tmp_path: Path, capsys: Any):
+    """The base overwritten in place: the adapter no longer fits, and that is said, not run."""
+    run, _data = overfitted
+    shutil.copytree(run.path, tmp_path / "run")
+    shutil.copytree(run.info()["base"]["path"], tmp_path / "base")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "base/model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    info = json.loads((tmp_path / "run/run.json").read_text())
+    info["base"]["path"] = str(tmp_path / "base")
+    (tmp_path / "run/run.json").write_text(json.dumps(info))
+    assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
+    assert "not the one this adapter was trained on" in capsys.readouterr().err
+    (tmp_path / "run/run.json").write_text('{"config": {}}')
+    assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_loss_is_transformers_own(tmp_path: Path):
+    """Row by row with labels, weighted by supervised tokens; packed or not."""
+    data = read_data(write(tmp_path / "r.jsonl", EIGHT), DataOptions(), hub.resolve("demo"))
+    model, _ = load("demo", dtype="float32", device="cpu")
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in data.train.rows:
+            labels = torch.tensor([i if flag else -100 for i, flag in zip(row.input_ids, row.trained, strict=True)])
+            count = int((labels[1:] != -100).sum())
+            loss = model(input_ids=torch.tensor([row.input_ids]), labels=labels[None]).loss
+            total, tokens = total + float(loss) * count, tokens + count
+    for packed in (True, False):
+        loss, counted = mean_loss(model, data.train.rows, packed=packed)
+        assert counted == tokens and loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_answers_together_are_the_answers_alone():
+    """Left padding changes nothing but rounding."""
+    model, tokenizer = load("demo", dtype="float32", device="cpu")
+    renderer = Renderer(tokenizer)
+    prompts = [renderer.prompt_ids([{"role": "user", "content": q}]) for q, _ in EIGHT]
+    together = answers(model, renderer, prompts, 12)
+    alone = [answers(model, renderer, [ids], 12)[0] for ids in prompts]
+    assert together == alone
+
+
+def test_exact_match_wants_the_whole_answer_and_the_end(monkeypatch: pytest.MonkeyPatch):
+    """An answer that goes on, or stops early, is no match."""
+    from halfbyte import evaluate
+    from halfbyte.generate import Answer
+
+    renderer = Renderer(hub.load_tokenizer(hub.resolve("demo")))
+    said = [Answer("yes", True), Answer("yes", False), Answer("yes and", True), Answer(" yes\n", True)]
+    monkeypatch.setattr(evaluate, "answers", lambda *a: said)
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
+    found = exact_matches(None, renderer, [Example(str(i), turns) for i in range(4)])
+    assert [match for match, _ in found] == [True, False, False, True]
+
+
+def test_adapter_off_is_the_base_exactly(overfitted: tuple[Run, str]):
+    run, _ = overfitted
+    base, _ = load(run.info()["base"]["path"], dtype="float32", device="cpu")
+    tuned, _ = load(run.path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        with adapter_off(tuned):
+            assert torch.equal(tuned(input_ids=ids).logits, base(input_ids=ids).logits)
+        assert not torch.equal(tuned(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_evaluation_between_steps_changes_no_training(tmp_path: Path):
+    """train -> eval -> train: the adapter's bytes are those of a training that never evaluated."""
+    data = write(tmp_path / "r.jsonl", EIGHT * 2)
+    digests = []
+    for name, every in (("a", 0), ("b", 1)):
+        run = halfbyte.train(
+            model="demo",
+            data=data,
+            output_dir=str(tmp_path / name),
+            eval_split=4,
+            eval_steps=every,
+            max_steps=3,
+            num_samples=2 if every else 0,
+            gradient_accumulation_steps=2,
+        )
+        digests.append((run.adapter / "adapter_model.safetensors").read_bytes())
+    assert digests[0] == digests[1]
+    steps = [row["step"] for row in Run(tmp_path / "b").read("eval.jsonl")]
+    assert steps == [0, 1, 2, 3], "before, and after each step"
+    assert [row["step"] for row in Run(tmp_path / "a").read("eval.jsonl")] == [0, 3]
+
+
+def test_rows_without_a_question_have_no_exact_match(tmp_path: Path):
+    (tmp_path / "t.jsonl").write_text('{"text": "Once upon a time there was a king."}\n')
+    data = read_data(str(tmp_path / "t.jsonl"), DataOptions(), hub.resolve("demo"))
+    model, _ = load("demo", dtype="float32", device="cpu")
+    found = score(model, data, data.train.rows, packed=True, generate=True)
+    assert found.exact_match is None and found.tokens == len(data.train.rows[0].input_ids) - 1
