@@ -1,13 +1,16 @@
 """How the built-in base model was made: a small Llama, pretrained on two CPU cores in well under an hour.
 
-    python scripts/pretrain_base.py --corpus DIR [--output_dir src/halfbyte/builtin] [--steps 2400]
+    python scripts/pretrain_base.py --corpus DIR [--output_dir src/halfbyte/builtin] [--steps 1800]
 
 Text: public-domain English books (every .txt file of DIR; the shipped model used 34 books of the Standard Ebooks
-collection, 23 MB), half of the tokens; and dialogues written by the code below: repeating, counting, spelling, number
-words, lists, records as JSON, continuing a sentence of a book. They teach the chat format and what any large model has
-seen plenty of (digits, JSON, copying), not the form of answer that `halfbyte demo` teaches, which occurs nowhere in
-them. In the first sixth of the steps a quarter of the rows are random tokens said twice: copying is learned from them
-within a few hundred steps instead of many thousand.
+collection, 23 MB); and dialogues written by the code below, of which the answers are trained: repeating, counting,
+spelling, number words, lists, records as JSON, continuing a sentence of a book. They teach the chat format and what any
+large model has seen plenty of (digits, JSON, copying), not the form of answer that `halfbyte demo` teaches, which
+occurs nowhere in them.
+
+The first quarter of the steps is dialogues alone, of the kinds that copy from the question: to attend to what was said
+is learned all at once, after some 300 steps of nothing else; mixed thinly among books it had not come after 2,000. Then
+five rows in eight are books.
 
 Everything drawn is a function of --seed; the bytes of the result depend on the thread count and the torch version too,
 which `pretraining.json` beside the weights names.
@@ -19,7 +22,9 @@ import math
 import random
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -66,7 +71,7 @@ def things(rng: random.Random, most: int) -> list[tuple[int, str]]:
     return [(rng.randint(1, 12), noun) for noun in rng.sample(NOUNS, rng.randint(1, most))]
 
 
-def listed(parts: list[str], rng: random.Random) -> str:
+def listed(parts: Sequence[str], rng: random.Random) -> str:
     if len(parts) == 1:
         return parts[0]
     return ", ".join(parts[:-1]) + rng.choice([" and ", ", and "]) + parts[-1]
@@ -78,9 +83,13 @@ def counted(number: int, noun: str, rng: random.Random) -> str:
     return f"{NUMBERS[number]} {plural(noun)}"
 
 
-def dialogue(rng: random.Random, sentences: list[str]) -> list[tuple[str, str]]:
+COPYING = (1, 4, 7, 12, 13, 14, 16)
+"""Kinds of dialogue whose answer is in the question."""
+
+
+def dialogue(rng: random.Random, sentences: list[str], kinds: Sequence[int] = range(18)) -> list[tuple[str, str]]:
     """One exchange, or a few, of (question, answer)."""
-    kind = rng.randrange(18)
+    kind = rng.choice(kinds)
     some, name, town = things(rng, 4), rng.choice(NAMES), rng.choice(TOWNS)
     said = listed([counted(n, noun, rng) for n, noun in some], rng)
     if kind == 0:
@@ -211,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("src/halfbyte/builtin"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -225,12 +234,14 @@ def main() -> None:
         for s in re.split(r"(?<=[.!?])\s+", text.replace("\n", " "))
         if 20 < len(s.strip()) < 120 and '"' not in s
     ]
-    dialogues = [as_chat(dialogue(rng, sentences)) for _ in range(120_000)]
+    copying = [as_chat(dialogue(rng, sentences, COPYING)) for _ in range(40_000)]
+    dialogues = [as_chat(dialogue(rng, sentences)) for _ in range(80_000)]
     tokenizer = make_tokenizer([*books, "\n".join(dialogues[:20_000]).replace(USER, "").replace(ASSISTANT, "")])
     stream = token_stream(tokenizer, books)
     held_out, stream = stream[-40 * LENGTH :], stream[: -40 * LENGTH]
-    chat = torch.tensor([i for row in tokenizer.encode_batch(dialogues) for i in row.ids], dtype=torch.int32)
-    print(f"{len(stream):,} tokens of books, {len(chat):,} of dialogues", flush=True)
+    labelled = torch.stack((stream, stream))
+    first, second = chat_stream(tokenizer, copying), chat_stream(tokenizer, dialogues)
+    print(f"{len(stream):,} tokens of books, {first.shape[1] + second.shape[1]:,} of dialogues", flush=True)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -256,12 +267,13 @@ def main() -> None:
     began = time.monotonic()
     for step in range(args.steps):
         done = step / args.steps
-        batch = torch.stack([draw(row, done, stream, chat, generator) for row in range(BATCH)])
-        rate = 4e-3 * min(1.0, (step + 1) / 60) * min(1.0, (1.02 - done) / 0.7)
+        pairs = [draw(row, done, labelled, first, second, generator) for row in range(BATCH)]
+        batch, labels = (torch.stack(side) for side in zip(*pairs, strict=True))
+        rate = 3e-3 * min(1.0, (step + 1) / 60) * min(1.0, (1.02 - done) / 0.7)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        loss = loss_of(model, batch)
+        loss = loss_of(model, batch, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -270,26 +282,44 @@ def main() -> None:
         if (step + 1) % 50 == 0:
             speed = (step + 1) * BATCH * LENGTH / (time.monotonic() - began)
             print(f"step {step + 1}/{args.steps}  loss {loss.item():.3f}  {speed:.0f} tokens/s", flush=True)
-        if (step + 1) % 400 == 0 or step + 1 == args.steps:
+        if (step + 1) % 450 == 0 or step + 1 == args.steps:
             save(model, tokenizer, args, step + 1, held_out, began)
 
 
-def draw(row: int, done: float, stream: torch.Tensor, chat: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One row [LENGTH + 1]: of the books, of the dialogues, or (early, every fourth) random tokens said twice."""
-    if row % 4 == 1 and done < 1 / 6:
-        span = int(torch.randint(8, LENGTH // 2, (), generator=generator))
-        once = torch.randint(5, VOCABULARY, (span,), generator=generator)
-        return once.repeat(-(-(LENGTH + 1) // span))[: LENGTH + 1]
-    source = chat if row % 2 else stream
-    at = int(torch.randint(len(source) - LENGTH - 1, (), generator=generator))
-    return source[at : at + LENGTH + 1].long()
+def chat_stream(tokenizer: Tokenizer, dialogues: list[str]) -> torch.Tensor:
+    """Ids and labels [2, tokens] of dialogues end to end; labels are -100 outside answers."""
+    user, assistant = tokenizer.token_to_id(USER), tokenizer.token_to_id(ASSISTANT)
+    ids, labels = [], []
+    for row in tokenizer.encode_batch(dialogues):
+        answering = False
+        for index in row.ids:
+            answering = answering and index != user
+            ids.append(index)
+            labels.append(index if answering else -100)
+            answering = answering or index == assistant
+    return torch.tensor([ids, labels], dtype=torch.int32)
 
 
-def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+def draw(
+    row: int,
+    done: float,
+    books: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels [LENGTH + 1] of one row: of the books or of the dialogues."""
+    source = first if done < 0.25 else second if row % 8 >= 5 else books
+    at = int(torch.randint(source.shape[1] - LENGTH - 1, (), generator=generator))
+    ids, labels = source[:, at : at + LENGTH + 1].long()
+    return ids, labels
+
+
+def loss_of(model: LlamaForCausalLM, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
         logits = torch.nn.functional.linear(hidden, model.lm_head.weight)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
 def save(model, tokenizer, args, step: int, held_out: torch.Tensor, began: float) -> None:
@@ -297,7 +327,7 @@ def save(model, tokenizer, args, step: int, held_out: torch.Tensor, began: float
     batch = torch.stack([rows[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(39)])
     model.eval()
     with torch.no_grad():
-        loss = sum(float(loss_of(model, part)) * len(part) for part in batch.split(13)) / len(batch)
+        loss = sum(float(loss_of(model, part, part)) * len(part) for part in batch.split(13)) / len(batch)
     model.train()
     target: Path = args.output_dir
     target.mkdir(parents=True, exist_ok=True)
@@ -307,7 +337,8 @@ def save(model, tokenizer, args, step: int, held_out: torch.Tensor, began: float
     wrapped.chat_template = TEMPLATE
     wrapped.save_pretrained(target)
     weights = {n: p.detach().to(torch.bfloat16) for n, p in model.state_dict().items()}
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy: Any = LlamaForCausalLM(model.config)
+    copy = copy.to(torch.bfloat16)
     copy.load_state_dict(weights)
     copy.generation_config.eos_token_id, copy.generation_config.pad_token_id = 1, 0
     copy.save_pretrained(target)

@@ -9,7 +9,7 @@ ROOT = Path(halfbyte.__file__ or "").parent
 FLOORS = {
     0: ["codebooks", "config", "errors"],
     1: ["ops"],
-    2: ["nf4", "hub", "chat", "rows", "forms", "run"],
+    2: ["nf4", "hub", "chat", "template", "rows", "forms", "run"],
     3: ["lora", "loss", "adamw8bit", "batches", "attention"],
     4: ["load", "dataset", "checkpoint", "merge", "plan"],
     5: ["train", "evaluate", "generate"],

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from .errors import DataError
 from .forms import Example, other_strings
+from .template import TemplateProcess
 
 BUILTIN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -67,7 +69,8 @@ class Renderer:
 
     Args:
         tokenizer: a fast transformers tokenizer. template: Jinja text used instead of the tokenizer's own.
-        assistant_only: train the assistant's turns only. completion_only: train the completion only.
+        assistant_only: train the assistant's turns only. completion_only: train the completion only. clock: the time
+            a template that asks for it sees; now, if not given.
 
     Raises:
         DataError: no template, none can be built (no end token), or the template cannot be used.
@@ -80,6 +83,7 @@ class Renderer:
         *,
         assistant_only: bool = True,
         completion_only: bool = True,
+        clock: datetime | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.assistant_only, self.completion_only = assistant_only, completion_only
@@ -92,6 +96,8 @@ class Renderer:
         self.special: dict[str, int] = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
+        self.clock = clock or datetime.now()
+        self._process = TemplateProcess(self.template, tokenizer.special_tokens_map, self.clock)
         self._stand_in = {text: chr(_STAND_IN + n) for n, text in enumerate(self.special)}
         self._special_pattern = re.compile("|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)))
         self._backend = self._tokenizer_without_control_words()
@@ -142,24 +148,7 @@ class Renderer:
     def _render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool, want_spans: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=want_spans,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except Exception as error:  # a template is a program: it can raise anything
-            raise DataError(
-                "the chat template refused the conversation",
-                found=str(error) or type(error).__name__,
-                ways_out=["check the order of roles", "or give another template with --chat_template"],
-            ) from error
-        return texts[0], [(int(a), int(b)) for a, b in spans[0]] if want_spans else []
+        return self._process.render(messages, tools, add_generation_prompt, want_spans)
 
     def segments(self, example: Example) -> list[Segment]:
         """A row as pieces of known origin.

@@ -8,6 +8,8 @@ state to save; saves happen between optimizer steps only.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from .adamw8bit import AdamW8bit
 from .errors import HalfbyteError, ModelError, StorageError
-from .hub import read_header, read_json, read_tensor, sha256_file, sync, write_json, write_safetensors
+from .hub import json_bytes, read_header, read_json, read_tensor, sha256_file, sync, write_json, write_safetensors
 from .lora import WEIGHTS, lora_layers, restore_adapter, save_adapter
 
 SCHEMA = 1
@@ -43,8 +45,9 @@ def save(
     state: dict[str, Any],
     keep: int,
     base: str,
+    best: int | None = None,
 ) -> Path:
-    """Write checkpoint ``step`` and prune older ones to ``keep``.
+    """Write checkpoint ``step`` and prune older ones to the ``keep`` newest and the one of step ``best``.
 
     Raises:
         StorageError: the disk said no; nothing is left behind and older checkpoints are untouched.
@@ -59,11 +62,11 @@ def save(
             write_safetensors(temporary / FULL_WEIGHTS, trained_tensors(model))
         write_safetensors(temporary / OPTIMIZER, optimizer_tensors(optimizer))
         write_json(temporary / STATE, {"schema": SCHEMA, "step": step, **state})
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, {"schema": SCHEMA, "step": step, "files": files})
+        files = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, _sealed({"schema": SCHEMA, "step": step, "files": files}))
         sync(temporary)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         temporary.rename(final)
         sync(directory)
     except OSError as error:
@@ -74,9 +77,31 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     check(final)
-    for old in sorted(directory.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    older = sorted(directory.glob("step-*"))
+    for path in older[:-keep]:
+        if best is None or path.name != f"step-{best:08d}":
+            with contextlib.suppress(OSError):
+                _remove(path)
     return final
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    if file.suffix == ".safetensors":
+        facts["tensors"] = sorted(read_header(file))
+    return facts
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a digest of itself: a flipped bit in a name or size makes it damaged, not another manifest."""
+    return {**manifest, "digest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a crash in between leaves no half of it under its name."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def check(path: Path) -> int:
@@ -85,19 +110,36 @@ def check(path: Path) -> int:
     Raises:
         ModelError: naming the first file that is missing or differs.
     """
-    manifest = read_json(path / MANIFEST)
-    try:
-        step, files = manifest["step"], manifest["files"]
-        expected = {name: (info["bytes"], info["sha256"]) for name, info in files.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path / MANIFEST} is damaged") from error
-    if manifest.get("schema") != SCHEMA or path.name != f"step-{step:08d}":
-        raise ModelError(f"{path / MANIFEST} does not belong to {path.name}")
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size or sha256_file(file) != digest:
-            raise ModelError(f"checkpoint file {file} is missing or damaged")
+    file = path / MANIFEST
+    manifest = read_json(file)
+    sealed = {key: value for key, value in manifest.items() if key != "digest"}
+    if manifest != _sealed(sealed) or file.read_bytes() != json_bytes(manifest):
+        raise ModelError(f"checkpoint file {file} is damaged")
+    if manifest.get("schema") != SCHEMA:
+        raise ModelError(f"{file} was written by another version", found=f"schema {manifest.get('schema')!r}")
+    step = manifest["step"]
+    if path.name != f"step-{step:08d}":
+        raise ModelError(f"{file} does not belong to {path.name}")
+    there = {item.name for item in path.iterdir()} - {MANIFEST}
+    if stray := there - manifest["files"].keys():
+        raise ModelError(f"checkpoint {path} holds a file that is not its own", found=", ".join(sorted(stray)))
+    for name, facts in manifest["files"].items():
+        item = path / name
+        if not item.is_file() or item.stat().st_size != facts["bytes"] or sha256_file(item) != facts["sha256"]:
+            raise ModelError(f"checkpoint file {item} is missing or damaged")
     return step
+
+
+def listed(directory: Path) -> list[tuple[Path, str]]:
+    """Every checkpoint directory, oldest first, and what is wrong with it ("" if nothing)."""
+    found = []
+    for path in sorted(directory.glob("step-*")):
+        try:
+            check(path)
+            found.append((path, ""))
+        except HalfbyteError as error:
+            found.append((path, error.what))
+    return found
 
 
 def newest(directory: Path) -> tuple[Found | None, list[str]]:
@@ -111,21 +153,43 @@ def newest(directory: Path) -> tuple[Found | None, list[str]]:
     return None, damaged
 
 
+def bytes_needed(model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """What one checkpoint takes on disk (64 KiB of names and numbers on top)."""
+    trained = sum(t.nbytes for t in trained_tensors(model).values())
+    if isinstance(optimizer, AdamW8bit):
+        return trained + sum(t.nbytes for t in optimizer.state_tensors().values()) + (1 << 16)
+    return 3 * trained + (1 << 16)
+
+
+def refuse_full_disk(directory: Path, one: int, keep: int) -> None:
+    """Raise StorageError where the run's checkpoints, and one more while it is written, would not fit."""
+    there = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) if directory.exists() else 0
+    needed, free = (keep + 1) * one + one, shutil.disk_usage(directory.parent).free
+    if needed - there > free:
+        raise StorageError(
+            f"{directory.parent} has {free / 2**20:,.0f} MiB free; this run writes {needed / 2**20:,.0f} MiB",
+            expected=f"{keep} checkpoints, one more while it is written, and the adapter: {one / 2**20:,.1f} MiB each",
+            ways_out=["free space", "choose another --output_dir", "lower --save_total_limit"],
+        )
+
+
 def read_state(found: Found) -> dict[str, Any]:
     return read_json(found.path / STATE)
 
 
-def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Bring model and optimizer to a checkpoint's state, bit for bit."""
+def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Bring model and optimizer to a checkpoint's state, bit for bit; returns the updates made until then."""
     if any(True for _ in lora_layers(model)):
         restore_adapter(model, read_header(found.path / WEIGHTS), found.path / WEIGHTS)
     else:
         _copy_all(trained_tensors(model), found.path / FULL_WEIGHTS)
+    updates = read_state(found)["updates"]
     if isinstance(optimizer, AdamW8bit):
-        optimizer.steps = found.step
+        optimizer.steps = updates
     else:
-        _create_state(optimizer, found.step)
+        _create_state(optimizer, updates)
     _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER)
+    return updates
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -179,36 +243,57 @@ def remove_unfinished(directory: Path) -> None:
 _MAY_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
+    "allow_change",
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "eval_steps",
+    "num_samples",
+    "on_nonfinite",
+    "skip_bad",
     "model",
     "data",
 }
+"""Options that change no number of the training."""
+
+_FIXED = {"lora_r", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"}
+"""What the saved state has the shape of: no resume can change it."""
 
 
 def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a resumed run to go on as the unbroken one would."""
+    """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is compared apart."""
     settings = {key: value for key, value in info["config"].items() if key not in _MAY_CHANGE}
     return {
         **settings,
-        "data_sha256": info["data"]["sha256"],
-        "template_sha256": info["template_sha256"],
-        "tokenizer_sha256": info["tokenizer_sha256"],
+        "data": info["data"]["sha256"],
+        "template": info["template_sha256"],
+        "tokenizer": info["tokenizer_sha256"],
         "total_steps": info["total_steps"],
         "compute_dtype": info["compute_dtype"],
         "threads": info["machine"]["threads"],
-        "torch": info["versions"]["torch"],
+        "machine": info["machine"]["device"],
+        **{name: info["versions"][name] for name in ("torch", "transformers")},
     }
 
 
-def refuse_changes(state: dict[str, Any], info: dict[str, Any]) -> None:
-    """Raise ModelError if the checkpoint's training is another one than ``info`` (run.json) describes."""
+def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]) -> list[str]:
+    """What differs from the checkpoint's training and was allowed to, a line each.
+
+    Raises:
+        ModelError: something differs that was not allowed, or that no resume can change; names all of it.
+    """
     before, now = state["fingerprint"], fingerprint(info)
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if differ:
+    lines = {key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ}
+    refused = [key for key in differ if key not in allowed or key in _FIXED]
+    if refused:
+        free = [key for key in refused if key not in _FIXED]
+        ways = ["repeat the command as it was", "or start anew in another --output_dir"]
+        if free and len(free) == len(refused):
+            ways.insert(1, f"or accept the change, and a result that is not bit-exact: --allow_change {','.join(free)}")
         raise ModelError(
             "the checkpoint belongs to another training than this command describes",
-            found="; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ),
-            ways_out=["repeat the command as it was", "or start anew in another --output_dir"],
+            found="; ".join(lines[key] for key in refused),
+            ways_out=ways,
         )
+    return list(lines.values())

@@ -177,10 +177,15 @@ class TrainingOptions(Options):
     save_steps: int = option(100, "a checkpoint every so many steps, and one at the end", ge=1)
     eval_steps: int = option(0, "with eval_split: evaluate every so many steps; 0: before and after only", ge=0)
     num_samples: int = option(3, "rows whose question is answered before and after training; 0: none", ge=0)
-    save_total_limit: int = option(2, "checkpoints kept", ge=1)
+    save_total_limit: int = option(2, "newest checkpoints kept, beside the best one (lowest held-out loss)", ge=2)
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "a NaN or infinity in loss or gradients: stop, or leave that step's update out and count it"
+    )
     resume_from_checkpoint: str | None = option(
         None, "auto: continue from the newest valid checkpoint, or start where there is none"
     )
+
+    allow_change: str = option("", "on resume: accept these changes (names separated by commas), and record them")
 
     @field_validator("resume_from_checkpoint")
     @classmethod
@@ -229,6 +234,12 @@ class DataCheckConfig(DataOptions):
     model: str = option("demo", "the model whose tokenizer and template are used, or a run directory")
     revision: str | None = option(None, "revision of a Hub model")
     rows: int = option(3, "rows shown", ge=0)
+
+
+class CheckpointConfig(Options):
+    """Everything ``halfbyte checkpoint list`` and ``verify`` read."""
+
+    run: str = option(..., "a run directory")
 
 
 class ExplainConfig(Options):
@@ -290,6 +301,7 @@ VERBS: dict[str, type[Options]] = {
     "eval": EvalConfig,
     "merge": MergeConfig,
     "data check": DataCheckConfig,
+    "checkpoint list": CheckpointConfig,
     "explain": ExplainConfig,
 }
 

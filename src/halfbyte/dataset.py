@@ -9,6 +9,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,13 @@ def read_data(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
     renderer: Renderer | None = None,
+    clock: datetime | None = None,
 ) -> Data:
     """Everything that can be known about the data before the weights are read.
 
     Args:
         source: a file or Hub id. base: the model's directory (its config.json and tokenizer are read). renderer: used
-            instead of one made from base's tokenizer and the options.
+            instead of one made from base's tokenizer and the options. clock: what a template that asks for it sees.
 
     Raises:
         DataError: naming the row: unreadable, unknown form, refused by the template, too long (``over_length error``),
@@ -79,7 +81,7 @@ def read_data(
     for error in found.bad:
         say(f"skipped a bad row: {error.where}: {error.what}")
     model_config = read_config(base).get_text_config()
-    renderer = renderer or make_renderer(hub.load_tokenizer(base), options)
+    renderer = renderer or make_renderer(hub.load_tokenizer(base), options, clock)
     context = getattr(model_config, "max_position_embeddings", None) or options.max_length
     max_length = min(options.max_length, context)
     if max_length < options.max_length and "max_length" in options.model_fields_set:
@@ -113,11 +115,15 @@ def read_data(
     return data
 
 
-def make_renderer(tokenizer: Any, options: DataOptions) -> Renderer:
-    """The renderer the options describe; says so where the built-in template is taken."""
+def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None = None) -> Renderer:
+    """The renderer the options describe."""
     template = read_template(options.chat_template) if options.chat_template else None
     return Renderer(
-        tokenizer, template, assistant_only=options.assistant_only_loss, completion_only=options.completion_only_loss
+        tokenizer,
+        template,
+        assistant_only=options.assistant_only_loss,
+        completion_only=options.completion_only_loss,
+        clock=clock,
     )
 
 

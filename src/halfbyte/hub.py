@@ -42,8 +42,10 @@ DTYPES = {
 }
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEADER_LIMIT = 100_000_000
-"""The format's own limit on a header, bytes."""
+HEADER_LIMIT = 25_000_000
+"""Longest header read, bytes. The format allows 100 MB, which takes half a gigabyte to parse; real ones have five."""
+JSON_LIMIT = 100_000_000
+"""Largest JSON file read, bytes; tokenizers reach 35 MB."""
 
 BUILTIN = "demo"
 """The name that stands for the model that comes with the package."""
@@ -67,6 +69,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
                 f"{path} is not a model directory: it has no config.json",
                 ways_out=["name the directory that holds config.json and *.safetensors"],
             )
+        check_files(path)
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise ModelError(
@@ -88,12 +91,42 @@ def resolve(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def check_files(directory: Path) -> None:
+    """Refuse a model directory whose files are something else than files, before anything opens one.
+
+    Raises:
+        ModelError: a pipe, a device, a link that leads out of the directory (a Hub cache's blobs excepted), or a text
+            file too large to be one.
+    """
+    home = directory.resolve()
+    blobs = home.parent.parent / "blobs"
+    for path in sorted(directory.iterdir()):
+        if not any(path.match(pattern) for pattern in HUB_PATTERNS):
+            continue
+        if path.is_symlink():
+            real = path.resolve()
+            if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+                raise ModelError(
+                    f"{path} is a link to a file outside the model's directory",
+                    found=str(real),
+                    ways_out=["copy the file into the directory"],
+                )
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise ModelError(f"{path} is not a regular file", ways_out=["copy the file again"])
+        if path.suffix != ".safetensors" and path.stat().st_size > JSON_LIMIT:
+            raise ModelError(f"{path} has {path.stat().st_size:,} bytes, too many for a configuration or tokenizer")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ModelError: the file is absent, is no JSON, or holds something else than an object.
+        ModelError: the file is absent, no regular file, too large, no JSON, or holds something else than an object.
     """
+    if path.exists() and (not path.is_file() or path.stat().st_size > JSON_LIMIT):
+        raise ModelError(f"{path} is not a regular file of at most {JSON_LIMIT // 10**6} MB")
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
@@ -207,8 +240,11 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise ModelError(f"{index} has no weight_map of names to files")
             names = sorted(set(weight_map.values()))
-            if foreign := [name for name in names if Path(name).name != name]:
-                raise ModelError(f"{index} names files outside its directory", found=", ".join(foreign[:3]))
+            if foreign := [name for name in names if not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name)]:
+                raise ModelError(
+                    f"{index} names something else than safetensors files of its directory",
+                    found=", ".join(repr(name[:80]) for name in foreign[:3]),
+                )
             missing = [name for name in names if not (self.directory / name).is_file()]
             if missing:
                 raise ModelError(
@@ -286,8 +322,13 @@ def write_bytes(path: Path, data: bytes) -> None:
     _write_then_rename(path, lambda temporary: temporary.write_bytes(data))
 
 
+def json_bytes(value: object) -> bytes:
+    """The bytes `write_json` writes: a function of the value."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: object) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -361,9 +402,9 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except HalfbyteError:
+    except (HalfbyteError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of the Rust library is no Exception
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"cannot load a tokenizer from {directory}",

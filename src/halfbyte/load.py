@@ -68,13 +68,14 @@ def read_config(path: Path) -> Any:
 
     raw = hub.read_json(path / "config.json")
     model_type = raw.get("model_type")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         own = "auto_map" in raw
         raise ModelError(
             f"{path} is not a causal language model that transformers knows",
             found=f"model_type {model_type!r}" + (" with code of its own, which is never run" if own else ""),
             ways_out=["update transformers, if the model is new"],
         )
+    _check_ranges(raw, path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a foreign config makes transformers raise
@@ -82,16 +83,57 @@ def read_config(path: Path) -> Any:
         raise ModelError(f"{path}/config.json is refused by transformers", found=message) from error
 
 
+LARGEST = {
+    "num_hidden_layers": 2000,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "max_position_embeddings": 1 << 28,
+}
+"""Largest value believed of a configuration's sizes: several times what any known model has."""
+
+
+def _check_ranges(raw: dict[str, Any], path: Path) -> None:
+    """Refuse sizes that no model has, before a loop or an allocation believes them.
+
+    Raises:
+        ModelError: naming key and value.
+    """
+    for values in (raw, raw.get("text_config")):
+        for key, most in LARGEST.items():
+            value = values.get(key) if isinstance(values, dict) else None
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise ModelError(
+                    f"{path}/config.json has a value no model has",
+                    found=f"{key} = {value!r}"[:200],
+                    expected=f"1..{most}",
+                )
+
+
 def build_empty(config: Any) -> Any:
-    """transformers' model with parameters on the meta device and real buffers."""
+    """transformers' model with parameters on the meta device and real buffers.
+
+    Raises:
+        ModelError: transformers cannot build it; its message is quoted.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a foreign config makes transformers raise
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError("transformers cannot build the model of this config.json", found=message[:300]) from error
 
 
 @dataclass
@@ -293,7 +335,7 @@ class _Filler:
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         self.hashes[source] = digest.hexdigest()
 
     def digest(self) -> str:

@@ -23,6 +23,7 @@ except ImportError:  # Windows: the lock file is written but two trainers are no
     fcntl = None
 
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
+NONFINITE = "nonfinite.jsonl"
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ class Run:
 
     def cut(self, name: str, last_step: int) -> None:
         """Drop a .jsonl file's rows of steps after last_step."""
-        rows = [row for row in self.read(name) if row["step"] <= last_step]
+        before = self.read(name)
+        rows = [row for row in before if row["step"] <= last_step]
+        if not before:
+            return
         write_bytes(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from .load import (
 )
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter, target_names
 from .loss import output_head, sequence_loss
-from .run import EVALS, METRICS, SAMPLES, Run
+from .run import EVALS, METRICS, NONFINITE, SAMPLES, Run
 
 Say = Callable[[str], None]
 SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
@@ -87,11 +88,31 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Run, reporter: Reporter | None = None) -> None:
         self.config, self.run, self.reporter = config, run, reporter or Reporter()
         self.total_steps = config.max_steps
+        self.interrupts = Interrupts()
+        self.clock: datetime | None = None
 
     def run_all(self) -> Run:
+        with self.interrupts:
+            with self.interrupts.immediate("no step was under way, so nothing is lost; repeat the command to go on"):
+                start = self._set_up()
+                if start == 0:
+                    self._evaluate(0)
+                    self._sample(0)
+            self._loop(start)
+            done = "the training is done and its last checkpoint saved; repeat the command to write the adapter"
+            with self.interrupts.immediate(done):
+                self._save_result()
+                if not any(row["step"] == self.total_steps for row in self.run.read(SAMPLES)):
+                    self._sample(self.total_steps)
+        return self.run
+
+    def _set_up(self) -> int:
+        """Everything before the first step, in the order in which it can fail; returns the steps already done."""
         config, say = self.config, self.reporter.say
         resumed = self._find_checkpoint()
         base_path = hub.resolve(config.model, config.revision)
+        # a template that asks for the time sees the run's, so that a resumed run has the same ids
+        self.clock = datetime.fromisoformat(self.run.info()["clock"]) if resumed else datetime.now()
         self.read_data(base_path)
         self.schedule = Schedule(
             self.data.train.rows,
@@ -104,31 +125,37 @@ class Trainer:
         if config.max_steps < 0:
             self.total_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         info = self._info(base_path)
+        changes: list[str] = []
+        allowed = {name.strip().replace("-", "_") for name in config.allow_change.split(",") if name.strip()}
         if resumed is not None:
-            checkpoint.refuse_changes(checkpoint.read_state(resumed), info)
+            changes = checkpoint.changes_since(checkpoint.read_state(resumed), info, allowed)
+            info["changes"] = self.run.info()["changes"] + [{"step": resumed.step, "change": line} for line in changes]
         report = self.build_model(base_path)
         info["base"]["digest"] = report.digest
+        start = 0
         if resumed is not None:
-            refuse_other_base(report.digest, checkpoint.read_state(resumed)["base_digest"], str(base_path))
+            if "base" not in allowed:
+                refuse_other_base(report.digest, checkpoint.read_state(resumed)["base_digest"], str(base_path))
+            self.updates = checkpoint.restore(resumed, self.model, self.optimizer)
+            start = resumed.step
+            say(f"resumed from step {start} ({resumed.path}): {self._exactness(changes)}")
+        one = checkpoint.bytes_needed(self.model, self.optimizer)
+        checkpoint.refuse_full_disk(self.run.checkpoints, one, config.save_total_limit)
         self.info = info
         self.run.write_info(info)
         hub.write_json(self.run.path / "quant.json", report.as_dict())
-        start = 0
-        if resumed is not None:
-            checkpoint.restore(resumed, self.model, self.optimizer)
-            start = resumed.step
-            say(f"resumed from step {start} ({resumed.path})")
-        for file in (METRICS, EVALS, SAMPLES):
+        for file in (METRICS, EVALS, SAMPLES, NONFINITE):
             self.run.cut(file, start if resumed else -1)
         checkpoint.remove_unfinished(self.run.checkpoints)
-        if resumed is None:
-            self._evaluate(0)
-            self._sample(0)
-        self._loop(start)
-        self._save_result()
-        if start < self.total_steps:
-            self._sample(self.total_steps)
-        return self.run
+        return start
+
+    def _exactness(self, changes: list[str]) -> str:
+        """What a resumed run promises."""
+        if changes:
+            return "it will not end as the unbroken run would have: " + "; ".join(changes)
+        if self.device.type != "cpu":
+            return "not bit-exact: some of this device's kernels add in no fixed order"
+        return "it will end with the same bytes as an unbroken run"
 
     # --- before the model ---
 
@@ -155,7 +182,9 @@ class Trainer:
         if not config.full:
             # raises now rather than after loading
             target_names(build_empty(read_config(base_path)), config.target_modules)
-        self.data = read_data(config.data, config, base_path, say=say, progress=self.reporter.progress)
+        self.data = read_data(
+            config.data, config, base_path, say=say, progress=self.reporter.progress, clock=self.clock
+        )
         for line in data_lines(self.data):
             say(line)
         self.reporter.show_row(self.data.renderer.pieces(self.data.train.rows[0]))
@@ -178,6 +207,8 @@ class Trainer:
                 self.data.renderer.tokenizer.backend_tokenizer.to_str().encode()
             ).hexdigest(),
             "total_steps": self.total_steps,
+            "clock": self.data.renderer.clock.isoformat(),
+            "changes": [],
             "versions": {name: metadata.version(name) for name in ("halfbyte", "torch", "transformers", "safetensors")},
             "machine": {
                 "platform": platform.platform(),
@@ -195,6 +226,7 @@ class Trainer:
         self._check_abilities(self_test(self.model))
         self._make_trainable()
         self.optimizer = self._make_optimizer()
+        self.updates = 0
         return report
 
     def _check_abilities(self, abilities: Abilities) -> None:
@@ -220,13 +252,13 @@ class Trainer:
         if config.full:
             for p in model.parameters():
                 p.requires_grad_(True)
-            self.clock = DropoutClock(config.seed)
+            self.clock_of_masks = DropoutClock(config.seed)
         else:
             adapter = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora)
             names = attach_lora(model, adapter, config.target_modules, seed=config.seed)
             first = model.get_submodule(names[0])
             assert isinstance(first, LoraLinear)
-            self.clock = first.clock
+            self.clock_of_masks = first.clock
         model.config.use_cache = False
         if config.gradient_checkpointing:
             # newer transformers renamed it, and warns at the older name
@@ -263,56 +295,72 @@ class Trainer:
             self.reporter.say(f"nothing left to do: {start} of {self.total_steps} steps are done")
             return
         packed = attention.segments(self.model) if self.abilities.packing else contextlib.nullcontext()
-        with packed, _Stop() as stop:
+        saved = start
+        with packed:
             epoch, steps = -1, []
             for step in range(start, self.total_steps):
                 if step // self.steps_per_epoch != epoch:
                     epoch = step // self.steps_per_epoch
                     steps = self.schedule.epoch(epoch)
                 batches = [collate(self.data.train.rows, rows) for rows in steps[step % self.steps_per_epoch]]
-                row = self.step(step, batches)
-                row["epoch"] = round((step + 1) / self.steps_per_epoch, 4)
-                done = step + 1
-                if done % self.config.logging_steps == 0 or done == self.total_steps:
-                    self.run.append(METRICS, row)
-                self.reporter.on_step(row, self.total_steps)
+                done, stopped = step, None
+                try:
+                    row = self.step(step, batches)
+                    done = step + 1
+                    row["epoch"] = round(done / self.steps_per_epoch, 4)
+                    self._report(row)
+                except Interrupted as error:
+                    stopped = error
+                    self.optimizer.zero_grad(set_to_none=True)
                 last = done == self.total_steps
-                if last or (self.config.eval_steps and done % self.config.eval_steps == 0):
-                    self._evaluate(done)
-                if done % self.config.save_steps == 0 or last or stop.signal:
+                if done > saved and (done % self.config.save_steps == 0 or last or stopped or self.interrupts.signal):
                     self._save(done)
-                if stop.signal and not last:
+                    saved = done
+                if not last and (stopped or self.interrupts.signal):
                     raise Interrupted(
                         f"interrupted after step {done}; the state is saved. "
                         "Repeat the command with --resume_from_checkpoint auto to go on",
-                        stop.signal,
+                        self.interrupts.signal,
                     )
+
+    def _report(self, row: dict[str, Any]) -> None:
+        """A finished step into the run's files and onto the screen; evaluated where it is due."""
+        done, config = row["step"], self.config
+        last = done == self.total_steps
+        if done % config.logging_steps == 0 or last:
+            self.run.append(METRICS, row)
+        self.reporter.on_step(row, self.total_steps)
+        if last or (config.eval_steps and done % config.eval_steps == 0):
+            with self.interrupts.immediate(""):
+                self._evaluate(done)
 
     def step(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
         """One optimizer step over a global batch; returns its row of metrics.jsonl."""
         began = time.perf_counter()
         supervised = sum(batch.supervised for batch in batches)
         total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches):
-            for part in [batch] if self.abilities.packing else batch.split_rows():
-                self.clock.step, self.clock.micro_batch = step, number
-                loss = self._loss(part.to(self.device))
-                (loss / supervised).backward()
-                total += loss.detach()
-        mean_loss = float(total) / supervised
-        norm = float(self._clip())
-        self._refuse_non_finite(step, mean_loss, norm, batches)
+        with self.interrupts.immediate(""):  # nothing but gradients changes in here, and they are thrown away
+            for number, batch in enumerate(batches):
+                for part in [batch] if self.abilities.packing else batch.split_rows():
+                    self.clock_of_masks.step, self.clock_of_masks.micro_batch = step, number
+                    loss = self._loss(part.to(self.device))
+                    (loss / supervised).backward()
+                    total += loss.detach()
+            mean_loss = float(total) / supervised
+            norm = float(self._clip())
         rate = learning_rate(self.config, step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        if finite := self._is_finite(step, mean_loss, norm, batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         seconds, tokens = time.perf_counter() - began, sum(len(batch.input_ids) for batch in batches)
         return {
             "step": step + 1,
-            "loss": mean_loss,
+            "loss": mean_loss if finite else None,
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": norm if finite else None,
             "tokens": tokens,
             "supervised_tokens": supervised,
             "tokens_per_s": round(tokens / seconds, 2),
@@ -335,14 +383,28 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.trained, self.config.max_grad_norm, norm)
         return norm
 
-    def _refuse_non_finite(self, step: int, loss: float, norm: float, batches: list[MicroBatch]) -> None:
+    def _is_finite(self, step: int, loss: float, norm: float, batches: list[MicroBatch]) -> bool:
+        """Whether the update may be made. A step that may not is written to nonfinite.jsonl with its rows.
+
+        Raises:
+            NonFiniteError: it may not, and ``on_nonfinite`` is stop.
+        """
         if math.isfinite(loss) and math.isfinite(norm):
-            return
+            return True
         rows = [where for batch in batches for where in batch.rows]
+        self.run.append(NONFINITE, {"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "rows": rows})
+        what = f"step {step + 1} gave loss {loss} and gradient norm {norm}; the parameters were not updated"
+        if self.config.on_nonfinite == "skip":
+            self.reporter.say(f"{what} (skipped; {len(self.run.read(NONFINITE))} so far)")
+            return False
         raise NonFiniteError(
-            f"step {step + 1} gave loss {loss} and gradient norm {norm}; the parameters were not updated",
+            what,
             where=", ".join(rows[:8]) + (f" and {len(rows) - 8} more rows" if len(rows) > 8 else ""),
-            ways_out=["lower --learning_rate", "look at these rows", "the last checkpoint is unharmed: resume from it"],
+            ways_out=[
+                "lower --learning_rate",
+                f"look at these rows, all listed in {self.run.path / NONFINITE}",
+                "--on_nonfinite skip leaves such steps out; the last checkpoint is unharmed: resume from it",
+            ],
         )
 
     def _evaluate(self, step: int) -> None:
@@ -372,11 +434,14 @@ class Trainer:
     def _save(self, step: int) -> None:
         state = {
             "total_steps": self.total_steps,
+            "updates": self.updates,
             "base_digest": self.info["base"]["digest"],
             "fingerprint": checkpoint.fingerprint(self.info),
         }
         keep = self.config.save_total_limit
-        checkpoint.save(self.run.checkpoints, step, self.model, self.optimizer, state, keep, self.config.model)
+        losses = {row["step"]: row["loss"] for row in self.run.read(EVALS) if row["step"]}
+        best = min(losses, key=lambda done: losses[done]) if losses else None
+        checkpoint.save(self.run.checkpoints, step, self.model, self.optimizer, state, keep, self.config.model, best)
 
     def _save_result(self) -> None:
         """adapter/: what other tools load (a full fine-tuning: the whole model)."""
@@ -420,15 +485,20 @@ def memory_bytes(device: torch.device) -> int:
     return 0
 
 
-class _Stop:
-    """Notes SIGINT and SIGTERM, so that the step in progress ends and is saved; a second signal acts at once."""
+class Interrupts:
+    """SIGINT and SIGTERM while a run is worked on: noted where state changes, acted on at once where it does not.
+
+    The first signal is noted in ``signal``; inside `immediate` it raises `Interrupted`. A second one acts as if nothing
+    had been installed: it ends the process there and then, which every file of the run survives.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self._message: str | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Stop":
-        if threading.current_thread() is threading.main_thread():
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread() and not self.signal:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -436,6 +506,22 @@ class _Stop:
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number
         self._restore()
+        if self._message is not None:
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"interrupted: {self._message}", self.signal)
+
+    @contextlib.contextmanager
+    def immediate(self, message: str) -> Iterator[None]:
+        """Within this block a signal raises `Interrupted`, as does one that came before."""
+        outer, self._message = self._message, message
+        try:
+            if self.signal:
+                raise self._interrupted()
+            yield
+        finally:
+            self._message = outer
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

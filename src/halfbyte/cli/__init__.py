@@ -1,13 +1,17 @@
 """The command line: parse, call, show. Verbs are loaded when used, so ``--help`` answers at once."""
 
+import contextlib
 import importlib
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from ..errors import HalfbyteError, UsageError
+from ..errors import HalfbyteError, Interrupted, UsageError
 from . import console
 
 VERBS = {
@@ -18,6 +22,7 @@ VERBS = {
     "eval": "loss, perplexity and exact match; a run's base beside it",
     "merge": "add a run's adapter into the weights, verified",
     "data": "data check: what will be trained, token by token",
+    "checkpoint": "checkpoint list | verify: what a run can be resumed from",
     "explain": "int4, nf4, double-quant, paged, memory, tokens, quiz, or any option",
 }
 
@@ -54,6 +59,28 @@ def run(arguments: list[str]) -> int:
     """The exit code of a command line."""
     debug = "--debug" in arguments
     console.use_json("--json" in arguments)
+    with _terminated():
+        return _run(arguments, debug)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends a verb as Ctrl-C does: what is half done is cleaned up. Training handles both by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted("terminated", number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
         result: Any = halfbyte.main([a for a in arguments if a != "--debug"], standalone_mode=False)
         return result if isinstance(result, int) else 0

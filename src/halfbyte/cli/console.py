@@ -130,9 +130,8 @@ class StepProgress:
         self._began, self._first, self._printed = time.monotonic(), 0, 0.0
 
     def update(self, row: dict[str, Any], total: int) -> None:
-        text = (
-            f"loss {row['loss']:.3f}  {row['tokens_per_s']:.0f} tokens/s  memory {row['memory_bytes'] / 2**30:.2f} GiB"
-        )
+        loss = "not finite, skipped" if row["loss"] is None else f"{row['loss']:.3f}"
+        text = f"loss {loss}  {row['tokens_per_s']:.0f} tokens/s  memory {row['memory_bytes'] / 2**30:.2f} GiB"
         if self._first == 0:
             self._first, self._began = row["step"], time.monotonic()
         if _people().is_terminal:

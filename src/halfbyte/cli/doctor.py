@@ -174,7 +174,7 @@ def _bytes_check() -> dict[str, Any]:
     weights = (steps.float() - 32760.0) / 65536.0
     digest = hashlib.sha256()
     for tensor in nf4.quantize(weights).stored_tensors():
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     found = digest.hexdigest()
     return {"ok": found == REFERENCE_SHA256, "note": f"sha256 {found[:16]}"}
 
