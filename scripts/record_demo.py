@@ -63,7 +63,7 @@ def line_of(screen: pyte.Screen, row: int) -> Text:
 def main() -> None:
     target = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as home:
-        screen = record(["halfbyte", "demo"], home)
+        screen = record([sys.executable, "-m", "halfbyte", "demo"], home)
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, PTH123
     console.print(Text("$ halfbyte demo", "bold"))
     last = max(row for row in range(LINES) if screen.display[row].strip())

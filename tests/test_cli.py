@@ -46,8 +46,9 @@ def test_demo_learns_what_it_did_not_know(tmp_path: Path, capsys: pytest.Capture
     assert captured.err.rstrip().splitlines()[-1].startswith("next: halfbyte chat")
     assert Path(result["merged_dir"], "model.safetensors").is_file()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/file").write_text("x")
+    (tmp_path / "mine/orders.jsonl").write_text("x")
     assert run(["demo", "--output_dir", str(tmp_path / "mine")]) == 2, "somebody's directory is not replaced"
+    assert (tmp_path / "mine/orders.jsonl").read_text() == "x"
 
 
 @pytest.mark.slow
@@ -194,6 +195,19 @@ def test_plain_text_runs_are_continued_without_a_template(tmp_path: Path, capsys
     assert "without a chat template" in captured.err
 
 
+def test_conversational_prompts_keep_their_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "rows.jsonl"
+    turn = {"prompt": [{"role": "user", "content": "Hi?"}], "completion": [{"role": "assistant", "content": "Yo."}]}
+    path.write_text((json.dumps(turn) + "\n") * 4)
+    out = str(tmp_path / "run")
+    assert (
+        run(["train", "demo", "--data", str(path), "--output_dir", out, "--max_steps", "1", "--num_samples", "0"]) == 0
+    )
+    capsys.readouterr()
+    assert run(["chat", out, "--prompt", "Hi?", "--max_new_tokens", "3"]) == 0
+    assert "without a chat template" not in capsys.readouterr().out
+
+
 def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     common = ["train", "m", "--data", "d", "--dry-run", "--json"]
 
@@ -207,6 +221,8 @@ def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert neither["completion_only_loss"] is neither["assistant_only_loss"] is True
     assert record("--bf16")["dtype"] == "bfloat16" and record("--bf16", "false")["dtype"] == "auto"
     assert record("--val_set_size", "0.1")["eval_split"] == 0.1
+    assert run(["train", "--packing", "m", "--data", "d", "--dry-run"]) == 0, "a switch does not eat the model"
+    capsys.readouterr()
     assert run([*common, "--use_dora"]) == 2
     assert "DoRA is not trained yet" in capsys.readouterr().err
     assert run([*common, "--num_train_epochs", "inf"]) == 2

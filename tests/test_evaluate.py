@@ -15,7 +15,6 @@ from halfbyte.cli import run as cli
 from halfbyte.config import DataOptions
 from halfbyte.dataset import read_data
 from halfbyte.evaluate import exact_matches, mean_loss, score
-from halfbyte.forms import Example
 from halfbyte.generate import answer, answers
 from halfbyte.load import load
 from halfbyte.lora import adapter_off
@@ -87,6 +86,38 @@ def test_eval_puts_the_base_beside_the_run(overfitted: tuple[Run, str], capsys: 
     assert alone["base"]["loss"] == pytest.approx(result["base"]["loss"], rel=1e-5) and alone["tuned"] is None
 
 
+def test_eval_scores_every_row_whatever_a_shared_configuration_holds_out(
+    overfitted: tuple[Run, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run, data = overfitted
+    (tmp_path / "c.yaml").write_text("eval_split: 0.5\n")
+    arguments = ["eval", str(run.path), "--data", data, "--config", str(tmp_path / "c.yaml"), "--json"]
+    assert cli([*arguments, "--generate", "false"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"] == 8 and result["base"]["exact_match"] is None
+
+
+def test_eval_of_a_full_fine_tuning_puts_the_same_kind_of_base_beside_it(tmp_path: Path, capsys: Any):
+    data = write(tmp_path / "r.jsonl", EIGHT)
+    common: dict[str, Any] = {"full": True, "load_in_4bit": False, "optim": "adamw_torch", "dtype": "float32"}
+    run = halfbyte.train(
+        model="demo", data=data, output_dir=str(tmp_path / "run"), max_steps=2, num_samples=0, save_steps=9, **common
+    )
+    assert cli(["eval", str(run.path), "--data", data, "--generate", "false", "--json"]) == 0
+    beside = json.loads(capsys.readouterr().out)["base"]["loss"]
+    arguments = ["eval", "demo", "--data", data, "--generate", "false", "--json", "--dtype", "float32"]
+    assert cli([*arguments, "--load_in_4bit", "false"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"]["loss"] == pytest.approx(beside, rel=1e-6)
+
+
+def test_questions_too_long_for_the_limit_are_not_asked(tmp_path: Path):
+    data = read_data(
+        write(tmp_path / "r.jsonl", [*EIGHT[:2], ("long " * 60, "x")]), DataOptions(max_length=40), hub.resolve("demo")
+    )
+    asked = [data.question(row) is not None for row in data.train.rows]
+    assert asked == [True, True]
+
+
 def test_a_run_on_another_base_is_refused(overfitted: tuple[Run, str], tmp_path: Path, capsys: Any):
     """The base overwritten in place: the adapter no longer fits, and that is said, not run."""
     run, _data = overfitted
@@ -102,6 +133,12 @@ def test_a_run_on_another_base_is_refused(overfitted: tuple[Run, str], tmp_path:
     (tmp_path / "run/run.json").write_text(json.dumps(info))
     assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
     assert "not the one this adapter was trained on" in capsys.readouterr().err
+    info["base"]["path"] = run.info()["base"]["path"]
+    (tmp_path / "run/run.json").write_text(json.dumps(info))
+    template = tmp_path / "run/adapter/chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", ""))
+    assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
+    assert "not the one this adapter was trained with" in capsys.readouterr().err
     (tmp_path / "run/run.json").write_text('{"config": {}}')
     assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
     assert "damaged" in capsys.readouterr().err
@@ -141,8 +178,7 @@ def test_exact_match_wants_the_whole_answer_and_the_end(monkeypatch: pytest.Monk
     renderer = Renderer(hub.load_tokenizer(hub.resolve("demo")))
     said = [Answer("yes", True), Answer("yes", False), Answer("yes and", True), Answer(" yes\n", True)]
     monkeypatch.setattr(evaluate, "answers", lambda *a: said)
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
-    found = exact_matches(None, renderer, [Example(str(i), turns) for i in range(4)])
+    found = exact_matches(None, renderer, [([5, 6], "yes")] * 4)
     assert [match for match, _ in found] == [True, False, False, True]
 
 

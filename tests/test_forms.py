@@ -188,7 +188,12 @@ def test_bombs_are_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_names_that_are_neither_file_nor_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    def load_dataset(*arguments: Any, **more: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match="neither a file nor a Hub data set"):
         read_examples("no-such-owner/no-such-data")
 
@@ -217,6 +222,44 @@ def test_skip_bad_counts_and_has_a_limit(tmp_path: Path):
     assert [error.where.rsplit(":")[1] for error in found.bad] == ["2", "3", "4"]
     with pytest.raises(DataError, match="JSON object, not a list"):
         read_examples(path, skip_bad=2)
+
+
+def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path):
+    (tmp_path / "r.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}, {"text": "c"}]))
+    places = [row.where for row in read_examples(tmp_path / "r.json").rows]
+    path = tmp_path / "r.json"
+    assert places == [f"{path}:1", f"{path}:1 item 2", f"{path}:1 item 3"]
+
+
+def test_strings_that_look_like_lists_are_strings(tmp_path: Path):
+    example = one(tmp_path, {"prompt": "[3, 1]", "completion": "[1, 3]"})
+    assert (example.prompt, example.completion, example.messages) == ("[3, 1]", "[1, 3]", None)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([{"name": "x\ud800"}], "lone surrogate"),
+        ([{"a\0": 1}], "NUL"),
+        (json.loads('{"a":' * 90 + "1" + "}" * 90), "list of JSON schemas"),
+        ([json.loads('{"a":' * 90 + "1" + "}" * 90)], "nested more than 64"),
+    ],
+)
+def test_tools_are_checked_like_messages(tmp_path: Path, tools: Any, message: str):
+    refused(tmp_path, {"messages": [Q, A], "tools": tools}, message)
+
+
+def test_white_space_inside_an_answer_is_trained_whatever_the_tokenizer_trims(stories: Path):
+    """GPT-2-like tokenizers leave leading spaces out of a token's offsets: an indented line must not lose them."""
+    from tokenizers import processors
+
+    tokenizer = hub.load_tokenizer(hub.resolve("demo"))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    renderer = Renderer(tokenizer)
+    code = "if x:\n        return    y"
+    (row,) = renderer.encode([Example("x", [Q, {"role": "assistant", "content": code}])])
+    trained = [i for i, flag in zip(row.input_ids, row.trained, strict=True) if flag]
+    assert tokenizer.decode(trained) == code + "<|end|>"
 
 
 # --- what is decided --------------------------------------------------------------------------------------------------

@@ -159,6 +159,31 @@ def test_the_best_checkpoint_is_kept(inputs: Path, tmp_path: Path):
     assert kept == sorted({best, 7, 8})
 
 
+def test_the_best_of_those_that_exist_is_kept_and_strangers_are_left_alone(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Evaluated more often than saved, the best evaluation without a checkpoint; damage and a user's copy beside."""
+    module = sys.modules["halfbyte.train"]  # the package's attribute of that name is the function
+    losses = {0: 9.0, 1: 1.0, 2: 3.0, 3: 5.0, 4: 4.0, 5: 5.0, 6: 6.0, 7: 7.0, 8: 8.0, 9: 9.0, 10: 9.5}
+    calls = iter(losses.values())
+    monkeypatch.setattr(module, "mean_loss", lambda *args, **more: (next(calls), 1))
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        config = TrainConfig(**options(inputs, out, eval_split=6, eval_steps=1, max_steps=10, save_steps=2))
+        halfbyte.train(config, stopped_after(8))
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000006", "step-00000008"], "2 is the best that was saved"
+    shutil.copytree(out / "checkpoints/step-00000002", out / "checkpoints/step-00000002.bak")
+    for step in (6, 8):
+        (out / f"checkpoints/step-{step:08d}/state.json").write_text("{}")
+    again = options(inputs, out, eval_split=6, eval_steps=1, max_steps=10, save_steps=1)
+    calls = iter(list(losses.values())[3:])
+    run = halfbyte.train(**again, resume_from_checkpoint="auto")
+    left = sorted(p.name for p in run.checkpoints.iterdir())
+    assert left == ["step-00000002", "step-00000002.bak", "step-00000009", "step-00000010"]
+    assert cli(["checkpoint", "list", str(out)]) == 0
+
+
 def test_a_disk_that_will_be_full_is_known_before_training(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -221,9 +246,12 @@ def test_a_stop_after_each_of_40_steps_and_ten_in_a_row(inputs: Path, tmp_path: 
         names = ["adapter_model.safetensors"] if not changes.get("full") else ["model.safetensors"]
         for name in names:
             assert (one.adapter / name).read_bytes() == (two.adapter / name).read_bytes(), changes
+        assert one.read("eval.jsonl") == two.read("eval.jsonl")
 
 
-@pytest.mark.parametrize("item", ["m_codes", "v_codes", "m_absmax", "v_absmax", "small_m", "small_v", "updates"])
+@pytest.mark.parametrize(
+    "item", ["m_codes", "v_codes", "m_absmax", "v_absmax", "small_m", "small_v", "updates", "adapter"]
+)
 def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: Path, item: str):
     """The negative control: a checkpoint with one item zeroed (and its manifest sealed again) ends elsewhere."""
     from safetensors.torch import load_file, save_file
@@ -234,6 +262,10 @@ def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: P
     if item == "updates":
         state = hub.read_json(path / "state.json")
         hub.write_json(path / "state.json", {**state, "updates": 0})
+    elif item == "adapter":
+        weights = load_file(path / "adapter_model.safetensors")
+        next(weights[name] for name in weights if "lora_B" in name).mul_(1 + 2**-20)
+        save_file(weights, path / "adapter_model.safetensors")
     else:
         tensors = load_file(path / "optimizer.safetensors")
         assert tensors[f"group0.{item}"].any()
@@ -285,6 +317,7 @@ def check_kills(found: dict[str, Any], count: int) -> None:
 def check_signals(found: dict[str, Any]) -> None:
     assert found["runs_equal_to_the_unbroken_one"] == found["signals"]
     assert set(found["exit_codes"]) <= {"SIGINT -> 130", "SIGTERM -> 143", "SIGINT -> 0", "SIGTERM -> 0"}
+    assert found["exit_codes"].keys() & {"SIGINT -> 130", "SIGTERM -> 143"}
     assert found["slowest_exit_s"] < 30
 
 

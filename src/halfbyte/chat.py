@@ -17,6 +17,7 @@ are prefixes of the whole. Templates that rewrite earlier turns fail that test a
 
 import hashlib
 import itertools
+import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -92,7 +93,9 @@ class Renderer:
                 "the tokenizer has no end token (eos_token), so a model trained with it could never stop",
                 ways_out=["set eos_token in tokenizer_config.json"],
             )
-        self.template: str = template or _template_of(tokenizer) or _builtin(tokenizer)
+        self.template = template or _template_of(tokenizer) or _builtin(tokenizer)
+        # as Jinja reads it, and as it comes back from a file
+        self.template = self.template.replace("\r\n", "\n").replace("\r", "\n")
         self.special: dict[str, int] = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -113,7 +116,7 @@ class Renderer:
 
     def _tokenizer_without_control_words(self) -> Tokenizer:
         """A copy that reads control tokens as plain text, and stand-in characters as control tokens."""
-        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend = Tokenizer.from_str(_untrimmed(self.tokenizer.backend_tokenizer.to_str()))
         backend.no_padding()
         backend.no_truncation()
         for _index, token in self.tokenizer.added_tokens_decoder.items():
@@ -164,10 +167,10 @@ class Renderer:
         try:
             text = self.render(example.messages, example.tools)
             spans = self._trained_spans(example, text)
+            return _cut(text, self._data_spans(example, text), spans)
         except DataError as error:
             error.where = error.where or example.where
             raise
-        return _cut(text, self._data_spans(example, text), spans)
 
     def _trained_spans(self, example: Example, text: str) -> list[tuple[int, int]]:
         """Character spans of what is trained: the assistant's turns, each up to and with its end token, or all."""
@@ -346,7 +349,7 @@ class Renderer:
         """The ids that ask for a row's last answer, and that answer; None where there is no question (plain text)."""
         if example.messages is not None:
             last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-            if last == 0:
+            if not any(message["role"] in ("user", "tool") for message in example.messages[:last]):
                 return None
             return self.prompt_ids(example.messages[:last], example.tools), example.messages[last]["content"]
         if not example.prompt:
@@ -371,14 +374,29 @@ class Renderer:
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's end token, and the control tokens the template trains after it."""
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        (row,) = self.encode([Example("the template's own example", turns)])
         stops, control = {self.tokenizer.eos_token_id}, set(self.special.values())
+        try:
+            (row,) = self.encode([Example("the template's own example", turns)])
+        except DataError:  # texts are trained without a template: one that cannot be used then ends nothing
+            return sorted(stops)
         for index, flag in zip(reversed(row.input_ids), reversed(row.trained), strict=True):
             if index in control and flag:
                 stops.add(index)
             elif self.tokenizer.decode([index]).strip():
                 break
         return sorted(stops)
+
+
+def _untrimmed(serialized: str) -> str:
+    """A serialized tokenizer whose offsets hold every character: some trim white space, which then looks untrained."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: False if key == "trim_offsets" else walk(item) for key, item in value.items()}
+        return [walk(item) for item in value] if isinstance(value, list) else value
+
+    data = json.loads(serialized)
+    return json.dumps({**data, "post_processor": walk(data.get("post_processor"))})
 
 
 def _ready(example: Example) -> Encoded:

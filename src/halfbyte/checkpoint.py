@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,18 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     check(final)
-    older = sorted(directory.glob("step-*"))
-    for path in older[:-keep]:
-        if best is None or path.name != f"step-{best:08d}":
+    for path in directories(directory)[:-keep]:
+        if path != final and (best is None or path.name != f"step-{best:08d}"):
             with contextlib.suppress(OSError):
                 _remove(path)
     return final
+
+
+def directories(directory: Path) -> list[Path]:
+    """Directories with a checkpoint's name, oldest first; whatever else lies there is somebody's own."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if path.is_dir() and re.fullmatch(r"step-\d{8}", path.name))
 
 
 def _facts(file: Path) -> dict[str, Any]:
@@ -133,7 +140,7 @@ def check(path: Path) -> int:
 def listed(directory: Path) -> list[tuple[Path, str]]:
     """Every checkpoint directory, oldest first, and what is wrong with it ("" if nothing)."""
     found = []
-    for path in sorted(directory.glob("step-*")):
+    for path in directories(directory):
         try:
             check(path)
             found.append((path, ""))
@@ -145,7 +152,7 @@ def listed(directory: Path) -> list[tuple[Path, str]]:
 def newest(directory: Path) -> tuple[Found | None, list[str]]:
     """The valid checkpoint with the highest step, and a line for each newer one that is not valid."""
     damaged = []
-    for path in sorted(directory.glob("step-*"), reverse=True):
+    for path in reversed(directories(directory)):
         try:
             return Found(path, check(path)), damaged
         except HalfbyteError as error:
@@ -187,7 +194,7 @@ def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
     if isinstance(optimizer, AdamW8bit):
         optimizer.steps = updates
     else:
-        _create_state(optimizer, updates)
+        _create_state(optimizer, updates, {name.partition(".")[0] for name in read_header(found.path / OPTIMIZER)})
     _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER)
     return updates
 
@@ -209,9 +216,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _create_state(optimizer: torch.optim.Optimizer, step: int) -> None:
-    for group in optimizer.param_groups:
-        for p in group["params"]:
+def _create_state(optimizer: torch.optim.Optimizer, step: int, places: set[str]) -> None:
+    """Room for torch AdamW's state of the parameters at these places; others never had a gradient."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for place, p in enumerate(params):
+        if str(place) in places:
             optimizer.state[p] = {
                 "step": torch.tensor(float(step)),
                 "exp_avg": torch.zeros_like(p),
@@ -232,7 +241,11 @@ def _copy_all(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what an interrupted save left behind; only under the run's lock."""
+    """Delete what an interrupted save left behind, and damaged checkpoints; only under the run's lock."""
+    for path, wrong in listed(directory):
+        if wrong:
+            with contextlib.suppress(OSError):
+                _remove(path)
     for leftover in directory.glob(".step-*.tmp"):
         with contextlib.suppress(OSError):
             shutil.rmtree(leftover)

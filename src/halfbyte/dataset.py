@@ -8,7 +8,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,10 @@ class Data:
             "rows_with_trained_end": self.ends,
         }
 
-    def example(self, row: Encoded) -> Example:
-        return self.examples[row.where]
+    def question(self, row: Encoded) -> tuple[list[int], str] | None:
+        """Ids that ask for a row's last answer, and the answer; None where there is none, or it is too long to ask."""
+        pair = self.renderer.question_and_answer(self.examples[row.where])
+        return None if pair is None or len(pair[0]) >= self.max_length else pair
 
 
 def read_data(
@@ -93,7 +95,11 @@ def read_data(
     train_rows, held_out = hold_out(rows, options.eval_split, options.seed)
     train = prepare(train_rows, max_length, options.over_length)
     if held_out:
-        held_out = prepare(held_out, max_length, options.over_length).rows
+        given, held_out = len(held_out), prepare(held_out, max_length, options.over_length).rows
+        if len(held_out) < given:
+            say(f"{given - len(held_out)} held-out rows are left out: too long, or without a trained token")
+    if len({example.where for example in found.rows}) != len(found.rows):
+        raise AssertionError(f"rows of {source} share a place")
     data = Data(
         form=found.form,
         renderer=renderer,
@@ -175,7 +181,7 @@ def hold_out(rows: list[Encoded], share: float, seed: int) -> tuple[list[Encoded
     Raises:
         DataError: nothing would be left to train on.
     """
-    wanted = round(share * len(rows)) if share < 1 else int(share)
+    wanted = max(share > 0, round(share * len(rows))) if share < 1 else int(share)
     if not wanted:
         return rows, []
     order = sorted(range(len(rows)), key=lambda i: (_digest(rows[i], str(seed)), i))
@@ -210,5 +216,5 @@ def source_digest(source: str, examples: Iterable[Example]) -> str:
         return hub.sha256_file(path)
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.messages, example.prompt, example.completion, example.input_ids]).encode())
+        digest.update(json.dumps(asdict(example), default=str).encode())
     return digest.hexdigest()

@@ -16,7 +16,6 @@ from . import attention
 from .batches import collate
 from .chat import Encoded, Renderer
 from .dataset import Data
-from .forms import Example
 from .generate import Answer, answers
 from .load import Progress, no_progress
 from .loss import output_head, sequence_loss
@@ -51,9 +50,8 @@ def score(
     loss, tokens = mean_loss(model, rows, packed=packed, progress=progress)
     matches: list[bool] = []
     if generate:
-        asked = [(row, example) for row in rows if _has_question(example := data.example(row))]
-        found = exact_matches(model, data.renderer, [example for _, example in asked], progress)
-        matches = [match for match, _ in found]
+        asked = [pair for row in rows if (pair := data.question(row))]
+        matches = [match for match, _ in exact_matches(model, data.renderer, asked, progress)]
     return Score(
         loss,
         math.exp(min(loss, 700.0)),
@@ -90,10 +88,9 @@ def mean_loss(
 
 
 def exact_matches(
-    model: Any, renderer: Renderer, examples: Sequence[Example], progress: Progress = no_progress
+    model: Any, renderer: Renderer, asked: Sequence[tuple[list[int], str]], progress: Progress = no_progress
 ) -> list[tuple[bool, Answer]]:
-    """For each row whether the model's answer is the row's, and what it answered (cut off where it ran too long)."""
-    asked = [pair for example in examples if (pair := renderer.question_and_answer(example)) is not None]
+    """For each (ids that ask, answer wanted) whether the model answers that, and what it said (cut off if longer)."""
     lengths = [len(ids) for ids, _ in asked]
     order = sorted(range(len(asked)), key=lambda i: lengths[i])
     groups = list(_groups(order, lengths))
@@ -106,10 +103,6 @@ def exact_matches(
         for i, said, right in zip(group, given, wanted, strict=True):
             results[i] = (said.stopped and said.text.strip() == right.strip(), said)
     return results
-
-
-def _has_question(example: Example) -> bool:
-    return bool(example.prompt) or any(m["role"] == "assistant" for m in (example.messages or [])[1:])
 
 
 def _groups(order: Sequence[int], lengths: Sequence[int] | None) -> Iterable[list[int]]:

@@ -36,7 +36,7 @@ FORMS = (
     '{"text": ...}',
     '{"input_ids": [...], "labels": [...]}',
 )
-IGNORED_LABEL = -100
+IGNORED_LABEL, DEEPEST = -100, 64
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def form_of(row: dict[str, Any], where: str) -> str:
         ("text", {"text"}),
     ):
         if columns <= has:
-            return form
+            turns = form == "prompt" and isinstance(_loaded(row["prompt"], dict), list)
+            return "turns" if turns else form
     raise DataError(
         "the columns fit no known form",
         where=where,
@@ -140,7 +141,10 @@ def _from_messages(row: dict[str, Any], where: str) -> Example:
 
 def _from_sharegpt(row: dict[str, Any], where: str) -> Example:
     turns = _messages(row.get("conversations"), where, "conversations")
-    if (system := _string(row, "system", where, optional=True)) and turns[0]["role"] != "system":
+    if system := _string(row, "system", where, optional=True):
+        if turns[0]["role"] == "system" and turns[0]["content"] != system:
+            raise DataError("the row has two system messages: its own and the conversation's", where=where)
+        turns = turns[1:] if turns[0]["role"] == "system" else turns
         turns = [{"role": "system", "content": system}, *turns]
     return Example(where, turns, tools=_tools(row, where))
 
@@ -152,7 +156,7 @@ def _from_alpaca(row: dict[str, Any], where: str) -> Example:
     turns: list[dict[str, Any]] = []
     if system := _string(row, "system", where, optional=True):
         turns.append({"role": "system", "content": system})
-    for number, pair in enumerate(_loaded(row.get("history"), where, "history") or []):
+    for number, pair in enumerate(_loaded(row.get("history"), list) or []):
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise DataError("history must be a list of [question, answer] pairs", where=f"{where} history {number}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -161,7 +165,7 @@ def _from_alpaca(row: dict[str, Any], where: str) -> Example:
 
 
 def _from_prompt(row: dict[str, Any], where: str) -> Example:
-    prompt, completion = (_loaded(row.get(column), where, column) for column in ("prompt", "completion"))
+    prompt, completion = (_loaded(row.get(column), dict) for column in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         turns = _messages(prompt + completion, where, "prompt + completion")
         if not any(turn["role"] == "assistant" for turn in turns[len(prompt) :]):
@@ -201,6 +205,7 @@ _READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
     "prompt": _from_prompt,
+    "turns": _from_prompt,
     "text": _from_text,
     "input_ids": _from_ids,
 }
@@ -238,18 +243,19 @@ def _encodable(text: str, where: str) -> str:
     return text
 
 
-def _loaded(value: Any, where: str, column: str) -> Any:
-    """A list as it is; a cell that holds a JSON list (tables have only strings) read."""
+def _loaded(value: Any, of: type) -> Any:
+    """A list as it is; a cell that holds a JSON list of such items (tables have only strings) read."""
     if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
         try:
-            return json.loads(value)
+            found = json.loads(value)
         except (ValueError, RecursionError):
             return value
+        return found if found and all(type(item) is of for item in found) else value
     return list(value) if isinstance(value, tuple) else value
 
 
 def _integers(value: Any, where: str, column: str) -> list[int]:
-    value = _loaded(value, where, column)
+    value = _loaded(value, int)
     if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
         raise DataError(f"column {column!r} must be a non-empty list of integers", where=where)
     if column == "input_ids" and min(value) < 0:
@@ -268,12 +274,14 @@ def _tools(row: dict[str, Any], where: str) -> list[Any] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DataError("column 'tools' must be a list of JSON schemas", where=where)
+    for text in _leaves(value, where):
+        _encodable(text, where)
     return value
 
 
 def _messages(value: Any, where: str, column: str) -> list[dict[str, Any]]:
     """Checked turns: known roles, string contents, an answer to train on."""
-    value = _loaded(value, where, column)
+    value = _loaded(value, dict)
     if not isinstance(value, list) or not value:
         raise DataError(f"column {column!r} must be a non-empty list of messages", where=where)
     turns = [_message(message, f"{where} message {number}") for number, message in enumerate(value)]
@@ -309,11 +317,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, str):
         found = f"a {type(content).__name__}" if content is not None else "none"
         raise DataError("a message's content must be a string", where=where, found=found)
-    try:
-        for text in _leaves({**turn, "content": content}):
-            _encodable(text, where)
-    except RecursionError as error:
-        raise DataError("a message is nested too deeply", where=where) from error
+    for text in _leaves({**turn, "content": content}, where):
+        _encodable(text, where)
     if turn["role"] == "assistant" and not content.strip() and not turn.get("tool_calls"):
         raise DataError("an assistant's turn is empty: there is nothing to train", where=where)
     return {**turn, "content": content}
@@ -329,15 +334,28 @@ def _joined_parts(parts: list[Any], where: str) -> str:
     return "".join(texts)
 
 
-def _leaves(value: Any) -> list[str]:
-    """Every string in a nested value."""
-    if isinstance(value, str):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [text for item in items for text in _leaves(item)]
+def _leaves(value: Any, where: str = "") -> list[str]:
+    """Every string in a nested value, keys included.
+
+    Raises:
+        DataError: it is nested deeper than `DEEPEST`.
+    """
+    found: list[str] = []
+    waiting: list[tuple[Any, int]] = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise DataError(f"a value is nested more than {DEEPEST} levels deep", where=where)
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, dict):
+            waiting += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list | tuple):
+            waiting += [(part, depth + 1) for part in item]
+    return found
 
 
 def other_strings(example: Example) -> list[str]:
     """Strings of a conversation that reach the template beside the contents: tool calls, names, tool schemas."""
-    turns = [{k: v for k, v in turn.items() if k not in ("role", "content")} for turn in example.messages or []]
-    return _leaves([turns, example.tools or []])
+    turns = [[v for k, v in turn.items() if k not in ("role", "content")] for turn in example.messages or []]
+    return _leaves([turns, example.tools or []], example.where)

@@ -76,15 +76,22 @@ def answers(
     Args:
         max_time: seconds after which all answers are cut off.
     """
-    limits = {} if max_time is None else {"max_time": max_time}
+    limits: dict[str, Any] = {} if max_time is None else {"max_time": max_time}
     return _generate(model, renderer, prompts, max_new_tokens, do_sample=False, **limits)
 
 
 @torch.inference_mode()
 def _generate(
-    model: Any, renderer: Renderer, prompts: Sequence[list[int]], max_new_tokens: int, **settings: Any
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    streamer: _Stream | None = None,
+    **settings: Any,
 ) -> list[Answer]:
     """Prompts are padded on the left, where nothing attends to them; a model in training is left as it was."""
+    from transformers import GenerationConfig
+
     device = model.get_input_embeddings().weight.device
     stops = renderer.stop_ids()
     width = max(map(len, prompts))
@@ -96,11 +103,11 @@ def _generate(
         out = model.generate(
             ids,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stops,
-            pad_token_id=stops[0],
-            use_cache=True,
-            **{"temperature": None, "top_p": None, "top_k": None, **settings},
+            # a configuration of our own: the base's may hold penalties and beams nobody asked for here
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], use_cache=True, **settings
+            ),
+            streamer=streamer,
         )
     finally:
         model.train(was_training)

@@ -82,6 +82,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return Path(
             snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=["original/*"])
         )
+    except HalfbyteError:
+        raise
     except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -361,7 +363,9 @@ def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file or directory entry durable, where the system can."""
+    """Make a file or directory entry durable, where the system can (Windows opens no directories)."""
+    if os.name == "nt" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

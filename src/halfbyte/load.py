@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from . import hub, nf4
 from .attention import segments
 from .config import ModelOptions
-from .errors import ModelError, UsageError
+from .errors import HalfbyteError, ModelError, UsageError
 from .lora import load_adapter
 from .loss import output_head
 from .nf4 import NF4Tensor
-from .run import Run, is_run
+from .run import ADAPTER_FACTS, Run, is_run
 
 MIN_COVERAGE = 0.9
 Progress = Callable[[Iterable[str], int, str], Iterable[str]]
@@ -78,6 +78,8 @@ def read_config(path: Path) -> Any:
     _check_ranges(raw, path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except HalfbyteError:
+        raise
     except Exception as error:  # whatever a foreign config makes transformers raise
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path}/config.json is refused by transformers", found=message) from error
@@ -131,6 +133,8 @@ def build_empty(config: Any) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except HalfbyteError:
+        raise
     except Exception as error:  # whatever a foreign config makes transformers raise
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError("transformers cannot build the model of this config.json", found=message[:300]) from error
@@ -205,7 +209,13 @@ def _load_generation_config(model: Any, path: Path) -> None:
     from transformers import GenerationConfig
 
     if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        except HalfbyteError:
+            raise
+        except Exception as error:
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"{path}/generation_config.json is refused by transformers", found=message) from error
 
 
 def _place_buffers(model: nn.Module, device: torch.device) -> None:
@@ -506,7 +516,23 @@ def load(model_or_run: str | Path, *, progress: Progress = no_progress, **change
             refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"])
         load_adapter(model, run.adapter)
         model.eval()
-    return model, hub.load_tokenizer(run.adapter)
+    return model, run_tokenizer(run)
+
+
+def run_tokenizer(run: Run) -> Any:
+    """The tokenizer of a run, with the chat template it was trained with.
+
+    Raises:
+        ModelError: the template beside the adapter is another one.
+    """
+    tokenizer = hub.load_tokenizer(run.adapter)
+    expected = hub.read_json(run.adapter / ADAPTER_FACTS).get("template_sha256")
+    if hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() != expected:
+        raise ModelError(
+            f"the chat template in {run.adapter} is not the one this adapter was trained with",
+            ways_out=["bring back chat_template.jinja of the training", "or train again with the new template"],
+        )
+    return tokenizer
 
 
 def refuse_other_base(found: str, expected: str, path: str) -> None:

@@ -27,7 +27,7 @@ from .forms import Example, read_examples
 from .load import Progress, checkpoint_names, load, load_base, no_progress
 from .lora import LoraLinear
 from .nf4 import NF4Tensor
-from .run import Run
+from .run import ADAPTER_FACTS, Run
 
 FP32_LIMIT = 3_000_000_000
 """Models up to this many parameters are compared in fp32 arithmetic, larger ones in the run's compute dtype."""
@@ -173,7 +173,7 @@ def _write_config(base: Path, adapter: Path, target: Path) -> None:
     config = hub.read_json(base / "config.json")
     config.pop("quantization_config", None)
     hub.write_json(target / "config.json", config)
-    weights_of_adapter = {"adapter_model.safetensors", "adapter_config.json"}
+    weights_of_adapter = {"adapter_model.safetensors", "adapter_config.json", ADAPTER_FACTS}
     try:
         for file in adapter.iterdir():
             if file.name not in weights_of_adapter:
@@ -187,7 +187,7 @@ def _write_config(base: Path, adapter: Path, target: Path) -> None:
 
 def _probes(source: Run, tokenizer: Any, say: Callable[[str], None]) -> list[list[int]]:
     """Token rows to compare on: rows of the training data, or sentences where it is gone."""
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, clock=source.clock())
     try:
         config = source.config()
         found = read_examples(

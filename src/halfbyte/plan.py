@@ -77,6 +77,7 @@ def plan_memory(
         tokens: of a micro-batch. dtype: compute dtype.
     """
     model = build_empty(model_config)
+    model.tie_weights()
     text = model_config.get_text_config()
     head, size = model.get_output_embeddings(), dtype.itemsize
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .errors import DataError, HalfbyteError
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, and its columns."""
@@ -24,7 +24,7 @@ Refuse = Callable[[DataError], None]
 """What happens to a row that cannot be read: raise, or count it and go on (``--skip_bad``)."""
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-UNPACKED_LIMIT = 8 << 30
+UNPACKED_LIMIT = 1 << 30
 """A gzipped file is unpacked up to this many bytes."""
 
 
@@ -161,7 +161,7 @@ def _array_items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             start += 1
         return start
 
-    position = skip_space(position)
+    position, before, item = skip_space(position), 0, 0
     while position < len(text) and text[position] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
@@ -169,7 +169,10 @@ def _array_items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             at = error.pos if isinstance(error, json.JSONDecodeError) else position
             raise _bad_json(f"{path}:{text.count(chr(10), 0, at) + 1}", error) from error
-        yield f"{path}:{line}", value
+        # several rows on a line are told apart by their number in the array
+        item += 1
+        yield f"{path}:{line}" + (f" item {item}" if line == before else ""), value
+        before = line
         position = skip_space(end)
         if position < len(text) and text[position] == ",":
             position = skip_space(position + 1)
@@ -242,6 +245,8 @@ def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:
     disable_progress_bar()
     try:
         table = load_dataset(name, config, split=split)
+    except HalfbyteError:
+        raise
     except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(

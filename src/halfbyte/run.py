@@ -8,8 +8,10 @@ every step stands there once.
 import contextlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ except ImportError:  # Windows: the lock file is written but two trainers are no
 
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
 NONFINITE = "nonfinite.jsonl"
+ADAPTER_FACTS = "halfbyte.json"
+"""In adapter/: the digest of the base it belongs to, and the hash of its chat template."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Run:
         run = cls(Path(path).expanduser())
         if not (run.path / RUN_JSON).is_file():
             raise ModelError(f"{run.path} is not a run directory: it has no {RUN_JSON}")
-        if not run.adapter.is_dir():
+        if not (run.adapter / ADAPTER_FACTS).is_file():
             raise ModelError(
                 f"{run.path} has no trained adapter yet",
                 expected=str(run.adapter),
@@ -65,13 +69,19 @@ class Run:
             ModelError: it is damaged, or of another version's making.
         """
         info = read_json(self.path / RUN_JSON)
-        for section, keys in (("config", ()), ("base", ("path", "digest")), ("data", ("source", "form"))):
-            if not isinstance(info.get(section), dict) or any(key not in info[section] for key in keys):
+        sections = (("config", ()), ("base", ("path", "digest")), ("data", ("source", "form")))
+        for section, keys in (*sections, ("clock", ()), ("template_sha256", ())):
+            kind = str if section in ("clock", "template_sha256") else dict
+            if not isinstance(info.get(section), kind) or any(key not in info[section] for key in keys):
                 raise ModelError(
                     f"{self.path / RUN_JSON} is damaged or of another version: {section!r} is not complete",
                     ways_out=["train again", "or use the adapter directly: " + str(self.adapter)],
                 )
         return info
+
+    def clock(self) -> datetime:
+        """The time that templates of this run see."""
+        return datetime.fromisoformat(self.info()["clock"])
 
     def config(self) -> TrainConfig:
         """The options the run was trained with.
@@ -98,7 +108,7 @@ class Run:
             sample = found.setdefault(row["where"], {k: row[k] for k in ("where", "question", "expected")})
             when = "before" if row["step"] == 0 else "after"
             sample[when], sample[f"{when}_stopped"] = row["answer"], row["stopped"]
-        return list(found.values())
+        return [sample for sample in found.values() if "before" in sample and "after" in sample]
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """All rows of one of the run's .jsonl files; a last line cut off by a crash is left out."""
@@ -106,7 +116,7 @@ class Run:
         if not file.is_file():
             return []
         rows = []
-        for line in file.read_text(encoding="utf-8").split("\n"):
+        for line in file.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows
@@ -129,10 +139,9 @@ class Run:
 
     def cut(self, name: str, last_step: int) -> None:
         """Drop a .jsonl file's rows of steps after last_step."""
-        before = self.read(name)
-        rows = [row for row in before if row["step"] <= last_step]
-        if not before:
+        if not (self.path / name).is_file():
             return
+        rows = [row for row in self.read(name) if row["step"] <= last_step]
         write_bytes(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
     @contextlib.contextmanager
@@ -151,15 +160,20 @@ class Run:
             if fcntl is not None:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
+                except BlockingIOError as error:
                     holder = os.read(descriptor, 200).decode(errors="replace").strip()
                     raise BusyError(
                         f"another process trains in {self.path}",
                         found=holder or "unknown process",
                         ways_out=["wait for it, or stop it", "or train into another --output_dir"],
                     ) from error
+                except OSError as error:
+                    raise StorageError(
+                        f"the file system of {self.path} has no locks: {error.strerror}",
+                        ways_out=["choose an --output_dir on a local disk"],
+                    ) from error
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+            os.write(descriptor, f"pid {os.getpid()} on {platform.node()}\n".encode())
             yield
         finally:
             os.close(descriptor)

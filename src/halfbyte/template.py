@@ -56,12 +56,14 @@ class TemplateProcess:
         try:
             pipe.send((messages, tools, ask, spans))
             if not pipe.poll(SECONDS):
-                self.close()
                 raise _refused(f"it was still running after {SECONDS:g} seconds")
             answer = pipe.recv()
         except (EOFError, OSError) as error:
             self.close()
             raise _refused("its process ended: out of memory, or killed") from error
+        except BaseException:  # an interrupt: the answer would be taken for the next one's
+            self.close()
+            raise
         if isinstance(answer, str):
             raise _refused(answer)
         return answer
@@ -109,8 +111,8 @@ def _kill(process: Any, pipe: Any) -> None:
 def _serve(
     pipe: Any, template: str, special_tokens: dict[str, Any], clock: datetime, parent: int
 ) -> None:  # pragma: no cover
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _confine(pipe.fileno(), parent)
     from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 

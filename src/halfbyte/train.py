@@ -11,7 +11,9 @@ the weights are read.
 import contextlib
 import hashlib
 import math
+import os
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import attention, checkpoint, hub
@@ -30,7 +33,7 @@ from .adamw8bit import AdamW8bit
 from .batches import MicroBatch, Schedule, collate
 from .config import TrainConfig
 from .dataset import Data, read_data, source_digest
-from .errors import BusyError, Interrupted, ModelError, NonFiniteError
+from .errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageError
 from .evaluate import mean_loss
 from .generate import answers
 from .load import (
@@ -48,7 +51,7 @@ from .load import (
 )
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter, target_names
 from .loss import output_head, sequence_loss
-from .run import EVALS, METRICS, NONFINITE, SAMPLES, Run
+from .run import ADAPTER_FACTS, EVALS, METRICS, NONFINITE, SAMPLES, Run
 
 Say = Callable[[str], None]
 SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
@@ -95,8 +98,10 @@ class Trainer:
         with self.interrupts:
             with self.interrupts.immediate("no step was under way, so nothing is lost; repeat the command to go on"):
                 start = self._set_up()
+                # a stop can have come between a step and its evaluation
+                if self._is_evaluated(start) and not any(row["step"] == start for row in self.run.read(EVALS)):
+                    self._evaluate(start)
                 if start == 0:
-                    self._evaluate(0)
                     self._sample(0)
             self._loop(start)
             done = "the training is done and its last checkpoint saved; repeat the command to write the adapter"
@@ -112,7 +117,7 @@ class Trainer:
         resumed = self._find_checkpoint()
         base_path = hub.resolve(config.model, config.revision)
         # a template that asks for the time sees the run's, so that a resumed run has the same ids
-        self.clock = datetime.fromisoformat(self.run.info()["clock"]) if resumed else datetime.now()
+        self.clock = self.run.clock() if resumed else datetime.now()
         self.read_data(base_path)
         self.schedule = Schedule(
             self.data.train.rows,
@@ -129,15 +134,18 @@ class Trainer:
         allowed = {name.strip().replace("-", "_") for name in config.allow_change.split(",") if name.strip()}
         if resumed is not None:
             changes = checkpoint.changes_since(checkpoint.read_state(resumed), info, allowed)
-            info["changes"] = self.run.info()["changes"] + [{"step": resumed.step, "change": line} for line in changes]
         report = self.build_model(base_path)
         info["base"]["digest"] = report.digest
         start = 0
         if resumed is not None:
+            before = checkpoint.read_state(resumed)["base_digest"]
             if "base" not in allowed:
-                refuse_other_base(report.digest, checkpoint.read_state(resumed)["base_digest"], str(base_path))
+                refuse_other_base(report.digest, before, str(base_path))
+            elif before != report.digest:
+                changes.append(f"base: digest {before[:16]} then, {report.digest[:16]} now")
             self.updates = checkpoint.restore(resumed, self.model, self.optimizer)
             start = resumed.step
+            info["changes"] = self.run.info()["changes"] + [{"step": start, "change": line} for line in changes]
             say(f"resumed from step {start} ({resumed.path}): {self._exactness(changes)}")
         one = checkpoint.bytes_needed(self.model, self.optimizer)
         checkpoint.refuse_full_disk(self.run.checkpoints, one, config.save_total_limit)
@@ -147,6 +155,8 @@ class Trainer:
         for file in (METRICS, EVALS, SAMPLES, NONFINITE):
             self.run.cut(file, start if resumed else -1)
         checkpoint.remove_unfinished(self.run.checkpoints)
+        for leftover in self.run.path.glob(".adapter.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
         return start
 
     def _exactness(self, changes: list[str]) -> str:
@@ -309,7 +319,7 @@ class Trainer:
                     done = step + 1
                     row["epoch"] = round(done / self.steps_per_epoch, 4)
                     self._report(row)
-                except Interrupted as error:
+                except Abandoned as error:
                     stopped = error
                     self.optimizer.zero_grad(set_to_none=True)
                 last = done == self.total_steps
@@ -317,8 +327,9 @@ class Trainer:
                     self._save(done)
                     saved = done
                 if not last and (stopped or self.interrupts.signal):
+                    state = "the state is saved" if saved else "nothing was trained yet"
                     raise Interrupted(
-                        f"interrupted after step {done}; the state is saved. "
+                        f"interrupted after step {done}; {state}. "
                         "Repeat the command with --resume_from_checkpoint auto to go on",
                         self.interrupts.signal,
                     )
@@ -326,13 +337,16 @@ class Trainer:
     def _report(self, row: dict[str, Any]) -> None:
         """A finished step into the run's files and onto the screen; evaluated where it is due."""
         done, config = row["step"], self.config
-        last = done == self.total_steps
-        if done % config.logging_steps == 0 or last:
+        if done % config.logging_steps == 0 or done == self.total_steps:
             self.run.append(METRICS, row)
         self.reporter.on_step(row, self.total_steps)
-        if last or (config.eval_steps and done % config.eval_steps == 0):
+        if self._is_evaluated(done):
             with self.interrupts.immediate(""):
                 self._evaluate(done)
+
+    def _is_evaluated(self, done: int) -> bool:
+        every = self.config.eval_steps
+        return done in (0, self.total_steps) or bool(every and done % every == 0)
 
     def step(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
         """One optimizer step over a global batch; returns its row of metrics.jsonl."""
@@ -421,7 +435,7 @@ class Trainer:
         for row in self.data.held_out + self.data.train.rows:
             if len(asked) >= self.config.num_samples:
                 break
-            if pair := self.data.renderer.question_and_answer(self.data.example(row)):
+            if pair := self.data.question(row):
                 asked.append((row, *pair))
         if not asked:
             return
@@ -439,23 +453,38 @@ class Trainer:
             "fingerprint": checkpoint.fingerprint(self.info),
         }
         keep = self.config.save_total_limit
-        losses = {row["step"]: row["loss"] for row in self.run.read(EVALS) if row["step"]}
+        there = {path.name for path in checkpoint.directories(self.run.checkpoints)} | {f"step-{step:08d}"}
+        losses = {r["step"]: r["loss"] for r in self.run.read(EVALS) if f"step-{r['step']:08d}" in there}
         best = min(losses, key=lambda done: losses[done]) if losses else None
         checkpoint.save(self.run.checkpoints, step, self.model, self.optimizer, state, keep, self.config.model, best)
 
     def _save_result(self) -> None:
-        """adapter/: what other tools load (a full fine-tuning: the whole model)."""
-        target = self.run.adapter
-        if any(True for _ in lora_layers(self.model)):
-            save_adapter(self.model, target, self.config.model)
-        else:
-            self.model.save_pretrained(target)
-        tokenizer = self.data.renderer.tokenizer
-        tokenizer.chat_template = self.data.renderer.template
-        tokenizer.save_pretrained(target)
-        generation = self.model.generation_config
-        generation.eos_token_id = self.data.renderer.stop_ids()
-        generation.save_pretrained(target)
+        """adapter/: what other tools load (a full fine-tuning: the whole model), whole or not there."""
+        target = self.run.path / f".adapter.{os.getpid()}.tmp"
+        try:
+            target.mkdir(exist_ok=True)
+            if any(True for _ in lora_layers(self.model)):
+                save_adapter(self.model, target, self.config.model)
+            else:
+                self.model.save_pretrained(target)
+            tokenizer = self.data.renderer.tokenizer
+            tokenizer.chat_template = self.data.renderer.template
+            tokenizer.save_pretrained(target)
+            facts = {"base_digest": self.info["base"]["digest"], "template_sha256": self.info["template_sha256"]}
+            hub.write_json(target / ADAPTER_FACTS, facts)
+            _generation_config(self.model, self.data.renderer.stop_ids()).save_pretrained(target)
+            hub.sync(target)
+            if self.run.adapter.exists():
+                shutil.rmtree(self.run.adapter)
+            target.rename(self.run.adapter)
+            hub.sync(self.run.path)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"cannot write {self.run.adapter}: {getattr(error, 'strerror', None) or error}",
+                ways_out=["free space; then repeat the command with --resume_from_checkpoint auto"],
+            ) from error
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
@@ -485,11 +514,15 @@ def memory_bytes(device: torch.device) -> int:
     return 0
 
 
+class Abandoned(Interrupted):
+    """Raised by a signal inside `Interrupts.immediate`: what was under way can be thrown away."""
+
+
 class Interrupts:
     """SIGINT and SIGTERM while a run is worked on: noted where state changes, acted on at once where it does not.
 
-    The first signal is noted in ``signal``; inside `immediate` it raises `Interrupted`. A second one acts as if nothing
-    had been installed: it ends the process there and then, which every file of the run survives.
+    The first signal is noted in ``signal``; inside `immediate` it raises `Abandoned`. A second one ends the process
+    there and then, which every file of the run survives.
     """
 
     def __init__(self) -> None:
@@ -505,30 +538,46 @@ class Interrupts:
 
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number
-        self._restore()
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
         if self._message is not None:
-            raise self._interrupted()
+            raise self._abandoned()
 
-    def _interrupted(self) -> Interrupted:
-        return Interrupted(f"interrupted: {self._message}", self.signal)
+    def _abandoned(self) -> "Abandoned":
+        return Abandoned(f"interrupted: {self._message}", self.signal)
 
     @contextlib.contextmanager
     def immediate(self, message: str) -> Iterator[None]:
-        """Within this block a signal raises `Interrupted`, as does one that came before."""
+        """Within this block a signal raises `Abandoned`, as does one that came before."""
         outer, self._message = self._message, message
         try:
             if self.signal:
-                raise self._interrupted()
+                raise self._abandoned()
             yield
         finally:
             self._message = outer
 
-    def _restore(self) -> None:
+    def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __exit__(self, *exception: Any) -> None:
-        self._restore()
+
+def _generation_config(model: Any, stops: list[int]) -> Any:
+    """The base's generation settings with the end tokens of this training, in a form that can be saved."""
+    from transformers import GenerationConfig
+
+    found = model.generation_config
+    found.eos_token_id = stops
+    try:
+        found.validate(strict=True)
+    except ValueError:  # sampling settings without do_sample, as published by several models
+        found.do_sample = True
+        try:
+            found.validate(strict=True)
+        except ValueError:
+            kept = {name: getattr(found, name) for name in ("pad_token_id", "bos_token_id")}
+            return GenerationConfig(eos_token_id=stops, **kept)
+    return found
 
 
 def _loaded_line(model: Any, coverage: float, load_in_4bit: bool) -> str:
@@ -542,6 +591,7 @@ FORM_NAMES = {
     "sharegpt": "conversations (ShareGPT)",
     "alpaca": "instructions (alpaca)",
     "prompt": "prompts and completions",
+    "turns": "prompts and completions (messages)",
     "text": "plain text",
     "input_ids": "ready-made ids",
 }

@@ -17,7 +17,7 @@ def chat(record: ChatConfig) -> dict[str, Any]:
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
     run = Run.open(record.model) if is_run(record.model) else None
     model, tokenizer = load(record.model, progress=console.progress, **given)
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, clock=run.clock() if run else None)
     # a run trained on texts continues texts: a chat template is a form it never saw
     plain = run is not None and run.info()["data"]["form"] in ("prompt", "text")
     if plain:
@@ -45,7 +45,8 @@ def chat(record: ChatConfig) -> dict[str, Any]:
 
 def _read_line() -> str:
     try:
-        return input("> ").strip()
+        console.piece("> ")
+        return input().strip()
     except EOFError:
         return ""
 

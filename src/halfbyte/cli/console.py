@@ -69,8 +69,6 @@ def samples(rows: list[dict[str, Any]]) -> None:
         return Text(shown + ("" if stopped else " (goes on)"))
 
     for row in rows:
-        if "after" not in row:
-            continue
         lines = Table.grid(padding=(0, 1))
         lines.add_row(Text("asked", style="bold"), cut(row["question"]))
         lines.add_row(Text("wanted", style="dim"), cut(row["expected"]))

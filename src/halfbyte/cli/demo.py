@@ -8,19 +8,23 @@ from typing import Any
 
 from ..config import DemoConfig, TrainConfig
 from ..errors import UsageError
+from ..run import Run
 from . import console, orders
 from .options import Verb
 
-TRAIN_ROWS, HELD_OUT_ROWS = 1500, 100
+TRAIN_ROWS, HELD_OUT_ROWS = 3000, 100
+MARK = ".halfbyte-demo"
+OWN = ("run", "merged", "compare-lora", "compare-full", "orders.jsonl", "held_out.jsonl")
+LLAMA_2_70B_LINEAR = 68_451_041_280
+"""Weights in the linear layers of Llama 2 70B."""
 ASKED = "two large teas and a bun, no sugar"
 
 
 def demo(record: DemoConfig) -> dict[str, Any]:
     """Fine-tune the built-in model in 4 bits on spoken orders, offline on the CPU: plan, train, compare, merge."""
     began = time.monotonic()
-    home = Path(record.output_dir)
+    home = Path(record.output_dir).expanduser()
     _clear(home)
-    home.mkdir(parents=True, exist_ok=True)
     rows, held_out = orders.rows(record.seed, TRAIN_ROWS, HELD_OUT_ROWS)
     _write(home / "orders.jsonl", rows)
     _write(home / "held_out.jsonl", held_out)
@@ -63,13 +67,13 @@ def _config(home: Path, name: str, seed: int, **changes: Any) -> TrainConfig:
             "model": "demo",
             "data": str(home / "orders.jsonl"),
             "output_dir": str(home / name),
-            "dtype": "float32",
+            "dtype": "auto",
             "device": "cpu",
             "max_length": 256,
             "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 1,
-            "num_train_epochs": 2,
-            "learning_rate": 3e-3,
+            "num_train_epochs": 1,
+            "learning_rate": 4e-3,
             "lr_scheduler_type": "cosine",
             "lora_dropout": 0.0,
             "gradient_checkpointing": False,
@@ -81,12 +85,20 @@ def _config(home: Path, name: str, seed: int, **changes: Any) -> TrainConfig:
 
 
 def _clear(home: Path) -> None:
-    """Remove an earlier demo; anything else stays and is an error."""
+    """Remove an earlier demo's own files; a directory that no demo made, or that is being trained in, is an error."""
     if not home.exists():
-        return
-    if not home.is_dir() or (any(home.iterdir()) and not (home / "orders.jsonl").is_file()):
+        home.mkdir(parents=True)
+    elif not home.is_dir() or (any(home.iterdir()) and not (home / MARK).is_file()):
         raise UsageError(f"{home} holds something else than a demo", ways_out=["name another --output_dir"])
-    shutil.rmtree(home)
+    (home / MARK).write_text("made by `halfbyte demo`, which may replace the files it made here\n")
+    for name in OWN:
+        if (home / name / "run.json").is_file():
+            with Run(home / name).locked():
+                pass
+        if (home / name).is_dir():
+            shutil.rmtree(home / name)
+        else:
+            (home / name).unlink(missing_ok=True)
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -94,10 +106,10 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _show_plan(config: TrainConfig) -> None:
-    """The bytes of each part, in 4 bits and in 16, for the built-in model and for a 70B one."""
+    """The bytes of each part, in 4 bits and in 16."""
     import torch
 
-    from .. import hub
+    from .. import hub, nf4
     from ..load import read_config
     from ..plan import plan_memory
 
@@ -124,6 +136,11 @@ def _show_plan(config: TrainConfig) -> None:
         ["MiB", "4-bit", "16-bit"],
         lines,
     )
+    small, large = sum(nf4.stored_sizes(LLAMA_2_70B_LINEAR)) / 1e9, 2 * LLAMA_2_70B_LINEAR / 1e9
+    console.say(
+        f"a small model is mostly activations; Llama 2 70B's linear layers take {small:.1f} GB instead of {large:.1f} "
+        "(see `halfbyte explain memory`)"
+    )
 
 
 def _mib(count: int) -> str:
@@ -139,7 +156,7 @@ def _test(model: str, data: Path) -> dict[str, Any]:
     from ..evaluate import score
     from ..load import load
 
-    loaded, tokenizer = load(model, dtype="float32", device="cpu")
+    loaded, tokenizer = load(model, device="cpu")
     rows = read_data(str(data), DataOptions(), hub.resolve("demo"), renderer=Renderer(tokenizer))
     return score(loaded, rows, rows.train.rows, packed=True, generate=True, progress=console.progress).as_dict()
 

@@ -14,24 +14,25 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     from ..chat import Renderer
     from ..dataset import read_data
     from ..evaluate import score
-    from ..load import load, load_base, self_test
+    from ..load import load, load_base, run_tokenizer, self_test
     from ..lora import adapter_off
 
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
     run = Run.open(record.model) if is_run(record.model) else None
     renderer = None
-    options: DataOptions = record
+    # every row given is evaluated: what a shared configuration holds out is for training
+    options: DataOptions = record.model_copy(update={"eval_split": 0.0})
     if run is not None:
         trained = run.config()
         kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
-        options = record.model_copy(
-            update={key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
-        )
+        given_here = {key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
+        options = options.model_copy(update=given_here)
         if record.chat_template is None:
             renderer = Renderer(
-                hub.load_tokenizer(run.adapter),
+                run_tokenizer(run),
                 assistant_only=options.assistant_only_loss,
                 completion_only=options.completion_only_loss,
+                clock=run.clock(),
             )
     base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
     # read before the model, so that bad rows are known at once
@@ -50,7 +51,8 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         tuned = measure(model)
         if run.config().full:
             del model
-            found = measure(load_base(base, ModelOptions(**given), console.progress)[0])
+            held = {key: getattr(run.config(), key) for key in ModelOptions.model_fields}
+            found = measure(load_base(base, ModelOptions(**{**held, **given}), console.progress)[0])
         else:
             with adapter_off(model):
                 found = measure(model)

@@ -65,6 +65,8 @@ class Verb(click.Command):
             for field, item in ours.items():
                 if field not in self.declaration.model_fields:
                     raise UsageError(f"--{name} is not an option of `halfbyte {self.name}`")
+                if not equals and not notice and self.declaration.model_fields[field].annotation is bool:
+                    equals, item = "=", "true"
                 translated.append(f"--{field}={item}" if equals or notice else f"--{field}")
         return super().parse_args(ctx, translated)
 

@@ -60,7 +60,7 @@ def rows(seed: int, train: int, held_out: int) -> tuple[list[dict[str, Any]], li
 
 def _order(rng: random.Random) -> tuple[str, str]:
     items, said = [], []
-    for name in rng.sample(list(_ITEMS), rng.choice((1, 2, 2, 2, 3))):
+    for name in rng.sample(list(_ITEMS), rng.choice((1, 1, 2, 2, 2, 3))):
         count, size = rng.randint(1, len(_COUNTS)), rng.choice((None, None, *_SIZES))
         items.append({"item": name, "count": count, **({"size": size} if size else {})})
         noun = name if count == 1 else _ITEMS[name]
