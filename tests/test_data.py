@@ -162,7 +162,7 @@ def test_arrays_name_the_line_of_the_element(tmp_path: Path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a", "answer": "b"}, "fit no known form"),
+        ({"frage": "a", "antwort": "b"}, "fit no known form"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant's turn"),

@@ -43,6 +43,23 @@ def test_alpaca_with_everything(tmp_path: Path):
     assert turns[3]["content"] == "do\n\nthis" and turns[4]["content"] == "done"
 
 
+def test_questions_and_answers(tmp_path: Path):
+    assert one(tmp_path, {"question": "hi", "answer": "yo"}).messages == [Q, A]
+
+
+def test_real_files_of_every_kind_are_taken():
+    from conftest import shared
+
+    for path, form, count in (
+        ("data/gsm8k/test.jsonl", "qa", 1319),
+        ("data/rasbt-instruction/instruction-data.json", "alpaca", 1100),
+        ("data/sharegpt/dummy_conversation.json", "sharegpt", 500),
+        ("data/oasst1-chat/oasst1_val_en.jsonl", "messages", 419),
+    ):
+        found = read_examples(shared(path))
+        assert (found.form, len(found.rows)) == (form, count)
+
+
 def test_sharegpt(tmp_path: Path):
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
     assert one(tmp_path, {"conversations": turns}).messages == [Q, A]

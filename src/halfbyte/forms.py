@@ -1,9 +1,9 @@
 """What a row means: the columns of the forms people use, to one `Example`.
 
-The first row decides the form of the whole source. Six are known: conversations (``messages``, with tools and system;
-ShareGPT's ``conversations``), alpaca (``instruction``, ``input``, ``output``, ``system``, ``history``), prompt and
-completion (strings or messages), plain ``text``, and ``input_ids``. Preference pairs are recognized and refused: their
-second answer would be trained as if it were wanted.
+The first row decides the form of the whole source. Seven are known: conversations (``messages``, with tools and
+system; ShareGPT's ``conversations``), alpaca (``instruction``, ``input``, ``output``, ``system``, ``history``),
+``question`` and ``answer``, prompt and completion (strings or messages), plain ``text``, and ``input_ids``. Preference
+pairs are recognized and refused: their second answer would be trained as if it were wanted.
 """
 
 import json
@@ -32,6 +32,7 @@ FORMS = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}',
     '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}',
     '{"instruction": ..., "input": ..., "output": ...}',
+    '{"question": ..., "answer": ...}',
     '{"prompt": ..., "completion": ...}',
     '{"text": ...}',
     '{"input_ids": [...], "labels": [...]}',
@@ -116,6 +117,7 @@ def form_of(row: dict[str, Any], where: str) -> str:
         ("messages", {"messages"}),
         ("sharegpt", {"conversations"}),
         ("alpaca", {"instruction", "output"}),
+        ("qa", {"question", "answer"}),
         ("prompt", {"prompt", "completion"}),
         ("input_ids", {"input_ids"}),
         ("text", {"text"}),
@@ -164,6 +166,14 @@ def _from_alpaca(row: dict[str, Any], where: str) -> Example:
     return Example(where, _messages(turns, where, "output"))
 
 
+def _from_qa(row: dict[str, Any], where: str) -> Example:
+    turns = [
+        {"role": "user", "content": _string(row, "question", where)},
+        {"role": "assistant", "content": _string(row, "answer", where)},
+    ]
+    return Example(where, _messages(turns, where, "answer"))
+
+
 def _from_prompt(row: dict[str, Any], where: str) -> Example:
     prompt, completion = (_loaded(row.get(column), dict) for column in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -204,6 +214,7 @@ _READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
+    "qa": _from_qa,
     "prompt": _from_prompt,
     "turns": _from_prompt,
     "text": _from_text,

@@ -590,6 +590,7 @@ FORM_NAMES = {
     "messages": "conversations (messages)",
     "sharegpt": "conversations (ShareGPT)",
     "alpaca": "instructions (alpaca)",
+    "qa": "questions and answers",
     "prompt": "prompts and completions",
     "turns": "prompts and completions (messages)",
     "text": "plain text",

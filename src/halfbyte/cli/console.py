@@ -29,7 +29,8 @@ def _people() -> Console:
 
 
 def say(line: str) -> None:
-    _people().print(line, markup=False)
+    people = _people()
+    people.print(line, markup=False, soft_wrap=not people.is_terminal)
 
 
 def error(text: str) -> None:

@@ -47,7 +47,7 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
     console.table(
         f"{record.data} as {record.model} reads it",
         ["", "count"],
-        [[key.replace("_", " "), f"{value:,}" if isinstance(value, int) else value] for key, value in counts.items()],
+        [[key.replace("_", " "), f"{value:,}"] for key, value in counts.items() if isinstance(value, int)],
     )
     for where in (train.dropped_unsupervised + train.dropped_long)[:10]:
         console.say(f"left out: {where}")
