@@ -143,8 +143,12 @@ def leftovers(out: Path) -> list[str]:
 # --- points inside a save ---------------------------------------------------------------------------------------------
 
 
-def count_points(act: Callable[[int], None]) -> None:
-    """Call act(n) before the n-th write, sync, rename or removal inside `checkpoint.save` (in this process)."""
+def count_points(act: Callable[[int], None], *, removals: bool = True) -> None:
+    """Call act(n) before the n-th write, sync, rename or removal inside `checkpoint.save` (in this process).
+
+    Args:
+        removals: count them, too. They are told to ignore errors, so an act that raises one has no place there.
+    """
     state = {"inside": False, "n": 0}
     save = checkpoint.save
 
@@ -172,7 +176,7 @@ def count_points(act: Callable[[int], None]) -> None:
         (Path, "rename"),
         (Path, "mkdir"),
         (shutil, "rmtree"),
-    ):
+    )[: None if removals else -1]:
         setattr(owner, name, watched(getattr(owner, name)))
 
 
@@ -243,7 +247,7 @@ def kill(home: Path, count: int, seed: int) -> dict[str, Any]:
 
 
 def signals(home: Path, count: int, seed: int) -> dict[str, Any]:
-    """SIGINT or SIGTERM at random moments; the exit code, the time to leave, and an exact resume."""
+    """SIGINT or SIGTERM at random moments, every third time twice; exit code, time to leave, and an exact resume."""
     expected, seconds, _ = undisturbed(home)
     rng = random.Random(seed)
     codes: dict[str, int] = {}
@@ -255,6 +259,9 @@ def signals(home: Path, count: int, seed: int) -> dict[str, Any]:
         time.sleep(rng.uniform(0.01, seconds))
         began = time.monotonic()
         os.kill(pid, number)
+        if trial % 3 == 0:  # somebody who will not wait: leaves at once, and as safely
+            time.sleep(rng.uniform(0, 0.05))
+            os.kill(pid, number)
         code = wait(pid)
         slowest = max(slowest, time.monotonic() - began)
         codes[f"{signal.Signals(number).name} -> {code}"] = codes.get(f"{signal.Signals(number).name} -> {code}", 0) + 1
@@ -409,7 +416,7 @@ def _failing_calls(home: Path, points: int, count: int) -> dict[str, Any]:
                 if n == point:
                     raise OSError(28, "No space left on device")
 
-            count_points(fail)
+            count_points(fail, removals=False)
 
         _trial(home, out, patch, tally)
     return tally

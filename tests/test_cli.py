@@ -227,8 +227,12 @@ def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "DoRA is not trained yet" in capsys.readouterr().err
     assert run([*common, "--num_train_epochs", "inf"]) == 2
     capsys.readouterr()
+    assert run([*common, "--adapter", "qlora", "--save_strategy", "steps"]) == 0
+    capsys.readouterr()
     config = tmp_path / "c.yaml"
-    config.write_text("target_modules: [q_proj, v_proj]\ntrust_remote_code: false\nfp16: true\n")
+    config.write_text(
+        "val_set_size:\nadapter: qlora\ntarget_modules: [q_proj, v_proj]\ntrust_remote_code: false\nfp16: true\n"
+    )
     record = record("--config", str(config))
     assert record["target_modules"] == "q_proj,v_proj" and record["dtype"] == "float16"
     assert run(["chat", "m", "--prompt", "--packing is what?", "--dry-run", "--json"]) == 0

@@ -124,14 +124,12 @@ def test_every_flip_of_headers_and_manifests_and_1000_in_the_data(straight: Run,
     print("flips:", flip_everything(straight, tmp_path, 1, 1000))
 
 
-def test_missing_added_and_renamed_files_count_as_damage(straight: Run, tmp_path: Path):
-    for change in ("missing", "added", "renamed"):
+def test_missing_and_renamed_files_count_as_damage(straight: Run, tmp_path: Path):
+    for change in ("missing", "renamed"):
         shutil.copytree(straight.checkpoints, tmp_path / change)
         newest = sorted((tmp_path / change).iterdir())[-1]
         if change == "missing":
             (newest / "optimizer.safetensors").unlink()
-        elif change == "added":
-            (newest / "extra.bin").write_bytes(b"x")
         else:
             newest.rename(newest.with_name("step-00000099"))
         found, damaged = checkpoint.newest(tmp_path / change)
@@ -180,7 +178,8 @@ def test_the_best_of_those_that_exist_is_kept_and_strangers_are_left_alone(
     calls = iter(list(losses.values())[3:])
     run = halfbyte.train(**again, resume_from_checkpoint="auto")
     left = sorted(p.name for p in run.checkpoints.iterdir())
-    assert left == ["step-00000002", "step-00000002.bak", "step-00000009", "step-00000010"]
+    aside = ["damaged-step-00000006", "damaged-step-00000008"]
+    assert left == [*aside, "step-00000002", "step-00000002.bak", "step-00000009", "step-00000010"]
     assert cli(["checkpoint", "list", str(out)]) == 0
 
 
@@ -191,6 +190,18 @@ def test_a_disk_that_will_be_full_is_known_before_training(
     with pytest.raises(StorageError, match="0 MiB free; this run writes"):
         halfbyte.train(**options(inputs, tmp_path / "run"))
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_run_without_a_valid_checkpoint_is_not_begun_anew_over_it(inputs: Path, straight: Run, tmp_path: Path):
+    shutil.copytree(straight.path, tmp_path / "run")
+    before = digest(Run(tmp_path / "run"), 8)
+    (tmp_path / "run/checkpoints/step-00000008/.DS_Store").write_text("somebody's file is no damage")
+    assert checkpoint.check(tmp_path / "run/checkpoints/step-00000008") == 8
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        (path / "state.json").write_text("{}")
+    with pytest.raises(ModelError, match="no valid checkpoint"):
+        halfbyte.train(**options(inputs, tmp_path / "run", resume_from_checkpoint="auto"))
+    assert digest(Run(tmp_path / "run"), 8) == before and len(list((tmp_path / "run/checkpoints").iterdir())) == 2
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------

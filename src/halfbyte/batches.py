@@ -81,7 +81,7 @@ def prepare(rows: Sequence[Encoded], max_length: int, over_length: Literal["trun
         result.rows.append(kept)
     if not result.rows:
         raise DataError(
-            f"none of {result.given} rows is left to train on",
+            f"none of {result.given} rows is left",
             found=f"{len(result.dropped_long)} too long, {len(result.dropped_unsupervised)} without a trained token "
             f"within max_length {max_length}",
             where=(result.dropped_long + result.dropped_unsupervised)[0] if result.given else "",

@@ -166,6 +166,7 @@ class Renderer:
             ]
         try:
             text = self.render(example.messages, example.tools)
+            _refuse_left_out(example, text)
             spans = self._trained_spans(example, text)
             return _cut(text, self._data_spans(example, text), spans)
         except DataError as error:
@@ -349,7 +350,8 @@ class Renderer:
         """The ids that ask for a row's last answer, and that answer; None where there is no question (plain text)."""
         if example.messages is not None:
             last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-            if not any(message["role"] in ("user", "tool") for message in example.messages[:last]):
+            asked = any(message["role"] in ("user", "tool") for message in example.messages[:last])
+            if not asked or example.messages[last].get("tool_calls"):
                 return None
             return self.prompt_ids(example.messages[:last], example.tools), example.messages[last]["content"]
         if not example.prompt:
@@ -385,6 +387,21 @@ class Renderer:
             elif self.tokenizer.decode([index]).strip():
                 break
         return sorted(stops)
+
+
+def _refuse_left_out(example: Example, text: str) -> None:
+    """Raise DataError where the template leaves tools or tool calls out: an empty answer would be trained instead."""
+    calls = [call for turn in example.messages or [] for call in turn.get("tool_calls") or []]
+    for kind, items in (("tool call", calls), ("tool", example.tools or [])):
+        for item in items:
+            inner = item.get("function", item) if isinstance(item, dict) else {}
+            name = inner.get("name") if isinstance(inner, dict) else None
+            if isinstance(name, str) and name not in text:
+                raise DataError(
+                    f"the chat template leaves the {kind} {name!r} out",
+                    where=example.where,
+                    ways_out=["give a template that writes tools (--chat_template)", "or remove them from the rows"],
+                )
 
 
 def _untrimmed(serialized: str) -> str:

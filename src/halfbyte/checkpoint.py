@@ -8,6 +8,7 @@ state to save; saves happen between optimizer steps only.
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from .adamw8bit import AdamW8bit
-from .errors import HalfbyteError, ModelError, StorageError
+from .errors import HalfbyteError, ModelError, StorageError, UsageError
 from .hub import json_bytes, read_header, read_json, read_tensor, sha256_file, sync, write_json, write_safetensors
 from .lora import WEIGHTS, lora_layers, restore_adapter, save_adapter
 
-SCHEMA = 1
+SCHEMA = 2
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
 FULL_WEIGHTS = "model.safetensors"
 
@@ -115,8 +116,15 @@ def check(path: Path) -> int:
     """The step of a checkpoint directory, after comparing every file with the manifest.
 
     Raises:
-        ModelError: naming the first file that is missing or differs.
+        ModelError: naming the first file that is missing or differs. StorageError: the system cannot read one.
     """
+    try:
+        return _check(path)
+    except OSError as error:
+        raise StorageError(f"cannot read checkpoint {path}: {error.strerror}") from error
+
+
+def _check(path: Path) -> int:
     file = path / MANIFEST
     manifest = read_json(file)
     sealed = {key: value for key, value in manifest.items() if key != "digest"}
@@ -127,9 +135,6 @@ def check(path: Path) -> int:
     step = manifest["step"]
     if path.name != f"step-{step:08d}":
         raise ModelError(f"{file} does not belong to {path.name}")
-    there = {item.name for item in path.iterdir()} - {MANIFEST}
-    if stray := there - manifest["files"].keys():
-        raise ModelError(f"checkpoint {path} holds a file that is not its own", found=", ".join(sorted(stray)))
     for name, facts in manifest["files"].items():
         item = path / name
         if not item.is_file() or item.stat().st_size != facts["bytes"] or sha256_file(item) != facts["sha256"]:
@@ -241,11 +246,11 @@ def _copy_all(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what an interrupted save left behind, and damaged checkpoints; only under the run's lock."""
+    """Delete what an interrupted save left behind and set damaged checkpoints aside; only under the run's lock."""
     for path, wrong in listed(directory):
         if wrong:
             with contextlib.suppress(OSError):
-                _remove(path)
+                path.rename(path.with_name(f"damaged-{path.name}"))
     for leftover in directory.glob(".step-*.tmp"):
         with contextlib.suppress(OSError):
             shutil.rmtree(leftover)
@@ -297,6 +302,13 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
     """
     before, now = state["fingerprint"], fingerprint(info)
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    known = before.keys() | now.keys() | {"base"}
+    if unknown := sorted(allowed - known):
+        close = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        raise UsageError(
+            f"allow_change names {unknown[0]!r}, which is nothing that can change",
+            ways_out=[f"did you mean {close[0]!r}?"] if close else [],
+        )
     lines = {key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ}
     refused = [key for key in differ if key not in allowed or key in _FIXED]
     if refused:

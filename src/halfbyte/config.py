@@ -70,6 +70,29 @@ REFUSED = {
 SWITCHES = {"bf16": {"dtype": "bfloat16"}, "fp16": {"dtype": "float16"}}
 """Switches of other tools and what they mean here when they are on."""
 
+LEFT_OUT = {
+    *("save_strategy", "eval_strategy", "evaluation_strategy", "logging_strategy", "report_to", "overwrite_output_dir"),
+    *(
+        "load_best_model_at_end",
+        "dataloader_num_workers",
+        "remove_unused_columns",
+        "group_by_length",
+        "task_type",
+        "bias",
+    ),
+    *("bias", "flash_attention", "gradient_checkpointing_kwargs", "tf32", "inference_mode", "do_train", "do_eval"),
+    *(
+        "run_name",
+        "push_to_hub",
+        "logging_dir",
+        "lora_target_linear",
+        "wandb_project",
+        "strict",
+        "dataset_prepared_path",
+    ),
+}
+"""Keys of other tools' files that have no counterpart here and change nothing that is trained."""
+
 TRUE, FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off", "none", "[]")
 
 
@@ -330,6 +353,8 @@ def translate(key: str, value: Any, known: set[str], where: str) -> tuple[dict[s
         return dict.fromkeys(ours, shown), f"{key} is {' and '.join(f'{o} {shown}' for o in ours)} here; taken as such"
     if name in RENAMED:
         return {RENAMED[name]: value}, f"{key} is called {RENAMED[name]} here; taken as such"
+    if name in LEFT_OUT or (name == "adapter" and str(value).lower() in ("lora", "qlora")):
+        return {}, f"{key} has no counterpart here and is left out"
     if name in SWITCHES:
         if str(value).lower() in TRUE:
             ((ours, meaning),) = SWITCHES[name].items()
@@ -363,7 +388,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise UsageError(f"{path} must hold a mapping of options, not a {type(value).__name__}")
-    return {str(key): item for key, item in value.items()}
+    return {str(key): item for key, item in value.items() if item is not None}  # a blank value is not given
 
 
 def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> OptionsT:

@@ -66,12 +66,14 @@ def read_data(
     progress: Progress = no_progress,
     renderer: Renderer | None = None,
     clock: datetime | None = None,
+    training: bool = True,
 ) -> Data:
     """Everything that can be known about the data before the weights are read.
 
     Args:
         source: a file or Hub id. base: the model's directory (its config.json and tokenizer are read). renderer: used
             instead of one made from base's tokenizer and the options. clock: what a template that asks for it sees.
+        training: refuse rows of which none trains an end.
 
     Raises:
         DataError: naming the row: unreadable, unknown form, refused by the template, too long (``over_length error``),
@@ -95,7 +97,13 @@ def read_data(
     train_rows, held_out = hold_out(rows, options.eval_split, options.seed)
     train = prepare(train_rows, max_length, options.over_length)
     if held_out:
-        given, held_out = len(held_out), prepare(held_out, max_length, options.over_length).rows
+        given = len(held_out)
+        try:
+            held_out = prepare(held_out, max_length, options.over_length).rows
+        except DataError as error:
+            error.what = f"of the rows held out for evaluation: {error.what}"
+            error.ways_out = ("hold out more rows, or others: --eval_split, --seed", *error.ways_out)
+            raise
         if len(held_out) < given:
             say(f"{given - len(held_out)} held-out rows are left out: too long, or without a trained token")
     if len({example.where for example in found.rows}) != len(found.rows):
@@ -111,7 +119,7 @@ def read_data(
         duplicates=len(rows) - len({_digest(row, "") for row in rows}),
         ends=_rows_with_trained_end(train.rows, renderer),
     )
-    if data.ends == 0 and data.form != "input_ids":
+    if training and data.ends == 0 and data.form != "input_ids":
         raise DataError(
             "no row trains the end of an answer, so the model would never learn to stop",
             where=train.rows[0].where,

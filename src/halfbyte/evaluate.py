@@ -36,7 +36,8 @@ class Score:
     asked: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no NaN: what is not finite is None."""
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in asdict(self).items()}
 
 
 def score(
@@ -54,7 +55,7 @@ def score(
         matches = [match for match, _ in exact_matches(model, data.renderer, asked, progress)]
     return Score(
         loss,
-        math.exp(min(loss, 700.0)),
+        math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss,
         tokens,
         len(rows),
         sum(matches) / len(matches) if matches else None,

@@ -104,7 +104,11 @@ class Run:
     def samples(self) -> list[dict[str, Any]]:
         """Each sampled question once: where, question, expected, and the answers before and after training."""
         found: dict[str, dict[str, Any]] = {}
-        for row in self.read(SAMPLES):
+        rows = self.read(SAMPLES)
+        last = max((row["step"] for row in rows), default=0)
+        for row in rows:
+            if row["step"] not in (0, last):
+                continue
             sample = found.setdefault(row["where"], {k: row[k] for k in ("where", "question", "expected")})
             when = "before" if row["step"] == 0 else "after"
             sample[when], sample[f"{when}_stopped"] = row["answer"], row["stopped"]

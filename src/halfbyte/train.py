@@ -54,6 +54,13 @@ from .loss import output_head, sequence_loss
 from .run import ADAPTER_FACTS, EVALS, METRICS, NONFINITE, SAMPLES, Run
 
 Say = Callable[[str], None]
+NOTHING_LOST = (
+    "no step was under way, so nothing is lost. Repeat the command with --resume_from_checkpoint auto to go on"
+)
+ONLY_THE_RESULT = (
+    "the training is done and its last checkpoint saved. "
+    "Repeat the command with --resume_from_checkpoint auto to write the adapter"
+)
 SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
 """Longest sample answer, and the time after which sampling is cut off."""
 
@@ -96,7 +103,7 @@ class Trainer:
 
     def run_all(self) -> Run:
         with self.interrupts:
-            with self.interrupts.immediate("no step was under way, so nothing is lost; repeat the command to go on"):
+            with self.interrupts.immediate(NOTHING_LOST):
                 start = self._set_up()
                 # a stop can have come between a step and its evaluation
                 if self._is_evaluated(start) and not any(row["step"] == start for row in self.run.read(EVALS)):
@@ -104,8 +111,7 @@ class Trainer:
                 if start == 0:
                     self._sample(0)
             self._loop(start)
-            done = "the training is done and its last checkpoint saved; repeat the command to write the adapter"
-            with self.interrupts.immediate(done):
+            with self.interrupts.immediate(ONLY_THE_RESULT):
                 self._save_result()
                 if not any(row["step"] == self.total_steps for row in self.run.read(SAMPLES)):
                     self._sample(self.total_steps)
@@ -145,10 +151,10 @@ class Trainer:
                 changes.append(f"base: digest {before[:16]} then, {report.digest[:16]} now")
             self.updates = checkpoint.restore(resumed, self.model, self.optimizer)
             start = resumed.step
-            info["changes"] = self.run.info()["changes"] + [{"step": start, "change": line} for line in changes]
+            info["changes"] = self.run.info().get("changes", []) + [{"step": start, "change": line} for line in changes]
             say(f"resumed from step {start} ({resumed.path}): {self._exactness(changes)}")
         one = checkpoint.bytes_needed(self.model, self.optimizer)
-        checkpoint.refuse_full_disk(self.run.checkpoints, one, config.save_total_limit)
+        checkpoint.refuse_full_disk(self.run.checkpoints, one, config.save_total_limit + bool(self.data.held_out))
         self.info = info
         self.run.write_info(info)
         hub.write_json(self.run.path / "quant.json", report.as_dict())
@@ -184,6 +190,12 @@ class Trainer:
                     ],
                 )
             return None
+        if found is None and (damaged or self.run.adapter.exists()):
+            raise ModelError(
+                f"{self.run.path} has no valid checkpoint to resume from, and is not begun anew over what is there",
+                found="; ".join(damaged) or f"a finished adapter in {self.run.adapter}",
+                ways_out=["train into another --output_dir", "or move these files away, if they are not wanted"],
+            )
         return found
 
     def read_data(self, base_path: Path) -> None:
@@ -222,7 +234,9 @@ class Trainer:
             "versions": {name: metadata.version(name) for name in ("halfbyte", "torch", "transformers", "safetensors")},
             "machine": {
                 "platform": platform.platform(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+                "device": torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
                 "threads": torch.get_num_threads(),
             },
         }
@@ -322,11 +336,11 @@ class Trainer:
                 except Abandoned as error:
                     stopped = error
                     self.optimizer.zero_grad(set_to_none=True)
-                last = done == self.total_steps
-                if done > saved and (done % self.config.save_steps == 0 or last or stopped or self.interrupts.signal):
+                last, stopping = done == self.total_steps, stopped is not None or self.interrupts.signal != 0
+                if done > saved and (done % self.config.save_steps == 0 or last or stopping):
                     self._save(done)
                     saved = done
-                if not last and (stopped or self.interrupts.signal):
+                if not last and stopping:
                     state = "the state is saved" if saved else "nothing was trained yet"
                     raise Interrupted(
                         f"interrupted after step {done}; {state}. "
@@ -417,7 +431,8 @@ class Trainer:
             ways_out=[
                 "lower --learning_rate",
                 f"look at these rows, all listed in {self.run.path / NONFINITE}",
-                "--on_nonfinite skip leaves such steps out; the last checkpoint is unharmed: resume from it",
+                "--on_nonfinite skip leaves such steps out",
+                "a checkpoint saved before is unharmed: --resume_from_checkpoint auto goes on from it",
             ],
         )
 
@@ -426,8 +441,11 @@ class Trainer:
         if not (rows := self.data.held_out):
             return
         loss, tokens = mean_loss(self.model, rows, packed=self.abilities.packing, progress=self.reporter.progress)
-        self.run.append(EVALS, {"step": step, "loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens})
-        self.reporter.say(f"held out: loss {loss:.3f}, perplexity {math.exp(min(loss, 700)):.1f} after {step} steps")
+        perplexity = math.exp(min(loss, 700)) if math.isfinite(loss) else None
+        finite = loss if perplexity is not None else None
+        self.run.append(EVALS, {"step": step, "loss": finite, "perplexity": perplexity, "tokens": tokens})
+        shown = "not finite" if perplexity is None else f"loss {loss:.3f}, perplexity {perplexity:.1f}"
+        self.reporter.say(f"held out: {shown} after {step} steps")
 
     def _sample(self, step: int) -> None:
         """The same questions before and after training: rows of samples.jsonl."""
@@ -454,7 +472,8 @@ class Trainer:
         }
         keep = self.config.save_total_limit
         there = {path.name for path in checkpoint.directories(self.run.checkpoints)} | {f"step-{step:08d}"}
-        losses = {r["step"]: r["loss"] for r in self.run.read(EVALS) if f"step-{r['step']:08d}" in there}
+        rows = [row for row in self.run.read(EVALS) if f"step-{row['step']:08d}" in there]
+        losses = {row["step"]: row["loss"] for row in rows if row["loss"] is not None}
         best = min(losses, key=lambda done: losses[done]) if losses else None
         checkpoint.save(self.run.checkpoints, step, self.model, self.optimizer, state, keep, self.config.model, best)
 
@@ -474,9 +493,11 @@ class Trainer:
             hub.write_json(target / ADAPTER_FACTS, facts)
             _generation_config(self.model, self.data.renderer.stop_ids()).save_pretrained(target)
             hub.sync(target)
+            older = target.with_name(f".adapter.{os.getpid()}.old.tmp")
             if self.run.adapter.exists():
-                shutil.rmtree(self.run.adapter)
+                self.run.adapter.rename(older)
             target.rename(self.run.adapter)
+            shutil.rmtree(older, ignore_errors=True)
             hub.sync(self.run.path)
         except (OSError, SafetensorError) as error:
             raise StorageError(
@@ -598,12 +619,12 @@ FORM_NAMES = {
 }
 
 
-def data_lines(data: Data) -> Iterator[str]:
-    """What was decided about the data, for people."""
+def data_lines(data: Data, use: str = "trained") -> Iterator[str]:
+    """What was decided about the data, for people. use: what happens to the supervised tokens."""
     train, limit = data.train, data.max_length
     yield (
         f"{len(train.rows):,} rows taken as {FORM_NAMES[data.form]}: {train.tokens:,} tokens, "
-        f"{train.supervised:,} of them trained"
+        f"{train.supervised:,} of them {use}"
     )
     if data.held_out:
         yield f"{len(data.held_out):,} rows are held out for evaluation"

@@ -88,11 +88,13 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             raise
         return _fail(error)
+    except click.exceptions.NoArgsIsHelpError as error:
+        console.say(error.format_message())
+        return 0
     except click.ClickException as error:
         return _fail(UsageError(error.format_message(), ways_out=["see `halfbyte --help`"]))
     except (KeyboardInterrupt, click.Abort):
-        console.say("interrupted")
-        return 130
+        return _fail(Interrupted("interrupted", signal.SIGINT))
     except MemoryError:
         return _out_of_memory("not enough memory")
     except RuntimeError as error:

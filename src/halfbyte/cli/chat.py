@@ -28,7 +28,9 @@ def chat(record: ChatConfig) -> dict[str, Any]:
     if record.prompt is not None:
         question = record.prompt if plain else [*opening, {"role": "user", "content": record.prompt}]
         said = _turn(record, model, renderer, question)
-        if run is not None:
+        if run is not None and run.config().full:
+            console.say(f"next: halfbyte eval {record.model} --data held_out.jsonl")
+        elif run is not None:
             console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
         else:
             console.say(f"next: halfbyte train {record.model} --data my.jsonl")

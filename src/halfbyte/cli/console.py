@@ -1,6 +1,7 @@
 """What a person sees: text on stdout (on stderr beside ``--json``), errors, progress bars."""
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 JSON = False
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_out = Console(highlight=False, soft_wrap=True, emoji=False)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def use_json(flag: bool) -> None:
@@ -30,6 +31,8 @@ def _people() -> Console:
 
 def say(line: str) -> None:
     people = _people()
+    if line.startswith("next: halfbyte") and shutil.which("halfbyte") is None and sys.argv[0].endswith("halfbyte"):
+        line = line.replace("halfbyte", sys.argv[0], 1)  # as it was called: a fresh .venv is on nobody's PATH
     people.print(line, markup=False, soft_wrap=not people.is_terminal)
 
 

@@ -132,7 +132,8 @@ def _show_plan(config: TrainConfig) -> None:
     lines.append(["together", *(_mib(side.peak_bytes) for side in sides)])
     count = sides[0].parameters
     console.table(
-        f"the plan: {count / 1e6:.1f} M parameters, {sides[0].lora_parameters / 1e6:.2f} M of an adapter trained",
+        f"the plan: {count / 1e6:.1f} M parameters, {sides[0].lora_parameters / 1e6:.2f} M of an adapter trained "
+        "(Python and PyTorch themselves take some 400 MiB more)",
         ["MiB", "4-bit", "16-bit"],
         lines,
     )

@@ -16,6 +16,7 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     from ..evaluate import score
     from ..load import load, load_base, run_tokenizer, self_test
     from ..lora import adapter_off
+    from ..train import data_lines
 
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
     run = Run.open(record.model) if is_run(record.model) else None
@@ -36,7 +37,17 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
             )
     base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
     # read before the model, so that bad rows are known at once
-    data = read_data(record.data, options, base, say=console.say, progress=console.progress, renderer=renderer)
+    data = read_data(
+        record.data,
+        options,
+        base,
+        say=console.say,
+        progress=console.progress,
+        renderer=renderer,
+        training=False,
+    )
+    for line in data_lines(data, "evaluated"):
+        console.say(line)
     rows = data.train.rows[: record.max_rows or None]
     model, _ = load(record.model, progress=console.progress, **given)
     packed = self_test(model).packing
@@ -62,17 +73,24 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         [
             [label, *(show(side) for side in (found, tuned) if side)]
             for label, show in (
-                ("loss", lambda s: f"{s['loss']:.4f}"),
-                ("perplexity", lambda s: f"{s['perplexity']:.2f}"),
+                ("loss", lambda s: "not finite" if s["loss"] is None else f"{s['loss']:.4f}"),
+                ("perplexity", lambda s: "-" if s["perplexity"] is None else f"{s['perplexity']:.2f}"),
                 ("exact match", lambda s: "-" if s["exact_match"] is None else f"{s['exact_match']:.1%}"),
             )
         ],
     )
-    if run is not None:
+    if run is not None and not run.config().full:
         console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
     else:
         console.say(f"next: halfbyte train {record.model} --data my.jsonl")
-    return {"model": record.model, "data": record.data, "rows": len(rows), "base": found, "tuned": tuned}
+    return {
+        "model": record.model,
+        "data": record.data,
+        "rows": len(rows),
+        "base": found,
+        "tuned": tuned,
+        "counts": data.counts(),
+    }
 
 
 command = Verb("eval", EvalConfig, evaluate, positional=("model",))
