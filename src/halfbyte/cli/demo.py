@@ -174,7 +174,11 @@ def _compare(home: Path, seed: int, qlora: dict[str, Any]) -> dict[str, Any]:
     results = {"QLoRA (4-bit base)": qlora}
     for label, name, changes in (
         ("LoRA (16-bit base)", "compare-lora", {"load_in_4bit": False}),
-        ("full fine-tuning", "compare-full", {"load_in_4bit": False, "full": True, "learning_rate": 1e-3}),
+        (
+            "full fine-tuning",
+            "compare-full",
+            {"load_in_4bit": False, "full": True, "learning_rate": 1e-3, "dtype": "float32"},
+        ),
     ):
         console.say(f"now the same with {label}")
         run = _train(_config(home, name, seed, **changes))
