@@ -19,7 +19,8 @@ from .chat import Encoded, Renderer, read_template
 from .config import ADDING_TOKENS, DataOptions
 from .errors import DataError
 from .forms import Example, read_examples
-from .load import Progress, no_progress, read_config
+from .load import Progress, no_progress, read_config, run_tokenizer
+from .run import Run
 
 BATCH = 256
 """Rows tokenized at once."""
@@ -138,6 +139,16 @@ def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None =
         assistant_only=options.assistant_only_loss,
         completion_only=options.completion_only_loss,
         clock=clock,
+    )
+
+
+def run_renderer(run: Run, options: DataOptions) -> Renderer:
+    """The renderer a run was trained with: its tokenizer, template and clock; the masks of the options."""
+    return Renderer(
+        run_tokenizer(run),
+        assistant_only=options.assistant_only_loss,
+        completion_only=options.completion_only_loss,
+        clock=run.clock(),
     )
 
 

@@ -60,7 +60,7 @@ def verify(record: CheckpointConfig) -> dict[str, Any]:
         raise ModelError(
             f"{len(damaged)} of {len(result['checkpoints'])} checkpoints are damaged",
             found="; ".join(row["damage"] for row in damaged),
-            ways_out=["a resume takes the newest valid one and leaves these alone"],
+            ways_out=["a resume takes the newest valid one and sets these aside (damaged-step-...)"],
         )
     return result
 

@@ -14,22 +14,14 @@ from .options import Verb
 def check(record: DataCheckConfig) -> dict[str, Any]:
     """What of a data source will be trained, token by token; every bad row named. Reads no weights."""
     from .. import hub
-    from ..chat import Renderer
-    from ..dataset import read_data
-    from ..load import run_tokenizer
+    from ..dataset import read_data, run_renderer
     from ..train import data_lines
 
     run = Run.open(record.model) if is_run(record.model) else None
     base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
     renderer = None
     if run is not None and record.chat_template is None:
-        trained = run.config()
-        renderer = Renderer(
-            run_tokenizer(run),
-            assistant_only=trained.assistant_only_loss,
-            completion_only=trained.completion_only_loss,
-            clock=run.clock(),
-        )
+        renderer = run_renderer(run, run.config())
     data = read_data(record.data, record, base, say=console.say, progress=console.progress, renderer=renderer)
     for line in data_lines(data):
         console.say(line)

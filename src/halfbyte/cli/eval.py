@@ -11,10 +11,9 @@ from .options import Verb
 def evaluate(record: EvalConfig) -> dict[str, Any]:
     """Loss, perplexity and exact match on held-out rows; for a run, its base beside it."""
     from .. import hub
-    from ..chat import Renderer
-    from ..dataset import read_data
+    from ..dataset import read_data, run_renderer
     from ..evaluate import score
-    from ..load import load, load_base, run_tokenizer, self_test
+    from ..load import load, load_base, self_test
     from ..lora import adapter_off
     from ..train import data_lines
 
@@ -29,12 +28,7 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         given_here = {key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
         options = options.model_copy(update=given_here)
         if record.chat_template is None:
-            renderer = Renderer(
-                run_tokenizer(run),
-                assistant_only=options.assistant_only_loss,
-                completion_only=options.completion_only_loss,
-                clock=run.clock(),
-            )
+            renderer = run_renderer(run, options)
     base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
     # read before the model, so that bad rows are known at once
     data = read_data(
