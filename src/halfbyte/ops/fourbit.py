@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import cpu
 from .library import CHUNK, define
 from .nearest import rank
 
@@ -284,49 +285,71 @@ def _dequantized(q: FourBit, rows: int, columns: int, dtype: torch.dtype) -> Ten
     return buffer[:n].view(rows, columns)
 
 
-def linear_4bit(x: Tensor, q: FourBit, out_features: int, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with W stored in 4 bits.
+def linear_4bit(
+    x: Tensor,
+    q: FourBit,
+    out_features: int,
+    bias: Tensor | None = None,
+    u: Tensor | None = None,
+    b: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias + u b^T with W stored in 4 bits; the last term is LoRA's (u = s x A^T), added before rounding.
 
     Args:
         x: [..., in_features], fp32, bf16 or fp16: its dtype is the compute dtype and that of the result.
         q: the stored weight [out_features, in_features]. bias: [out_features] or None.
+        u: [..., r] and b: [out_features, r], or neither.
     """
     if x.dtype not in FLOATS:
         raise TypeError(f"a 4-bit linear computes in fp32, bf16 or fp16; the input is {x.dtype}")
     check_storage(q, out_features * x.shape[-1])
-    return torch.ops.halfbyte.linear_4bit(x, *q, out_features, bias)
+    _check_low_rank(x, u, b, (out_features, -1 if u is None else u.shape[-1]))
+    return torch.ops.halfbyte.linear_4bit(x, *q, out_features, bias, u, b)
+
+
+def _check_low_rank(x: Tensor, u: Tensor | None, weight: Tensor | None, shape: tuple[int, int]) -> None:
+    if (u is None) != (weight is None):
+        raise ValueError("a low-rank term takes both its input and its weight")
+    if u is not None and weight is not None and (u.shape[:-1] != x.shape[:-1] or weight.shape != shape):
+        raise ValueError(f"low-rank input {list(u.shape)} and weight {list(weight.shape)} do not fit {list(x.shape)}")
 
 
 def _linear(x: Tensor, *args) -> Tensor:
-    *parts, out_features, bias = args
+    *parts, out_features, bias, u, b = args
     weight = _dequantized(FourBit(*parts), out_features, x.shape[-1], x.dtype)
-    return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return y if u is None else y.add_(functional.linear(u.to(x.dtype), b.to(x.dtype)))
 
 
 def _linear_shapes(x: Tensor, *args) -> Tensor:
-    return x.new_empty((*x.shape[:-1], args[-2]))
+    return x.new_empty((*x.shape[:-1], args[-4]))
 
 
-def linear_4bit_input_grad(grad: Tensor, q: FourBit, in_features: int) -> Tensor:
-    """grad W: the gradient of `linear_4bit` with respect to its input.
+def linear_4bit_input_grad(
+    grad: Tensor, q: FourBit, in_features: int, du: Tensor | None = None, a: Tensor | None = None
+) -> Tensor:
+    """grad W + du a: the gradient of `linear_4bit` with respect to its input, the last term LoRA's.
 
     Args:
         grad: [..., out_features] in the compute dtype. q: the stored weight [out_features, in_features].
+        du: [..., r] and a: [r, in_features], or neither.
     """
     if grad.dtype not in FLOATS:
         raise TypeError(f"a 4-bit linear computes in fp32, bf16 or fp16; the gradient is {grad.dtype}")
     check_storage(q, grad.shape[-1] * in_features)
-    return torch.ops.halfbyte.linear_4bit_input_grad(grad, *q, in_features)
+    _check_low_rank(grad, du, a, (-1 if du is None else du.shape[-1], in_features))
+    return torch.ops.halfbyte.linear_4bit_input_grad(grad, *q, in_features, du, a)
 
 
 def _input_grad(grad: Tensor, *args) -> Tensor:
-    *parts, in_features = args
+    *parts, in_features, du, a = args
     weight = _dequantized(FourBit(*parts), grad.shape[-1], in_features, grad.dtype)
-    return torch.matmul(grad, weight)
+    dx = torch.matmul(grad, weight)
+    return dx if du is None else dx.add_(torch.matmul(du.to(grad.dtype), a.to(grad.dtype)))
 
 
 def _input_grad_shapes(grad: Tensor, *args) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], args[-1]))
+    return grad.new_empty((*grad.shape[:-1], args[-3]))
 
 
 define(
@@ -338,5 +361,18 @@ define(
     _quantize_absmax_shapes,
 )
 define(f"dequantize_4bit({STORAGE}, Tensor(a!) out) -> ()", _dequantize, _dequantize_shapes)
-define(f"linear_4bit(Tensor x, {STORAGE}, int out_features, Tensor? bias) -> Tensor", _linear, _linear_shapes)
-define(f"linear_4bit_input_grad(Tensor grad, {STORAGE}, int in_features) -> Tensor", _input_grad, _input_grad_shapes)
+define(
+    f"linear_4bit(Tensor x, {STORAGE}, int out_features, Tensor? bias, Tensor? u, Tensor? b) -> Tensor",
+    _linear,
+    _linear_shapes,
+)
+define(
+    f"linear_4bit_input_grad(Tensor grad, {STORAGE}, int in_features, Tensor? du, Tensor? a) -> Tensor",
+    _input_grad,
+    _input_grad_shapes,
+)
+cpu.spell("quantize_4bit", _quantize, cpu._quantize)
+cpu.spell("quantize_absmax", _quantize_absmax, cpu._quantize_absmax)
+cpu.spell("dequantize_4bit", _dequantize, cpu._dequantize)
+cpu.spell("linear_4bit", _linear, cpu._linear)
+cpu.spell("linear_4bit_input_grad", _input_grad, cpu._input_grad)

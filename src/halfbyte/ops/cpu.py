@@ -1,0 +1,379 @@
+"""The C++ spellings of the operations for CPUs: the library found, checked, and called behind the same contracts.
+
+``ops/csrc`` is built with the package into ``halfbyte_cpu`` next to this file, with a plain C interface (`halfbyte.h`)
+that ctypes calls; nothing in it knows PyTorch. It holds several spellings, one per instruction set, and takes the best
+the processor runs. It is loaded after torch, so both use one OpenMP runtime and one pool of threads; every call says how
+many of them, as `torch.get_num_threads` does.
+
+Without the library, where no compiler was at hand, every operation runs in plain PyTorch: the same bits where an
+operation is exact, within rounding where it is not, only slower. `use` chooses; `why` says what was found.
+"""
+
+import contextlib
+import ctypes
+import importlib.resources
+import os
+from collections.abc import Callable, Iterator
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint8, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .library import LIBRARY
+
+ABI = 1
+KERNELS = ("auto", "cpp", "torch")
+_NAME = "halfbyte_cpu.so"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _FourBit(ctypes.Structure):
+    """hb_fourbit of halfbyte.h."""
+
+    _fields_ = [
+        ("packed", c_void_p),
+        ("absmax", c_void_p),
+        ("quant_map", c_void_p),
+        ("nested_absmax", c_void_p),
+        ("nested_quant_map", c_void_p),
+        ("nested_offset", c_void_p),
+        ("numel", c_int64),
+        ("packed_count", c_int64),
+        ("absmax_count", c_int64),
+        ("nested_count", c_int64),
+        ("block_size", c_int32),
+        ("nested_block_size", c_int32),
+    ]
+
+
+_p, _n, _i, _f = c_void_p, c_int64, c_int32, c_float
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "hb_abi": (c_int32, []),
+    "hb_error": (c_char_p, []),
+    "hb_paths": (c_char_p, []),
+    "hb_path": (c_char_p, []),
+    "hb_choose": (c_int32, [c_char_p]),
+    "hb_quantize": (c_int32, [_p, _i, _n, _p, _i, _p, _n, _p, _n, _i]),
+    "hb_quantize_absmax": (c_int32, [_p, _n, _p, _i, _p, _p, _n, _p, _i]),
+    "hb_dequantize": (c_int32, [POINTER(_FourBit), _p, _i, _n, _i]),
+    "hb_linear": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _p, _n, _p, _i, _i]),
+    "hb_linear_input_grad": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _n, _p, _i, _i]),
+    "hb_adamw_8bit": (
+        c_int32,
+        [_p, _p, _p, _n, _p, _p, _p, _p, _n, _p, _p, _f, _f, _f, _f, _f, _f, _f, _i],
+    ),
+    "hb_copy_seconds": (c_int32, [_p, _p, _n, _i, _i, POINTER(c_double)]),
+    "hb_product_peak": (c_int32, [_i, _i, POINTER(c_double)]),
+}
+
+
+def open_library(file: str) -> Any:
+    """The functions of a built library.
+
+    Raises:
+        OSError: it cannot be loaded here, or speaks another version of the interface.
+    """
+    found = ctypes.CDLL(file)
+    for name, (result, arguments) in _SIGNATURES.items():
+        try:
+            function = getattr(found, name)
+        except AttributeError as error:
+            raise OSError(f"{file} has no {name}: it belongs to another version") from error
+        function.restype, function.argtypes = result, arguments
+    if found.hb_abi() != ABI:
+        raise OSError(f"{file} speaks version {found.hb_abi()} of the interface, not {ABI}: install the package again")
+    return found
+
+
+_library: Any = None
+_why = ""
+_chosen = "auto"
+_tried = False
+
+
+def _find() -> None:
+    """Load the library once; `_why` says what became of it."""
+    global _library, _why, _tried
+    if _tried:
+        return
+    _tried = True
+    try:
+        file = importlib.resources.files("halfbyte.ops").joinpath(_NAME)
+        if not file.is_file():
+            _why = "the library was not built (no C++ compiler at installation): plain PyTorch is used, which is slower"
+            return
+        _library = open_library(str(file))
+        _why = f"{path()} (this processor also runs: {', '.join(paths()[1:]) or 'nothing else'})"
+    except OSError as error:
+        _library, _why = None, f"the library does not load ({error}): plain PyTorch is used, which is slower"
+
+
+def active() -> Any:
+    """The library, or None where plain PyTorch computes."""
+    _find()
+    return None if _chosen == "torch" else _library
+
+
+def why() -> str:
+    """What computes on this CPU, and the reason."""
+    _find()
+    return "plain PyTorch was asked for" if _chosen == "torch" else _why
+
+
+def use(kernels: str) -> None:
+    """Choose what computes on the CPU from now on: "auto", "cpp" or "torch".
+
+    Raises:
+        UsageError: "cpp" without the library.
+    """
+    global _chosen
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
+    _find()
+    if kernels == "cpp" and _library is None:
+        raise UsageError(
+            "--kernels cpp: there is no C++ library",
+            found=_why,
+            ways_out=["install a C++ compiler (g++ or clang++) and the package again", "--kernels auto"],
+        )
+    _chosen = kernels
+
+
+@contextlib.contextmanager
+def using(kernels: str) -> Iterator[None]:
+    """`use` for a while."""
+    before = _chosen
+    use(kernels)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def paths() -> list[str]:
+    """Instruction sets the library has spellings for and this processor runs, best first; empty without the library."""
+    _find()
+    return _library.hb_paths().decode().split() if _library else []
+
+
+def path() -> str:
+    """The spelling in use."""
+    return _library.hb_path().decode() if _library else ""
+
+
+def choose_path(name: str) -> None:
+    """Use a lesser spelling than the best, to measure or to test it.
+
+    Raises:
+        UsageError: the processor or the library does not have it.
+    """
+    _find()
+    if _library is None or _library.hb_choose(name.encode()):
+        raise UsageError(f"there is no kernel path {name!r} here", expected=", ".join(paths()) or "none: no library")
+
+
+def call(library: Any, name: str, *arguments: Any) -> None:
+    """Call a function of the library.
+
+    Raises:
+        ValueError: it refuses an argument. MemoryError: no memory for its scratch.
+    """
+    if code := getattr(library, name)(*arguments):
+        message = library.hb_error().decode()
+        raise (MemoryError if code == 2 else ValueError)(f"{name}: {message}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _weight(parts: Any, numel: int) -> tuple[_FourBit, list[Any]]:
+    """The structure, and what must live as long as it does."""
+    packed, absmax, quant_map, nested_absmax, nested_map, offset, block_size, nested_block_size = parts
+    tensors = [None if t is None else t.contiguous() for t in (packed, absmax, quant_map, nested_absmax, nested_map)]
+    tensors.append(offset)
+    pointers = [_pointer(t) for t in tensors]
+    if nested_absmax is not None and not nested_absmax.numel():
+        pointers[3] = pointers[2]  # an empty tensor has no address; that it is nested still has to be said
+    counts = (numel, packed.numel(), absmax.numel(), 0 if nested_absmax is None else nested_absmax.numel())
+    return _FourBit(*pointers, *counts, block_size, nested_block_size), tensors
+
+
+def _quantize(library: Any, weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    flat, n = weight.contiguous(), weight.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    call(
+        library,
+        "hb_quantize",
+        flat.data_ptr(),
+        _DTYPES[flat.dtype],
+        n,
+        quant_map.contiguous().data_ptr(),
+        block_size,
+        packed.data_ptr(),
+        packed.numel(),
+        absmax.data_ptr(),
+        absmax.numel(),
+        torch.get_num_threads(),
+    )
+    return packed, absmax
+
+
+def _quantize_absmax(
+    library: Any, absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    absmax, blocks = absmax.contiguous(), absmax.numel()
+    codes = torch.empty(blocks, dtype=torch.uint8)
+    nested_absmax = torch.empty(-(-blocks // nested_block_size))
+    offset = torch.empty(())
+    call(
+        library,
+        "hb_quantize_absmax",
+        absmax.data_ptr(),
+        blocks,
+        nested_quant_map.contiguous().data_ptr(),
+        nested_block_size,
+        codes.data_ptr(),
+        nested_absmax.data_ptr(),
+        nested_absmax.numel(),
+        offset.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return codes, nested_absmax, offset
+
+
+def _dequantize(library: Any, *args: Any) -> None:
+    *parts, out = args
+    weight, _alive = _weight(parts, out.numel())
+    call(library, "hb_dequantize", weight, out.data_ptr(), _DTYPES[out.dtype], out.numel(), torch.get_num_threads())
+
+
+def _linear(library: Any, x: Tensor, *args: Any) -> Tensor:
+    *parts, out_features, bias, u, b = args
+    return _product(library, "hb_linear", x, parts, x.shape[-1] * out_features, out_features, bias, u, b)
+
+
+def _input_grad(library: Any, grad: Tensor, *args: Any) -> Tensor:
+    *parts, in_features, du, a = args
+    return _product(
+        library, "hb_linear_input_grad", grad, parts, grad.shape[-1] * in_features, in_features, None, du, a
+    )
+
+
+def _product(
+    library: Any,
+    name: str,
+    x: Tensor,
+    parts: Any,
+    numel: int,
+    columns: int,
+    bias: Tensor | None,
+    u: Tensor | None,
+    low_rank: Tensor | None,
+) -> Tensor:
+    x = x.contiguous()
+    extras = [None if t is None else t.to(x.dtype).contiguous() for t in (bias, u, low_rank)]
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    weight, _alive = _weight(parts, numel)
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    biases = [] if name == "hb_linear_input_grad" else [_pointer(extras[0])]
+    call(
+        library,
+        name,
+        x.data_ptr(),
+        tokens,
+        x.shape[-1],
+        columns,
+        weight,
+        *biases,
+        _pointer(extras[1]),
+        _pointer(extras[2]),
+        0 if u is None else u.shape[-1],
+        out.data_ptr(),
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _adamw_8bit_step(library: Any, params: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
+    *arena, lr, beta1, beta2, eps, weight_decay, step = rest
+    m_codes, v_codes, m_absmax, v_absmax, m_map, v_map = arena
+    grads = [g.contiguous() for g in grads]
+    written = [p.contiguous() for p in params]
+    count = len(params)
+    pointers = c_void_p * count
+    correction = (1 - beta2**step) ** 0.5
+    call(
+        library,
+        "hb_adamw_8bit",
+        pointers(*[p.data_ptr() for p in written]),
+        pointers(*[g.data_ptr() for g in grads]),
+        (c_int64 * count)(*[p.numel() for p in params]),
+        count,
+        *(t.data_ptr() for t in (m_codes, v_codes, m_absmax, v_absmax)),
+        m_codes.numel(),
+        m_map.data_ptr(),
+        v_map.data_ptr(),
+        lr * correction / (1 - beta1**step),
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps * correction,
+        1 - lr * weight_decay,
+        torch.get_num_threads(),
+    )
+    for mine, theirs in zip(written, params, strict=True):
+        if mine is not theirs and mine.data_ptr() != theirs.data_ptr():
+            theirs.copy_(mine)
+
+
+def spell(name: str, meaning: Callable, cpp: Callable) -> None:
+    """On CPUs, compute an operation by the library where it is active."""
+
+    def on_cpu(*args: Any) -> Any:
+        library = active()
+        return meaning(*args) if library is None else cpp(library, *args)
+
+    LIBRARY.impl(name, on_cpu, "CPU")
+
+
+def copy_rate(megabytes: int = 256) -> float:
+    """Bytes per second read and written by this machine's threads copying one large buffer to another."""
+    library, size = _needed(), megabytes << 20
+    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    seconds = c_double()
+    best = 0.0
+    for _ in range(4):
+        call(
+            library,
+            "hb_copy_seconds",
+            target.data_ptr(),
+            source.data_ptr(),
+            size,
+            1,
+            torch.get_num_threads(),
+            ctypes.byref(seconds),
+        )
+        best = max(best, 2 * size / seconds.value)
+    return best
+
+
+def product_peak(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of the products a path is built on, out of registers alone."""
+    rate, best = c_double(), 0.0
+    for _ in range(3):
+        call(_needed(), "hb_product_peak", _DTYPES[dtype], torch.get_num_threads(), ctypes.byref(rate))
+        best = max(best, rate.value)
+    return best
+
+
+def _needed() -> Any:
+    _find()
+    if _library is None:
+        raise UsageError("this needs the C++ library", found=_why)
+    return _library

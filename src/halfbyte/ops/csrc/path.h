@@ -1,0 +1,87 @@
+// One spelling of the kernels per instruction set; `api.cpp` chooses one at run time and does everything around them
+// (checks, threads, blocking). Each path_*.cpp is compiled with its own flags and must not be entered on a lesser machine.
+//
+// The linear layers are products C [M, J] = A [M, R] B [R, J], R the reduced dimension. A path says in which form it
+// wants the operands:
+//   A: strips of `strip` rows, packed by `pack_a`;
+//   B: groups of 16 columns, each [R / unit][16][unit], packed 16 columns at a time from rows of W along R (forward)
+//      or `unit` rows at a time across R (backward). unit 2 is a bf16 pair, as dpbf16 and AMX take it; unit 1 is fp32.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "halfbyte.h"
+
+namespace hb {
+
+constexpr int GROUP = 16;  // columns of B that lie together
+constexpr float TINY = 1e-38f;
+constexpr int64_t MOMENT_BLOCK = 256;
+
+// What a kernel needs of a table of at most 256 levels to find the nearest one exactly (see nearest.h).
+struct Nearest;
+
+struct Products {
+    int64_t strip;                                   // rows of a tile
+    int64_t columns;                                 // of a tile, a multiple of GROUP
+    int64_t element;                                 // bytes of one operand: 2 or 4
+    int64_t depth_multiple;                          // the reduced dimension is padded with zeros to a multiple of this
+    int64_t panel_rows, panel_columns, panel_depth;  // of a block of C, and of B that stays in the second-level cache
+    int64_t few;                                     // up to so many tokens `few_*` are faster than tiles
+
+    void (*pack_a)(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed);
+    // 16 (or `rows` < 16) rows of 4-bit weight, elements [column, column + depth) of each -> one group, zero padded
+    void (*pack_forward)(const hb_fourbit& q, DType dtype, int64_t row, int64_t rows, int64_t width, int64_t column,
+                         int64_t depth, int64_t padded, void* group);
+    // rows [row, row + depth) of 4-bit weight, columns [column, column + count) -> groups at `group_stride` bytes
+    void (*pack_backward)(const hb_fourbit& q, DType dtype, int64_t row, int64_t depth, int64_t padded, int64_t width,
+                          int64_t column, int64_t count, void* groups, int64_t group_stride);
+    // the same of an ordinary matrix (LoRA's)
+    void (*pack_forward_plain)(const void* w, DType dtype, int64_t rows, int64_t stride, int64_t depth, int64_t padded, void* group);
+    void (*pack_backward_plain)(const void* w, DType dtype, int64_t depth, int64_t padded, int64_t stride, int64_t count,
+                                void* groups, int64_t group_stride);
+    // C [rows <= strip, columns] (+)= strip of A times `groups` groups of B
+    void (*tile)(const void* a, int rows, const void* b, int64_t group_stride, int groups, int64_t depth, float* c,
+                 int64_t c_stride, bool first);
+    void (*enter)();  // per thread, before and after tiles (AMX configuration)
+    void (*leave)();
+
+    // a few tokens at once: C [tokens, columns first..last) fp32; work: 4 bytes for each element of the longer operand
+    void (*few_forward)(const void* x, DType dtype, int64_t tokens, const hb_fourbit& q, int64_t width, int64_t first,
+                        int64_t last, float* c, int64_t c_stride, void* work);
+    void (*few_backward)(const void* dy, DType dtype, int64_t tokens, const hb_fourbit& q, int64_t rows, int64_t width,
+                         int64_t first, int64_t last, float* c, int64_t c_stride, void* work);
+};
+
+struct Path {
+    const char* name;
+    bool (*runs_here)();
+
+    // blocks [first, last) of a flattened weight; the last block of the tensor may be short
+    void (*quantize)(const void* weight, DType dtype, int64_t numel, const float* bounds, const uint8_t* code_of_rank,
+                     int64_t block_size, int64_t first, int64_t last, uint8_t* packed, float* absmax);
+    // elements [start, start + count) as `dtype`, or, with `widen`, rounded to `dtype` and stored as fp32.
+    // `stream`: past the caches, where alignment allows
+    void (*dequantize)(const hb_fourbit& q, int64_t start, int64_t count, DType dtype, bool widen, bool stream, void* out);
+
+    // y [rows, columns] of `dtype` = c + bias
+    void (*finish)(const float* c, int64_t c_stride, const void* bias, DType dtype, int64_t rows, int64_t columns,
+                   void* y, int64_t y_stride);
+
+    // one block of at most 256 parameters
+    void (*adamw)(float* p, const float* g, int64_t count, uint8_t* m_codes, uint8_t* v_codes, float* m_absmax,
+                  float* v_absmax, const float* m_map, const float* v_map, const Nearest& m_nearest,
+                  const Nearest& v_nearest, const float* numbers);
+    double (*peak)(DType dtype, int64_t rounds);  // flops done in registers alone
+
+    const Products* products[3];  // by DType
+};
+
+const Path* const* all_paths(int* count);  // best first
+
+// static: these are compiled once per path, each with its own instructions, and must not be merged by the linker
+static inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace hb

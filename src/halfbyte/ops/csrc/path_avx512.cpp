@@ -1,0 +1,13 @@
+// AVX-512 without bf16 instructions (Skylake): products in fp32.
+#include "path_avx512.h"
+
+namespace hb::avx512 {
+#include "exact.inl"
+#include "avx512.inl"
+#include "linear.inl"
+
+double peak(DType, int64_t rounds) { return peak_f32(rounds); }
+
+extern const Path PATH = {"avx512", avx512_here, quantize, dequantize, finish, adamw, peak,
+                          {&PRODUCTS_F32, &PRODUCTS_F32, &PRODUCTS_F32}};
+}  // namespace hb::avx512

@@ -1,0 +1,95 @@
+// AVX-512 with dpbf16 (Cooper Lake, Zen 4): bf16 products two at a time.
+#include "path_avx512.h"
+
+namespace hb::avx512_bf16 {
+#include "exact.inl"
+#include "avx512.inl"
+#include "linear.inl"
+#include "bf16.inl"
+
+void pack_a_bf16(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed) {
+    (void)dtype;
+    const uint16_t* from = static_cast<const uint16_t*>(a);
+    uint16_t* out = static_cast<uint16_t*>(packed);
+    for (int64_t m = 0; m < rows; m++) {
+        const uint16_t* row = from + m * stride;
+        for (int64_t k = 0; k + 1 < depth; k += 2) std::memcpy(out + k * STRIP + m * 2, row + k, 4);
+        if (depth % 2) {
+            out[(depth - 1) * STRIP + m * 2] = row[depth - 1];
+            out[(depth - 1) * STRIP + m * 2 + 1] = 0;
+        }
+    }
+}
+
+template <int ROWS, int GROUPS>
+void tile_rows_bf16(const uint16_t* a, const char* b, int64_t stride, int64_t depth, float* c, int64_t c_stride, bool first) {
+    __m512 sums[ROWS][GROUPS];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUPS; g++) sums[m][g] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + m * c_stride + g * GROUP);
+    for (int64_t k = 0; k < depth; k += 2, b += GROUP * 4, a += 2 * STRIP) {
+        __m512bh columns[GROUPS];
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUPS; g++) columns[g] = (__m512bh)_mm512_load_si512(b + g * stride);
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; m++) {
+            int32_t pair;
+            std::memcpy(&pair, a + 2 * m, 4);
+            __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+            for (int g = 0; g < GROUPS; g++) sums[m][g] = _mm512_dpbf16_ps(sums[m][g], value, columns[g]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUPS; g++) _mm512_storeu_ps(c + m * c_stride + g * GROUP, sums[m][g]);
+}
+
+template <int GROUPS>
+inline void tile_groups_bf16(const uint16_t* a, int rows, const char* b, int64_t stride, int64_t depth, float* c, int64_t c_stride, bool first) {
+    switch (rows) {
+        case 1: return tile_rows_bf16<1, GROUPS>(a, b, stride, depth, c, c_stride, first);
+        case 2: return tile_rows_bf16<2, GROUPS>(a, b, stride, depth, c, c_stride, first);
+        case 3: return tile_rows_bf16<3, GROUPS>(a, b, stride, depth, c, c_stride, first);
+        case 4: return tile_rows_bf16<4, GROUPS>(a, b, stride, depth, c, c_stride, first);
+        case 5: return tile_rows_bf16<5, GROUPS>(a, b, stride, depth, c, c_stride, first);
+        default: return tile_rows_bf16<6, GROUPS>(a, b, stride, depth, c, c_stride, first);
+    }
+}
+
+void tile_bf16(const void* a, int rows, const void* b, int64_t group_stride, int groups, int64_t depth, float* c,
+               int64_t c_stride, bool first) {
+    const uint16_t* left = static_cast<const uint16_t*>(a);
+    const char* right = static_cast<const char*>(b);
+    if (groups == 4) return tile_groups_bf16<4>(left, rows, right, group_stride, depth, c, c_stride, first);
+    for (int g = 0; g < groups; g++)
+        tile_groups_bf16<1>(left, rows, right + g * group_stride, group_stride, depth, c + g * GROUP, c_stride, first);
+}
+
+constexpr Products PRODUCTS_BF16 = {
+    STRIP, 4 * GROUP, 2, 2, 384, 512, DEPTH, FEW_BF16,
+    pack_a_bf16, pack_forward_bf16, pack_backward_bf16, pack_forward_plain_bf16, pack_backward_plain_bf16,
+    tile_bf16, nothing, nothing, few_forward_bf16, few_backward_bf16,
+};
+
+double peak(DType dtype, int64_t rounds) {
+    if (dtype != HB_BF16) return peak_f32(rounds);
+    __m512 sums[12];
+    for (auto& s : sums) s = _mm512_setzero_ps();
+    __m512bh value = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    for (int64_t i = 0; i < rounds; i++)
+#pragma GCC unroll 12
+        for (int j = 0; j < 12; j++) sums[j] = _mm512_dpbf16_ps(sums[j], value, value);
+    float total = 0;
+    for (auto& s : sums) total += _mm512_reduce_add_ps(s);
+    asm volatile("" ::"x"(total));
+    return double(rounds) * 12 * 64;
+}
+
+bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16"); }
+
+extern const Path PATH = {"avx512_bf16", runs_here, quantize, dequantize, finish, adamw, peak,
+                          {&PRODUCTS_F32, &PRODUCTS_BF16, &PRODUCTS_F32}};
+}  // namespace hb::avx512_bf16
