@@ -262,22 +262,23 @@ void pack_strips(const Products& p, const Job& job, const Operand& a, int64_t fi
     }
 }
 
-// columns [column, column + count) of B or B2, rows [k, k + depth), into the panel: groups one after the other
+// columns [column, column + count) of B or B2, rows [k, k + depth)
 void pack_panel(const Products& p, const Job& job, bool low_rank, int64_t column, int64_t count, int64_t k, int64_t depth,
-                int64_t padded, char* panel) {
-    const int64_t group_stride = padded * GROUP * p.element, size = size_of(job.dtype);
-    const int64_t total = low_rank ? job.rank : job.depth;
+                int64_t padded, const Panel& panel) {
+    const int64_t size = size_of(job.dtype), total = low_rank ? job.rank : job.depth;
     if (job.forward)
         for (int64_t j = 0; j < count; j += GROUP) {
-            char* group = panel + j / GROUP * group_stride;
+            char* group = group_of(panel, j / GROUP);
             const int64_t rows = min64(GROUP, count - j);
-            if (low_rank) p.pack_forward_plain(at(job.b2, ((column + j) * total + k) * size), job.dtype, rows, total, depth, padded, group);
-            else p.pack_forward(*job.q, job.dtype, column + j, rows, total, k, depth, padded, group);
+            if (low_rank)
+                p.pack_forward_plain(at(job.b2, ((column + j) * total + k) * size), job.dtype, rows, total, depth, padded, group, row_bytes(panel));
+            else
+                p.pack_forward(*job.q, job.dtype, column + j, rows, total, k, depth, padded, group, row_bytes(panel));
         }
     else if (low_rank)
-        p.pack_backward_plain(at(job.b2, (k * job.columns + column) * size), job.dtype, depth, padded, job.columns, count, panel, group_stride);
+        p.pack_backward_plain(at(job.b2, (k * job.columns + column) * size), job.dtype, depth, padded, job.columns, count, panel);
     else
-        p.pack_backward(*job.q, job.dtype, k, depth, padded, job.columns, column, count, panel, group_stride);
+        p.pack_backward(*job.q, job.dtype, k, depth, padded, job.columns, column, count, panel);
 }
 
 struct Block {  // of C
@@ -285,22 +286,21 @@ struct Block {  // of C
 };
 
 void multiply_block(const Products& p, const Path& path, const Job& job, const Operand* operands, int count, const Block& block,
-                    char* panel, float* sums, int64_t sums_stride) {
+                    char* panel_start, float* sums, int64_t sums_stride) {
     const int64_t groups = ceil_div(block.columns, GROUP), tile_groups = p.columns / GROUP;
     bool first = true;
     for (int o = 0; o < count; o++) {
         const Operand& a = operands[o];
         for (int64_t k = 0; k < a.padded; k += p.panel_depth) {
             const int64_t padded = min64(p.panel_depth, a.padded - k), depth = min64(padded, a.depth - k);
-            const int64_t group_stride = padded * GROUP * p.element;
+            const Panel panel = {panel_start, __builtin_ctzll((unsigned long long)tile_groups), padded * p.columns * p.element};
             pack_panel(p, job, o == 1, block.column, block.columns, k, depth, padded, panel);
             for (int64_t row = block.row; row < block.row + block.rows; row += p.strip) {
                 const char* strip = a.packed + (row * a.padded + k * p.strip) * p.element;
                 const int rows = int(min64(p.strip, job.tokens - row));
                 float* c = sums + (row - block.row) * sums_stride;
                 for (int64_t g = 0; g < groups; g += tile_groups)
-                    p.tile(strip, rows, panel + g * group_stride, group_stride, int(min64(tile_groups, groups - g)), padded,
-                           c + g * GROUP, sums_stride, first);
+                    p.tile(strip, rows, group_of(panel, g), int(min64(tile_groups, groups - g)), padded, c + g * GROUP, sums_stride, first);
             }
             first = false;
         }
@@ -404,7 +404,8 @@ int32_t run(const Job& job, int threads) {
     if (!job.tokens || !job.columns) return HB_OK;
     const Path& now = path();
     const Products& p = *now.products[job.dtype];
-    return job.tokens <= p.few ? multiply_few(now, p, job, threads) : multiply(now, p, job, threads);
+    const int64_t few = job.forward ? p.few_to_forward : p.few_to_backward;
+    return job.tokens <= few ? multiply_few(now, p, job, threads) : multiply(now, p, job, threads);
 }
 
 int32_t check_job(const Job& job, int32_t dtype, int32_t threads, int64_t out_features, int64_t in_features) {

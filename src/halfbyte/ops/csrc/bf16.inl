@@ -1,4 +1,4 @@
-// Products of bf16 pairs, for processors with dpbf16 (AVX512_BF16) or AMX. B is [depth / 2][16][2] per group: a dword
+// Products of bf16 pairs, for processors with dpbf16 (AVX512_BF16) or AMX. A dword of B
 // holds the two weights that are multiplied with a pair of A. Included after linear.inl.
 
 inline int64_t block_of(const hb_fourbit& q, int64_t i) { return i / q.block_size; }
@@ -14,65 +14,71 @@ inline void chunk_scales(const hb_fourbit& q, int64_t start, int64_t count, floa
     for (int64_t i = 0; i < count; i++) out[i] = scale_of(q, (start + i * 64) / q.block_size);
 }
 
-inline void transpose_pairs(const uint16_t* rows, int64_t depth, int64_t padded, uint16_t* group) {  // [16][depth]
+// a panel is a narrow strip of the weight, and its rows are far apart: the processor does not foresee the next
+inline void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+constexpr int64_t AHEAD = 8;
+
+inline uint16_t* pair_row(char* group, int64_t row_bytes, int64_t k) {
+    return reinterpret_cast<uint16_t*>(group + k / 2 * row_bytes);
+}
+
+// `rows` rows at `stride` -> the pairs of one group
+inline void transpose_pairs(const uint16_t* from, int64_t rows, int64_t stride, int64_t depth, int64_t padded, char* group,
+                            int64_t row_bytes) {
     for (int64_t k = 0; k < padded; k += 2)
         for (int64_t i = 0; i < GROUP; i++) {
-            group[k * GROUP + i * 2] = k < depth ? rows[i * depth + k] : 0;
-            group[k * GROUP + i * 2 + 1] = k + 1 < depth ? rows[i * depth + k + 1] : 0;
+            uint16_t* to = pair_row(group, row_bytes, k) + 2 * i;
+            to[0] = i < rows && k < depth ? from[i * stride + k] : 0;
+            to[1] = i < rows && k + 1 < depth ? from[i * stride + k + 1] : 0;
         }
 }
 
 void pack_forward_bf16(const hb_fourbit& q, DType dtype, int64_t row, int64_t rows, int64_t width, int64_t column,
-                       int64_t depth, int64_t padded, void* group) {
-    uint16_t* out = static_cast<uint16_t*>(group);
+                       int64_t depth, int64_t padded, char* group, int64_t row_bytes) {
     if (!(regular(q, width, column) && depth % 64 == 0)) {
         alignas(64) uint16_t temporary[GROUP * DEPTH];
-        std::memset(temporary, 0, size_t(GROUP * depth) * 2);
         for (int64_t i = 0; i < rows; i++)
             dequantize(q, (row + i) * width + column, depth, dtype, false, false, temporary + i * depth);
-        transpose_pairs(temporary, depth, padded, out);
+        transpose_pairs(temporary, rows, depth, depth, padded, group, row_bytes);
         return;
     }
     Levels levels(q);
     float scales[GROUP][DEPTH / 64];
     for (int64_t i = 0; i < rows; i++) chunk_scales(q, (row + i) * width + column, depth / 64, scales[i]);
+    const uint8_t* packed[GROUP];
+    for (int64_t i = 0; i < rows; i++) packed[i] = q.packed + ((row + i) * width + column) / 2;
     for (int64_t k = 0; k < depth; k += 64) {
-        __m512i first[GROUP], second[GROUP];
-#pragma GCC unroll 16
-        for (int i = 0; i < GROUP; i++) {
-            if (i >= rows) {
-                first[i] = second[i] = _mm512_setzero_si512();
-                continue;
-            }
-            const uint8_t* packed = q.packed + ((row + i) * width + column + k) / 2;
-            __m512i table = _mm512_broadcast_i64x4(levels.narrowed16(scales[i][k / 64], HB_BF16));
-            first[i] = look_up_32(packed, table);
-            second[i] = look_up_32(packed + 16, table);
+        __m256i tables[GROUP];
+        for (int64_t i = 0; i < rows; i++) {
+            tables[i] = levels.narrowed16(scales[i][k / 64], HB_BF16);
+            prefetch(packed[i] + k / 2 + GROUP * width / 2);
         }
-        transpose_16(first);
+        for (int64_t half = k; half < k + 64; half += 32) {
+            __m512i weights[GROUP];
+            if (rows == GROUP) {
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP; i++) _mm512_store_si512(out + (k + 2 * i) * GROUP, first[i]);
-        transpose_16(second);
+                for (int i = 0; i < GROUP; i++) weights[i] = look_up_32(packed[i] + half / 2, _mm512_broadcast_i64x4(tables[i]));
+            } else {
+                for (int i = 0; i < GROUP; i++)
+                    weights[i] = i < rows ? look_up_32(packed[i] + half / 2, _mm512_broadcast_i64x4(tables[i])) : _mm512_setzero_si512();
+            }
+            transpose_16(weights);
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP; i++) _mm512_store_si512(out + (k + 32 + 2 * i) * GROUP, second[i]);
+            for (int i = 0; i < GROUP; i++) _mm512_store_si512(pair_row(group, row_bytes, half + 2 * i), weights[i]);
+        }
     }
 }
 
-void pack_forward_plain_bf16(const void* w, DType dtype, int64_t rows, int64_t stride, int64_t depth, int64_t padded, void* group) {
+void pack_forward_plain_bf16(const void* w, DType dtype, int64_t rows, int64_t stride, int64_t depth, int64_t padded,
+                             char* group, int64_t row_bytes) {
     (void)dtype;
-    const uint16_t* from = static_cast<const uint16_t*>(w);
-    uint16_t* out = static_cast<uint16_t*>(group);
-    for (int64_t k = 0; k < padded; k += 2)
-        for (int64_t i = 0; i < GROUP; i++) {
-            out[k * GROUP + i * 2] = i < rows && k < depth ? from[i * stride + k] : 0;
-            out[k * GROUP + i * 2 + 1] = i < rows && k + 1 < depth ? from[i * stride + k + 1] : 0;
-        }
+    transpose_pairs(static_cast<const uint16_t*>(w), rows, stride, depth, padded, group, row_bytes);
 }
 
-// two rows of `count` -> pairs in the groups, from row k on
-inline void interleave(const uint16_t* upper, const uint16_t* lower, int64_t count, char* groups, int64_t group_stride) {
+// two rows of `count` (the second may be missing) -> row k of the groups from number `first` on
+inline void interleave(const uint16_t* upper, const uint16_t* lower, int64_t count, const Panel& panel, int64_t first, int64_t k) {
     for (int64_t j = 0; j < count; j += GROUP) {
-        uint16_t* to = reinterpret_cast<uint16_t*>(groups + j / GROUP * group_stride);
+        uint16_t* to = pair_row(group_of(panel, first + j / GROUP), row_bytes(panel), k);
         for (int64_t i = 0; i < GROUP; i++) {
             to[2 * i] = j + i < count ? upper[j + i] : 0;
             to[2 * i + 1] = j + i < count && lower ? lower[j + i] : 0;
@@ -80,9 +86,9 @@ inline void interleave(const uint16_t* upper, const uint16_t* lower, int64_t cou
     }
 }
 
-inline void zero_pairs(int64_t depth, int64_t padded, int64_t count, char* groups, int64_t group_stride) {
+inline void zero_pairs(int64_t depth, int64_t padded, int64_t count, const Panel& panel) {
     for (int64_t k = round_up(depth, 2); k < padded; k += 2)
-        for (int64_t j = 0; j < count; j += GROUP) std::memset(groups + j / GROUP * group_stride + k * GROUP * 2, 0, GROUP * 4);
+        for (int64_t j = 0; j < count; j += GROUP) std::memset(pair_row(group_of(panel, j / GROUP), row_bytes(panel), k), 0, GROUP_BYTES);
 }
 
 inline __m512i interleave_low() {
@@ -91,37 +97,38 @@ inline __m512i interleave_low() {
 }
 
 void pack_backward_bf16(const hb_fourbit& q, DType dtype, int64_t row, int64_t depth, int64_t padded, int64_t width,
-                        int64_t column, int64_t count, void* groups, int64_t group_stride) {
-    char* out = static_cast<char*>(groups);
-    zero_pairs(depth, padded, count, out, group_stride);
+                        int64_t column, int64_t count, const Panel& panel) {
+    zero_pairs(depth, padded, count, panel);
     const bool fast = regular(q, width, column) && count % 64 == 0;
     Levels levels(q);
     const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t j = 0; j < count; j += DEPTH) {
-        int64_t here = min64(DEPTH, count - j);
-        char* to = out + j / GROUP * group_stride;
-        for (int64_t k = 0; k < depth; k += 2, to += GROUP * 4) {
-            int64_t upper = (row + k) * width + column + j, lower = upper + width;
+        const int64_t here = min64(DEPTH, count - j);
+        for (int64_t k = 0; k < depth; k += 2) {
+            const int64_t upper = (row + k) * width + column + j, lower = upper + width;
             const bool two = k + 1 < depth;
             if (!(fast && two)) {
                 alignas(64) uint16_t temporary[2][DEPTH];
                 dequantize(q, upper, here, dtype, false, false, temporary[0]);
                 if (two) dequantize(q, lower, here, dtype, false, false, temporary[1]);
-                interleave(temporary[0], two ? temporary[1] : nullptr, here, to, group_stride);
+                interleave(temporary[0], two ? temporary[1] : nullptr, here, panel, j / GROUP, k);
                 continue;
             }
             float scales[2][DEPTH / 64];
             chunk_scales(q, upper, here / 64, scales[0]);
             chunk_scales(q, lower, here / 64, scales[1]);
             for (int64_t i = 0; i < here; i += 64) {
-                __m512i one = _mm512_broadcast_i64x4(levels.narrowed16(scales[0][i / 64], HB_BF16));
-                __m512i other = _mm512_broadcast_i64x4(levels.narrowed16(scales[1][i / 64], HB_BF16));
-                char* at = to + i / GROUP * group_stride;
+                const __m512i one = _mm512_broadcast_i64x4(levels.narrowed16(scales[0][i / 64], HB_BF16));
+                const __m512i other = _mm512_broadcast_i64x4(levels.narrowed16(scales[1][i / 64], HB_BF16));
+                const uint8_t *above = q.packed + (upper + i) / 2, *below = q.packed + (lower + i) / 2;
+                prefetch(above + AHEAD * width);  // AHEAD * 2 rows on
+                prefetch(below + AHEAD * width);
+#pragma GCC unroll 2
                 for (int half = 0; half < 2; half++) {
-                    __m512i a = look_up_32(q.packed + (upper + i) / 2 + half * 16, one);
-                    __m512i b = look_up_32(q.packed + (lower + i) / 2 + half * 16, other);
-                    _mm512_store_si512(at + 2 * half * group_stride, _mm512_permutex2var_epi16(a, low, b));
-                    _mm512_store_si512(at + (2 * half + 1) * group_stride, _mm512_permutex2var_epi16(a, high, b));
+                    const __m512i a = look_up_32(above + half * 16, one), b = look_up_32(below + half * 16, other);
+                    char* to = group_of(panel, (j + i) / GROUP + 2 * half);  // a tile has two groups or more
+                    _mm512_store_si512(pair_row(to, row_bytes(panel), k), _mm512_permutex2var_epi16(a, low, b));
+                    _mm512_store_si512(pair_row(to + GROUP_BYTES, row_bytes(panel), k), _mm512_permutex2var_epi16(a, high, b));
                 }
             }
         }
@@ -129,13 +136,12 @@ void pack_backward_bf16(const hb_fourbit& q, DType dtype, int64_t row, int64_t d
 }
 
 void pack_backward_plain_bf16(const void* w, DType dtype, int64_t depth, int64_t padded, int64_t stride, int64_t count,
-                              void* groups, int64_t group_stride) {
+                              const Panel& panel) {
     (void)dtype;
     const uint16_t* from = static_cast<const uint16_t*>(w);
-    char* out = static_cast<char*>(groups);
-    zero_pairs(depth, padded, count, out, group_stride);
+    zero_pairs(depth, padded, count, panel);
     for (int64_t k = 0; k < depth; k += 2)
-        interleave(from + k * stride, k + 1 < depth ? from + (k + 1) * stride : nullptr, count, out + k * GROUP * 2, group_stride);
+        interleave(from + k * stride, k + 1 < depth ? from + (k + 1) * stride : nullptr, count, panel, 0, k);
 }
 
 // --- a few tokens ---------------------------------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ void pack_backward_plain_bf16(const void* w, DType dtype, int64_t depth, int64_t
 // the indices of every fourth weight (a 256-bit permutation reads only four bits of each), and x is brought into that
 // order once: of each 64 elements first those at 4 i + 1, then 4 i, 4 i + 3, 4 i + 2.
 
-constexpr int64_t FEW_BF16 = 8;
+constexpr int64_t FEW_BF16 = 4, FEW_BF16_BACKWARD = 2;
 constexpr int PHASE[4] = {1, 0, 3, 2};
 
 inline void shuffle_x(const uint16_t* x, int64_t width, uint16_t* out) {
@@ -193,27 +199,21 @@ void few_forward_rows(const uint16_t* x, const hb_fourbit& q, int64_t width, int
     }
 }
 
-// calls body(std::integral_constant<int, tokens>) for 1..8
+// calls body(std::integral_constant<int, tokens>) for 1..4
 template <class Body>
 inline void by_tokens(int64_t tokens, Body body) {
     switch (tokens) {
         case 1: return body(std::integral_constant<int, 1>());
         case 2: return body(std::integral_constant<int, 2>());
         case 3: return body(std::integral_constant<int, 3>());
-        case 4: return body(std::integral_constant<int, 4>());
-        case 5: return body(std::integral_constant<int, 5>());
-        case 6: return body(std::integral_constant<int, 6>());
-        case 7: return body(std::integral_constant<int, 7>());
-        default: return body(std::integral_constant<int, 8>());
+        default: return body(std::integral_constant<int, 4>());
     }
 }
 
 void few_forward_bf16(const void* x, DType dtype, int64_t tokens, const hb_fourbit& q, int64_t width, int64_t first,
                       int64_t last, float* c, int64_t c_stride, void* work) {
     if (!regular(q, width, 0)) {
-        for (int64_t m = 0; m < tokens; m += FEW)
-            few_forward_any(static_cast<const uint16_t*>(x) + m * width, dtype, min64(FEW, tokens - m), q, width, first, last,
-                            c + m * c_stride, c_stride, work);
+        few_forward_any(x, dtype, tokens, q, width, first, last, c, c_stride, work);
         return;
     }
     uint16_t* shuffled = static_cast<uint16_t*>(work);
@@ -287,8 +287,7 @@ void few_backward_bf16(const void* dy, DType dtype, int64_t tokens, const hb_fou
                        int64_t first, int64_t last, float* c, int64_t c_stride, void* work) {
     const uint16_t* grads = static_cast<const uint16_t*>(dy);
     if (!regular(q, width, first) || (last - first) % 64) {
-        for (int64_t m = 0; m < tokens; m += FEW)
-            few_backward_any(grads + m * rows, dtype, min64(FEW, tokens - m), q, rows, width, first, last, c + m * c_stride, c_stride, work);
+        few_backward_any(dy, dtype, tokens, q, rows, width, first, last, c, c_stride, work);
         return;
     }
     uint32_t* pairs = static_cast<uint32_t*>(work);
@@ -298,12 +297,8 @@ void few_backward_bf16(const void* dy, DType dtype, int64_t tokens, const hb_fou
         for (int64_t p = 0; p < half; p++)
             pairs[m * half + p] = grads[m * rows + 2 * p] | uint32_t(2 * p + 1 < rows ? grads[m * rows + 2 * p + 1] : 0) << 16;
     }
-    // more than three tokens would not leave their sums in registers
-    for (int64_t m = 0; m < tokens; m += 2) {
-        const uint32_t* at = pairs + m * half;
-        if (tokens - m >= 2) few_backward_rows<2>(at, rows, q, width, first, last, c + m * c_stride, c_stride);
-        else few_backward_rows<1>(at, rows, q, width, first, last, c + m * c_stride, c_stride);
-        for (int64_t t = m; t < min64(m + 2, tokens); t++)
-            for (int64_t k = first; k < last; k += 64) sort_sums(c + t * c_stride + k);
-    }
+    if (tokens == 2) few_backward_rows<2>(pairs, rows, q, width, first, last, c, c_stride);
+    else few_backward_rows<1>(pairs, rows, q, width, first, last, c, c_stride);
+    for (int64_t m = 0; m < tokens; m++)
+        for (int64_t k = first; k < last; k += 64) sort_sums(c + m * c_stride + k);
 }

@@ -33,15 +33,17 @@ void pack_a_f32(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t
         for (int64_t k = 0; k < depth; k++) out[k * STRIP + m] = to_float(a, dtype, m * stride + k);
 }
 
-// rows [16][depth] -> [depth][16]
-inline void transpose_f32(const float* rows, int64_t depth, float* group) {
+inline float* f32_row(char* group, int64_t row_bytes, int64_t k) { return reinterpret_cast<float*>(group + k * row_bytes); }
+
+// rows [16][depth] -> depth rows of a group
+inline void transpose_f32(const float* rows, int64_t depth, char* group, int64_t row_bytes) {
     int64_t k = 0;
 #if HB_WIDTH == 16
     for (; k + 16 <= depth; k += 16) {
         __m512i r[16];
         for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows + i * depth + k);
         transpose_16(r);
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(group + (k + i) * GROUP, r[i]);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(f32_row(group, row_bytes, k + i), r[i]);
     }
 #elif HB_WIDTH == 8
     for (; k + 8 <= depth; k += 8)
@@ -58,36 +60,37 @@ inline void transpose_f32(const float* rows, int64_t depth, float* group) {
                     r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
                 }
             for (int i = 0; i < 4; i++) {
-                _mm256_storeu_ps(group + (k + i) * GROUP + half, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-                _mm256_storeu_ps(group + (k + i + 4) * GROUP + half, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+                _mm256_storeu_ps(f32_row(group, row_bytes, k + i) + half, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+                _mm256_storeu_ps(f32_row(group, row_bytes, k + i + 4) + half, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
             }
         }
 #endif
     for (; k < depth; k++)
-        for (int i = 0; i < GROUP; i++) group[k * GROUP + i] = rows[i * depth + k];
+        for (int i = 0; i < GROUP; i++) f32_row(group, row_bytes, k)[i] = rows[i * depth + k];
 }
 
 void pack_forward_f32(const hb_fourbit& q, DType dtype, int64_t row, int64_t rows, int64_t width, int64_t column,
-                      int64_t depth, int64_t padded, void* group) {
+                      int64_t depth, int64_t padded, char* group, int64_t row_bytes) {
     alignas(64) float temporary[GROUP * DEPTH];
     for (int64_t i = 0; i < GROUP; i++) {
         if (i < rows) dequantize(q, (row + i) * width + column, depth, dtype, true, false, temporary + i * depth);
         else std::memset(temporary + i * depth, 0, size_t(depth) * 4);
     }
     (void)padded;
-    transpose_f32(temporary, depth, static_cast<float*>(group));
+    transpose_f32(temporary, depth, group, row_bytes);
 }
 
-void pack_forward_plain_f32(const void* w, DType dtype, int64_t rows, int64_t stride, int64_t depth, int64_t padded, void* group) {
+void pack_forward_plain_f32(const void* w, DType dtype, int64_t rows, int64_t stride, int64_t depth, int64_t padded,
+                            char* group, int64_t row_bytes) {
     (void)padded;
-    float* out = static_cast<float*>(group);
     for (int64_t k = 0; k < depth; k++)
-        for (int64_t i = 0; i < GROUP; i++) out[k * GROUP + i] = i < rows ? to_float(w, dtype, i * stride + k) : 0.0f;
+        for (int64_t i = 0; i < GROUP; i++) f32_row(group, row_bytes, k)[i] = i < rows ? to_float(w, dtype, i * stride + k) : 0.0f;
 }
 
-inline void spread_f32(const float* row, int64_t count, float* groups, int64_t group_stride) {
+// row k of the groups from number `first` on
+inline void spread_f32(const float* row, int64_t count, const Panel& panel, int64_t first, int64_t k) {
     for (int64_t j = 0; j < count; j += GROUP) {
-        float* to = reinterpret_cast<float*>(reinterpret_cast<char*>(groups) + j / GROUP * group_stride);
+        float* to = f32_row(group_of(panel, first + j / GROUP), row_bytes(panel), k);
         int64_t here = min64(GROUP, count - j);
         std::memcpy(to, row + j, size_t(here) * 4);
         for (int64_t i = here; i < GROUP; i++) to[i] = 0;
@@ -95,30 +98,29 @@ inline void spread_f32(const float* row, int64_t count, float* groups, int64_t g
 }
 
 void pack_backward_f32(const hb_fourbit& q, DType dtype, int64_t row, int64_t depth, int64_t padded, int64_t width,
-                       int64_t column, int64_t count, void* groups, int64_t group_stride) {
+                       int64_t column, int64_t count, const Panel& panel) {
     alignas(64) float temporary[DEPTH];
     (void)padded;
     for (int64_t k = 0; k < depth; k++)
         for (int64_t j = 0; j < count; j += DEPTH) {
             int64_t here = min64(DEPTH, count - j);
             dequantize(q, (row + k) * width + column + j, here, dtype, true, false, temporary);
-            char* to = static_cast<char*>(groups) + j / GROUP * group_stride + k * GROUP * 4;
-            spread_f32(temporary, here, reinterpret_cast<float*>(to), group_stride);
+            spread_f32(temporary, here, panel, j / GROUP, k);
         }
 }
 
 void pack_backward_plain_f32(const void* w, DType dtype, int64_t depth, int64_t padded, int64_t stride, int64_t count,
-                             void* groups, int64_t group_stride) {
+                             const Panel& panel) {
     (void)padded;
     for (int64_t k = 0; k < depth; k++)
-        for (int64_t j = 0; j < round_up(count, GROUP); j++) {
-            float* to = reinterpret_cast<float*>(static_cast<char*>(groups) + j / GROUP * group_stride);
-            to[k * GROUP + j % GROUP] = j < count ? to_float(w, dtype, k * stride + j) : 0.0f;
-        }
+        for (int64_t j = 0; j < round_up(count, GROUP); j++)
+            f32_row(group_of(panel, j / GROUP), row_bytes(panel), k)[j % GROUP] = j < count ? to_float(w, dtype, k * stride + j) : 0.0f;
 }
 
+constexpr int GROUPS_F32 = HB_WIDTH == 16 ? 4 : 1;  // of a tile: 24 or 12 accumulators
+
 template <int ROWS, int GROUPS>
-void tile_rows_f32(const float* a, const char* b, int64_t group_stride, int64_t depth, float* c, int64_t c_stride, bool first) {
+void tile_rows_f32(const float* a, const char* b, int64_t depth, float* c, int64_t c_stride, bool first) {
     constexpr int PER = GROUP / W, N = GROUPS * PER;
     vf sums[ROWS][N];
 #pragma GCC unroll 32
@@ -128,7 +130,7 @@ void tile_rows_f32(const float* a, const char* b, int64_t group_stride, int64_t 
     for (int64_t k = 0; k < depth; k++) {
         vf columns[N];
 #pragma GCC unroll 32
-        for (int j = 0; j < N; j++) columns[j] = load<HB_F32>(b + j / PER * group_stride, k * GROUP + j % PER * W);
+        for (int j = 0; j < N; j++) columns[j] = load<HB_F32>(b + k * (GROUPS_F32 * GROUP_BYTES), j * W);
 #pragma GCC unroll 32
         for (int m = 0; m < ROWS; m++) {
             vf value = all(a[k * STRIP + m]);
@@ -143,26 +145,21 @@ void tile_rows_f32(const float* a, const char* b, int64_t group_stride, int64_t 
 }
 
 template <int GROUPS>
-inline void tile_groups_f32(const float* a, int rows, const char* b, int64_t stride, int64_t depth, float* c, int64_t c_stride, bool first) {
+inline void tile_groups_f32(const float* a, int rows, const char* b, int64_t depth, float* c, int64_t c_stride, bool first) {
     switch (rows) {
-        case 1: return tile_rows_f32<1, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        case 2: return tile_rows_f32<2, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        case 3: return tile_rows_f32<3, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        case 4: return tile_rows_f32<4, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        case 5: return tile_rows_f32<5, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        default: return tile_rows_f32<6, GROUPS>(a, b, stride, depth, c, c_stride, first);
+        case 1: return tile_rows_f32<1, GROUPS>(a, b, depth, c, c_stride, first);
+        case 2: return tile_rows_f32<2, GROUPS>(a, b, depth, c, c_stride, first);
+        case 3: return tile_rows_f32<3, GROUPS>(a, b, depth, c, c_stride, first);
+        case 4: return tile_rows_f32<4, GROUPS>(a, b, depth, c, c_stride, first);
+        case 5: return tile_rows_f32<5, GROUPS>(a, b, depth, c, c_stride, first);
+        default: return tile_rows_f32<6, GROUPS>(a, b, depth, c, c_stride, first);
     }
 }
 
-constexpr int GROUPS_F32 = HB_WIDTH == 16 ? 4 : 1;  // 24 or 12 accumulators
-
-void tile_f32(const void* a, int rows, const void* b, int64_t group_stride, int groups, int64_t depth, float* c,
-              int64_t c_stride, bool first) {
+void tile_f32(const void* a, int rows, const char* b, int groups, int64_t depth, float* c, int64_t c_stride, bool first) {
     const float* left = static_cast<const float*>(a);
-    const char* right = static_cast<const char*>(b);
-    if (groups == GROUPS_F32) return tile_groups_f32<GROUPS_F32>(left, rows, right, group_stride, depth, c, c_stride, first);
-    for (int g = 0; g < groups; g++)
-        tile_groups_f32<1>(left, rows, right + g * group_stride, group_stride, depth, c + g * GROUP, c_stride, first);
+    if (groups == GROUPS_F32) return tile_groups_f32<GROUPS_F32>(left, rows, b, depth, c, c_stride, first);
+    for (int g = 0; g < groups; g++) tile_groups_f32<1>(left, rows, b + g * GROUP_BYTES, depth, c + g * GROUP, c_stride, first);
 }
 
 // --- a few tokens ---------------------------------------------------------------------------------------------------------
@@ -232,7 +229,7 @@ void finish(const float* c, int64_t c_stride, const void* bias, DType dtype, int
 void nothing() {}
 
 constexpr Products PRODUCTS_F32 = {
-    STRIP, GROUP * GROUPS_F32, 4, 1, 384, 256, DEPTH, FEW,
+    STRIP, GROUP * GROUPS_F32, 4, 1, 384, 256, DEPTH, FEW, FEW,
     pack_a_f32, pack_forward_f32, pack_backward_f32, pack_forward_plain_f32, pack_backward_plain_f32,
     tile_f32, nothing, nothing, few_forward_any, few_backward_any,
 };

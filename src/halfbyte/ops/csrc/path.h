@@ -4,8 +4,8 @@
 // The linear layers are products C [M, J] = A [M, R] B [R, J], R the reduced dimension. A path says in which form it
 // wants the operands:
 //   A: strips of `strip` rows, packed by `pack_a`;
-//   B: groups of 16 columns, each [R / unit][16][unit], packed 16 columns at a time from rows of W along R (forward)
-//      or `unit` rows at a time across R (backward). unit 2 is a bf16 pair, as dpbf16 and AMX take it; unit 1 is fp32.
+//   B: panels (below), packed from 16 rows of W along R (forward) or from rows across R (backward).
+// Operands are fp32, or bf16 in pairs along R, as dpbf16 and AMX take them: 16 columns of B are 64 bytes either way.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,8 +15,21 @@
 namespace hb {
 
 constexpr int GROUP = 16;  // columns of B that lie together
+constexpr int64_t GROUP_BYTES = 64;
 constexpr float TINY = 1e-38f;
 constexpr int64_t MOMENT_BLOCK = 256;
+
+// B in the order in which tiles read it: tile after tile of 1 << `shift` groups of 16 columns, each [R / unit][groups][64
+// bytes], so that every read is the next one.
+struct Panel {
+    char* start;
+    int shift;
+    int64_t tile_bytes;
+};
+static inline int64_t row_bytes(const Panel& panel) { return GROUP_BYTES << panel.shift; }
+static inline char* group_of(const Panel& panel, int64_t number) {
+    return panel.start + (number >> panel.shift) * panel.tile_bytes + (number & ((1 << panel.shift) - 1)) * GROUP_BYTES;
+}
 
 // What a kernel needs of a table of at most 256 levels to find the nearest one exactly (see nearest.h).
 struct Nearest;
@@ -27,22 +40,22 @@ struct Products {
     int64_t element;                                 // bytes of one operand: 2 or 4
     int64_t depth_multiple;                          // the reduced dimension is padded with zeros to a multiple of this
     int64_t panel_rows, panel_columns, panel_depth;  // of a block of C, and of B that stays in the second-level cache
-    int64_t few;                                     // up to so many tokens `few_*` are faster than tiles
+    int64_t few_to_forward, few_to_backward;         // up to so many tokens `few_*` are faster than tiles
 
     void (*pack_a)(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed);
     // 16 (or `rows` < 16) rows of 4-bit weight, elements [column, column + depth) of each -> one group, zero padded
     void (*pack_forward)(const hb_fourbit& q, DType dtype, int64_t row, int64_t rows, int64_t width, int64_t column,
-                         int64_t depth, int64_t padded, void* group);
-    // rows [row, row + depth) of 4-bit weight, columns [column, column + count) -> groups at `group_stride` bytes
+                         int64_t depth, int64_t padded, char* group, int64_t row_bytes);
+    // rows [row, row + depth) of 4-bit weight, columns [column, column + count) -> all groups
     void (*pack_backward)(const hb_fourbit& q, DType dtype, int64_t row, int64_t depth, int64_t padded, int64_t width,
-                          int64_t column, int64_t count, void* groups, int64_t group_stride);
+                          int64_t column, int64_t count, const Panel& panel);
     // the same of an ordinary matrix (LoRA's)
-    void (*pack_forward_plain)(const void* w, DType dtype, int64_t rows, int64_t stride, int64_t depth, int64_t padded, void* group);
+    void (*pack_forward_plain)(const void* w, DType dtype, int64_t rows, int64_t stride, int64_t depth, int64_t padded,
+                               char* group, int64_t row_bytes);
     void (*pack_backward_plain)(const void* w, DType dtype, int64_t depth, int64_t padded, int64_t stride, int64_t count,
-                                void* groups, int64_t group_stride);
-    // C [rows <= strip, columns] (+)= strip of A times `groups` groups of B
-    void (*tile)(const void* a, int rows, const void* b, int64_t group_stride, int groups, int64_t depth, float* c,
-                 int64_t c_stride, bool first);
+                                const Panel& panel);
+    // C [rows <= strip, columns] (+)= a strip of A times the first `groups` groups of a tile of B
+    void (*tile)(const void* a, int rows, const char* b, int groups, int64_t depth, float* c, int64_t c_stride, bool first);
     void (*enter)();  // per thread, before and after tiles (AMX configuration)
     void (*leave)();
 

@@ -25,10 +25,11 @@ void pack_a_tiles(const void* a, DType dtype, int64_t rows, int64_t depth, int64
     }
 }
 
-void tile_amx(const void* a, int rows, const void* b, int64_t group_stride, int groups, int64_t depth, float* c,
-              int64_t c_stride, bool first) {
+constexpr int64_t TILE_GROUPS = 2, PAIR_BYTES = TILE_GROUPS * GROUP_BYTES, B_STEP = TILE_DEPTH / 2 * PAIR_BYTES;
+
+void tile_amx(const void* a, int rows, const char* b, int groups, int64_t depth, float* c, int64_t c_stride, bool first) {
     const uint16_t* left = static_cast<const uint16_t*>(a);
-    const char* right = static_cast<const char*>(b);
+    const char* right = b;
     const bool lower = rows > TILE_ROWS, second = groups > 1;
     const int64_t row_bytes = c_stride * 4;
     float* c10 = c + TILE_ROWS * c_stride;
@@ -44,23 +45,23 @@ void tile_amx(const void* a, int rows, const void* b, int64_t group_stride, int 
         if (lower && second) tile_load(3, c10 + GROUP, row_bytes);
     }
     if (lower && second)
-        for (int64_t k = 0; k < depth; k += TILE_DEPTH, left += 2 * TILE, right += TILE * 2) {
+        for (int64_t k = 0; k < depth; k += TILE_DEPTH, left += 2 * TILE, right += B_STEP) {
             tile_load(4, left, 64);
-            tile_load(6, right, 64);
+            tile_load(6, right, PAIR_BYTES);
             tile_multiply(0, 4, 6);
-            tile_load(7, right + group_stride, 64);
+            tile_load(7, right + GROUP_BYTES, PAIR_BYTES);
             tile_multiply(1, 4, 7);
             tile_load(5, left + TILE, 64);
             tile_multiply(2, 5, 6);
             tile_multiply(3, 5, 7);
         }
     else
-        for (int64_t k = 0; k < depth; k += TILE_DEPTH, left += 2 * TILE, right += TILE * 2) {
+        for (int64_t k = 0; k < depth; k += TILE_DEPTH, left += 2 * TILE, right += B_STEP) {
             tile_load(4, left, 64);
-            tile_load(6, right, 64);
+            tile_load(6, right, PAIR_BYTES);
             tile_multiply(0, 4, 6);
             if (second) {
-                tile_load(7, right + group_stride, 64);
+                tile_load(7, right + GROUP_BYTES, PAIR_BYTES);
                 tile_multiply(1, 4, 7);
             }
             if (lower) {
@@ -75,7 +76,7 @@ void tile_amx(const void* a, int rows, const void* b, int64_t group_stride, int 
 }
 
 constexpr Products PRODUCTS_BF16 = {
-    2 * TILE_ROWS, 2 * GROUP, 2, TILE_DEPTH, 2048, 512, 256, FEW_BF16,
+    2 * TILE_ROWS, TILE_GROUPS * GROUP, 2, TILE_DEPTH, 2048, 512, 256, FEW_BF16, FEW_BF16_BACKWARD,
     pack_a_tiles, pack_forward_bf16, pack_backward_bf16, pack_forward_plain_bf16, pack_backward_plain_bf16,
     tile_amx, tiles_begin, tiles_end, few_forward_bf16, few_backward_bf16,
 };
@@ -103,7 +104,7 @@ double peak(DType dtype, int64_t rounds) {
     return double(rounds) * 4 * TILE_ROWS * GROUP * TILE_DEPTH * 2;
 }
 
-bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16") && tiles_here(); }
+bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && tiles_here(); }
 
 extern const Path PATH = {TILES_NAME, runs_here, quantize, dequantize, finish, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_BF16, &PRODUCTS_F32}};

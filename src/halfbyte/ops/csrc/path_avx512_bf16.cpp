@@ -1,4 +1,4 @@
-// AVX-512 with dpbf16 (Cooper Lake, Zen 4): bf16 products two at a time.
+// AVX-512 with dpbf16 and VBMI (Zen 4, Sapphire Rapids): bf16 products two at a time.
 #include "path_avx512.h"
 
 namespace hb::avx512_bf16 {
@@ -21,17 +21,19 @@ void pack_a_bf16(const void* a, DType dtype, int64_t rows, int64_t depth, int64_
     }
 }
 
+constexpr int TILE_GROUPS = 4;  // 24 accumulators
+
 template <int ROWS, int GROUPS>
-void tile_rows_bf16(const uint16_t* a, const char* b, int64_t stride, int64_t depth, float* c, int64_t c_stride, bool first) {
+void tile_rows_bf16(const uint16_t* a, const char* b, int64_t depth, float* c, int64_t c_stride, bool first) {
     __m512 sums[ROWS][GROUPS];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 8
         for (int g = 0; g < GROUPS; g++) sums[m][g] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + m * c_stride + g * GROUP);
-    for (int64_t k = 0; k < depth; k += 2, b += GROUP * 4, a += 2 * STRIP) {
+    for (int64_t k = 0; k < depth; k += 2, b += TILE_GROUPS * GROUP_BYTES, a += 2 * STRIP) {
         __m512bh columns[GROUPS];
 #pragma GCC unroll 8
-        for (int g = 0; g < GROUPS; g++) columns[g] = (__m512bh)_mm512_load_si512(b + g * stride);
+        for (int g = 0; g < GROUPS; g++) columns[g] = (__m512bh)_mm512_load_si512(b + g * GROUP_BYTES);
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; m++) {
             int32_t pair;
@@ -48,28 +50,25 @@ void tile_rows_bf16(const uint16_t* a, const char* b, int64_t stride, int64_t de
 }
 
 template <int GROUPS>
-inline void tile_groups_bf16(const uint16_t* a, int rows, const char* b, int64_t stride, int64_t depth, float* c, int64_t c_stride, bool first) {
+inline void tile_groups_bf16(const uint16_t* a, int rows, const char* b, int64_t depth, float* c, int64_t c_stride, bool first) {
     switch (rows) {
-        case 1: return tile_rows_bf16<1, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        case 2: return tile_rows_bf16<2, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        case 3: return tile_rows_bf16<3, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        case 4: return tile_rows_bf16<4, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        case 5: return tile_rows_bf16<5, GROUPS>(a, b, stride, depth, c, c_stride, first);
-        default: return tile_rows_bf16<6, GROUPS>(a, b, stride, depth, c, c_stride, first);
+        case 1: return tile_rows_bf16<1, GROUPS>(a, b, depth, c, c_stride, first);
+        case 2: return tile_rows_bf16<2, GROUPS>(a, b, depth, c, c_stride, first);
+        case 3: return tile_rows_bf16<3, GROUPS>(a, b, depth, c, c_stride, first);
+        case 4: return tile_rows_bf16<4, GROUPS>(a, b, depth, c, c_stride, first);
+        case 5: return tile_rows_bf16<5, GROUPS>(a, b, depth, c, c_stride, first);
+        default: return tile_rows_bf16<6, GROUPS>(a, b, depth, c, c_stride, first);
     }
 }
 
-void tile_bf16(const void* a, int rows, const void* b, int64_t group_stride, int groups, int64_t depth, float* c,
-               int64_t c_stride, bool first) {
+void tile_bf16(const void* a, int rows, const char* b, int groups, int64_t depth, float* c, int64_t c_stride, bool first) {
     const uint16_t* left = static_cast<const uint16_t*>(a);
-    const char* right = static_cast<const char*>(b);
-    if (groups == 4) return tile_groups_bf16<4>(left, rows, right, group_stride, depth, c, c_stride, first);
-    for (int g = 0; g < groups; g++)
-        tile_groups_bf16<1>(left, rows, right + g * group_stride, group_stride, depth, c + g * GROUP, c_stride, first);
+    if (groups == TILE_GROUPS) return tile_groups_bf16<TILE_GROUPS>(left, rows, b, depth, c, c_stride, first);
+    for (int g = 0; g < groups; g++) tile_groups_bf16<1>(left, rows, b + g * GROUP_BYTES, depth, c + g * GROUP, c_stride, first);
 }
 
 constexpr Products PRODUCTS_BF16 = {
-    STRIP, 4 * GROUP, 2, 2, 384, 512, DEPTH, FEW_BF16,
+    STRIP, TILE_GROUPS * GROUP, 2, 2, 384, 512, DEPTH, FEW_BF16, FEW_BF16_BACKWARD,
     pack_a_bf16, pack_forward_bf16, pack_backward_bf16, pack_forward_plain_bf16, pack_backward_plain_bf16,
     tile_bf16, nothing, nothing, few_forward_bf16, few_backward_bf16,
 };
@@ -88,7 +87,7 @@ double peak(DType dtype, int64_t rounds) {
     return double(rounds) * 12 * 64;
 }
 
-bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
 
 extern const Path PATH = {"avx512_bf16", runs_here, quantize, dequantize, finish, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_BF16, &PRODUCTS_F32}};
