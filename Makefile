@@ -22,7 +22,7 @@ lint: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python bench/cpu.py
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt $(wildcard src/halfbyte/ops/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -e .
 	touch $@

@@ -261,6 +261,7 @@ def remove_unfinished(directory: Path) -> None:
 _MAY_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
+    "kernels",
     "allow_change",
     "logging_steps",
     "save_steps",
@@ -272,7 +273,7 @@ _MAY_CHANGE = {
     "model",
     "data",
 }
-"""Options that change no number of the training."""
+"""Options that change no number of the training (of ``kernels`` it is compared what computes, not what was asked)."""
 
 _FIXED = {"lora_r", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"}
 """What the saved state has the shape of: no resume can change it."""
@@ -290,6 +291,7 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         "compute_dtype": info["compute_dtype"],
         "threads": info["machine"]["threads"],
         "machine": info["machine"]["device"],
+        "kernel_path": info["machine"]["kernel_path"],
         **{name: info["versions"][name] for name in ("torch", "transformers")},
     }
 

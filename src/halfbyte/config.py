@@ -107,7 +107,15 @@ class Options(BaseModel):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-class ModelOptions(Options):
+class KernelOptions(Options):
+    """What computes."""
+
+    kernels: Literal["auto", "cpp", "torch"] = option(
+        "auto", "what computes on a CPU: the C++ library, plain PyTorch, or auto: the library if it was built"
+    )
+
+
+class ModelOptions(KernelOptions):
     """How the base model is held."""
 
     revision: str | None = option(None, "revision of a Hub model")
@@ -277,7 +285,7 @@ class DoctorConfig(Options):
     """Everything ``halfbyte doctor`` reads."""
 
 
-class DemoConfig(Options):
+class DemoConfig(KernelOptions):
     """Everything ``halfbyte demo`` reads."""
 
     output_dir: str = option("demo", "where everything goes; a directory of an earlier demo is replaced")
@@ -297,7 +305,7 @@ class ChatConfig(ModelOptions):
     seed: int = option(42, "for sampling", ge=0, lt=2**63)
 
 
-class MergeConfig(Options):
+class MergeConfig(KernelOptions):
     """Everything ``halfbyte merge`` reads."""
 
     run: str = option(..., "a run directory")

@@ -25,6 +25,7 @@ from .errors import HalfbyteError, ModelError, UsageError
 from .lora import load_adapter
 from .loss import output_head
 from .nf4 import NF4Tensor
+from .ops import cpu
 from .run import ADAPTER_FACTS, Run, is_run
 
 MIN_COVERAGE = 0.9
@@ -165,6 +166,8 @@ def load_base(path: Path, options: ModelOptions, progress: Progress = no_progres
     Raises:
         ModelError: missing, unexpected or misshapen tensors (all in one message), a NaN, or too little quantized.
     """
+    if "kernels" in options.model_fields_set:
+        cpu.use(options.kernels)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     config = read_config(path)

@@ -5,12 +5,12 @@
 One autograd function computes both branches, so that only x, A, B and the 4-bit weight are kept for the backward pass:
 
     u  = drop(x) A^T                       [.., r]   recomputed from x, cheap
-    du = s * dy B                          [.., r]
+    du = dy (s B)                          [.., r]
     dB = s * dy^T u,   dA = du^T drop(x),   dx = dy W + drop^T(du A)
 
 The dropout mask is a function of (seed, step, micro-batch, layer) (`ops.dropout_mask`): it is recomputed, never stored,
-and the factor 1 / (1 - p) is folded into s, where no 16-bit rounding biases it. A and B are fp32 masters; products run
-in the dtype of x.
+and the factor 1 / (1 - p) is folded into s, and s into B before B is rounded. A and B are fp32 masters; products run in
+the dtype of x, and the adapter's term joins the base's before the sum is rounded.
 
 `LoraLinear` is a `torch.nn.Linear` with two more parameters, made in place from one: the model keeps its module names
 and the checkpoint keeps its tensor names. Files are PEFT's. The road not taken is a wrapper module, which renames every
@@ -140,9 +140,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, a, b)
         ctx.weight, ctx.threshold, ctx.counters = weight, threshold, counters
         ctx.scaling = scaling * ops.DROPOUT_RESOLUTION / (ops.DROPOUT_RESOLUTION - threshold)
-        y = _base_product(x, weight, bias).view(-1, weight.shape[0])
-        u = _dropped(x, threshold, counters).reshape(-1, x.shape[-1]) @ a.to(x.dtype).t()
-        return y.addmm_(u, b.to(x.dtype).t(), alpha=ctx.scaling).view(*x.shape[:-1], weight.shape[0])
+        u = functional.linear(_dropped(x, threshold, counters), a.to(x.dtype))
+        return _product(x, weight, bias, u, (b * ctx.scaling).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -151,30 +150,37 @@ class _LoraLinear(torch.autograd.Function):
         dy = grad.reshape(-1, grad.shape[-1])
         mask = _mask(x, ctx.threshold, ctx.counters)
         dropped = (x if mask is None else x * mask).reshape(-1, x.shape[-1])
-        du = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)
+        narrow_a = a.to(x.dtype)
+        du = dy @ (b * ctx.scaling).to(dy.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _base_input_grad(dy, ctx.weight)
-            through_a = du @ a.to(du.dtype)
-            dx.add_(through_a if mask is None else through_a.mul_(mask.view_as(through_a)))
+            if mask is None:
+                dx = _input_grad(dy, ctx.weight, du, narrow_a)
+            else:
+                dx = _input_grad(dy, ctx.weight, None, None).add_((du @ narrow_a).mul_(mask.view(-1, x.shape[-1])))
             dx = dx.view_as(x)
-        u = dropped @ a.to(x.dtype).t()
+        u = dropped @ narrow_a.t()
         da = (du.t() @ dropped).to(a.dtype)
         db = (dy.t() @ u).to(b.dtype).mul_(ctx.scaling)
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, da, db, None, None, None
 
 
-def _base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, b: Tensor) -> Tensor:
+    """x W^T + bias + u b^T."""
     if isinstance(weight, NF4Tensor):
-        return ops.linear_4bit(x, weight.parts, weight.shape[0], bias)
-    return functional.linear(x, weight, bias)
+        return ops.linear_4bit(x, weight.parts, weight.shape[0], bias, u, b)
+    y = functional.linear(x, weight, bias)
+    y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]), b.t())
+    return y
 
 
-def _base_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
+def _input_grad(dy: Tensor, weight: Tensor, du: Tensor | None, a: Tensor | None) -> Tensor:
+    """dy W + du a."""
     if isinstance(weight, NF4Tensor):
-        return ops.linear_4bit_input_grad(dy, weight.parts, weight.shape[1])
-    return dy @ weight
+        return ops.linear_4bit_input_grad(dy, weight.parts, weight.shape[1], du, a)
+    dx = dy @ weight
+    return dx if du is None else dx.addmm_(du, a)
 
 
 def _mask(x: Tensor, threshold: int, counters: tuple[int, int, int, int]) -> Tensor | None:

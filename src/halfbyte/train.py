@@ -51,6 +51,7 @@ from .load import (
 )
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter, target_names
 from .loss import output_head, sequence_loss
+from .ops import cpu
 from .run import ADAPTER_FACTS, EVALS, METRICS, NONFINITE, SAMPLES, Run
 
 Say = Callable[[str], None]
@@ -238,6 +239,7 @@ class Trainer:
                 if device.type == "cuda"
                 else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
                 "threads": torch.get_num_threads(),
+                "kernel_path": cpu.path_in_use() if device.type == "cpu" else "torch",
             },
         }
 
@@ -247,6 +249,8 @@ class Trainer:
         """Load, test, adapt: everything `step` needs."""
         self.model, report = load_base(base_path, self.config, self.reporter.progress)
         self.reporter.say(_loaded_line(self.model, report.coverage, self.config.load_in_4bit))
+        if next(self.model.parameters()).device.type == "cpu":
+            self.reporter.say(f"kernels: {cpu.why()}")
         self._check_abilities(self_test(self.model))
         self._make_trainable()
         self.optimizer = self._make_optimizer()

@@ -101,6 +101,7 @@ def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
     from ..load import choose_device, choose_dtype
+    from ..ops import cpu
 
     device = choose_device("auto")
     dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
@@ -122,15 +123,11 @@ def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
             "why": "PyTorch sees one" if device.type == "cuda" else _why_no_gpu(),
         },
         {"path": f"16-bit products ({dtype})", "on": dtype != "float32", "why": why},
-        {
-            "path": "C++ kernels",
-            "on": False,
-            "why": "this version computes in plain PyTorch; they are not written yet",
-        },
+        {"path": "C++ kernels", "on": cpu.active() is not None, "why": cpu.why()},
         {
             "path": "Triton kernels",
             "on": False,
-            "why": "this version computes in plain PyTorch; they are not written yet",
+            "why": "this version computes in plain PyTorch on GPUs; they are not written yet",
         },
     ]
 

@@ -91,6 +91,10 @@ class Verb(click.Command):
                 values.update({k: v for k, v in ours.items() if k in self.declaration.model_fields})
         values.update({name: value for name, value in given.items() if value is not None})
         record = config.build(self.declaration, values, where=path or "")
+        if isinstance(record, config.KernelOptions) and not dry_run:
+            from ..ops import cpu
+
+            cpu.use(record.kernels)
         result = record.model_dump() if dry_run else self.call(record)
         if dry_run:
             console.say(f"the options of `halfbyte {self.name}` are in order")

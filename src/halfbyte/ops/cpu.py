@@ -105,9 +105,34 @@ def _find() -> None:
             _why = "the library was not built (no C++ compiler at installation): plain PyTorch is used, which is slower"
             return
         _library = open_library(str(file))
-        _why = f"{path()} (this processor also runs: {', '.join(paths()[1:]) or 'nothing else'})"
+        _why = _choose_best(_library)
     except OSError as error:
         _library, _why = None, f"the library does not load ({error}): plain PyTorch is used, which is slower"
+
+
+def _choose_best(library: Any) -> str:
+    """The first path that agrees with the last, the portable one, on a small product; says which and why."""
+    names = library.hb_paths().decode().split()
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (64 * 128 // 2,), dtype=torch.uint8, generator=generator)
+    absmax, quant_map = torch.rand(128, generator=generator), torch.linspace(-1, 1, 16)
+    x = torch.randn(40, 128, generator=generator).bfloat16()
+    parts = (packed, absmax, quant_map, None, None, None, 64, 256)
+
+    def product(name: str) -> Tensor:
+        library.hb_choose(name.encode())
+        return _product(library, "hb_linear", x, parts, 64 * 128, 64, None, None, None).float()
+
+    expected = product(names[-1])
+    refused = []
+    for name in names:
+        # bf16 results of 128 products: within a few units of the last place of the largest
+        if bool(((product(name) - expected).abs() <= 2**-6 * expected.abs().max()).all()):
+            rest = [other for other in names if other != name and other not in refused]
+            wrong = f"; {', '.join(refused)} computes wrongly here and is not used" if refused else ""
+            return f"{name} (this processor also runs: {', '.join(rest) or 'nothing else'}{wrong})"
+        refused.append(name)
+    raise OSError("it computes wrongly on this processor")
 
 
 def active() -> Any:
@@ -158,9 +183,9 @@ def paths() -> list[str]:
     return _library.hb_paths().decode().split() if _library else []
 
 
-def path() -> str:
-    """The spelling in use."""
-    return _library.hb_path().decode() if _library else ""
+def path_in_use() -> str:
+    """What computes: an instruction set's name, or "torch"."""
+    return "torch" if active() is None else _library.hb_path().decode()
 
 
 def choose_path(name: str) -> None:

@@ -1,15 +1,22 @@
 // The entry points: arguments checked, scratch taken, work shared out among threads; the arithmetic is the path's.
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
+
+#if defined(HB_STD_THREADS)
+#include <thread>
+#include <vector>
+#else
+#include <omp.h>
+#endif
 
 #include "halfbyte.h"
 #include "nearest.h"
@@ -40,9 +47,11 @@ namespace {
 
 thread_local char error_text[256];
 
-template <class... Parts>
-int32_t fail(Status status, const char* format, Parts... parts) {
-    std::snprintf(error_text, sizeof error_text, format, parts...);
+__attribute__((format(printf, 2, 3))) int32_t fail(Status status, const char* format, ...) {
+    va_list parts;
+    va_start(parts, format);
+    std::vsnprintf(error_text, sizeof error_text, format, parts);
+    va_end(parts);
     return status;
 }
 
@@ -166,34 +175,48 @@ thread_local Buffer shared_operand, own_panel, own_sums;
 
 // --- sharing out --------------------------------------------------------------------------------------------------------
 
+// body(me, of) on `threads` threads. All threads of this library come from here. HB_STD_THREADS: without OpenMP, whose
+// waiting a thread sanitizer cannot see (tests only).
+template <class Body>
+void parallel(int threads, Body body) {
+    if (threads <= 1) return body(0, 1);
+#if defined(HB_STD_THREADS)
+    std::vector<std::thread> all;
+    for (int me = 0; me < threads; me++) all.emplace_back(body, me, threads);
+    for (auto& thread : all) thread.join();
+#else
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+#endif
+}
+
 // body(first, last) over [0, count), one contiguous part a thread, at multiples of `grain`
 template <class Body>
 void in_parts(int64_t count, int64_t grain, int threads, Body body) {
     const int64_t grains = ceil_div(count, grain);
-    if (grains < threads) threads = int(grains);
-    if (threads <= 1) {
-        if (count) body(int64_t(0), count);
-        return;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t of = omp_get_num_threads(), me = omp_get_thread_num();
+    parallel(int(min64(grains, threads)), [&](int64_t me, int64_t of) {
         const int64_t first = grains * me / of * grain, last = min64(count, grains * (me + 1) / of * grain);
         if (first < last) body(first, last);
-    }
+    });
 }
 
-// the same in pieces of `piece`, taken as threads get free
+// body(i) for i in [0, count), taken as threads get free
+template <class Body>
+void one_by_one(int64_t count, int threads, Body body) {
+    std::atomic<int64_t> next{0};
+    parallel(int(min64(count, threads)), [&](int, int) {
+        for (int64_t i; (i = next.fetch_add(1)) < count;) body(i);
+    });
+}
+
+// body(first, last) over [0, count) in pieces, taken as threads get free
 template <class Body>
 void in_pieces(int64_t count, int64_t piece, int threads, Body body) {
-    const int64_t pieces = ceil_div(count, piece);
-    if (pieces < threads) threads = int(pieces);
-    if (threads <= 1) {
-        if (count) body(int64_t(0), count);
-        return;
-    }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < pieces; i++) body(i * piece, min64(count, (i + 1) * piece));
+    one_by_one(ceil_div(count, piece), threads, [&](int64_t i) { body(i * piece, min64(count, (i + 1) * piece)); });
+}
+
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 // --- tables -------------------------------------------------------------------------------------------------------------
@@ -329,30 +352,26 @@ int32_t multiply(const Path& path, const Products& p, const Job& job, int thread
     const int64_t rows = min64(round_up(job.tokens, p.strip), p.panel_rows), row_blocks = ceil_div(job.tokens, rows);
     const int64_t panel_size = min64(p.panel_depth, std::max(operands[0].padded, operands[1].padded)) * widest * p.element;
     const int64_t sums_size = rows * widest * 4;
+    for (int o = 0; o < count; o++)
+        in_parts(strips, 1, threads, [&](int64_t first, int64_t last) { pack_strips(p, job, operands[o], first, last); });
     std::atomic<bool> starved{false};
-#pragma omp parallel num_threads(threads)
-    {
+    std::atomic<int64_t> next{0};
+    parallel(int(min64(panels * row_blocks, threads)), [&](int, int) {
         char* panel = static_cast<char*>(own_panel.take(panel_size));
         float* sums = static_cast<float*>(own_sums.take(sums_size));
-        if (!panel || !sums) starved = true;
-        for (int o = 0; o < count; o++) {
-            const int64_t of = omp_get_num_threads(), me = omp_get_thread_num();
-            pack_strips(p, job, operands[o], strips * me / of, strips * (me + 1) / of);
+        if (!panel || !sums) {
+            starved = true;
+            return;
         }
-#pragma omp barrier
-        if (!starved) {
-            p.enter();
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t i = 0; i < panels * row_blocks; i++) {
-                const int64_t panel_number = i / row_blocks, row = i % row_blocks * rows;
-                const int64_t column = tiles * panel_number / panels * p.columns;
-                const int64_t end = min64(job.columns, tiles * (panel_number + 1) / panels * p.columns);
-                const Block block = {row, min64(rows, job.tokens - row), column, end - column};
-                multiply_block(p, path, job, operands, count, block, panel, sums, widest);
-            }
-            p.leave();
+        p.enter();
+        for (int64_t i; (i = next.fetch_add(1)) < panels * row_blocks;) {
+            const int64_t number = i / row_blocks, row = i % row_blocks * rows;
+            const int64_t column = tiles * number / panels * p.columns;
+            const int64_t end = min64(job.columns, tiles * (number + 1) / panels * p.columns);
+            multiply_block(p, path, job, operands, count, {row, min64(rows, job.tokens - row), column, end - column}, panel, sums, widest);
         }
-    }
+        p.leave();
+    });
     return starved ? fail(HB_OUT_OF_MEMORY, "no memory for %lld bytes of panels", (long long)(panel_size + sums_size)) : HB_OK;
 }
 
@@ -614,10 +633,10 @@ int32_t hb_copy_seconds(void* to, const void* from, int64_t bytes, int32_t repea
     CHECK(check_threads(threads));
     const Span spans[] = {{"from", from, bytes, 1}, {"to", to, bytes, 1}, {"seconds", seconds, 1, 8}};
     CHECK(check_spans(spans, 2));
-    const double began = omp_get_wtime();
+    const double began = seconds_now();
     for (int32_t i = 0; i < repeats; i++)
         in_parts(bytes, 4096, threads, [&](int64_t first, int64_t last) { std::memcpy(at(to, first), at(from, first), size_t(last - first)); });
-    *seconds = omp_get_wtime() - began;
+    *seconds = seconds_now() - began;
     return HB_OK;
 }
 
@@ -626,10 +645,9 @@ int32_t hb_product_peak(int32_t dtype, int32_t threads, double* flops_per_second
     CHECK(check_threads(threads));
     if (!flops_per_second) return fail(HB_BAD_ARGUMENT, "the result is a null pointer");
     const Path& now = path();
-    double flops = 0;
-    double began = omp_get_wtime();
-#pragma omp parallel num_threads(threads) reduction(+ : flops)
-    flops += now.peak(DType(dtype), 4000000);
-    *flops_per_second = flops / (omp_get_wtime() - began);
+    std::atomic<int64_t> flops{0};
+    const double began = seconds_now();
+    parallel(threads, [&](int, int) { flops += int64_t(now.peak(DType(dtype), 4000000)); });
+    *flops_per_second = double(flops) / (seconds_now() - began);
     return HB_OK;
 }

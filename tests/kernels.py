@@ -1,0 +1,253 @@
+"""Cases for the C++ library, run in a process of its own: python kernels.py LIBRARY [--count N] [--huge].
+
+Every buffer ends, or begins, exactly at a page that may not be touched, so a single byte too far ends the process; a
+sanitized build of the library finds what a page does not. Results are held to plain PyTorch: equal bits where an
+operation is exact, the derived tolerance where it is not. Prints how many cases ran.
+"""
+
+import argparse
+import ctypes
+import mmap
+import random
+import sys
+
+import torch
+
+from halfbyte import codebooks, ops
+from halfbyte.ops import cpu
+
+PAGE = mmap.PAGESIZE
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Largest relative error of one rounding to nearest."""
+
+
+class Fence:
+    """Tensors next to forbidden pages; keeps the mappings alive."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance, self.maps = chance, []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = dtype.itemsize
+        for n in shape:
+            size *= n
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        pages = -(-size // PAGE)
+        area = mmap.mmap(-1, (pages + 2) * PAGE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        for page in (base, base + (pages + 1) * PAGE):
+            assert LIBC.mprotect(page, PAGE, 0) == 0
+        self.maps.append(area)
+        offset = PAGE if self.chance.random() < 0.3 else PAGE + pages * PAGE - size
+        count = size // dtype.itemsize
+        return torch.frombuffer(area, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def put(self, values: torch.Tensor) -> torch.Tensor:
+        out = self.empty(tuple(values.shape), values.dtype)
+        return out.copy_(values)
+
+
+def weight(
+    fence: Fence, chance: random.Random, numel: int, dtype: torch.dtype, scales: tuple[int, ...] = (-39, -30, -3, 0, 4)
+) -> tuple[torch.Tensor, ops.FourBit]:
+    """A random weight and its stored parts, each behind a fence; the parts are compared with plain PyTorch's."""
+    block_size = chance.choice((32, 64, 64, 128, 512, 4096))
+    levels = torch.tensor(codebooks.levels(chance.choice(("nf4", "fp4", "nf4-article"))), dtype=torch.float32)
+    w = torch.randn(numel, generator=torch.Generator().manual_seed(chance.randrange(1 << 30)))
+    w *= 10.0 ** chance.choice(scales)
+    if chance.random() < 0.3:
+        w[torch.rand(numel) < 0.7] = 0
+    w = fence.put(w.to(dtype))
+    table = fence.put(levels)
+    packed, absmax = fence.empty(((numel + 1) // 2,), torch.uint8), fence.empty((-(-numel // block_size),), torch.float32)
+    cpu.call(
+        cpu.active(), "hb_quantize", w.data_ptr(), cpu._DTYPES[dtype], numel, table.data_ptr(), block_size,
+        packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), chance.choice((1, 2, 3)),
+    )  # fmt: skip
+    with cpu.using("torch"):
+        expected = ops.quantize_4bit(w, table, block_size)
+    same("packed", packed, expected[0])
+    same("absmax", absmax, expected[1])
+    parts = ops.FourBit(packed, absmax, table, None, None, None, block_size, chance.choice((256, 256, 3)))
+    if chance.random() < 0.6:
+        scale_table = fence.put(torch.tensor(codebooks.dynamic_map(signed=True)))
+        groups = -(-absmax.numel() // parts.nested_block_size)
+        codes, nested, offset = (
+            fence.empty((absmax.numel(),), torch.uint8),
+            fence.empty((groups,), torch.float32),
+            fence.empty((1,), torch.float32),
+        )
+        cpu.call(
+            cpu.active(), "hb_quantize_absmax", absmax.data_ptr(), absmax.numel(), scale_table.data_ptr(),
+            parts.nested_block_size, codes.data_ptr(), nested.data_ptr(), groups, offset.data_ptr(), chance.choice((1, 2)),
+        )  # fmt: skip
+        with cpu.using("torch"):
+            expected = ops.quantize_absmax(absmax, scale_table, parts.nested_block_size)
+        for name, mine, theirs in zip(("codes", "nested_absmax", "offset"), (codes, nested, offset), expected, strict=True):
+            same(name, mine.view(theirs.shape), theirs)
+        parts = parts._replace(absmax=codes, nested_absmax=nested, nested_quant_map=scale_table, nested_offset=offset.view(()))
+    return w, parts
+
+
+def same(name: str, mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    if not torch.equal(mine, theirs):
+        raise AssertionError(f"{name}: {int((mine != theirs).sum())} of {mine.numel()} differ on {cpu.path_in_use()}")
+
+
+def dequantize(fence: Fence, chance: random.Random, parts: ops.FourBit, numel: int) -> None:
+    for dtype in DTYPES:
+        out = fence.empty((numel,), dtype)
+        ops.dequantize_4bit(parts, numel, dtype, out)
+        with cpu.using("torch"):
+            expected = ops.dequantize_4bit(parts, numel, dtype)
+        same(f"dequantized {dtype}", out, expected)
+
+
+def product(fence: Fence, chance: random.Random, backward: bool) -> None:
+    dtype = chance.choice(DTYPES)
+    ragged = chance.random() < 0.5
+    rows, width = (chance.randrange(1, 150), chance.randrange(1, 700)) if ragged else (
+        chance.choice((16, 48, 64, 100, 130, 192)), 64 * chance.randrange(1, 20)
+    )  # fmt: skip
+    tokens, rank = chance.choice((1, 2, 3, 4, 5, 6, 7, 13, 33, 70)), chance.choice((0, 0, 1, 4, 16, 33))
+    _, parts = weight(fence, chance, rows * width, torch.bfloat16, (-30, -2, 0))
+    generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
+
+    def values(*shape: int) -> torch.Tensor:
+        return fence.put(torch.randn(shape, generator=generator).to(dtype))
+
+    depth, columns = (rows, width) if backward else (width, rows)
+    x, bias = values(tokens, depth), values(columns) if chance.random() < 0.4 and not backward else None
+    u = values(tokens, rank) if rank else None
+    low = (values(rank, columns) if backward else values(columns, rank)) if rank else None
+    if backward:
+        got = ops.linear_4bit_input_grad(x, parts, width, u, low)
+    else:
+        got = ops.linear_4bit(x, parts, rows, bias, u, low)
+    with cpu.using("torch"):
+        w = ops.dequantize_4bit(parts, rows * width, dtype).view(rows, width).double()
+    b = w if backward else w.t()
+    exact, size = x.double() @ b, x.double().abs() @ b.abs()
+    if u is not None and low is not None:
+        right = low.double() if backward else low.double().t()
+        exact, size = exact + u.double() @ right, size + u.double().abs() @ right.abs()
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    # fp32 sums of n products: n roundings of at most the sum of sizes (Higham, (3.5)); then one to the result's type;
+    # subnormal products are flushed by the bf16 instructions
+    n = depth + rank + 2
+    bound = n * 2.0**-24 * size + UNIT[dtype] * exact.abs() * 1.01 + (n * 2.0**-126 if dtype != torch.float16 else 2.0**-25)
+    worst = ((got.double() - exact).abs() / bound).max().item() if got.numel() else 0
+    if not worst <= 1:
+        raise AssertionError(
+            f"{'dx' if backward else 'y'} off by {worst:.3g} bounds on {cpu.path_in_use()}: {dtype}, {tokens} tokens, "
+            f"[{rows}, {width}], rank {rank}, block {parts.block_size}"
+        )
+
+
+def threads_agree(fence: Fence, chance: random.Random) -> None:
+    """The same bits from any number of threads."""
+    rows, width, tokens = 64 * chance.randrange(1, 9), 64 * chance.randrange(1, 9), chance.choice((1, 3, 40))
+    _, parts = weight(fence, chance, rows * width, torch.bfloat16, (0,))
+    x, dy = (torch.randn(tokens, n).to(chance.choice(DTYPES)) for n in (width, rows))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append((ops.linear_4bit(x, parts, rows), ops.linear_4bit_input_grad(dy, parts, width)))
+    torch.set_num_threads(before)
+    for y, dx in results[1:]:
+        same("y", y, results[0][0])
+        same("dx", dx, results[0][1])
+
+
+def adamw(fence: Fence, chance: random.Random) -> None:
+    sizes = [chance.choice((1, 255, 256, 257, 5000, 70001)) for _ in range(chance.randrange(1, 5))]
+    arena = sum(-(-n // 256) * 256 for n in sizes)
+    generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
+    maps = [torch.tensor(codebooks.dynamic_map(signed=s)) for s in (True, False)]
+    start = [torch.randn(n, generator=generator) for n in sizes]
+    steps = [[torch.randn(n, generator=generator) * 10.0 ** chance.choice((-6, 0, 2)) for n in sizes] for _ in range(3)]
+    decay = chance.choice((0.0, 0.1))
+
+    def run(kernels: str) -> list[torch.Tensor]:
+        params = [fence.put(p) for p in start]
+        state = [fence.empty((arena,), torch.uint8).zero_() for _ in range(2)]
+        state += [fence.empty((arena // 256,), torch.float32).zero_() for _ in range(2)]
+        with cpu.using(kernels):
+            for number, grads in enumerate(steps, 1):
+                ops.adamw_8bit_step(
+                    params, [fence.put(g) for g in grads], *state, *maps,
+                    lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay, step=number,
+                )  # fmt: skip
+        return [*params, *state]
+
+    for mine, theirs in zip(run("cpp"), run("torch"), strict=True):
+        same("optimizer", mine, theirs)
+
+
+def huge() -> None:
+    """Weights past 2^31 elements, in sparse memory: nearly all of it is the system's one page of zeros."""
+    rows, width = 40_000, 65_536
+    numel = rows * width
+    assert numel > 2**31
+    area = mmap.mmap(-1, numel // 2)
+    scales = mmap.mmap(-1, numel // 64 * 4)
+    packed = torch.frombuffer(area, dtype=torch.uint8)
+    absmax = torch.frombuffer(scales, dtype=torch.float32)
+    levels = torch.tensor(codebooks.levels("nf4"), dtype=torch.float32)
+    last = numel - 64  # the last block of all; everything else has scale zero
+    absmax[last // 64] = 2.0
+    packed[last // 2 :] = 0xF7  # levels 1 and 0
+    parts = ops.FourBit(packed, absmax, levels, None, None, None, 64, 256)
+    for tokens in (1, 7):
+        x = torch.zeros(tokens, width, dtype=torch.bfloat16)
+        x[:, -64:] = 1
+        y = ops.linear_4bit(x, parts, rows)
+        assert float(y[0, -1]) == 64.0 and not bool(y[:, :-1].any())
+        dy = torch.zeros(tokens, rows, dtype=torch.bfloat16)
+        dy[:, -1] = 1
+        dx = ops.linear_4bit_input_grad(dy, parts, width)
+        assert dx[0, -64:].tolist() == [2.0, 0.0] * 32 and not bool(dx[:, :-64].any())
+    source = torch.frombuffer(mmap.mmap(-1, numel * 2), dtype=torch.bfloat16)
+    source[-1] = -3.0
+    codes, found = ops.quantize_4bit(source, levels, 64)
+    assert float(found[-1]) == 3.0 and not bool(found[:-1].any())
+    assert int(codes[-1]) == 0x70 and bool((codes[: 1 << 20] == 0x77).all())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("library")
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--huge", action="store_true")
+    arguments = parser.parse_args()
+    cpu._library, cpu._tried, cpu._why = cpu.open_library(arguments.library), True, "a test's"
+    chance = random.Random(arguments.seed)
+    ran = 0
+    for path in cpu.paths():
+        cpu.choose_path(path)
+        if arguments.huge:
+            huge()
+            ran += 1
+            continue
+        for _ in range(arguments.count):
+            fence = Fence(chance)
+            numel = chance.choice((1, 2, 63, 64, 65, chance.randrange(1, 5000), chance.randrange(1, 40000)))
+            _, parts = weight(fence, chance, numel, chance.choice(DTYPES))
+            dequantize(fence, chance, parts, numel)
+            product(fence, chance, backward=False)
+            product(fence, chance, backward=True)
+            threads_agree(fence, chance)
+            adamw(fence, chance)
+            ran += 5
+        print(path, "passed", file=sys.stderr, flush=True)
+    print(f"{ran} cases on {' '.join(cpu.paths())}")
+
+
+if __name__ == "__main__":
+    main()
