@@ -1,9 +1,11 @@
 """This package against its peers on this CPU: same work, one run, alternating, medians and ratios.
 
-    python bench/cpu.py [--only quant|step|load] [--rounds 3] [--json]
+    python bench/cpu.py [--only quant|linear|adamw|generate|step|load] [--rounds 3] [--json]
 
-Every measurement is a process of its own, and the contestants take turns, so that a change of the machine's speed hits
-all alike. ``step`` is one optimizer step of the article's recipe (r=16 on all linear layers, alpha 32, dropout 0.05,
+The contestants take turns, so that a change of the machine's speed hits all alike: call by call within one process
+for single operations (``quant``, ``linear``, ``adamw``), process by process for models. torchao takes part where it is
+installed (it is no dependency of ours, not even for development). ``linear`` is forward and input gradient of one
+layer, also on each lesser instruction set the processor can play. ``step`` is one optimizer step of the article's recipe (r=16 on all linear layers, alpha 32, dropout 0.05,
 gradient checkpointing, 512 tokens) on a 0.37B Llama with random weights; bitsandbytes + PEFT is the peer, once as the
 article has it (``prepare_model_for_kbit_training``), once best tuned (no upcast, no dropout, bf16 LoRA).
 """
@@ -28,7 +30,10 @@ GEOMETRY: dict[str, dict[str, Any]] = {
 }
 KV_HEADS = {"0.4b": 16, "1b": 4}
 CONTESTANTS = {
-    "quant": ["halfbyte", "bitsandbytes"],
+    "quant": ["all"],
+    "linear": ["all"],
+    "adamw": ["all"],
+    "generate": ["halfbyte", "transformers_bf16", "bitsandbytes"],
     "step": ["halfbyte", "halfbyte_no_dropout", "bitsandbytes_peft", "bitsandbytes_peft_tuned"],
     "load": ["halfbyte", "bitsandbytes"],
 }
@@ -77,28 +82,198 @@ def bnb_model(path: Path) -> Any:
     )
 
 
-# --- quantize and dequantize ------------------------------------------------------------------------------------------
+# --- single operations ------------------------------------------------------------------------------------------------
 
 
-def quant(who: str, home: Path) -> dict[str, float]:
-    """Milliseconds for a 4096 x 11008 bf16 weight, block 64, double quantized."""
+def alternate(calls: dict[str, Callable[[], object]], seconds: float = 2.0, most: int = 25) -> dict[str, float]:
+    """Median milliseconds of each, taking turns; each gets about ``seconds`` in all, but three turns at least."""
+    turns = {}
+    for who, call in calls.items():
+        call()
+        began = time.perf_counter()
+        call()
+        turns[who] = max(3, min(most, int(seconds / max(time.perf_counter() - began, 1e-6))))
+    times: dict[str, list[float]] = {who: [] for who in calls}
+    for turn in range(max(turns.values())):
+        for who, call in calls.items():
+            if turn < turns[who]:
+                began = time.perf_counter()
+                call()
+                times[who].append(time.perf_counter() - began)
+    return {who: statistics.median(t) * 1e3 for who, t in times.items()}
+
+
+def on_path(path: str, call: Callable[[], object]) -> Callable[[], object]:
+    from halfbyte.ops import cpu
+
+    def run() -> None:
+        cpu.choose_path(path)
+        call()
+
+    return run
+
+
+def our_paths() -> dict[str, str]:
+    """Name in the table -> path, the best first; {} where nothing was compiled."""
+    from halfbyte.ops import cpu
+
+    return {"halfbyte" if i == 0 else f"halfbyte_on_{path}": path for i, path in enumerate(cpu.paths())}
+
+
+def torchao_nf4() -> Any:
+    """(to_nf4, linear_nf4), or None."""
+    try:
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
+    except ImportError:
+        return None
+    return to_nf4, linear_nf4
+
+
+def quant(who: str, home: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds for a 4096 x 11008 bf16 weight, block 64, double quantized; a copy of it as the yardstick."""
+    import bitsandbytes.functional as bnb
     import torch
+
+    from halfbyte import nf4, ops
 
     torch.manual_seed(0)
     w = torch.randn(4096, 11008, dtype=torch.bfloat16)
+    q, out = nf4.quantize(w), torch.empty(w.numel(), dtype=w.dtype)
+    packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    copied = torch.empty_like(w)
+    forward: dict[str, Callable[[], object]] = {"torch_copy": lambda: copied.copy_(w)}
+    back: dict[str, Callable[[], object]] = dict(forward)
+    for name, path in our_paths().items():
+        forward[name] = on_path(path, lambda: nf4.quantize(w))
+        back[name] = on_path(path, lambda: ops.dequantize_4bit(q.parts, w.numel(), w.dtype, out))
+    forward["bitsandbytes"] = lambda: bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    back["bitsandbytes"] = lambda: bnb.dequantize_4bit(packed, state)
+    if ao := torchao_nf4():
+        theirs = ao[0](w)
+        forward["torchao"] = lambda: ao[0](w)
+        back["torchao"] = lambda: theirs.get_original_weight()
+    quantized, dequantized = alternate(forward), alternate(back)
+    return {
+        name: {
+            "quantize_ms": quantized[name],
+            "quantize_against_copy": quantized["torch_copy"] / quantized[name],
+            "dequantize_ms": dequantized[name],
+            "dequantize_against_copy": dequantized["torch_copy"] / dequantized[name],
+        }
+        for name in forward
+    }
+
+
+LINEAR_TOKENS = (1, 64, 512, 2048)
+
+
+def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds of forward and input gradient of one layer, and the ratio to a bf16 `nn.Linear`."""
+    import bitsandbytes as bnb
+    import torch
+    from torch import nn
+
+    from halfbyte import nf4
+
+    results: dict[str, dict[str, float]] = {}
+    for columns in (4096, 11008):
+        torch.manual_seed(0)
+        w = (torch.randn(4096, columns) * 0.02).bfloat16()
+        plain = nn.Linear(columns, 4096, bias=False, dtype=torch.bfloat16)
+        plain.weight = nn.Parameter(w, requires_grad=False)
+        ours = nn.Linear(columns, 4096, bias=False, device="meta")
+        ours.weight = nn.Parameter(nf4.quantize(w), requires_grad=False)
+        theirs = bnb.nn.Linear4bit(
+            columns, 4096, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
+        )
+        theirs.weight = bnb.nn.Params4bit(
+            w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=theirs
+        )
+        theirs = theirs.to("cpu")
+        if theirs.weight.quant_state is None:
+            theirs.weight._quantize("cpu")
+        theirs.train()
+        ao = torchao_nf4()
+        nf4_weight = ao[0](w) if ao else None
+        for tokens in LINEAR_TOKENS:
+            x = torch.randn(tokens, columns, dtype=torch.bfloat16, requires_grad=True)
+            grad = torch.randn(tokens, 4096, dtype=torch.bfloat16)
+
+            def both(layer: Callable[[Any], Any], x: Any = x, grad: Any = grad) -> Callable[[], None]:
+                def run() -> None:
+                    x.grad = None
+                    layer(x).backward(grad)
+
+                return run
+
+            calls: dict[str, Callable[[], object]] = {"bf16": both(plain)}
+            for name, path in our_paths().items():
+                if name == "halfbyte" or tokens <= 512:
+                    calls[name] = on_path(path, both(ours))
+            calls["bitsandbytes"] = both(theirs)
+            if ao:
+                calls["torchao"] = both(lambda x, ao=ao, weight=nf4_weight: ao[1](x, weight))
+            for name, milliseconds in alternate(calls, seconds=1.5).items():
+                results.setdefault(name, {})[f"4096x{columns}_{tokens}_ms"] = milliseconds
+        for name, found in results.items():
+            for tokens in LINEAR_TOKENS:
+                key = f"4096x{columns}_{tokens}"
+                if f"{key}_ms" in found:
+                    found[f"{key}_ratio"] = found[f"{key}_ms"] / results["bf16"][f"{key}_ms"]
+    return results
+
+
+def adamw(who: str, home: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds of one 8-bit AdamW step over the adapters (r=16, all linear layers) of the 0.37B model."""
+    import bitsandbytes
+    import torch
+
+    from halfbyte.adamw8bit import AdamW8bit
+
+    d, ff = GEOMETRY["0.4b"]["hidden_size"], GEOMETRY["0.4b"]["intermediate_size"]
+    layer = [(d, d)] * 4 + [(d, ff)] * 2 + [(ff, d)]
+    shapes = [shape for a, b in layer * GEOMETRY["0.4b"]["num_hidden_layers"] for shape in ((16, a), (b, 16))]
+    calls: dict[str, Callable[[], object]] = {}
+    for name, kind in (("halfbyte", AdamW8bit), ("bitsandbytes", bitsandbytes.optim.AdamW8bit)):
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        calls[name] = kind(params, lr=1e-4).step
+    found = alternate(calls)
+    return {name: {"step_ms": ms, "against_bitsandbytes": ms / found["bitsandbytes"]} for name, ms in found.items()}
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def generate(who: str, home: Path) -> dict[str, float]:
+    """Tokens per second of transformers' `generate`, one sequence, greedy, 1.1B geometry; the prompt's time left out."""
+    import torch
+
+    path = make_checkpoint("1b", home)
     if who == "halfbyte":
-        from halfbyte import nf4, ops
+        from halfbyte.config import ModelOptions
+        from halfbyte.load import load_base
 
-        q = nf4.quantize(w)
-        out = torch.empty(w.numel(), dtype=w.dtype)
-        forward, back = (lambda: nf4.quantize(w)), (lambda: ops.dequantize_4bit(q.parts, w.numel(), w.dtype, out))
+        model = load_base(path, ModelOptions(dtype="bfloat16"))[0]
+    elif who == "bitsandbytes":
+        model = bnb_model(path).eval()
     else:
-        import bitsandbytes.functional as bnb
+        from transformers import AutoModelForCausalLM
 
-        packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
-        forward = lambda: bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)  # noqa: E731
-        back = lambda: bnb.dequantize_4bit(packed, state)  # noqa: E731
-    return {"quantize_ms": median_of(forward, 3) * 1e3, "dequantize_ms": median_of(back, 9) * 1e3}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    torch.manual_seed(0)
+    ids = torch.randint(4, 32000, (1, 16))
+
+    def seconds(tokens: int) -> float:
+        began = time.perf_counter()
+        model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return time.perf_counter() - began
+
+    with torch.inference_mode():
+        seconds(2)
+        each = statistics.median((seconds(28) - seconds(4)) / 24 for _ in range(3))
+    return {"tokens_per_s": 1 / each, "ms_per_token": each * 1e3}
 
 
 # --- one training step ------------------------------------------------------------------------------------------------
@@ -228,7 +403,7 @@ def load(who: str, home: Path) -> dict[str, float]:
 
 
 def contest(what: str, rounds: int, home: Path) -> dict[str, dict[str, float]]:
-    results: dict[str, list[dict[str, float]]] = {who: [] for who in CONTESTANTS[what]}
+    results: dict[str, list[dict[str, Any]]] = {who: [] for who in CONTESTANTS[what]}
     for _ in range(rounds):
         for who in CONTESTANTS[what]:
             command = [sys.executable, __file__, "--child", what, who, "--home", str(home)]
@@ -238,11 +413,16 @@ def contest(what: str, rounds: int, home: Path) -> dict[str, dict[str, float]]:
                 raise SystemExit(f"{what} {who} failed with {done.returncode}: {' '.join(command)}")
             results[who].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{what} {who}: {results[who][-1]}", file=sys.stderr, flush=True)
+    if list(results) == ["all"]:  # one process held them all
+        runs = results["all"]
+        return {who: {k: statistics.median(r[who][k] for r in runs) for k in runs[0][who]} for who in runs[0]}
     return {who: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for who, runs in results.items()}
 
 
 def machine() -> dict[str, Any]:
     import torch
+
+    from halfbyte.ops import cpu as kernels
 
     cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -250,6 +430,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "torch": torch.__version__,
+        "kernels": kernels.why(),
         "platform": platform.platform(),
         "commit": commit,
     }
@@ -265,7 +446,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         what, who = arguments.child
-        print(json.dumps({"quant": quant, "step": step, "load": load}[what](who, arguments.home)))
+        print(json.dumps(CALLS[what](who, arguments.home)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         home = arguments.home or Path(temporary)
@@ -273,6 +454,16 @@ def main() -> None:
         report: dict[str, Any] = {what: contest(what, arguments.rounds, home) for what in chosen}
     report["machine"] = machine()
     print(json.dumps(report, indent=2) if arguments.json else "\n".join(table(report)))
+
+
+CALLS: dict[str, Callable[[str, Path], Any]] = {
+    "quant": quant,
+    "linear": linear,
+    "adamw": adamw,
+    "generate": generate,
+    "step": step,
+    "load": load,
+}
 
 
 def table(report: dict[str, Any]) -> list[str]:

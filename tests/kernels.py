@@ -63,7 +63,10 @@ def weight(
         w[torch.rand(numel) < 0.7] = 0
     w = fence.put(w.to(dtype))
     table = fence.put(levels)
-    packed, absmax = fence.empty(((numel + 1) // 2,), torch.uint8), fence.empty((-(-numel // block_size),), torch.float32)
+    packed, absmax = (
+        fence.empty(((numel + 1) // 2,), torch.uint8),
+        fence.empty((-(-numel // block_size),), torch.float32),
+    )
     cpu.call(
         cpu.active(), "hb_quantize", w.data_ptr(), cpu._DTYPES[dtype], numel, table.data_ptr(), block_size,
         packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), chance.choice((1, 2, 3)),
@@ -83,13 +86,18 @@ def weight(
         )
         cpu.call(
             cpu.active(), "hb_quantize_absmax", absmax.data_ptr(), absmax.numel(), scale_table.data_ptr(),
-            parts.nested_block_size, codes.data_ptr(), nested.data_ptr(), groups, offset.data_ptr(), chance.choice((1, 2)),
+            parts.nested_block_size, codes.data_ptr(), nested.data_ptr(), groups, offset.data_ptr(),
+            chance.choice((1, 2)),
         )  # fmt: skip
         with cpu.using("torch"):
             expected = ops.quantize_absmax(absmax, scale_table, parts.nested_block_size)
-        for name, mine, theirs in zip(("codes", "nested_absmax", "offset"), (codes, nested, offset), expected, strict=True):
+        for name, mine, theirs in zip(
+            ("codes", "nested_absmax", "offset"), (codes, nested, offset), expected, strict=True
+        ):
             same(name, mine.view(theirs.shape), theirs)
-        parts = parts._replace(absmax=codes, nested_absmax=nested, nested_quant_map=scale_table, nested_offset=offset.view(()))
+        parts = parts._replace(
+            absmax=codes, nested_absmax=nested, nested_quant_map=scale_table, nested_offset=offset.view(())
+        )
     return w, parts
 
 
@@ -140,7 +148,9 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
     # fp32 sums of n products: n roundings of at most the sum of sizes (Higham, (3.5)); then one to the result's type;
     # subnormal products are flushed by the bf16 instructions
     n = depth + rank + 2
-    bound = n * 2.0**-24 * size + UNIT[dtype] * exact.abs() * 1.01 + (n * 2.0**-126 if dtype != torch.float16 else 2.0**-25)
+    bound = (
+        n * 2.0**-24 * size + UNIT[dtype] * exact.abs() * 1.01 + (n * 2.0**-126 if dtype != torch.float16 else 2.0**-25)
+    )
     worst = ((got.double() - exact).abs() / bound).max().item() if got.numel() else 0
     if not worst <= 1:
         raise AssertionError(

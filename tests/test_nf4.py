@@ -14,6 +14,7 @@ from torch import nn
 from halfbyte import codebooks, hub, nf4, ops
 from halfbyte.errors import ModelError
 from halfbyte.nf4 import NF4Tensor
+from halfbyte.ops import cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 172), (1,), (3,), (65,), (1000, 7), (4, 64), (128, 512), (0,)]
@@ -185,6 +186,11 @@ def quantized_linear(bias: bool = True) -> nn.Linear:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_equals_its_dequantized_twin_bit_for_bit(dtype: torch.dtype):
+    with cpu.using("torch"):
+        _equals_twin(dtype)
+
+
+def _equals_twin(dtype: torch.dtype):
     layer = quantized_linear()
     weight = layer.weight
     assert isinstance(weight, NF4Tensor)
@@ -240,7 +246,10 @@ def test_refuses_by_name():
 def test_operations_pass_opcheck():
     q = nf4.quantize(torch.randn(8, 64))
     x = torch.randn(3, 64)
-    torch.library.opcheck(torch.ops.halfbyte.linear_4bit, (x, *q.parts, 8, None))
-    torch.library.opcheck(torch.ops.halfbyte.linear_4bit_input_grad, (torch.randn(3, 8), *q.parts, 64))
+    torch.library.opcheck(torch.ops.halfbyte.linear_4bit, (x, *q.parts, 8, None, None, None))
+    torch.library.opcheck(
+        torch.ops.halfbyte.linear_4bit, (x, *q.parts, 8, x[0, :8], torch.randn(3, 2), torch.randn(8, 2))
+    )
+    torch.library.opcheck(torch.ops.halfbyte.linear_4bit_input_grad, (torch.randn(3, 8), *q.parts, 64, None, None))
     torch.library.opcheck(torch.ops.halfbyte.quantize_4bit, (torch.randn(8, 64), q.quant_map, 64))
     torch.library.opcheck(torch.ops.halfbyte.dequantize_4bit, (*q.parts, torch.empty(512)))

@@ -286,18 +286,21 @@ class Checkpoint:
         """Names in the order they lie on disk."""
         return iter(sorted(self.entries, key=lambda name: (self.entries[name].file.name, self.entries[name].start)))
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own."""
-        return read_tensor(self.entries[name], name)
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor, in memory of its own or in ``into`` (`read_tensor`)."""
+        return read_tensor(self.entries[name], name, into)
 
 
-def read_tensor(entry: Entry, name: str) -> torch.Tensor:
+def read_tensor(entry: Entry, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
     """The tensor at an entry, by ``pread`` into fresh memory.
+
+    Args:
+        into: uint8, at least as large: the tensor is read into it instead, and valid until its next use.
 
     Raises:
         ModelError: the file ends early. StorageError: the system cannot read it.
     """
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into[: entry.nbytes]
     view, done = memoryview(raw.numpy()), 0  # pyright: ignore[reportArgumentType]
     try:
         with entry.file.open("rb", buffering=0) as file:

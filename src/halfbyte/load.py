@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,9 @@ class _Filler:
             name: p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embeddings
         }
         self.records: list[dict[str, Any]] = []
-        self.hashes: dict[str, str] = {}
+        self.hashes: dict[str, futures.Future[str]] = {}
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.hasher = futures.ThreadPoolExecutor(max_workers=1)
 
     def check_names(self) -> None:
         """Everything that does not fit, in one error, from the headers alone."""
@@ -313,8 +316,10 @@ class _Filler:
         if source in self.stored_4bit:
             value: Tensor = self._stored(source, target)
         else:
-            tensor = self.checkpoint.read(source)
-            self._hash(source, [tensor])
+            in_4bit = target in self.linear and self.options.load_in_4bit
+            tensor = self.checkpoint.read(source, self._buffer(source) if in_4bit else None)
+            if not in_4bit:
+                self._hash(source, [tensor])
             if attribute in module._buffers:
                 buffer = module._buffers[attribute]
                 module._buffers[attribute] = tensor.to(self.device, buffer.dtype if buffer is not None else None)
@@ -326,12 +331,19 @@ class _Filler:
                     f"{source} is stored as {tensor.dtype}, which is not read here",
                     ways_out=["use a 16- or 32-bit version of the model"],
                 )
-            if target in self.linear and self.options.load_in_4bit:
+            if in_4bit:
                 value = self._quantize(source, tensor)
             else:
                 value = tensor.to(self.device, self.dtype)
                 self._refuse_non_finite(source, value)
         module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+
+    def _buffer(self, source: str) -> Tensor:
+        """Where a weight is read to be quantized: the same memory for all of them, so that freed pieces of their size
+        do not pile up between the pieces that stay."""
+        if self.buffer.numel() < self.checkpoint.entries[source].nbytes:
+            self.buffer = torch.empty(self.checkpoint.entries[source].nbytes, dtype=torch.uint8)
+        return self.buffer
 
     def _stored(self, source: str, target: str) -> Tensor:
         tensor = nf4.read_stored(self.checkpoint, source)
@@ -345,14 +357,14 @@ class _Filler:
         return tensor.with_dtype(self.dtype)._map(lambda part: part.to(self.device))
 
     def _hash(self, source: str, tensors: Iterable[Tensor]) -> None:
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-        self.hashes[source] = digest.hexdigest()
+        """Hash beside the next tensor's reading; one at a time, so that no more than one is kept alive for it."""
+        futures.wait(self.hashes.values())
+        self.hashes[source] = self.hasher.submit(_digest, list(tensors))
 
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()
+        digests = sorted((source, future.result()) for source, future in self.hashes.items())
+        self.hasher.shutdown()
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def _quantize(self, source: str, tensor: Tensor) -> Tensor:
         options = self.options
@@ -371,7 +383,8 @@ class _Filler:
         return quantized.with_dtype(self.dtype)
 
     def _refuse_non_finite(self, source: str, tensor: Tensor) -> None:
-        if not bool(torch.isfinite(tensor).all()):
+        # the extremes carry a NaN or an infinity, and need no copy of the tensor to be found
+        if tensor.numel() and not all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist()):
             raise self._non_finite(source, f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite")
 
     def _non_finite(self, source: str, found: str) -> ModelError:
@@ -397,6 +410,14 @@ class _Filler:
         """Share of the weights in layers (all but embeddings, head and vectors) that is held in 4 bits."""
         total = sum(self.in_layers.values())
         return sum(record["weights"] for record in self.records) / total if total else 0.0
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    return digest.hexdigest()
 
 
 _SAMPLE = 1 << 20

@@ -13,6 +13,7 @@ The road not taken: a module class of our own (as bitsandbytes' ``Linear4bit``) 
 """
 
 import json
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -225,8 +226,8 @@ def quantize(
 
 def refuse_non_finite(absmax: Tensor, block_size: int) -> None:
     """Raise ValueError if a block holds a NaN or an infinity: its absolute maximum then is one, too."""
-    finite = torch.isfinite(absmax)
-    if not bool(finite.all()):
+    if absmax.numel() and not math.isfinite(absmax.max().item()):
+        finite = torch.isfinite(absmax)
         block = int((~finite).nonzero()[0])
         raise ValueError(
             f"{int((~finite).sum())} of {absmax.numel()} blocks hold a NaN or an infinity; the first is block {block} "

@@ -2,8 +2,8 @@
 
 ``ops/csrc`` is built with the package into ``halfbyte_cpu`` next to this file, with a plain C interface (`halfbyte.h`)
 that ctypes calls; nothing in it knows PyTorch. It holds several spellings, one per instruction set, and takes the best
-the processor runs. It is loaded after torch, so both use one OpenMP runtime and one pool of threads; every call says how
-many of them, as `torch.get_num_threads` does.
+the processor runs. It is loaded after torch, so both use one OpenMP runtime and one pool of threads; every call says
+how many of them, as `torch.get_num_threads` does.
 
 Without the library, where no compiler was at hand, every operation runs in plain PyTorch: the same bits where an
 operation is exact, within rounding where it is not, only slower. `use` chooses; `why` says what was found.
@@ -12,9 +12,8 @@ operation is exact, within rounding where it is not, only slower. `use` chooses;
 import contextlib
 import ctypes
 import importlib.resources
-import os
 from collections.abc import Callable, Iterator
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch

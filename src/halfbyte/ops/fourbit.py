@@ -318,7 +318,9 @@ def _linear(x: Tensor, *args) -> Tensor:
     *parts, out_features, bias, u, b = args
     weight = _dequantized(FourBit(*parts), out_features, x.shape[-1], x.dtype)
     y = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y if u is None else y.add_(functional.linear(u.to(x.dtype), b.to(x.dtype)))
+    if u is not None:
+        y.view(-1, out_features).addmm_(u.reshape(-1, u.shape[-1]).to(x.dtype), b.to(x.dtype).t())
+    return y
 
 
 def _linear_shapes(x: Tensor, *args) -> Tensor:
@@ -345,7 +347,9 @@ def _input_grad(grad: Tensor, *args) -> Tensor:
     *parts, in_features, du, a = args
     weight = _dequantized(FourBit(*parts), grad.shape[-1], in_features, grad.dtype)
     dx = torch.matmul(grad, weight)
-    return dx if du is None else dx.add_(torch.matmul(du.to(grad.dtype), a.to(grad.dtype)))
+    if du is not None:
+        dx.view(-1, in_features).addmm_(du.reshape(-1, du.shape[-1]).to(grad.dtype), a.to(grad.dtype))
+    return dx
 
 
 def _input_grad_shapes(grad: Tensor, *args) -> Tensor:

@@ -164,9 +164,11 @@ void few_forward_rows(const uint16_t* x, const hb_fourbit& q, int64_t width, int
     Levels levels(q);
     float scales[DEPTH / 8];
     for (int64_t n = first; n < last; n++) {
-        __m256 sums[TOKENS][2];
+        __m256 sums[TOKENS][4];  // each is a chain of additions; with fewer the processor waits for them
 #pragma GCC unroll 8
-        for (int m = 0; m < TOKENS; m++) sums[m][0] = sums[m][1] = _mm256_setzero_ps();
+        for (int m = 0; m < TOKENS; m++)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) sums[m][i] = _mm256_setzero_ps();
         for (int64_t k = 0; k < width; k += 64 * (DEPTH / 8)) {
             int64_t blocks = min64(DEPTH / 8, (width - k) / 64);
             chunk_scales(q, n * width + k, blocks, scales);
@@ -185,13 +187,13 @@ void few_forward_rows(const uint16_t* x, const hb_fourbit& q, int64_t width, int
                     const __m256i* at = (const __m256i*)(x + m * width + k + b * 64);
 #pragma GCC unroll 4
                     for (int i = 0; i < 4; i++)
-                        sums[m][i & 1] = _mm256_dpbf16_ps(sums[m][i & 1], (__m256bh)weights[i], (__m256bh)_mm256_loadu_si256(at + i));
+                        sums[m][i] = _mm256_dpbf16_ps(sums[m][i], (__m256bh)weights[i], (__m256bh)_mm256_loadu_si256(at + i));
                 }
             }
         }
 #pragma GCC unroll 8
         for (int m = 0; m < TOKENS; m++) {
-            __m256 sum = _mm256_add_ps(sums[m][0], sums[m][1]);
+            __m256 sum = _mm256_add_ps(_mm256_add_ps(sums[m][0], sums[m][1]), _mm256_add_ps(sums[m][2], sums[m][3]));
             __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
             half = _mm_add_ps(half, _mm_movehl_ps(half, half));
             c[m * c_stride + n] = _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));

@@ -43,12 +43,33 @@ inline float rounded(float value, DType dtype) {
     return float(_Float16(value));
 }
 
+// by intrinsics: GCC 12 copies 32 bytes in two halves through the stack
+inline vf load_floats(const float* p) {
+#if HB_WIDTH == 16
+    return (vf)_mm512_loadu_ps(p);
+#elif HB_WIDTH == 8
+    return (vf)_mm256_loadu_ps(p);
+#else
+    vf v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+#endif
+}
+
+inline void store_floats(float* p, vf value) {
+#if HB_WIDTH == 16
+    _mm512_storeu_ps(p, (__m512)value);
+#elif HB_WIDTH == 8
+    _mm256_storeu_ps(p, (__m256)value);
+#else
+    std::memcpy(p, &value, sizeof value);
+#endif
+}
+
 template <DType D>
 inline vf load(const void* p, int64_t i) {
     if constexpr (D == HB_F32) {
-        vf v;
-        std::memcpy(&v, static_cast<const float*>(p) + i, sizeof v);
-        return v;
+        return load_floats(static_cast<const float*>(p) + i);
     } else if constexpr (D == HB_BF16) {
 #if HB_WIDTH == 16  // GCC 12 splits the conversion below in two
         return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(static_cast<const uint16_t*>(p) + i))), 16);
@@ -80,7 +101,7 @@ inline vu bf16_lanes(vf value) {  // bf16 bits in the low half of each lane
 template <DType D>
 inline void store(void* p, int64_t i, vf value) {
     if constexpr (D == HB_F32) {
-        std::memcpy(static_cast<float*>(p) + i, &value, sizeof value);
+        store_floats(static_cast<float*>(p) + i, value);
     } else if constexpr (D == HB_BF16) {
         vh v = __builtin_convertvector(bf16_lanes(value), vh);
         std::memcpy(static_cast<uint16_t*>(p) + i, &v, sizeof v);
@@ -207,8 +228,8 @@ inline float absolute_maximum(const void* w, int64_t start, int64_t count) {  //
 #if HB_WIDTH == 16
 // Blocks of bf16 weights without widening them. fl(x * inverse) grows with x, so the code is the number of thresholds
 // below x, where the threshold of a bound is the greatest bf16 that does not exceed it when scaled. A bf16, its bits
-// seen as a signed integer (negative ones reversed), orders like its value; a threshold is found by trying the three
-// neighbours above an estimate that is at most two below. 32 weights are searched at once.
+// seen as a signed integer (negative ones reversed), orders like its value; a threshold is found by trying the
+// two neighbours above an estimate that is at most two below. 32 weights are searched at once.
 //
 // One block is a long chain of dependent steps, so a batch of them goes through each step together.
 struct Bf16Batch {
@@ -252,8 +273,8 @@ struct Bf16Batch {
         const __m512i towards_zero = _mm512_srai_epi32((__m512i)_mm512_mul_ps(bounds, _mm512_set1_ps(scale[b])), 16);
         const __m512i at = _mm512_add_epi32(order(towards_zero), _mm512_srai_epi32(towards_zero, 31));
         __m512i found = _mm512_sub_epi32(at, one);
-#pragma GCC unroll 3
-        for (int i = 0; i < 3; i++) {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
             __m512i candidate = order(_mm512_add_epi32(at, _mm512_set1_epi32(i)));
             __m512 value = _mm512_mul_ps((__m512)_mm512_slli_epi32(candidate, 16), by);
             found = _mm512_mask_add_epi32(found, _mm512_cmp_ps_mask(value, bounds, _CMP_LE_OQ), found, one);
