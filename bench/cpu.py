@@ -5,9 +5,10 @@
 The contestants take turns, so that a change of the machine's speed hits all alike: call by call within one process
 for single operations (``quant``, ``linear``, ``adamw``), process by process for models. torchao takes part where it is
 installed (it is no dependency of ours, not even for development). ``linear`` is forward and input gradient of one
-layer, also on each lesser instruction set the processor can play. ``step`` is one optimizer step of the article's recipe (r=16 on all linear layers, alpha 32, dropout 0.05,
-gradient checkpointing, 512 tokens) on a 0.37B Llama with random weights; bitsandbytes + PEFT is the peer, once as the
-article has it (``prepare_model_for_kbit_training``), once best tuned (no upcast, no dropout, bf16 LoRA).
+layer, also on each lesser instruction set the processor can play. ``step`` is one optimizer step of the article's
+recipe (r=16 on all linear layers, alpha 32, dropout 0.05, gradient checkpointing, 512 tokens) on a 0.37B Llama with
+random weights; bitsandbytes + PEFT is the peer, once as the article has it (``prepare_model_for_kbit_training``), once
+best tuned (no upcast, no dropout, bf16 LoRA).
 """
 
 import argparse
@@ -186,13 +187,10 @@ def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
         theirs = bnb.nn.Linear4bit(
             columns, 4096, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
         )
-        theirs.weight = bnb.nn.Params4bit(
-            w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=theirs
-        )
-        theirs = theirs.to("cpu")
-        if theirs.weight.quant_state is None:
-            theirs.weight._quantize("cpu")
-        theirs.train()
+        make: Any = bnb.nn.Params4bit
+        held = make(w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=theirs)
+        theirs.weight = held
+        theirs = theirs.to("cpu").train()
         ao = torchao_nf4()
         nf4_weight = ao[0](w) if ao else None
         for tokens in LINEAR_TOKENS:
@@ -215,7 +213,7 @@ def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
                 calls["torchao"] = both(lambda x, ao=ao, weight=nf4_weight: ao[1](x, weight))
             for name, milliseconds in alternate(calls, seconds=1.5).items():
                 results.setdefault(name, {})[f"4096x{columns}_{tokens}_ms"] = milliseconds
-        for name, found in results.items():
+        for found in results.values():
             for tokens in LINEAR_TOKENS:
                 key = f"4096x{columns}_{tokens}"
                 if f"{key}_ms" in found:
@@ -247,7 +245,7 @@ def adamw(who: str, home: Path) -> dict[str, dict[str, float]]:
 
 
 def generate(who: str, home: Path) -> dict[str, float]:
-    """Tokens per second of transformers' `generate`, one sequence, greedy, 1.1B geometry; the prompt's time left out."""
+    """Tokens per second of transformers' `generate`, one sequence, greedy, 1.1B geometry, without the prompt."""
     import torch
 
     path = make_checkpoint("1b", home)
@@ -262,6 +260,7 @@ def generate(who: str, home: Path) -> dict[str, float]:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model: Any = model
     torch.manual_seed(0)
     ids = torch.randint(4, 32000, (1, 16))
 

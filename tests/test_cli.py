@@ -253,3 +253,26 @@ def test_package_gives_functions_not_modules():
     assert halfbyte.nf4.NF4Tensor is halfbyte.NF4Tensor
     with pytest.raises(AttributeError):
         _ = halfbyte.nothing
+
+
+def test_bench_shows_limits_and_ours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from halfbyte.cli import bench
+    from halfbyte.ops import cpu
+
+    monkeypatch.setattr(bench, "ROWS", 128)
+    monkeypatch.setattr(bench, "COLUMNS", 192)
+    monkeypatch.setattr(bench, "PARAMETERS", 8192)
+    best = cpu.path_in_use()
+    try:
+        for path in cpu.paths():
+            assert run(["bench", "--json", "--path", path]) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert found["path"] == path and found["limits"]["copy_bytes"] > 0 and found["limits"]["fp32_flops"] > 0
+            assert len(found["operations"]) == 9 and all(row["ms"] > 0 for row in found["operations"])
+    finally:
+        if cpu.paths():
+            cpu.choose_path(best)
+    assert run(["bench", "--kernels", "torch"]) == 0
+    assert "no library to measure" in capsys.readouterr().out
+    cpu.use("auto")
+    assert run(["bench", "--path", "sse9"]) == 2

@@ -285,6 +285,12 @@ class DoctorConfig(Options):
     """Everything ``halfbyte doctor`` reads."""
 
 
+class BenchConfig(KernelOptions):
+    """Everything ``halfbyte bench`` reads."""
+
+    path: str | None = option(None, "an instruction set of the C++ library, instead of the best this processor has")
+
+
 class DemoConfig(KernelOptions):
     """Everything ``halfbyte demo`` reads."""
 
@@ -334,6 +340,7 @@ VERBS: dict[str, type[Options]] = {
     "data check": DataCheckConfig,
     "checkpoint list": CheckpointConfig,
     "explain": ExplainConfig,
+    "bench": BenchConfig,
 }
 
 

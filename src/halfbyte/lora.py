@@ -180,7 +180,7 @@ def _input_grad(dy: Tensor, weight: Tensor, du: Tensor | None, a: Tensor | None)
     if isinstance(weight, NF4Tensor):
         return ops.linear_4bit_input_grad(dy, weight.parts, weight.shape[1], du, a)
     dx = dy @ weight
-    return dx if du is None else dx.addmm_(du, a)
+    return dx if du is None or a is None else dx.addmm_(du, a)
 
 
 def _mask(x: Tensor, threshold: int, counters: tuple[int, int, int, int]) -> Tensor | None:

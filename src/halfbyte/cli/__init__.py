@@ -23,6 +23,7 @@ VERBS = {
     "merge": "add a run's adapter into the weights, verified",
     "data": "data check: what will be trained, token by token",
     "checkpoint": "checkpoint list | verify: what a run can be resumed from",
+    "bench": "this machine's limits, and how near to them it computes",
     "explain": "int4, nf4, double-quant, paged, memory, tokens, quiz, or any option",
 }
 

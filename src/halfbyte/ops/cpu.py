@@ -63,7 +63,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [_p, _p, _p, _n, _p, _p, _p, _p, _n, _p, _p, _f, _f, _f, _f, _f, _f, _f, _i],
     ),
-    "hb_copy_seconds": (c_int32, [_p, _p, _n, _i, _i, POINTER(c_double)]),
     "hb_product_peak": (c_int32, [_i, _i, POINTER(c_double)]),
 }
 
@@ -366,38 +365,13 @@ def spell(name: str, meaning: Callable, cpp: Callable) -> None:
     LIBRARY.impl(name, on_cpu, "CPU")
 
 
-def copy_rate(megabytes: int = 256) -> float:
-    """Bytes per second read and written by this machine's threads copying one large buffer to another."""
-    library, size = _needed(), megabytes << 20
-    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    seconds = c_double()
-    best = 0.0
-    for _ in range(4):
-        call(
-            library,
-            "hb_copy_seconds",
-            target.data_ptr(),
-            source.data_ptr(),
-            size,
-            1,
-            torch.get_num_threads(),
-            ctypes.byref(seconds),
-        )
-        best = max(best, 2 * size / seconds.value)
-    return best
-
-
 def product_peak(dtype: torch.dtype) -> float:
     """Floating-point operations per second of the products a path is built on, out of registers alone."""
+    library = active()
+    if library is None:
+        raise UsageError("this needs the C++ library", found=why())
     rate, best = c_double(), 0.0
     for _ in range(3):
-        call(_needed(), "hb_product_peak", _DTYPES[dtype], torch.get_num_threads(), ctypes.byref(rate))
+        call(library, "hb_product_peak", _DTYPES[dtype], torch.get_num_threads(), ctypes.byref(rate))
         best = max(best, rate.value)
     return best
-
-
-def _needed() -> Any:
-    _find()
-    if _library is None:
-        raise UsageError("this needs the C++ library", found=_why)
-    return _library

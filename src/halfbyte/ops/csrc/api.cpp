@@ -629,17 +629,6 @@ int32_t hb_adamw_8bit(float* const* params, const float* const* grads, const int
     return HB_OK;
 }
 
-int32_t hb_copy_seconds(void* to, const void* from, int64_t bytes, int32_t repeats, int32_t threads, double* seconds) {
-    CHECK(check_threads(threads));
-    const Span spans[] = {{"from", from, bytes, 1}, {"to", to, bytes, 1}, {"seconds", seconds, 1, 8}};
-    CHECK(check_spans(spans, 2));
-    const double began = seconds_now();
-    for (int32_t i = 0; i < repeats; i++)
-        in_parts(bytes, 4096, threads, [&](int64_t first, int64_t last) { std::memcpy(at(to, first), at(from, first), size_t(last - first)); });
-    *seconds = seconds_now() - began;
-    return HB_OK;
-}
-
 int32_t hb_product_peak(int32_t dtype, int32_t threads, double* flops_per_second) {
     CHECK(check_dtype(dtype));
     CHECK(check_threads(threads));

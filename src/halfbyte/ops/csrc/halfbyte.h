@@ -62,6 +62,5 @@ HB_API int32_t hb_adamw_8bit(float* const* params, const float* const* grads, co
                              const float* m_map, const float* v_map, float step_size, float beta1, float one_less_beta1,
                              float beta2, float one_less_beta2, float eps, float shrink, int32_t threads);
 
-// The machine's own limits, for `halfbyte bench`: seconds that `repeats` passes took.
-HB_API int32_t hb_copy_seconds(void* to, const void* from, int64_t bytes, int32_t repeats, int32_t threads, double* seconds);
+// For `halfbyte bench`: the rate of the products a path is built on, out of registers alone.
 HB_API int32_t hb_product_peak(int32_t dtype, int32_t threads, double* flops_per_second);

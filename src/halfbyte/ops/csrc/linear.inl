@@ -237,7 +237,8 @@ constexpr Products PRODUCTS_F32 = {
 // --- the peak -------------------------------------------------------------------------------------------------------------
 
 inline double peak_f32(int64_t rounds) {
-    vf sums[8] = {}, value = all(1e-9f);
+    vf sums[8], value = all(1e-9f);
+    for (int j = 0; j < 8; j++) sums[j] = all(float(j));  // or the compiler sees that all chains are one
     for (int64_t i = 0; i < rounds; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) sums[j] = multiply_add(sums[j], value, value);

@@ -76,7 +76,7 @@ constexpr Products PRODUCTS_BF16 = {
 double peak(DType dtype, int64_t rounds) {
     if (dtype != HB_BF16) return peak_f32(rounds);
     __m512 sums[12];
-    for (auto& s : sums) s = _mm512_setzero_ps();
+    for (int j = 0; j < 12; j++) sums[j] = _mm512_set1_ps(float(j));
     __m512bh value = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     for (int64_t i = 0; i < rounds; i++)
 #pragma GCC unroll 12
