@@ -199,6 +199,15 @@ def adamw(fence: Fence, chance: random.Random) -> None:
         same("optimizer", mine, theirs)
 
 
+def dropout(fence: Fence, chance: random.Random) -> None:
+    numel, threshold = chance.choice((1, 7, 8, 9, 513, chance.randrange(1, 70000))), chance.choice((0, 1, 3277, 65535))
+    counters = [chance.randrange(1 << 32) for _ in range(3)]
+    seed, out = chance.randrange(1 << 63), fence.empty((numel,), torch.uint8)
+    torch.ops.halfbyte.dropout_mask(out.view(torch.bool), threshold, seed, *counters)
+    with cpu.using("torch"):
+        same("mask", out.bool(), ops.dropout_mask(numel, threshold, seed, *counters, out.device))
+
+
 def huge() -> None:
     """Weights past 2^31 elements, in sparse memory: nearly all of it is the system's one page of zeros."""
     rows, width = 40_000, 65_536
@@ -254,7 +263,8 @@ def main() -> None:
             product(fence, chance, backward=True)
             threads_agree(fence, chance)
             adamw(fence, chance)
-            ran += 5
+            dropout(fence, chance)
+            ran += 6
         print(path, "passed", file=sys.stderr, flush=True)
     print(f"{ran} cases on {' '.join(cpu.paths())}")
 

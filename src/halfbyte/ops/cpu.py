@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import importlib.resources
 from collections.abc import Callable, Iterator
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hb_quantize": (c_int32, [_p, _i, _n, _p, _i, _p, _n, _p, _n, _i]),
     "hb_quantize_absmax": (c_int32, [_p, _n, _p, _i, _p, _p, _n, _p, _i]),
     "hb_dequantize": (c_int32, [POINTER(_FourBit), _p, _i, _n, _i]),
+    "hb_dropout_mask": (c_int32, [_p, _n, _i, c_uint64, c_uint32, c_uint32, c_uint32, _i]),
     "hb_linear": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _p, _n, _p, _i, _i]),
     "hb_linear_input_grad": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _n, _p, _i, _i]),
     "hb_adamw_8bit": (
@@ -272,6 +273,13 @@ def _dequantize(library: Any, *args: Any) -> None:
     *parts, out = args
     weight, _alive = _weight(parts, out.numel())
     call(library, "hb_dequantize", weight, out.data_ptr(), _DTYPES[out.dtype], out.numel(), torch.get_num_threads())
+
+
+def _dropout_mask(
+    library: Any, out: Tensor, threshold: int, seed: int, step: int, micro_batch: int, layer: int
+) -> None:
+    arguments = (threshold, seed, step, micro_batch, layer, torch.get_num_threads())
+    call(library, "hb_dropout_mask", out.data_ptr(), out.numel(), *arguments)
 
 
 def _linear(library: Any, x: Tensor, *args: Any) -> Tensor:

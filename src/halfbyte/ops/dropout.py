@@ -13,6 +13,7 @@ has no unsigned 32-bit multiply; the products wrap, and only their low and high 
 import torch
 from torch import Tensor
 
+from . import cpu
 from .library import define
 
 DROPOUT_RESOLUTION = 65536
@@ -103,3 +104,4 @@ define(
     _dropout_mask,
     _dropout_mask_shapes,
 )
+cpu.spell("dropout_mask", _dropout_mask, cpu._dropout_mask)

@@ -45,6 +45,10 @@ HB_API int32_t hb_quantize_absmax(const float* absmax, int64_t blocks, const flo
 // -> out [numel] of `dtype`
 HB_API int32_t hb_dequantize(const hb_fourbit* weight, void* out, int32_t dtype, int64_t out_count, int32_t threads);
 
+// out [count] = 1 where an element is kept, 0 where it is dropped; threshold of 65536 (ops/dropout.py)
+HB_API int32_t hb_dropout_mask(uint8_t* out, int64_t count, int32_t threshold, uint64_t seed, uint32_t step,
+                               uint32_t micro_batch, uint32_t layer, int32_t threads);
+
 // y [tokens, out_features] = x [tokens, in_features] W^T + bias + u [tokens, rank] B^T; bias, u and B may be null.
 // W is [out_features, in_features]; bias and B [out_features, rank] are of `dtype`, like x, u and y.
 HB_API int32_t hb_linear(const void* x, int64_t tokens, int64_t in_features, int64_t out_features,

@@ -77,6 +77,9 @@ struct Path {
     // `stream`: past the caches, where alignment allows
     void (*dequantize)(const hb_fourbit& q, int64_t start, int64_t count, DType dtype, bool widen, bool stream, void* out);
 
+    void (*dropout_mask)(uint8_t* out, int64_t numel, int64_t first, int64_t last, uint32_t threshold,
+                         const uint32_t* counter, const uint32_t* key);
+
     // y [rows, columns] of `dtype` = c + bias
     void (*finish)(const float* c, int64_t c_stride, const void* bias, DType dtype, int64_t rows, int64_t columns,
                    void* y, int64_t y_stride);

@@ -106,6 +106,6 @@ double peak(DType dtype, int64_t rounds) {
 
 bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && tiles_here(); }
 
-extern const Path PATH = {TILES_NAME, runs_here, quantize, dequantize, finish, adamw, peak,
+extern const Path PATH = {TILES_NAME, runs_here, quantize, dequantize, dropout_mask, finish, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_BF16, &PRODUCTS_F32}};
 }  // namespace hb::amx

@@ -20,6 +20,6 @@ bool runs_here() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-extern const Path PATH = {"avx2", runs_here, quantize, dequantize, finish, adamw, peak,
+extern const Path PATH = {"avx2", runs_here, quantize, dequantize, dropout_mask, finish, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_F32, &PRODUCTS_F32}};
 }  // namespace hb::avx2

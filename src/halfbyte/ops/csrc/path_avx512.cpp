@@ -8,6 +8,6 @@ namespace hb::avx512 {
 
 double peak(DType, int64_t rounds) { return peak_f32(rounds); }
 
-extern const Path PATH = {"avx512", avx512_here, quantize, dequantize, finish, adamw, peak,
+extern const Path PATH = {"avx512", avx512_here, quantize, dequantize, dropout_mask, finish, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_F32, &PRODUCTS_F32}};
 }  // namespace hb::avx512

@@ -89,6 +89,6 @@ double peak(DType dtype, int64_t rounds) {
 
 bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
 
-extern const Path PATH = {"avx512_bf16", runs_here, quantize, dequantize, finish, adamw, peak,
+extern const Path PATH = {"avx512_bf16", runs_here, quantize, dequantize, dropout_mask, finish, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_BF16, &PRODUCTS_F32}};
 }  // namespace hb::avx512_bf16

@@ -27,6 +27,6 @@ constexpr const char* NAME = "neon";
 constexpr const char* NAME = "portable";
 #endif
 
-extern const Path PATH = {NAME, runs_here, quantize, dequantize, finish, adamw, peak,
+extern const Path PATH = {NAME, runs_here, quantize, dequantize, dropout_mask, finish, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_F32, &PRODUCTS_F32}};
 }  // namespace hb::portable
