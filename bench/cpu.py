@@ -12,6 +12,7 @@ best tuned (no upcast, no dropout, bf16 LoRA).
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -124,10 +125,10 @@ def our_paths() -> dict[str, str]:
 def torchao_nf4() -> Any:
     """(to_nf4, linear_nf4), or None."""
     try:
-        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
+        module = importlib.import_module("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
     except ImportError:
         return None
-    return to_nf4, linear_nf4
+    return module.to_nf4, module.linear_nf4
 
 
 def quant(who: str, home: Path) -> dict[str, dict[str, float]]:
