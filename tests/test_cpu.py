@@ -341,3 +341,110 @@ def test_one_openmp_runtime():
         line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line and ".so" in line
     }
     assert len({Path(file).resolve() for file in loaded}) <= 1, loaded
+
+
+@needs_library
+@pytest.mark.parametrize(("tokens", "width", "rows"), [(3, 0, 8), (0, 64, 8), (3, 64, 0), (9, 0, 8)])
+def test_empty_products(tokens: int, width: int, rows: int):
+    """Nothing to add up leaves the bias; nothing to fill is filled."""
+    q = nf4.quantize(torch.randn(rows, width)).parts
+    bias = torch.randn(rows)
+    y = ops.linear_4bit(torch.randn(tokens, width), q, rows, bias)
+    dx = ops.linear_4bit_input_grad(torch.randn(tokens, rows), q, width)
+    with cpu.using("torch"):
+        assert torch.equal(y, ops.linear_4bit(torch.randn(tokens, width), q, rows, bias)) or width
+    assert y.shape == (tokens, rows) and dx.shape == (tokens, width) and (rows or not bool(dx.any()))
+    if not width:
+        assert torch.equal(y, bias.expand(tokens, rows))
+
+
+# --- whatever surrounds a call ---
+
+SURROUNDED = """
+import threading, torch
+from halfbyte import codebooks, nf4, ops
+from halfbyte.ops import cpu
+
+generator = torch.Generator().manual_seed(0)
+w = torch.randn(96, 640, generator=generator, dtype=torch.float32)
+x = torch.randn(3, 640, generator=generator, dtype=torch.float32)
+{change}
+
+found = []
+def work():
+    {inside}
+        q = nf4.quantize(w)
+        found.append((cpu.path_in_use(), *q.stored_tensors(), ops.linear_4bit(x, q.parts, 96)))
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(found) == 4 and len({{f[0] for f in found}}) == 1 and found[0][0] != "torch", [f[0] for f in found]
+torch.set_default_dtype(torch.float32)
+with cpu.using("torch"):
+    expected = nf4.quantize(w)
+for _, *stored, y in found:
+    assert all(torch.equal(a, b) for a, b in zip(stored, expected.stored_tensors(), strict=True))
+    assert torch.allclose(y, x @ expected.dequantize().T, atol=1e-4)
+"""
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "inside"),
+    [
+        ("", "if True:"),
+        ("torch.set_default_dtype(torch.bfloat16)", "if True:"),
+        ("torch.set_default_dtype(torch.float64)", "if True:"),
+        ("", "with torch.device('meta'):"),
+        ("", "with torch.inference_mode():"),
+    ],
+)
+def test_first_use_under_any_defaults_and_from_threads(change: str, inside: str):
+    script = SURROUNDED.format(change=change, inside=inside)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_library
+def test_strided_tables():
+    w = torch.randn(64, 128)
+    levels = torch.tensor(codebooks.levels("nf4"), dtype=torch.float32)
+    scales = torch.tensor(codebooks.dynamic_map(signed=True))
+    packed, absmax = ops.quantize_4bit(w, levels, 64)
+    strided = torch.stack([levels, levels], 1)[:, 0]
+    assert torch.equal(ops.quantize_4bit(w, strided, 64)[0], packed)
+    expected = ops.quantize_absmax(absmax, scales, 256)
+    found = ops.quantize_absmax(absmax, torch.stack([scales, scales], 1)[:, 0], 256)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_wrong_tensors_are_refused_before_any_backend():
+    q = nf4.quantize(torch.randn(64, 128)).parts
+    for bias in (torch.ones(1), torch.ones(7)):
+        with pytest.raises(ValueError, match="bias must be"):
+            ops.linear_4bit(torch.randn(3, 128), q, 64, bias)
+    p, maps = torch.randn(4096), [torch.tensor(codebooks.dynamic_map(signed=s)) for s in (True, False)]
+    numbers: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+
+    def step(grad: torch.Tensor = p, codes: torch.Tensor | None = None, table: torch.Tensor = maps[0]) -> None:
+        state = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)] + [torch.zeros(16) for _ in range(2)]
+        state[0] = state[0] if codes is None else codes
+        ops.adamw_8bit_step([p.clone()], [grad], *state, table, maps[1], **numbers)
+
+    step()
+    for change, message in (
+        ({"grad": p.bfloat16()}, "must be fp32"),
+        ({"codes": torch.zeros(4096, 2, dtype=torch.uint8)[:, 0]}, "m_codes must be contiguous"),
+        ({"table": maps[0].double()}, "m_map must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(**change)
+
+
+@needs_library
+def test_a_runs_own_choice_of_kernels_does_not_bind(stories: Path, tmp_path: Path):
+    from halfbyte.config import TrainConfig
+
+    trained = TrainConfig(model=str(stories), data="x", kernels="cpp", bnb_4bit_blocksize=128)
+    assert "kernels" not in trained.holding() and trained.holding()["bnb_4bit_blocksize"] == 128

@@ -129,6 +129,10 @@ class ModelOptions(KernelOptions):
     device: str = option("auto", "cpu, cuda or auto")
     allow_low_coverage: bool = option(False, "accept a model of which under 90 % of the linear weights are in 4 bits")
 
+    def holding(self) -> dict[str, Any]:
+        """The options that say how a base is held, by name; what computes is for each call to say."""
+        return {key: getattr(self, key) for key in ModelOptions.model_fields if key not in KernelOptions.model_fields}
+
     def held_as(self, other: "ModelOptions") -> bool:
         """Whether both hold a base in the same bytes."""
         keys = ["load_in_4bit"]

@@ -531,7 +531,7 @@ def load(model_or_run: str | Path, *, progress: Progress = no_progress, **change
         return model, hub.load_tokenizer(path)
     run = Run.open(model_or_run)
     info, trained = run.info(), run.config()
-    options = ModelOptions(**{**{key: getattr(trained, key) for key in ModelOptions.model_fields}, **changes})
+    options = ModelOptions(**{**trained.holding(), **changes})
     if trained.full:
         model, _ = load_base(run.adapter, options, progress)
     else:

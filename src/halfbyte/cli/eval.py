@@ -56,8 +56,8 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         tuned = measure(model)
         if run.config().full:
             del model
-            held = {key: getattr(run.config(), key) for key in ModelOptions.model_fields}
-            found = measure(load_base(base, ModelOptions(**{**held, **given}), console.progress)[0])
+            held = ModelOptions(**{**run.config().holding(), **given})
+            found = measure(load_base(base, held, console.progress)[0])
         else:
             with adapter_off(model):
                 found = measure(model)

@@ -66,8 +66,14 @@ def adamw_8bit_step(
     ):
         if tensor.dtype != dtype or tensor.numel() != count:
             raise ValueError(f"{name} must be {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}")
-    if any(p.shape != g.shape or p.dtype != torch.float32 for p, g in zip(params, grads, strict=True)):
-        raise ValueError("parameters must be fp32, each with a gradient of its shape")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    for name, table in (("m_map", m_map), ("v_map", v_map)):
+        if table.dtype != torch.float32 or table.shape != (256,) or not table.is_contiguous():
+            raise ValueError(f"{name} must be contiguous fp32 [256], got {table.dtype} {list(table.shape)}")
+    fp32 = all(t.dtype == torch.float32 for t in (*params, *grads))
+    if not fp32 or any(p.shape != g.shape for p, g in zip(params, grads, strict=True)):
+        raise ValueError("parameters and gradients must be fp32, pairwise of one shape")
     torch.ops.halfbyte.adamw_8bit_step(
         params, grads, m_codes, v_codes, m_absmax, v_absmax, m_map, v_map, lr, *betas, eps, weight_decay, step
     )

@@ -12,6 +12,8 @@ operation is exact, within rounding where it is not, only slower. `use` chooses;
 import contextlib
 import ctypes
 import importlib.resources
+import math
+import threading
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -90,6 +92,12 @@ _library: Any = None
 _why = ""
 _chosen = "auto"
 _tried = False
+_lock = threading.Lock()
+
+# where this file's tensors are and what they hold, whatever torch's defaults are at the time
+_HERE: dict[str, Any] = {"device": "cpu"}
+_FP32: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+_BYTES: dict[str, Any] = {"device": "cpu", "dtype": torch.uint8}
 
 
 def _find() -> None:
@@ -97,25 +105,29 @@ def _find() -> None:
     global _library, _why, _tried
     if _tried:
         return
-    _tried = True
-    try:
-        file = importlib.resources.files("halfbyte.ops").joinpath(_NAME)
-        if not file.is_file():
-            _why = "the library was not built (no C++ compiler at installation): plain PyTorch is used, which is slower"
+    with _lock:
+        if _tried:
             return
-        _library = open_library(str(file))
-        _why = _choose_best(_library)
-    except OSError as error:
-        _library, _why = None, f"the library does not load ({error}): plain PyTorch is used, which is slower"
+        try:
+            file = importlib.resources.files("halfbyte.ops").joinpath(_NAME)
+            if file.is_file():
+                library = open_library(str(file))
+                _why = _choose_best(library)
+                _library = library
+            else:
+                _why = "the library was not built (no C++ compiler at installation): plain PyTorch, slower, is used"
+        except OSError as error:
+            _why = f"the library does not load ({error}): plain PyTorch, slower, is used"
+        _tried = True
 
 
 def _choose_best(library: Any) -> str:
     """The first path that agrees with the last, the portable one, on a small product; says which and why."""
     names = library.hb_paths().decode().split()
-    generator = torch.Generator().manual_seed(0)
-    packed = torch.randint(0, 256, (64 * 128 // 2,), dtype=torch.uint8, generator=generator)
-    absmax, quant_map = torch.rand(128, generator=generator), torch.linspace(-1, 1, 16)
-    x = torch.randn(40, 128, generator=generator).bfloat16()
+    generator = torch.Generator("cpu").manual_seed(0)
+    packed = torch.randint(0, 256, (64 * 128 // 2,), generator=generator, **_BYTES)
+    absmax, quant_map = torch.rand(128, generator=generator, **_FP32), torch.linspace(-1, 1, 16, **_FP32)
+    x = torch.randn(40, 128, generator=generator, **_FP32).bfloat16()
     parts = (packed, absmax, quant_map, None, None, None, 64, 256)
 
     def product(name: str) -> Tensor:
@@ -227,15 +239,15 @@ def _weight(parts: Any, numel: int) -> tuple[_FourBit, list[Any]]:
 
 def _quantize(library: Any, weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     flat, n = weight.contiguous(), weight.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    quant_map = quant_map.contiguous()
+    packed, absmax = torch.empty((n + 1) // 2, **_BYTES), torch.empty(-(-n // block_size), **_FP32)
     call(
         library,
         "hb_quantize",
         flat.data_ptr(),
         _DTYPES[flat.dtype],
         n,
-        quant_map.contiguous().data_ptr(),
+        quant_map.data_ptr(),
         block_size,
         packed.data_ptr(),
         packed.numel(),
@@ -249,16 +261,15 @@ def _quantize(library: Any, weight: Tensor, quant_map: Tensor, block_size: int) 
 def _quantize_absmax(
     library: Any, absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    absmax, blocks = absmax.contiguous(), absmax.numel()
-    codes = torch.empty(blocks, dtype=torch.uint8)
-    nested_absmax = torch.empty(-(-blocks // nested_block_size))
-    offset = torch.empty(())
+    absmax, table, blocks = absmax.contiguous(), nested_quant_map.contiguous(), absmax.numel()
+    codes, nested_absmax = torch.empty(blocks, **_BYTES), torch.empty(-(-blocks // nested_block_size), **_FP32)
+    offset = torch.empty((), **_FP32)
     call(
         library,
         "hb_quantize_absmax",
         absmax.data_ptr(),
         blocks,
-        nested_quant_map.contiguous().data_ptr(),
+        table.data_ptr(),
         nested_block_size,
         codes.data_ptr(),
         nested_absmax.data_ptr(),
@@ -307,9 +318,9 @@ def _product(
 ) -> Tensor:
     x = x.contiguous()
     extras = [None if t is None else t.to(x.dtype).contiguous() for t in (bias, u, low_rank)]
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, **_HERE)
     weight, _alive = _weight(parts, numel)
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    tokens = math.prod(x.shape[:-1])
     biases = [] if name == "hb_linear_input_grad" else [_pointer(extras[0])]
     call(
         library,

@@ -302,6 +302,8 @@ def linear_4bit(
     """
     if x.dtype not in FLOATS:
         raise TypeError(f"a 4-bit linear computes in fp32, bf16 or fp16; the input is {x.dtype}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be [{out_features}], got {list(bias.shape)}")
     check_storage(q, out_features * x.shape[-1])
     _check_low_rank(x, u, b, (out_features, -1 if u is None else u.shape[-1]))
     return torch.ops.halfbyte.linear_4bit(x, *q, out_features, bias, u, b)

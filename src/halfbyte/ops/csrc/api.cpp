@@ -162,7 +162,7 @@ struct Buffer {
     size_t size = 0;
     ~Buffer() { std::free(start); }
     void* take(int64_t bytes) {
-        size_t wanted = (size_t(bytes) + 4095) / 4096 * 4096;
+        size_t wanted = std::max<size_t>(4096, (size_t(bytes) + 4095) / 4096 * 4096);
         if (wanted > size) {
             std::free(start);
             start = std::aligned_alloc(4096, wanted);
@@ -233,7 +233,7 @@ const Nearest* nearest_of(const float* levels) {
     std::lock_guard<std::mutex> guard(mutex);
     for (Node* node = nodes; node; node = node->next)
         if (!std::memcmp(node->nearest.levels, levels, sizeof node->nearest.levels)) return &node->nearest;
-    if (count >= 64) return nullptr;
+    if (count >= 4096) return nullptr;  // a gigabyte of tables
     Node* node = new (std::nothrow) Node;
     if (!node) return nullptr;
     build(node->nearest, levels);
@@ -328,6 +328,8 @@ void multiply_block(const Products& p, const Path& path, const Job& job, const O
             first = false;
         }
     }
+    if (first)  // nothing to add up
+        for (int64_t row = 0; row < block.rows; row++) std::memset(sums + row * sums_stride, 0, size_t(block.columns) * 4);
     const int64_t size = size_of(job.dtype);
     path.finish(sums, sums_stride, job.bias ? at(job.bias, block.column * size) : nullptr, job.dtype, block.rows,
                 block.columns, at(job.c, (block.row * job.columns + block.column) * size), job.columns);
