@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hub, nf4
+from . import hub, nf4, ops
 from .attention import segments
 from .config import ModelOptions
 from .errors import HalfbyteError, ModelError, UsageError
@@ -278,7 +278,14 @@ class _Filler:
         }
         self.records: list[dict[str, Any]] = []
         self.hashes: dict[str, futures.Future[str]] = {}
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        # where weights are read to be quantized: the same memory for all, so that freed pieces of their size do not
+        # pile up between the pieces that stay
+        read = [
+            n for n in plain if options.load_in_4bit and self.targets[n] in self.linear and n not in self.stored_4bit
+        ]
+        most = max((checkpoint.entries[n].nbytes for n in read), default=0)
+        self.buffer = torch.empty(most, dtype=torch.uint8)
+        self.room = torch.empty(2, _SAMPLE if read else 0, device=device)
         self.hasher = futures.ThreadPoolExecutor(max_workers=1)
 
     def check_names(self) -> None:
@@ -317,7 +324,7 @@ class _Filler:
             value: Tensor = self._stored(source, target)
         else:
             in_4bit = target in self.linear and self.options.load_in_4bit
-            tensor = self.checkpoint.read(source, self._buffer(source) if in_4bit else None)
+            tensor = self.checkpoint.read(source, self.buffer if in_4bit else None)
             if not in_4bit:
                 self._hash(source, [tensor])
             if attribute in module._buffers:
@@ -337,13 +344,6 @@ class _Filler:
                 value = tensor.to(self.device, self.dtype)
                 self._refuse_non_finite(source, value)
         module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-
-    def _buffer(self, source: str) -> Tensor:
-        """Where a weight is read to be quantized: the same memory for all of them, so that freed pieces of their size
-        do not pile up between the pieces that stay."""
-        if self.buffer.numel() < self.checkpoint.entries[source].nbytes:
-            self.buffer = torch.empty(self.checkpoint.entries[source].nbytes, dtype=torch.uint8)
-        return self.buffer
 
     def _stored(self, source: str, target: str) -> Tensor:
         tensor = nf4.read_stored(self.checkpoint, source)
@@ -403,7 +403,7 @@ class _Filler:
             "weights": quantized.numel(),
         }
         if original is not None:
-            record["relative_mse"] = relative_error(quantized, original)
+            record["relative_mse"] = relative_error(quantized, original, self.room)
         return record
 
     def coverage(self) -> float:
@@ -423,8 +423,12 @@ def _digest(tensors: list[Tensor]) -> str:
 _SAMPLE = 1 << 20
 
 
-def relative_error(quantized: NF4Tensor, original: Tensor) -> float:
-    """Squared quantization error over squared weight, of the first million weights (whole blocks)."""
+def relative_error(quantized: NF4Tensor, original: Tensor, room: Tensor) -> float:
+    """Squared quantization error over squared weight, of the first million weights (whole blocks).
+
+    Args:
+        room: fp32 [2, a million], overwritten: temporary tensors between the weights that stay would split the heap.
+    """
     n = min(_SAMPLE, original.numel())
     n = n if n == original.numel() else n - n % quantized.block_size
     parts = quantized.parts
@@ -436,10 +440,11 @@ def relative_error(quantized: NF4Tensor, original: Tensor) -> float:
             absmax=parts.absmax[:blocks],
             nested_absmax=None if parts.nested_absmax is None else parts.nested_absmax[:groups],
         )
-    values = NF4Tensor(parts, torch.Size([n]), torch.float32, quantized.quant_type).dequantize(torch.float32)
-    reference = original.reshape(-1)[:n].to(values.device).float()
-    power = float(reference.square().sum())
-    return float((values - reference).square().sum()) / power if power else 0.0
+    values, reference = room[0, :n], room[1, :n]
+    ops.dequantize_4bit(parts, n, torch.float32, values)
+    reference.copy_(original.reshape(-1)[:n])
+    power = float(torch.linalg.vector_norm(reference))
+    return (float(torch.linalg.vector_norm(values.sub_(reference))) / power) ** 2 if power else 0.0
 
 
 def _parents(name: str) -> set[str]:
