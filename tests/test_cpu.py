@@ -271,6 +271,15 @@ def test_linear_arguments_are_checked():
 
 
 @needs_library
+@pytest.mark.parametrize("part", ["packed", "absmax", "quant_map", "nested_absmax"])
+def test_dequantizing_over_its_own_storage_is_refused(part: str):
+    q = nf4.quantize(torch.randn(8, 64)).parts
+    weight = cpu._weight(q, 512)[0]
+    with pytest.raises(ValueError, match=f"out and {part} overlap"):
+        cpu.call(cpu.active(), "hb_dequantize", weight, getattr(q, part).data_ptr() // 4 * 4, 0, 512, 1)
+
+
+@needs_library
 def test_random_arguments_never_end_the_process():
     """Hostile counts, sizes and pointers in every place: a code comes back."""
     chance = random.Random(0)
@@ -442,9 +451,8 @@ def test_wrong_tensors_are_refused_before_any_backend():
             step(**change)
 
 
-@needs_library
-def test_a_runs_own_choice_of_kernels_does_not_bind(stories: Path, tmp_path: Path):
+def test_a_runs_own_choice_of_kernels_does_not_bind():
     from halfbyte.config import TrainConfig
 
-    trained = TrainConfig(model=str(stories), data="x", kernels="cpp", bnb_4bit_blocksize=128)
+    trained = TrainConfig(model="demo", data="x", kernels="cpp", bnb_4bit_blocksize=128)
     assert "kernels" not in trained.holding() and trained.holding()["bnb_4bit_blocksize"] == 128

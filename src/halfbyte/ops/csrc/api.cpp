@@ -564,6 +564,8 @@ int32_t hb_dequantize(const hb_fourbit* weight, void* out, int32_t dtype, int64_
     CHECK(check_weight(weight, out_count));
     const Span spans[] = {{"packed", weight->packed, weight->packed_count, 1},
                           {"absmax", weight->absmax, weight->absmax_count, weight->nested_absmax ? 1 : 4},
+                          {"quant_map", weight->quant_map, 16, 4},
+                          {"nested_absmax", weight->nested_absmax, weight->nested_absmax ? weight->nested_count : 0, 4},
                           {"out", out, out_count, size_of(dtype)}};
     CHECK(check_spans(spans, 1));
     const Path& now = path();

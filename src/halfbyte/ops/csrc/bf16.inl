@@ -1,8 +1,6 @@
 // Products of bf16 pairs, for processors with dpbf16 (AVX512_BF16) or AMX. A dword of B
 // holds the two weights that are multiplied with a pair of A. Included after linear.inl.
 
-inline int64_t block_of(const hb_fourbit& q, int64_t i) { return i / q.block_size; }
-
 // whether chunks of 64 weights never straddle a block nor begin at an odd place, for rows of `width`
 inline bool regular(const hb_fourbit& q, int64_t width, int64_t column) {
     return q.block_size % 64 == 0 && width % 64 == 0 && column % 64 == 0;
