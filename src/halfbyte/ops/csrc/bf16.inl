@@ -1,5 +1,5 @@
 // Products of bf16 pairs, for processors with dpbf16 (AVX512_BF16) or AMX. A dword of B
-// holds the two weights that are multiplied with a pair of A. Included after linear.inl.
+// holds the two weights that are multiplied with a pair of A. Included after kernels.inl.
 
 // whether chunks of 64 weights never straddle a block nor begin at an odd place, for rows of `width`
 inline bool regular(const hb_fourbit& q, int64_t width, int64_t column) {

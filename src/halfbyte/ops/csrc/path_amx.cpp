@@ -6,9 +6,7 @@
 #include "tiles.h"
 
 namespace hb::amx {
-#include "exact.inl"
-#include "avx512.inl"
-#include "linear.inl"
+#include "kernels.inl"
 #include "bf16.inl"
 
 constexpr int64_t TILE_ROWS = 16, TILE_DEPTH = 32, TILE = TILE_ROWS * TILE_DEPTH;

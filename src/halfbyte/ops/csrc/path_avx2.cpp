@@ -11,8 +11,7 @@
 #define HB_WIDTH 8
 
 namespace hb::avx2 {
-#include "exact.inl"
-#include "linear.inl"
+#include "kernels.inl"
 
 double peak(DType, int64_t rounds) { return peak_f32(rounds); }
 

@@ -2,9 +2,7 @@
 #include "path_avx512.h"
 
 namespace hb::avx512 {
-#include "exact.inl"
-#include "avx512.inl"
-#include "linear.inl"
+#include "kernels.inl"
 
 double peak(DType, int64_t rounds) { return peak_f32(rounds); }
 

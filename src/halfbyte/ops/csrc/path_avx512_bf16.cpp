@@ -2,9 +2,7 @@
 #include "path_avx512.h"
 
 namespace hb::avx512_bf16 {
-#include "exact.inl"
-#include "avx512.inl"
-#include "linear.inl"
+#include "kernels.inl"
 #include "bf16.inl"
 
 void pack_a_bf16(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed) {

@@ -14,8 +14,7 @@
 #define HB_WIDTH 4
 
 namespace hb::portable {
-#include "exact.inl"
-#include "linear.inl"
+#include "kernels.inl"
 
 double peak(DType, int64_t rounds) { return peak_f32(rounds); }
 

@@ -1,25 +1,5 @@
 // The products of the 4-bit linear layers: how 4-bit weights become packed operands in cache, and the register tiles
-// that multiply them. Included by each path_*.cpp inside its own namespace, after exact.inl.
-
-inline vf multiply_add(vf a, vf b, vf c) {
-#if HB_WIDTH == 16
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif HB_WIDTH == 8
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_NEON)
-    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
-
-inline vf all(float value) { return value - vf{}; }
-
-inline float sum_of(vf v) {
-    float total = 0;
-    for (int j = 0; j < W; j++) total += v[j];
-    return total;
-}
+// that multiply them.
 
 constexpr int64_t DEPTH = 512;  // rows of B in a panel; temporaries on the stack are this long
 
