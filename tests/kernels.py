@@ -201,11 +201,11 @@ def adamw(fence: Fence, chance: random.Random) -> None:
 
 def dropout(fence: Fence, chance: random.Random) -> None:
     numel, threshold = chance.choice((1, 7, 8, 9, 513, chance.randrange(1, 70000))), chance.choice((0, 1, 3277, 65535))
-    counters = [chance.randrange(1 << 32) for _ in range(3)]
-    seed, out = chance.randrange(1 << 63), fence.empty((numel,), torch.uint8)
-    torch.ops.halfbyte.dropout_mask(out.view(torch.bool), threshold, seed, *counters)
+    numbers = ops.Dropout(threshold, chance.randrange(1 << 63), *(chance.randrange(1 << 32) for _ in range(3)))
+    out = fence.empty((numel,), torch.uint8)
+    torch.ops.halfbyte.dropout_mask(out.view(torch.bool), list(numbers))
     with cpu.using("torch"):
-        same("mask", out.bool(), ops.dropout_mask(numel, threshold, seed, *counters, out.device))
+        same("mask", out.bool(), ops.dropout_mask(numel, numbers, out.device))
 
 
 def huge() -> None:

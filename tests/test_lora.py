@@ -70,7 +70,7 @@ def test_gradients_equal_autograds(rslora: bool):
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(2, 7, 96, generator=generator).double().requires_grad_()
     threshold = ops.drop_threshold(0.25)
-    mask = ops.dropout_mask(x.numel(), threshold, 7, 3, 1, 5, x.device).view_as(x)
+    mask = ops.dropout_mask(x.numel(), ops.Dropout(threshold, 7, 3, 1, 5), x.device).view_as(x)
     dropped = x * mask / (1 - threshold / ops.DROPOUT_RESOLUTION)
     y = (
         nn.functional.linear(x, layer.base_weight().double(), layer.bias.double())
@@ -118,17 +118,17 @@ def test_masks_are_philox():
     for block in range(13):
         words = philox_in_python([block, layer, micro, step], [seed & 0xFFFFFFFF, seed >> 32])
         expected += [half >= threshold for word in words for half in (word & 0xFFFF, word >> 16)]
-    mask = ops.dropout_mask(n, threshold, seed, step, micro, layer, torch.device("cpu"))
+    mask = ops.dropout_mask(n, ops.Dropout(threshold, seed, step, micro, layer), torch.device("cpu"))
     assert mask.tolist() == expected[:n]
 
 
 def test_masks_do_not_depend_on_how_much_is_asked_for():
-    long = ops.dropout_mask(600_000, 3277, 1, 2, 3, 4, torch.device("cpu"))
-    assert torch.equal(ops.dropout_mask(1000, 3277, 1, 2, 3, 4, torch.device("cpu")), long[:1000])
+    long = ops.dropout_mask(600_000, ops.Dropout(3277, 1, 2, 3, 4), torch.device("cpu"))
+    assert torch.equal(ops.dropout_mask(1000, ops.Dropout(3277, 1, 2, 3, 4), torch.device("cpu")), long[:1000])
     share = 1 - 3277 / 65536
     # five standard deviations of a binomial of 600,000
     assert abs(float(long.float().mean()) - share) < 5 * (share * (1 - share) / 600_000) ** 0.5
-    other = ops.dropout_mask(600_000, 3277, 1, 2, 3, 5, torch.device("cpu"))
+    other = ops.dropout_mask(600_000, ops.Dropout(3277, 1, 2, 3, 5), torch.device("cpu"))
     both = float((long & other).float().mean())
     assert abs(both - share**2) < 0.002, "layers are independent"
 

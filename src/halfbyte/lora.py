@@ -2,14 +2,14 @@
 
     y = x W^T + b + s * drop(x) A^T B^T        A: [r, in], B: [out, r], s = alpha / r (rsLoRA: alpha / sqrt(r))
 
-One autograd function computes both branches, so that only x, A, B and the 4-bit weight are kept for the backward pass:
+One autograd function computes both branches, so that only x, u, the rounded A and B and the 4-bit weight are kept for the backward pass:
 
-    u  = drop(x) A^T                       [.., r]   recomputed from x, cheap
+    u  = drop(x) A^T                       [.., r]
     du = dy (s B)                          [.., r]
     dB = s * dy^T u,   dA = du^T drop(x),   dx = dy W + drop^T(du A)
 
-The dropout mask is a function of (seed, step, micro-batch, layer) (`ops.dropout_mask`): it is recomputed, never stored,
-and the factor 1 / (1 - p) is folded into s, and s into B before B is rounded. A and B are fp32 masters; products run in
+The dropout mask is a function of (seed, step, micro-batch, layer) (`ops.Dropout`): it is recomputed, never stored, and
+the factor 1 / (1 - p) is folded into s, and s into B before B is rounded. A and B are fp32 masters; products run in
 the dtype of x, and the adapter's term joins the base's before the sum is rounded.
 
 `LoraLinear` is a `torch.nn.Linear` with two more parameters, made in place from one: the model keeps its module names
@@ -92,13 +92,15 @@ class LoraLinear(nn.Linear):
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
-        threshold = ops.drop_threshold(self.adapter.dropout) if self.training else 0
-        return _lora_linear(
-            input, self.weight, self.bias, self.lora_A, self.lora_B, self.adapter.scaling, threshold, self._counters()
+        return _LoraLinear.apply(  # pyright: ignore[reportReturnType]
+            input, self.weight, self.bias, self.lora_A, self.lora_B, self.adapter.scaling, self._dropout()
         )
 
-    def _counters(self) -> tuple[int, int, int, int]:
-        return self.clock.seed, self.clock.step, self.clock.micro_batch, self.layer_index
+    def _dropout(self) -> ops.Dropout:
+        if not self.training or not self.adapter.dropout:
+            return ops.NO_DROPOUT
+        threshold, clock = ops.drop_threshold(self.adapter.dropout), self.clock
+        return ops.Dropout(threshold, clock.seed, clock.step, clock.micro_batch, self.layer_index)
 
     def delta(self) -> Tensor:
         """s B A in fp32 [out, in]: what the adapter adds to the weight."""
@@ -107,19 +109,6 @@ class LoraLinear(nn.Linear):
     def base_weight(self) -> Tensor:
         """The frozen weight as an ordinary tensor."""
         return self.weight.dequantize() if isinstance(self.weight, NF4Tensor) else self.weight.detach()
-
-
-def _lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-    threshold: int,
-    counters: tuple[int, int, int, int],
-) -> Tensor:
-    return _LoraLinear.apply(x, weight, bias, a, b, scaling, threshold, counters)  # pyright: ignore[reportReturnType]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -134,36 +123,23 @@ class _LoraLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-        threshold: int,
-        counters: tuple[int, int, int, int],
+        dropout: ops.Dropout,
     ) -> Tensor:
-        ctx.save_for_backward(x, a, b)
-        ctx.weight, ctx.threshold, ctx.counters = weight, threshold, counters
-        ctx.scaling = scaling * ops.DROPOUT_RESOLUTION / (ops.DROPOUT_RESOLUTION - threshold)
-        u = functional.linear(_dropped(x, threshold, counters), a.to(x.dtype))
-        return _product(x, weight, bias, u, (b * ctx.scaling).to(x.dtype))
+        scale = scaling * ops.DROPOUT_RESOLUTION / (ops.DROPOUT_RESOLUTION - dropout.threshold)
+        narrow_a, narrow_b = a.to(x.dtype), (b * scale).to(x.dtype)
+        u = ops.lora_input(x, narrow_a, dropout)
+        ctx.save_for_backward(x, u, narrow_a, narrow_b)
+        ctx.weight, ctx.scale, ctx.dropout = weight, scale, dropout
+        return _product(x, weight, bias, u, narrow_b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, a, b = ctx.saved_tensors
-        (grad,) = grads
-        dy = grad.reshape(-1, grad.shape[-1])
-        mask = _mask(x, ctx.threshold, ctx.counters)
-        dropped = (x if mask is None else x * mask).reshape(-1, x.shape[-1])
-        narrow_a = a.to(x.dtype)
-        du = dy @ (b * ctx.scaling).to(dy.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            if mask is None:
-                dx = _input_grad(dy, ctx.weight, du, narrow_a)
-            else:
-                dx = _input_grad(dy, ctx.weight, None, None).add_((du @ narrow_a).mul_(mask.view(-1, x.shape[-1])))
-            dx = dx.view_as(x)
-        u = dropped @ narrow_a.t()
-        da = (du.t() @ dropped).to(a.dtype)
-        db = (dy.t() @ u).to(b.dtype).mul_(ctx.scaling)
-        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, da, db, None, None, None
+        x, u, a, b = ctx.saved_tensors
+        (dy,) = grads
+        du, da, db = ops.lora_grads(dy, x, u, b, ctx.scale, ctx.dropout)
+        dx = _input_grad(dy, ctx.weight, du, a, ctx.dropout) if ctx.needs_input_grad[0] else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, da, db, None, None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, b: Tensor) -> Tensor:
@@ -175,25 +151,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, b: Tenso
     return y
 
 
-def _input_grad(dy: Tensor, weight: Tensor, du: Tensor | None, a: Tensor | None) -> Tensor:
-    """dy W + du a."""
+def _input_grad(dy: Tensor, weight: Tensor, du: Tensor, a: Tensor, dropout: ops.Dropout) -> Tensor:
+    """dy W + drop(du a)."""
     if isinstance(weight, NF4Tensor):
-        return ops.linear_4bit_input_grad(dy, weight.parts, weight.shape[1], du, a)
-    dx = dy @ weight
-    return dx if du is None or a is None else dx.addmm_(du, a)
-
-
-def _mask(x: Tensor, threshold: int, counters: tuple[int, int, int, int]) -> Tensor | None:
-    """bool like x, or None where nothing is dropped."""
-    if threshold == 0:
-        return None
-    seed, step, micro_batch, layer = counters
-    return ops.dropout_mask(x.numel(), threshold, seed, step, micro_batch, layer, x.device).view_as(x)
-
-
-def _dropped(x: Tensor, threshold: int, counters: tuple[int, int, int, int]) -> Tensor:
-    mask = _mask(x, threshold, counters)
-    return x if mask is None else x * mask
+        return ops.linear_4bit_input_grad(dy, weight.parts, weight.shape[1], du, a, dropout)
+    return ops.add_low_rank(dy @ weight, du, a, dropout)
 
 
 # --- on a model -------------------------------------------------------------------------------------------------------

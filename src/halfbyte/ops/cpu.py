@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .library import LIBRARY
 
-ABI = 1
+ABI = 2
 KERNELS = ("auto", "cpp", "torch")
 _NAME = "halfbyte_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -49,6 +49,31 @@ class _FourBit(ctypes.Structure):
     ]
 
 
+class _Dropout(ctypes.Structure):
+    """hb_dropout of halfbyte.h."""
+
+    _fields_ = [
+        ("seed", c_uint64),
+        ("step", c_uint32),
+        ("micro_batch", c_uint32),
+        ("layer", c_uint32),
+        ("threshold", c_int32),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    """hb_attention of halfbyte.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v")),
+        *((name, c_int64) for name in ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")),
+        ("bounds", c_void_p),
+        *((name, c_int64) for name in ("segments", "tokens", "heads", "kv_heads", "dim", "window")),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
 _p, _n, _i, _f = c_void_p, c_int64, c_int32, c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hb_abi": (c_int32, []),
@@ -59,9 +84,18 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hb_quantize": (c_int32, [_p, _i, _n, _p, _i, _p, _n, _p, _n, _i]),
     "hb_quantize_absmax": (c_int32, [_p, _n, _p, _i, _p, _p, _n, _p, _i]),
     "hb_dequantize": (c_int32, [POINTER(_FourBit), _p, _i, _n, _i]),
-    "hb_dropout_mask": (c_int32, [_p, _n, _i, c_uint64, c_uint32, c_uint32, c_uint32, _i]),
+    "hb_dropout_mask": (c_int32, [_p, _n, POINTER(_Dropout), _i]),
     "hb_linear": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _p, _n, _p, _i, _i]),
-    "hb_linear_input_grad": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _n, _p, _i, _i]),
+    "hb_linear_input_grad": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _n, POINTER(_Dropout), _p, _i, _i]),
+    "hb_lora_input": (c_int32, [_p, _n, _n, _p, _n, POINTER(_Dropout), _p, _i, _i]),
+    "hb_lora_grads": (c_int32, [_p, _p, _p, _p, _n, _n, _n, _n, _f, POINTER(_Dropout), _p, _p, _p, _i, _i]),
+    "hb_rms_norm": (c_int32, [_p, _p, _n, _n, _f, _f, _i, _p, _p, _i, _i]),
+    "hb_rms_norm_grad": (c_int32, [_p, _p, _p, _p, _n, _n, _f, _p, _i, _i]),
+    "hb_gated": (c_int32, [_p, _n, _p, _n, _n, _n, _i, _p, _i, _i]),
+    "hb_gated_grad": (c_int32, [_p, _p, _n, _p, _n, _n, _n, _i, _p, _p, _i, _i]),
+    "hb_cross_entropy": (c_int32, [_p, _p, _n, _n, _p, _p, _i, _i]),
+    "hb_attention_forward": (c_int32, [POINTER(_Attention), _p, _p, _i, _i]),
+    "hb_attention_backward": (c_int32, [POINTER(_Attention), _p, _n, _n, _p, _p, _p, _p, _p, _i, _i]),
     "hb_adamw_8bit": (
         c_int32,
         [_p, _p, _p, _n, _p, _p, _p, _p, _n, _p, _p, _f, _f, _f, _f, _f, _f, _f, _i],
@@ -286,11 +320,49 @@ def _dequantize(library: Any, *args: Any) -> None:
     call(library, "hb_dequantize", weight, out.data_ptr(), _DTYPES[out.dtype], out.numel(), torch.get_num_threads())
 
 
-def _dropout_mask(
-    library: Any, out: Tensor, threshold: int, seed: int, step: int, micro_batch: int, layer: int
-) -> None:
-    arguments = (threshold, seed, step, micro_batch, layer, torch.get_num_threads())
-    call(library, "hb_dropout_mask", out.data_ptr(), out.numel(), *arguments)
+def _dropout(dropout: list[int]) -> _Dropout | None:
+    threshold, seed, step, micro_batch, layer = dropout
+    return _Dropout(seed & 0x7FFFFFFFFFFFFFFF, step, micro_batch, layer, threshold) if threshold else None
+
+
+def _dropout_mask(library: Any, out: Tensor, dropout: list[int]) -> None:
+    threshold, seed, step, micro_batch, layer = dropout
+    numbers = _Dropout(seed & 0x7FFFFFFFFFFFFFFF, step, micro_batch, layer, threshold)
+    call(library, "hb_dropout_mask", out.data_ptr(), out.numel(), numbers, torch.get_num_threads())
+
+
+def _lora_input(library: Any, x: Tensor, a: Tensor, dropout: list[int]) -> Tensor:
+    x, a = x.contiguous(), a.to(x.dtype).contiguous()
+    rank, width = a.shape
+    u = torch.empty((*x.shape[:-1], rank), dtype=x.dtype, **_HERE)
+    sizes = (math.prod(x.shape[:-1]), width)
+    pointers = (x.data_ptr(), *sizes, a.data_ptr(), rank, _dropout(dropout), u.data_ptr())
+    call(library, "hb_lora_input", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
+    return u
+
+
+def _lora_grads(
+    library: Any, dy: Tensor, x: Tensor, u: Tensor, b: Tensor, scale: float, dropout: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, x, u, b = dy.contiguous(), x.contiguous(), u.contiguous(), b.to(dy.dtype).contiguous()
+    rank = u.shape[-1]
+    du = torch.empty(u.shape, dtype=u.dtype, **_HERE)
+    da, db = torch.empty((rank, x.shape[-1]), **_FP32), torch.empty(b.shape, **_FP32)
+    call(
+        library,
+        "hb_lora_grads",
+        *(t.data_ptr() for t in (dy, x, u, b)),
+        math.prod(x.shape[:-1]),
+        x.shape[-1],
+        dy.shape[-1],
+        rank,
+        scale,
+        _dropout(dropout),
+        *(t.data_ptr() for t in (du, da, db)),
+        _DTYPES[dy.dtype],
+        torch.get_num_threads(),
+    )
+    return du, da, db
 
 
 def _linear(library: Any, x: Tensor, *args: Any) -> Tensor:
@@ -299,10 +371,9 @@ def _linear(library: Any, x: Tensor, *args: Any) -> Tensor:
 
 
 def _input_grad(library: Any, grad: Tensor, *args: Any) -> Tensor:
-    *parts, in_features, du, a = args
-    return _product(
-        library, "hb_linear_input_grad", grad, parts, grad.shape[-1] * in_features, in_features, None, du, a
-    )
+    *parts, in_features, du, a, dropout = args
+    numel = grad.shape[-1] * in_features
+    return _product(library, "hb_linear_input_grad", grad, parts, numel, in_features, None, du, a, _dropout(dropout))
 
 
 def _product(
@@ -315,13 +386,14 @@ def _product(
     bias: Tensor | None,
     u: Tensor | None,
     low_rank: Tensor | None,
+    dropout: _Dropout | None = None,
 ) -> Tensor:
     x = x.contiguous()
     extras = [None if t is None else t.to(x.dtype).contiguous() for t in (bias, u, low_rank)]
     out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, **_HERE)
     weight, _alive = _weight(parts, numel)
     tokens = math.prod(x.shape[:-1])
-    biases = [] if name == "hb_linear_input_grad" else [_pointer(extras[0])]
+    backward = name == "hb_linear_input_grad"
     call(
         library,
         name,
@@ -330,15 +402,111 @@ def _product(
         x.shape[-1],
         columns,
         weight,
-        *biases,
+        *([] if backward else [_pointer(extras[0])]),
         _pointer(extras[1]),
         _pointer(extras[2]),
         0 if u is None else u.shape[-1],
+        *([dropout] if backward else []),
         out.data_ptr(),
         _DTYPES[x.dtype],
         torch.get_num_threads(),
     )
     return out
+
+
+def _rms_norm(
+    library: Any, x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    x, weight = x.contiguous(), weight.contiguous()
+    y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], **_FP32)
+    sizes = (inverse.numel(), x.shape[-1])
+    pointers = (x.data_ptr(), weight.data_ptr(), *sizes, eps, offset, cast_first, y.data_ptr(), inverse.data_ptr())
+    call(library, "hb_rms_norm", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
+    return y, inverse
+
+
+def _rms_norm_grad(library: Any, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+    dy, x, weight, inverse = (t.contiguous() for t in (dy, x, weight, inverse))
+    dx = torch.empty_like(x)
+    pointers = (*(t.data_ptr() for t in (dy, x, weight, inverse)), inverse.numel(), x.shape[-1], offset, dx.data_ptr())
+    call(library, "hb_rms_norm_grad", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
+    return dx
+
+
+def _rows(t: Tensor) -> tuple[Tensor, int]:
+    """The tensor with rows at one stride, and that stride."""
+    width = t.shape[-1]
+    if t.stride(-1) == 1 or width == 1:
+        stride = t.stride(-2) if t.dim() > 1 else width
+        expected, fits = stride, stride >= width
+        for size, found in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1]), strict=True):
+            fits = fits and (size == 1 or found == expected)
+            expected *= size
+        if fits:
+            return t, stride
+    return t.contiguous(), width
+
+
+def _gated(library: Any, gate: Tensor, up: Tensor, activation: int) -> Tensor:
+    (gate, gate_stride), (up, up_stride) = _rows(gate), _rows(up)
+    y = torch.empty(gate.shape, dtype=gate.dtype, **_HERE)
+    sizes = (math.prod(gate.shape[:-1]), gate.shape[-1])
+    pointers = (gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, *sizes, activation, y.data_ptr())
+    call(library, "hb_gated", *pointers, _DTYPES[gate.dtype], torch.get_num_threads())
+    return y
+
+
+def _gated_grad(library: Any, dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+    (gate, gate_stride), (up, up_stride), dy = _rows(gate), _rows(up), dy.contiguous()
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, **_HERE) for _ in range(2))
+    sizes = (math.prod(gate.shape[:-1]), gate.shape[-1])
+    pointers = (dy.data_ptr(), gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, *sizes, activation)
+    outputs = (dgate.data_ptr(), dup.data_ptr(), _DTYPES[gate.dtype], torch.get_num_threads())
+    call(library, "hb_gated_grad", *pointers, *outputs)
+    return dgate, dup
+
+
+def _cross_entropy(library: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits, labels = logits.contiguous(), labels.contiguous()
+    losses, grad = torch.empty(labels.shape, **_FP32), torch.empty_like(logits)
+    pointers = (logits.data_ptr(), labels.data_ptr(), *logits.shape, losses.data_ptr(), grad.data_ptr())
+    call(library, "hb_cross_entropy", *pointers, _DTYPES[logits.dtype], torch.get_num_threads())
+    return losses, grad
+
+
+def _heads(t: Tensor) -> Tensor:
+    """[T, heads, d] with d contiguous and strides the library takes."""
+    return t if (t.stride(2) == 1 or t.shape[2] == 1) and min(t.stride()) > 0 else t.contiguous()
+
+
+def _attention_job(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int, softcap: float
+) -> tuple[_Attention, list[Tensor]]:
+    """The structure, and what must live as long as it does."""
+    q, k, v, bounds = _heads(q), _heads(k), _heads(v), bounds.contiguous()
+    strides = [n for t in (q, k, v) for n in t.stride()[:2]]
+    sizes = (bounds.numel() - 1, q.shape[0], q.shape[1], k.shape[1], q.shape[2], window)
+    pointers = [t.data_ptr() for t in (q, k, v)]
+    return _Attention(*pointers, *strides, bounds.data_ptr(), *sizes, scale, softcap), [q, k, v, bounds]
+
+
+def _attention(library: Any, q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    job, _alive = _attention_job(q, *args)
+    out = torch.empty(q.shape, dtype=q.dtype, **_HERE)
+    lse = torch.empty((q.shape[1], q.shape[0]), **_FP32)
+    pointers = (job, out.data_ptr(), lse.data_ptr())
+    call(library, "hb_attention_forward", *pointers, _DTYPES[q.dtype], torch.get_num_threads())
+    return out, lse
+
+
+def _attention_grad(library: Any, dout: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, bounds, out, lse, *form = args
+    job, _alive = _attention_job(q, k, v, bounds, *form)
+    dout, out, lse = _heads(dout), out.contiguous(), lse.contiguous()
+    dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, **_HERE) for t in (q, k, v))
+    pointers = (dout.data_ptr(), *dout.stride()[:2], *(t.data_ptr() for t in (out, lse, dq, dk, dv)))
+    call(library, "hb_attention_backward", job, *pointers, _DTYPES[q.dtype], torch.get_num_threads())
+    return dq, dk, dv
 
 
 def _adamw_8bit_step(library: Any, params: list[Tensor], grads: list[Tensor], *rest: Any) -> None:

@@ -10,6 +10,8 @@ Everything is integer arithmetic, so every backend gives the same bits. The arit
 has no unsigned 32-bit multiply; the products wrap, and only their low and high 32 bits are used.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -36,20 +38,41 @@ def drop_threshold(p: float) -> int:
     return min(round(p * DROPOUT_RESOLUTION), DROPOUT_RESOLUTION - 1)
 
 
-def dropout_mask(
-    numel: int, threshold: int, seed: int, step: int, micro_batch: int, layer: int, device: torch.device
-) -> Tensor:
+class Dropout(NamedTuple):
+    """Which elements of a tensor are dropped: a function of these numbers and of an element's index."""
+
+    threshold: int
+    """Of 65536 (`drop_threshold`); 0: nothing is dropped."""
+    seed: int
+    """63 bits."""
+    step: int
+    micro_batch: int
+    layer: int
+
+
+NO_DROPOUT = Dropout(0, 0, 0, 0, 0)
+
+
+def dropout_mask(numel: int, dropout: Dropout, device: torch.device) -> Tensor:
     """bool [numel], True where the element is kept.
 
-    Args:
-        threshold: of 65536 (`drop_threshold`). seed: 64 bits. step, micro_batch, layer: 32 bits each.
+    Raises:
+        ValueError: a counter that does not fit in 32 bits.
     """
-    for name, value in (("step", step), ("micro_batch", micro_batch), ("layer", layer)):
+    for name in ("step", "micro_batch", "layer"):
+        value = getattr(dropout, name)
         if not 0 <= value <= _MASK:
             raise ValueError(f"{name} must fit in 32 bits, got {value}")
     out = torch.empty(numel, dtype=torch.bool, device=device)
-    torch.ops.halfbyte.dropout_mask(out, threshold, seed & 0x7FFFFFFFFFFFFFFF, step, micro_batch, layer)
+    torch.ops.halfbyte.dropout_mask(out, list(dropout))
     return out
+
+
+def dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """x, zero where an element is dropped."""
+    if not dropout.threshold:
+        return x
+    return x * dropout_mask(x.numel(), dropout, x.device).view_as(x)
 
 
 def philox(counter0: Tensor, counters: tuple[int, int, int], key: tuple[int, int]) -> list[Tensor]:
@@ -81,27 +104,24 @@ def _mix(product: Tensor | int, other: Tensor | int, key: int) -> Tensor | int:
     return high.bitwise_xor_(other).bitwise_xor_(key).bitwise_and_(_MASK)
 
 
-def _dropout_mask(out: Tensor, threshold: int, seed: int, step: int, micro_batch: int, layer: int) -> None:
-    n = out.numel()
+def _dropout_mask(out: Tensor, dropout: list[int]) -> None:
+    d, n = Dropout(*dropout), out.numel()
+    seed = d.seed & 0x7FFFFFFFFFFFFFFF
     key = (seed & _MASK, seed >> 32)
     for start in range(0, n, 8 * _COUNTERS):
         stop = min(start + 8 * _COUNTERS, n)
         c0 = torch.arange(start // 8, -(-stop // 8), dtype=torch.int64, device=out.device)
         words = torch.empty(len(c0), 4, dtype=torch.int32, device=out.device)
-        for lane, word in enumerate(philox(c0, (layer, micro_batch, step), key)):
+        for lane, word in enumerate(philox(c0, (d.layer, d.micro_batch, d.step), key)):
             words[:, lane] = word
         halves = words.view(torch.int16).view(-1)[: stop - start]
         # unsigned comparison of 16-bit halves in signed arithmetic: flip the sign bit on both sides
-        torch.ge(halves.bitwise_xor_(-32768), threshold - 32768, out=out[start:stop])
+        torch.ge(halves.bitwise_xor_(-32768), d.threshold - 32768, out=out[start:stop])
 
 
 def _dropout_mask_shapes(*args) -> None:
     return None
 
 
-define(
-    "dropout_mask(Tensor(a!) out, int threshold, int seed, int step, int micro_batch, int layer) -> ()",
-    _dropout_mask,
-    _dropout_mask_shapes,
-)
+define("dropout_mask(Tensor(a!) out, int[] dropout) -> ()", _dropout_mask, _dropout_mask_shapes)
 cpu.spell("dropout_mask", _dropout_mask, cpu._dropout_mask)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import cpu
+from .dropout import NO_DROPOUT, Dropout, dropped
 from .library import CHUNK, define
 from .nearest import rank
 
@@ -330,32 +331,45 @@ def _linear_shapes(x: Tensor, *args) -> Tensor:
 
 
 def linear_4bit_input_grad(
-    grad: Tensor, q: FourBit, in_features: int, du: Tensor | None = None, a: Tensor | None = None
+    grad: Tensor,
+    q: FourBit,
+    in_features: int,
+    du: Tensor | None = None,
+    a: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:
-    """grad W + du a: the gradient of `linear_4bit` with respect to its input, the last term LoRA's.
+    """grad W + drop(du a): the gradient of `linear_4bit` with respect to its input, the last term LoRA's.
 
     Args:
         grad: [..., out_features] in the compute dtype. q: the stored weight [out_features, in_features].
-        du: [..., r] and a: [r, in_features], or neither.
+        du: [..., r] and a: [r, in_features], or neither. dropout: which elements get no gradient through LoRA.
     """
     if grad.dtype not in FLOATS:
         raise TypeError(f"a 4-bit linear computes in fp32, bf16 or fp16; the gradient is {grad.dtype}")
     check_storage(q, grad.shape[-1] * in_features)
     _check_low_rank(grad, du, a, (-1 if du is None else du.shape[-1], in_features))
-    return torch.ops.halfbyte.linear_4bit_input_grad(grad, *q, in_features, du, a)
+    return torch.ops.halfbyte.linear_4bit_input_grad(grad, *q, in_features, du, a, list(dropout))
 
 
-def _input_grad(grad: Tensor, *args) -> Tensor:
-    *parts, in_features, du, a = args
-    weight = _dequantized(FourBit(*parts), grad.shape[-1], in_features, grad.dtype)
-    dx = torch.matmul(grad, weight)
-    if du is not None:
-        dx.view(-1, in_features).addmm_(du.reshape(-1, du.shape[-1]).to(grad.dtype), a.to(grad.dtype))
+def add_low_rank(dx: Tensor, du: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
+    """dx [..., in_features] += drop(du a), in place."""
+    flat, du = dx.view(-1, dx.shape[-1]), du.reshape(-1, du.shape[-1]).to(dx.dtype)
+    if dropout.threshold:
+        flat.add_(dropped(du @ a.to(dx.dtype), dropout))
+    else:
+        flat.addmm_(du, a.to(dx.dtype))
     return dx
 
 
+def _input_grad(grad: Tensor, *args) -> Tensor:
+    *parts, in_features, du, a, dropout = args
+    weight = _dequantized(FourBit(*parts), grad.shape[-1], in_features, grad.dtype)
+    dx = torch.matmul(grad, weight)
+    return dx if du is None else add_low_rank(dx, du, a, Dropout(*dropout))
+
+
 def _input_grad_shapes(grad: Tensor, *args) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], args[-3]))
+    return grad.new_empty((*grad.shape[:-1], args[-4]))
 
 
 define(
@@ -373,7 +387,7 @@ define(
     _linear_shapes,
 )
 define(
-    f"linear_4bit_input_grad(Tensor grad, {STORAGE}, int in_features, Tensor? du, Tensor? a) -> Tensor",
+    f"linear_4bit_input_grad(Tensor grad, {STORAGE}, int in_features, Tensor? du, Tensor? a, int[] dropout) -> Tensor",
     _input_grad,
     _input_grad_shapes,
 )

@@ -206,17 +206,13 @@ int32_t hb_dequantize(const hb_fourbit* weight, void* out, int32_t dtype, int64_
     return HB_OK;
 }
 
-int32_t hb_dropout_mask(uint8_t* out, int64_t count, int32_t threshold, uint64_t seed, uint32_t step, uint32_t micro_batch,
-                        uint32_t layer, int32_t threads) {
+int32_t hb_dropout_mask(uint8_t* out, int64_t count, const hb_dropout* dropout, int32_t threads) {
     CHECK(check_threads(threads));
-    if (threshold < 0 || threshold > 65535) return fail(HB_BAD_ARGUMENT, "threshold must be in 0..65535, got %d", threshold);
     CHECK(check_span({"out", out, count, 1}));
-    if (count > (int64_t(1) << 35)) return fail(HB_BAD_ARGUMENT, "a mask has at most 2^35 elements, got %lld", (long long)count);
-    const uint32_t counter[3] = {layer, micro_batch, step}, key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+    if (!dropout) return fail(HB_BAD_ARGUMENT, "dropout is a null pointer");
+    CHECK(check_dropout(dropout, count));
     const Path& now = path();
-    in_parts(ceil_div(count, 8), 1 << 12, threads, [&](int64_t first, int64_t last) {
-        now.dropout_mask(out, count, first, last, uint32_t(threshold), counter, key);
-    });
+    in_parts(count, 1 << 15, threads, [&](int64_t first, int64_t last) { now.dropout_mask(out + first, first, last - first, *dropout); });
     return HB_OK;
 }
 

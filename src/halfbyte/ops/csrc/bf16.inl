@@ -23,7 +23,16 @@ inline uint16_t* pair_row(char* group, int64_t row_bytes, int64_t k) {
 // `rows` rows at `stride` -> the pairs of one group
 inline void transpose_pairs(const uint16_t* from, int64_t rows, int64_t stride, int64_t depth, int64_t padded, char* group,
                             int64_t row_bytes) {
-    for (int64_t k = 0; k < padded; k += 2)
+    int64_t k = 0;
+    for (; k + 32 <= depth; k += 32) {
+        __m512i r[GROUP];
+#pragma GCC unroll 16
+        for (int i = 0; i < GROUP; i++) r[i] = i < rows ? _mm512_loadu_si512(from + i * stride + k) : _mm512_setzero_si512();
+        transpose_16(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < GROUP; i++) _mm512_store_si512(pair_row(group, row_bytes, k + 2 * i), r[i]);
+    }
+    for (; k < padded; k += 2)
         for (int64_t i = 0; i < GROUP; i++) {
             uint16_t* to = pair_row(group, row_bytes, k) + 2 * i;
             to[0] = i < rows && k < depth ? from[i * stride + k] : 0;
@@ -73,9 +82,21 @@ void pack_forward_plain_bf16(const void* w, DType dtype, int64_t rows, int64_t s
     transpose_pairs(static_cast<const uint16_t*>(w), rows, stride, depth, padded, group, row_bytes);
 }
 
+inline __m512i interleave_low() {
+    return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
+                            34, 2, 33, 1, 32, 0);
+}
+
 // two rows of `count` (the second may be missing) -> row k of the groups from number `first` on
 inline void interleave(const uint16_t* upper, const uint16_t* lower, int64_t count, const Panel& panel, int64_t first, int64_t k) {
-    for (int64_t j = 0; j < count; j += GROUP) {
+    int64_t j = 0;
+    const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (; j + 32 <= count && lower; j += 32) {
+        const __m512i a = _mm512_loadu_si512(upper + j), b = _mm512_loadu_si512(lower + j);
+        _mm512_store_si512(pair_row(group_of(panel, first + j / GROUP), row_bytes(panel), k), _mm512_permutex2var_epi16(a, low, b));
+        _mm512_store_si512(pair_row(group_of(panel, first + j / GROUP + 1), row_bytes(panel), k), _mm512_permutex2var_epi16(a, high, b));
+    }
+    for (; j < count; j += GROUP) {
         uint16_t* to = pair_row(group_of(panel, first + j / GROUP), row_bytes(panel), k);
         for (int64_t i = 0; i < GROUP; i++) {
             to[2 * i] = j + i < count ? upper[j + i] : 0;
@@ -87,11 +108,6 @@ inline void interleave(const uint16_t* upper, const uint16_t* lower, int64_t cou
 inline void zero_pairs(int64_t depth, int64_t padded, int64_t count, const Panel& panel) {
     for (int64_t k = round_up(depth, 2); k < padded; k += 2)
         for (int64_t j = 0; j < count; j += GROUP) std::memset(pair_row(group_of(panel, j / GROUP), row_bytes(panel), k), 0, GROUP_BYTES);
-}
-
-inline __m512i interleave_low() {
-    return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
-                            34, 2, 33, 1, 32, 0);
 }
 
 void pack_backward_bf16(const hb_fourbit& q, DType dtype, int64_t row, int64_t depth, int64_t padded, int64_t width,

@@ -91,6 +91,13 @@ inline int32_t check_product(const char* name, int64_t a, int64_t b) {
     return HB_OK;
 }
 
+inline int32_t check_dropout(const hb_dropout* dropout, int64_t count) {
+    if (!dropout) return HB_OK;
+    if (dropout->threshold < 0 || dropout->threshold > 65535) return fail(HB_BAD_ARGUMENT, "threshold must be in 0..65535, got %d", dropout->threshold);
+    if (count > (int64_t(1) << 35)) return fail(HB_BAD_ARGUMENT, "a mask has at most 2^35 elements, got %lld", (long long)count);
+    return HB_OK;
+}
+
 #define CHECK(call) \
     if (int32_t bad = (call)) return bad
 

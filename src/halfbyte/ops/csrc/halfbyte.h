@@ -11,7 +11,9 @@
 enum Status : int32_t { HB_OK = 0, HB_BAD_ARGUMENT = 1, HB_OUT_OF_MEMORY = 2, HB_UNSUPPORTED = 3 };
 enum DType : int32_t { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
 
-constexpr int32_t HB_ABI = 1;
+enum Activation : int32_t { HB_SILU = 0, HB_GELU_TANH = 1, HB_GELU = 2 };
+
+constexpr int32_t HB_ABI = 2;
 
 // A stored 4-bit tensor, as ops/fourbit.py describes it. Counts are those of the caller's tensors and are checked.
 struct hb_fourbit {
@@ -24,6 +26,13 @@ struct hb_fourbit {
     int64_t numel;
     int64_t packed_count, absmax_count, nested_count;
     int32_t block_size, nested_block_size;
+};
+
+// Which elements of a tensor are dropped (ops/dropout.py); element i has counter (i / 8, layer, micro_batch, step).
+struct hb_dropout {
+    uint64_t seed;
+    uint32_t step, micro_batch, layer;
+    int32_t threshold;  // of 65536; 0: nothing is dropped
 };
 
 HB_API int32_t hb_abi();
@@ -45,9 +54,8 @@ HB_API int32_t hb_quantize_absmax(const float* absmax, int64_t blocks, const flo
 // -> out [numel] of `dtype`
 HB_API int32_t hb_dequantize(const hb_fourbit* weight, void* out, int32_t dtype, int64_t out_count, int32_t threads);
 
-// out [count] = 1 where an element is kept, 0 where it is dropped; threshold of 65536 (ops/dropout.py)
-HB_API int32_t hb_dropout_mask(uint8_t* out, int64_t count, int32_t threshold, uint64_t seed, uint32_t step,
-                               uint32_t micro_batch, uint32_t layer, int32_t threads);
+// out [count] = 1 where an element is kept, 0 where it is dropped
+HB_API int32_t hb_dropout_mask(uint8_t* out, int64_t count, const hb_dropout* dropout, int32_t threads);
 
 // y [tokens, out_features] = x [tokens, in_features] W^T + bias + u [tokens, rank] B^T; bias, u and B may be null.
 // W is [out_features, in_features]; bias and B [out_features, rank] are of `dtype`, like x, u and y.
@@ -55,10 +63,58 @@ HB_API int32_t hb_linear(const void* x, int64_t tokens, int64_t in_features, int
                          const hb_fourbit* weight, const void* bias, const void* u, const void* b, int64_t rank,
                          void* y, int32_t dtype, int32_t threads);
 
-// dx [tokens, in_features] = dy [tokens, out_features] W + du [tokens, rank] A; du and A [rank, in_features] may be null
+// dx [tokens, in_features] = dy [tokens, out_features] W + drop(du [tokens, rank] A); du and A [rank, in_features] may be
+// null, so may `dropout`
 HB_API int32_t hb_linear_input_grad(const void* dy, int64_t tokens, int64_t out_features, int64_t in_features,
-                                    const hb_fourbit* weight, const void* du, const void* a, int64_t rank, void* dx,
-                                    int32_t dtype, int32_t threads);
+                                    const hb_fourbit* weight, const void* du, const void* a, int64_t rank,
+                                    const hb_dropout* dropout, void* dx, int32_t dtype, int32_t threads);
+
+// LoRA (ops/lora.py): u [tokens, rank] = drop(x [tokens, in_features]) A^T, A [rank, in_features]
+HB_API int32_t hb_lora_input(const void* x, int64_t tokens, int64_t in_features, const void* a, int64_t rank,
+                             const hb_dropout* dropout, void* u, int32_t dtype, int32_t threads);
+
+// du [tokens, rank] = dy [tokens, out_features] B; da fp32 [rank, in_features] = du^T drop(x); db fp32 [out_features, rank] =
+// scale dy^T u
+HB_API int32_t hb_lora_grads(const void* dy, const void* x, const void* u, const void* b, int64_t tokens,
+                             int64_t in_features, int64_t out_features, int64_t rank, float scale,
+                             const hb_dropout* dropout, void* du, float* da, float* db, int32_t dtype, int32_t threads);
+
+// y [rows, width] = x / sqrt(mean(x^2) + eps) (offset + weight [width]), inverse fp32 [rows] = 1 / sqrt(mean(x^2) + eps);
+// cast_first: the quotient is rounded to `dtype` before it is multiplied (ops/passes.py)
+HB_API int32_t hb_rms_norm(const void* x, const void* weight, int64_t rows, int64_t width, float eps, float offset,
+                           int32_t cast_first, void* y, float* inverse, int32_t dtype, int32_t threads);
+HB_API int32_t hb_rms_norm_grad(const void* dy, const void* x, const void* weight, const float* inverse, int64_t rows,
+                                int64_t width, float offset, void* dx, int32_t dtype, int32_t threads);
+
+// y [rows, width] = activation(gate) up; rows of gate and up begin `gate_stride` and `up_stride` elements apart
+HB_API int32_t hb_gated(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, int64_t rows, int64_t width,
+                        int32_t activation, void* y, int32_t dtype, int32_t threads);
+HB_API int32_t hb_gated_grad(const void* dy, const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
+                             int64_t rows, int64_t width, int32_t activation, void* dgate, void* dup, int32_t dtype,
+                             int32_t threads);
+
+// losses fp32 [rows], grad [rows, width] = d loss / d logits; both zero where a label is outside 0..width - 1
+HB_API int32_t hb_cross_entropy(const void* logits, const int64_t* labels, int64_t rows, int64_t width, float* losses,
+                                void* grad, int32_t dtype, int32_t threads);
+
+// Causal attention of rows of tokens laid end to end, each seeing only itself (ops/attention.py). Element (token, head, i)
+// of q lies at token * q_row + head * q_head + i; k and v have kv_heads heads, each read by heads / kv_heads of q's.
+struct hb_attention {
+    const void *q, *k, *v;
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head;
+    const int32_t* bounds;  // [segments + 1], from 0 to tokens, not descending
+    int64_t segments, tokens, heads, kv_heads, dim;
+    int64_t window;  // tokens a query sees, itself included; 0: all before it
+    float scale, softcap;  // softcap 0: none
+};
+
+// out [tokens, heads, dim], lse fp32 [heads, tokens] (the logarithm of the softmax's denominator)
+HB_API int32_t hb_attention_forward(const hb_attention* job, void* out, float* lse, int32_t dtype, int32_t threads);
+
+// dout as q, with its own strides; dq [tokens, heads, dim], dk and dv [tokens, kv_heads, dim]
+HB_API int32_t hb_attention_backward(const hb_attention* job, const void* dout, int64_t dout_row, int64_t dout_head,
+                                     const void* out, const float* lse, void* dq, void* dk, void* dv, int32_t dtype,
+                                     int32_t threads);
 
 // One AdamW step of `count` tensors whose moments are 8-bit codes in one arena (ops/adamw8bit.py).
 HB_API int32_t hb_adamw_8bit(float* const* params, const float* const* grads, const int64_t* sizes, int64_t count,

@@ -7,4 +7,5 @@
 #include "dequantize.inl"
 #include "dropout.inl"
 #include "adamw.inl"
+#include "passes.inl"
 #include "products.inl"

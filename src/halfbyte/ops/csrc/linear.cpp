@@ -4,7 +4,7 @@
 namespace hb {
 namespace {
 
-// C [tokens, columns] = A [tokens, depth] B + bias + A2 [tokens, rank] B2, B of 4-bit weights: W^T (forward) or W.
+// C [tokens, columns] = A [tokens, depth] B + bias + drop(A2 [tokens, rank] B2), B of 4-bit weights: W^T (forward) or W.
 struct Job {
     const void* a;
     const hb_fourbit* q;
@@ -15,6 +15,9 @@ struct Job {
     int64_t tokens, depth, columns, rank;
     DType dtype;
     bool forward;
+    const Dropout* dropout;
+
+    bool drops() const { return rank && dropout && dropout->threshold; }
 };
 
 struct Operand {  // a row-major matrix, packed in strips
@@ -54,15 +57,35 @@ struct Block {  // of C
     int64_t row, rows, column, columns;
 };
 
+// sums += drop(A2 B2), strip by strip while a strip is in the first-level cache
+void add_dropped(const Products& p, const Path& path, const Job& job, const Operand& a, const Block& block, char* panel_start,
+                 float* sums, int64_t sums_stride, float* strip_sums) {
+    const int64_t groups = ceil_div(block.columns, GROUP), tile_groups = p.columns / GROUP;
+    for (int64_t k = 0; k < a.padded; k += p.panel_depth) {
+        const int64_t padded = min64(p.panel_depth, a.padded - k), depth = min64(padded, a.depth - k);
+        const Panel panel = panel_of(p, panel_start, padded);
+        pack_panel(p, job, true, block.column, block.columns, k, depth, padded, panel);
+        for (int64_t row = block.row; row < block.row + block.rows; row += p.strip) {
+            const char* strip = a.packed + (row * a.padded + k * p.strip) * p.element;
+            const int rows = int(min64(p.strip, job.tokens - row));
+            for (int64_t g = 0; g < groups; g += tile_groups)
+                p.tile(strip, rows, group_of(panel, g), int(min64(tile_groups, groups - g)), padded, strip_sums + g * GROUP, sums_stride, true);
+            for (int64_t m = 0; m < rows; m++)
+                path.add_kept(sums + (row + m - block.row) * sums_stride, strip_sums + m * sums_stride,
+                              (row + m) * job.columns + block.column, block.columns, *job.dropout);
+        }
+    }
+}
+
 void multiply_block(const Products& p, const Path& path, const Job& job, const Operand* operands, int count, const Block& block,
-                    char* panel_start, float* sums, int64_t sums_stride) {
+                    char* panel_start, float* sums, int64_t sums_stride, float* strip_sums) {
     const int64_t groups = ceil_div(block.columns, GROUP), tile_groups = p.columns / GROUP;
     bool first = true;
-    for (int o = 0; o < count; o++) {
+    for (int o = 0; o < (job.drops() ? 1 : count); o++) {
         const Operand& a = operands[o];
         for (int64_t k = 0; k < a.padded; k += p.panel_depth) {
             const int64_t padded = min64(p.panel_depth, a.padded - k), depth = min64(padded, a.depth - k);
-            const Panel panel = {panel_start, __builtin_ctzll((unsigned long long)tile_groups), padded * p.columns * p.element};
+            const Panel panel = panel_of(p, panel_start, padded);
             pack_panel(p, job, o == 1, block.column, block.columns, k, depth, padded, panel);
             for (int64_t row = block.row; row < block.row + block.rows; row += p.strip) {
                 const char* strip = a.packed + (row * a.padded + k * p.strip) * p.element;
@@ -76,6 +99,7 @@ void multiply_block(const Products& p, const Path& path, const Job& job, const O
     }
     if (first)  // nothing to add up
         for (int64_t row = 0; row < block.rows; row++) std::memset(sums + row * sums_stride, 0, size_t(block.columns) * 4);
+    if (job.drops()) add_dropped(p, path, job, operands[1], block, panel_start, sums, sums_stride, strip_sums);
     const int64_t size = size_of(job.dtype);
     path.finish(sums, sums_stride, job.bias ? at(job.bias, block.column * size) : nullptr, job.dtype, block.rows,
                 block.columns, at(job.c, (block.row * job.columns + block.column) * size), job.columns);
@@ -99,7 +123,7 @@ int32_t multiply(const Path& path, const Products& p, const Job& job, int thread
     const int64_t widest = ceil_div(tiles, panels) * p.columns;
     const int64_t rows = min64(round_up(job.tokens, p.strip), p.panel_rows), row_blocks = ceil_div(job.tokens, rows);
     const int64_t panel_size = min64(p.panel_depth, std::max(operands[0].padded, operands[1].padded)) * widest * p.element;
-    const int64_t sums_size = rows * widest * 4;
+    const int64_t sums_size = (rows + p.strip) * widest * 4;
     for (int o = 0; o < count; o++)
         in_parts(strips, 1, threads, [&](int64_t first, int64_t last) { pack_strips(p, job, operands[o], first, last); });
     std::atomic<bool> starved{false};
@@ -116,7 +140,7 @@ int32_t multiply(const Path& path, const Products& p, const Job& job, int thread
             const int64_t number = i / row_blocks, row = i % row_blocks * rows;
             const int64_t column = tiles * number / panels * p.columns;
             const int64_t end = min64(job.columns, tiles * (number + 1) / panels * p.columns);
-            multiply_block(p, path, job, operands, count, {row, min64(rows, job.tokens - row), column, end - column}, panel, sums, widest);
+            multiply_block(p, path, job, operands, count, {row, min64(rows, job.tokens - row), column, end - column}, panel, sums, widest, sums + rows * widest);
         }
         p.leave();
     });
@@ -172,7 +196,7 @@ int32_t run(const Job& job, int threads) {
     const Path& now = path();
     const Products& p = *now.products[job.dtype];
     const int64_t few = job.forward ? p.few_to_forward : p.few_to_backward;
-    return job.tokens <= few ? multiply_few(now, p, job, threads) : multiply(now, p, job, threads);
+    return job.tokens <= few && !job.drops() ? multiply_few(now, p, job, threads) : multiply(now, p, job, threads);
 }
 
 int32_t check_job(const Job& job, int32_t dtype, int32_t threads, int64_t out_features, int64_t in_features) {
@@ -184,6 +208,7 @@ int32_t check_job(const Job& job, int32_t dtype, int32_t threads, int64_t out_fe
     CHECK(check_product("low-rank input", job.tokens, job.rank));
     CHECK(check_product("low-rank weight", std::max(out_features, in_features), job.rank));
     CHECK(check_weight(job.q, out_features * in_features));
+    CHECK(check_dropout(job.dropout, job.tokens * job.columns));
     if (job.rank && (!job.a2 || !job.b2)) return fail(HB_BAD_ARGUMENT, "a low-rank part needs both its input and its weight");
     const int64_t size = size_of(dtype);
     const Span spans[] = {
@@ -206,15 +231,15 @@ using namespace hb;
 
 int32_t hb_linear(const void* x, int64_t tokens, int64_t in_features, int64_t out_features, const hb_fourbit* weight,
                   const void* bias, const void* u, const void* b, int64_t rank, void* y, int32_t dtype, int32_t threads) {
-    const Job job = {x, weight, bias, u, b, y, tokens, in_features, out_features, rank, DType(dtype), true};
+    const Job job = {x, weight, bias, u, b, y, tokens, in_features, out_features, rank, DType(dtype), true, nullptr};
     CHECK(check_job(job, dtype, threads, out_features, in_features));
     return run(job, threads);
 }
 
 int32_t hb_linear_input_grad(const void* dy, int64_t tokens, int64_t out_features, int64_t in_features,
-                             const hb_fourbit* weight, const void* du, const void* a, int64_t rank, void* dx, int32_t dtype,
-                             int32_t threads) {
-    const Job job = {dy, weight, nullptr, du, a, dx, tokens, out_features, in_features, rank, DType(dtype), false};
+                             const hb_fourbit* weight, const void* du, const void* a, int64_t rank,
+                             const hb_dropout* dropout, void* dx, int32_t dtype, int32_t threads) {
+    const Job job = {dy, weight, nullptr, du, a, dx, tokens, out_features, in_features, rank, DType(dtype), false, dropout};
     CHECK(check_job(job, dtype, threads, out_features, in_features));
     return run(job, threads);
 }

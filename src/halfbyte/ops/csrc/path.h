@@ -34,6 +34,8 @@ static inline char* group_of(const Panel& panel, int64_t number) {
 // What a kernel needs of a table of at most 256 levels to find the nearest one exactly (see nearest.h).
 struct Nearest;
 
+using Dropout = hb_dropout;
+
 struct Products {
     int64_t strip;                                   // rows of a tile
     int64_t columns;                                 // of a tile, a multiple of GROUP
@@ -54,6 +56,8 @@ struct Products {
                                char* group, int64_t row_bytes);
     void (*pack_backward_plain)(const void* w, DType dtype, int64_t depth, int64_t padded, int64_t stride, int64_t count,
                                 const Panel& panel);
+    // strips of the transpose: element (row, k) lies at a[k * stride + row]
+    void (*pack_a_transposed)(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed);
     // C [rows <= strip, columns] (+)= a strip of A times the first `groups` groups of a tile of B
     void (*tile)(const void* a, int rows, const char* b, int groups, int64_t depth, float* c, int64_t c_stride, bool first);
     void (*enter)();  // per thread, before and after tiles (AMX configuration)
@@ -77,12 +81,30 @@ struct Path {
     // `stream`: past the caches, where alignment allows
     void (*dequantize)(const hb_fourbit& q, int64_t start, int64_t count, DType dtype, bool widen, bool stream, void* out);
 
-    void (*dropout_mask)(uint8_t* out, int64_t numel, int64_t first, int64_t last, uint32_t threshold,
-                         const uint32_t* counter, const uint32_t* key);
+    // of elements [start, start + count): which are kept; x where kept; c += more where kept
+    void (*dropout_mask)(uint8_t* out, int64_t start, int64_t count, const Dropout& d);
+    void (*drop)(const void* x, DType dtype, int64_t start, int64_t count, const Dropout& d, void* out);
+    void (*add_kept)(float* c, const float* more, int64_t start, int64_t count, const Dropout& d);
 
     // y [rows, columns] of `dtype` = c + bias
     void (*finish)(const float* c, int64_t c_stride, const void* bias, DType dtype, int64_t rows, int64_t columns,
                    void* y, int64_t y_stride);
+
+    // one row of each (passes.inl)
+    void (*rms_norm)(const void* x, const void* weight, int64_t width, float eps, float offset, bool cast_first, DType dtype,
+                     void* y, float* inverse);
+    void (*rms_norm_grad)(const void* dy, const void* x, const void* weight, float inverse, int64_t width, float offset,
+                          DType dtype, void* dx);
+    void (*gated)(const void* gate, const void* up, int64_t count, int32_t kind, DType dtype, void* y);
+    void (*gated_grad)(const void* dy, const void* gate, const void* up, int64_t count, int32_t kind, DType dtype, void* dgate,
+                       void* dup);
+    float (*softmax_row)(float* s, int64_t first, int64_t last, int64_t count, float scale, float cap, DType element, void* p,
+                         float* top);
+    void (*softmax_grad_row)(const float* s, const float* dp, int64_t first, int64_t last, int64_t count, float scale, float cap,
+                             float lse, float delta, DType element, void* p, void* ds);
+    void (*scale_row)(const float* c, int64_t count, float factor, DType dtype, void* out);
+    float (*dot_rows)(const void* a, const void* b, int64_t count, DType dtype);
+    float (*cross_entropy)(const void* logits, int64_t count, int64_t label, DType dtype, void* grad);
 
     // one block of at most 256 parameters
     void (*adamw)(float* p, const float* g, int64_t count, uint8_t* m_codes, uint8_t* v_codes, float* m_absmax,
@@ -94,6 +116,13 @@ struct Path {
 };
 
 const Path* const* all_paths(int* count);  // best first
+
+static inline Panel panel_of(const Products& p, char* start, int64_t padded) {
+    return {start, __builtin_ctzll((unsigned long long)(p.columns / GROUP)), padded * p.columns * p.element};
+}
+static inline int64_t panel_bytes(const Products& p, int64_t padded, int64_t columns) {
+    return (columns + p.columns - 1) / p.columns * p.columns * padded * p.element;
+}
 
 // static: these are compiled once per path, each with its own instructions, and must not be merged by the linker
 static inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }

@@ -23,6 +23,15 @@ void pack_a_tiles(const void* a, DType dtype, int64_t rows, int64_t depth, int64
     }
 }
 
+void pack_a_transposed_tiles(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed) {
+    (void)dtype;
+    const uint16_t* from = static_cast<const uint16_t*>(a);
+    uint16_t* out = static_cast<uint16_t*>(packed);
+    for (int64_t k = 0; k < depth; k += TILE_DEPTH, out += 2 * TILE)
+        for (int64_t i = 0; i < TILE_DEPTH; i++)
+            for (int64_t m = 0; m < 2 * TILE_ROWS; m++) out[m * TILE_DEPTH + i] = m < rows && k + i < depth ? from[(k + i) * stride + m] : 0;
+}
+
 constexpr int64_t TILE_GROUPS = 2, PAIR_BYTES = TILE_GROUPS * GROUP_BYTES, B_STEP = TILE_DEPTH / 2 * PAIR_BYTES;
 
 void tile_amx(const void* a, int rows, const char* b, int groups, int64_t depth, float* c, int64_t c_stride, bool first) {
@@ -76,7 +85,7 @@ void tile_amx(const void* a, int rows, const char* b, int groups, int64_t depth,
 constexpr Products PRODUCTS_BF16 = {
     2 * TILE_ROWS, TILE_GROUPS * GROUP, 2, TILE_DEPTH, 2048, 512, 256, FEW_BF16, FEW_BF16_BACKWARD,
     pack_a_tiles, pack_forward_bf16, pack_backward_bf16, pack_forward_plain_bf16, pack_backward_plain_bf16,
-    tile_amx, tiles_begin, tiles_end, few_forward_bf16, few_backward_bf16,
+    pack_a_transposed_tiles, tile_amx, tiles_begin, tiles_end, few_forward_bf16, few_backward_bf16,
 };
 
 double peak(DType dtype, int64_t rounds) {
@@ -104,6 +113,7 @@ double peak(DType dtype, int64_t rounds) {
 
 bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && tiles_here(); }
 
-extern const Path PATH = {TILES_NAME, runs_here, quantize, dequantize, dropout_mask, finish, adamw, peak,
+extern const Path PATH = {TILES_NAME, runs_here, quantize, dequantize, dropout_mask, drop, add_kept, finish, rms_norm, rms_norm_grad, gated,
+                          gated_grad, softmax_row, softmax_grad_row, scale_row, dot_rows, cross_entropy, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_BF16, &PRODUCTS_F32}};
 }  // namespace hb::amx

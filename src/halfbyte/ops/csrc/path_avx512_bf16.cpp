@@ -19,6 +19,19 @@ void pack_a_bf16(const void* a, DType dtype, int64_t rows, int64_t depth, int64_
     }
 }
 
+void pack_a_transposed_bf16(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed) {
+    (void)dtype;
+    const uint16_t* from = static_cast<const uint16_t*>(a);
+    uint16_t* out = static_cast<uint16_t*>(packed);
+    const __mmask8 mask = __mmask8((1 << rows) - 1);
+    for (int64_t k = 0; k < depth; k += 2, out += 2 * STRIP) {
+        const __m128i upper = _mm_maskz_loadu_epi16(mask, from + k * stride);
+        const __m128i lower = k + 1 < depth ? _mm_maskz_loadu_epi16(mask, from + (k + 1) * stride) : _mm_setzero_si128();
+        const __m256i pairs = _mm256_or_si256(_mm256_cvtepu16_epi32(upper), _mm256_slli_epi32(_mm256_cvtepu16_epi32(lower), 16));
+        _mm256_mask_storeu_epi32(out, 0x3f, pairs);
+    }
+}
+
 constexpr int TILE_GROUPS = 4;  // 24 accumulators
 
 template <int ROWS, int GROUPS>
@@ -68,7 +81,7 @@ void tile_bf16(const void* a, int rows, const char* b, int groups, int64_t depth
 constexpr Products PRODUCTS_BF16 = {
     STRIP, TILE_GROUPS * GROUP, 2, 2, 384, 512, DEPTH, FEW_BF16, FEW_BF16_BACKWARD,
     pack_a_bf16, pack_forward_bf16, pack_backward_bf16, pack_forward_plain_bf16, pack_backward_plain_bf16,
-    tile_bf16, nothing, nothing, few_forward_bf16, few_backward_bf16,
+    pack_a_transposed_bf16, tile_bf16, nothing, nothing, few_forward_bf16, few_backward_bf16,
 };
 
 double peak(DType dtype, int64_t rounds) {
@@ -87,6 +100,7 @@ double peak(DType dtype, int64_t rounds) {
 
 bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
 
-extern const Path PATH = {"avx512_bf16", runs_here, quantize, dequantize, dropout_mask, finish, adamw, peak,
+extern const Path PATH = {"avx512_bf16", runs_here, quantize, dequantize, dropout_mask, drop, add_kept, finish, rms_norm, rms_norm_grad, gated,
+                          gated_grad, softmax_row, softmax_grad_row, scale_row, dot_rows, cross_entropy, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_BF16, &PRODUCTS_F32}};
 }  // namespace hb::avx512_bf16

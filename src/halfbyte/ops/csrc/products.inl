@@ -13,6 +13,12 @@ void pack_a_f32(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t
         for (int64_t k = 0; k < depth; k++) out[k * STRIP + m] = to_float(a, dtype, m * stride + k);
 }
 
+void pack_a_transposed_f32(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed) {
+    float* out = static_cast<float*>(packed);
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t m = 0; m < rows; m++) out[k * STRIP + m] = to_float(a, dtype, k * stride + m);
+}
+
 inline float* f32_row(char* group, int64_t row_bytes, int64_t k) { return reinterpret_cast<float*>(group + k * row_bytes); }
 
 // rows [16][depth] -> depth rows of a group
@@ -211,7 +217,7 @@ void nothing() {}
 constexpr Products PRODUCTS_F32 = {
     STRIP, GROUP * GROUPS_F32, 4, 1, 384, 256, DEPTH, FEW, FEW,
     pack_a_f32, pack_forward_f32, pack_backward_f32, pack_forward_plain_f32, pack_backward_plain_f32,
-    tile_f32, nothing, nothing, few_forward_any, few_backward_any,
+    pack_a_transposed_f32, tile_f32, nothing, nothing, few_forward_any, few_backward_any,
 };
 
 // --- the peak -------------------------------------------------------------------------------------------------------------

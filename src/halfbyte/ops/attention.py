@@ -1,0 +1,142 @@
+"""Causal attention of rows of tokens laid end to end, each row seeing only itself.
+
+Only the output and the logarithm of each softmax's denominator are kept for the backward pass, which computes the scores
+again (Dao et al. 2022, arXiv:2205.14135): memory grows with the number of tokens, not with its square.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .fourbit import FLOATS
+from .library import define
+
+
+class Form(NamedTuple):
+    """What a model does to its scores."""
+
+    scale: float
+    """Scores are multiplied by it; positive."""
+    window: int = 0
+    """Tokens a query sees at most, itself included; 0: all before it."""
+    softcap: float = 0.0
+    """Scores become c tanh(score / c); 0: they stay."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """softmax(scores) v within each row.
+
+    Args:
+        q: [T, heads, d]; k, v: [T, kv_heads, d], heads a multiple of kv_heads; fp32, bf16 or fp16, with d contiguous.
+        bounds: int32 [rows + 1] on the CPU, from 0 to T.
+
+    Returns:
+        out [T, heads, d] like q; lse fp32 [heads, T], the logarithms of the softmax's denominators.
+    """
+    _check(q, k, v, bounds)
+    return torch.ops.halfbyte.attention(q, k, v, bounds, *form)
+
+
+def attention_grad(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, out: Tensor, lse: Tensor, form: Form
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention` with respect to q, k and v. out, lse: its results."""
+    _check(q, k, v, bounds)
+    if dout.shape != q.shape or out.shape != q.shape or lse.shape != (q.shape[1], q.shape[0]):
+        raise ValueError(f"gradient {list(dout.shape)}, out {list(out.shape)} or lse {list(lse.shape)} do not fit q")
+    return torch.ops.halfbyte.attention_grad(dout, q, k, v, bounds, out, lse, *form)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> None:
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"attention takes fp32, bf16 or fp16 of one kind, got {q.dtype}, {k.dtype} and {v.dtype}")
+    tokens, heads, dim = q.shape
+    if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != dim or not k.shape[1] or heads % k.shape[1]:
+        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not belong together")
+    if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.device.type not in ("cpu", "meta"):
+        raise ValueError(f"bounds must be int32 [rows + 1] on the CPU, got {bounds.dtype} on {bounds.device}")
+
+
+def _seen(length: int, window: int, device: torch.device) -> Tensor:
+    """bool [length, length]: True where a query (row) sees a key (column)."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask.triu(1 - window) if window else mask
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
+    """Scores [heads, L, L] in the dtype of q before and after the mask (fp64 stays: the tests' reference)."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores, scores.masked_fill(~_seen(q.shape[0], window, q.device), float("-inf"))
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    lengths, groups = bounds.diff().tolist(), q.shape[1] // k.shape[1]
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), []
+    pieces = zip(*(t.split(lengths) for t in (q, k, v, out)), strict=True)
+    for one_q, one_k, one_v, one_out in pieces:
+        wide_k, wide_v = (_wide(t).repeat_interleave(groups, 1) for t in (one_k, one_v))
+        _, scores = _scores(_wide(one_q), wide_k, scale, window, softcap)
+        lse.append(scores.logsumexp(2))
+        one_out.copy_(torch.einsum("hqk,khd->qhd", (scores - lse[-1].unsqueeze(2)).exp(), wide_v))
+    return out, torch.cat(lse, 1) if lse else q.new_zeros((q.shape[1], 0), dtype=torch.float32)
+
+
+def _attention_grad(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lengths, groups = bounds.diff().tolist(), q.shape[1] // k.shape[1]
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    pieces = zip(*(t.split(lengths) for t in (dout, q, k, v, out, *grads)), lse.split(lengths, 1), strict=True)
+    for one_dout, one_q, one_k, one_v, one_out, dq, dk, dv, one_lse in pieces:
+        wide_q, g = _wide(one_q), _wide(one_dout)
+        wide_k, wide_v = (_wide(t).repeat_interleave(groups, 1) for t in (one_k, one_v))
+        free, scores = _scores(wide_q, wide_k, scale, window, softcap)
+        p = (scores - one_lse.unsqueeze(2)).exp()
+        delta = (g * _wide(one_out)).sum(2).t()
+        ds = p * (torch.einsum("qhd,khd->hqk", g, wide_v) - delta.unsqueeze(2)) * scale
+        if softcap:
+            ds = ds * (1 - (free / softcap).square())
+        dq.copy_(torch.einsum("hqk,khd->qhd", ds, wide_k))
+        for to, weights, values in ((dk, ds, wide_q), (dv, p, g)):
+            each = torch.einsum("hqk,qhd->khd", weights, values)
+            to.copy_(each.unflatten(1, (k.shape[1], groups)).sum(2))
+    return grads[0], grads[1], grads[2]
+
+
+def _shapes(q: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _grad_shapes(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_FORM = "float scale, int window, float softcap"
+define(f"attention(Tensor q, Tensor k, Tensor v, Tensor bounds, {_FORM}) -> (Tensor, Tensor)", _attention, _shapes)
+define(
+    f"attention_grad(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor out, Tensor lse, {_FORM})"
+    " -> (Tensor, Tensor, Tensor)",
+    _attention_grad,
+    _grad_shapes,
+)
+cpu.spell("attention", _attention, cpu._attention)
+cpu.spell("attention_grad", _attention_grad, cpu._attention_grad)

@@ -1,0 +1,199 @@
+"""Passes over rows that a model makes between its products: normalization, gated activations, cross-entropy.
+
+In plain PyTorch each is half a dozen passes over memory with as many temporaries, and a cast on the way in and out. Here
+each is one pass in fp32 registers with one rounding at its end.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import cpu
+from .fourbit import FLOATS
+from .library import define
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+"""SiLU; GELU by its tanh formula; GELU by erf (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+
+
+def _check(name: str, like: Tensor, **others: Tensor) -> None:
+    if like.dtype not in FLOATS:
+        raise TypeError(f"{name} computes in fp32, bf16 or fp16, not {like.dtype}")
+    for what, tensor in others.items():
+        if tensor.dtype != like.dtype:
+            raise TypeError(f"{name}: {what} must be {like.dtype}, got {tensor.dtype}")
+
+
+# --- RMSNorm ----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Args:
+        x: [..., width], fp32, bf16 or fp16. weight: [width], of the same dtype.
+        offset: 1 where a model stores weight - 1 (Gemma). cast_first: round the quotient to the dtype of x before it is
+            multiplied (Llama) instead of only at the end.
+
+    Returns:
+        y like x, and fp32 [...]: 1 / sqrt(mean(x^2) + eps).
+    """
+    _check("rms_norm", x, weight=weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"the weight must be [{x.shape[-1]}], got {list(weight.shape)}")
+    return torch.ops.halfbyte.rms_norm(x, weight, eps, offset, cast_first)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    inverse = (wide.square().mean(-1) + eps).rsqrt()
+    quotient = wide * inverse.unsqueeze(-1)
+    if cast_first:
+        quotient = quotient.to(x.dtype).float()
+    return (quotient * (weight.float() + offset)).to(x.dtype), inverse
+
+
+def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float = 0.0) -> Tensor:
+    """The gradient of `rms_norm` with respect to x, like x. inverse: its second result."""
+    _check("rms_norm", x, gradient=dy, weight=weight)
+    if dy.shape != x.shape or inverse.shape != x.shape[:-1] or weight.shape != x.shape[-1:]:
+        raise ValueError(f"gradient {list(dy.shape)} or inverse {list(inverse.shape)} do not fit x {list(x.shape)}")
+    return torch.ops.halfbyte.rms_norm_grad(dy, x, weight, inverse, offset)
+
+
+def _rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+    g, inverse = dy.float() * (weight.float() + offset), inverse.unsqueeze(-1)
+    normal = x.float() * inverse
+    return ((g - normal * (g * normal).mean(-1, keepdim=True)) * inverse).to(x.dtype)
+
+
+# --- gated activations ------------------------------------------------------------------------------------------------
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up (Shazeer 2020, arXiv:2002.05202), rounded once.
+
+    Args:
+        gate, up: [..., width], the rows of each at one stride. activation: one of `ACTIVATIONS`.
+    """
+    _check("gated", gate, up=up)
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {list(gate.shape)} and up {list(up.shape)} differ")
+    return torch.ops.halfbyte.gated(gate, up, ACTIVATIONS.index(activation))
+
+
+def gated_grad(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Gradients of `gated` with respect to gate and up."""
+    _check("gated", gate, up=up, gradient=dy)
+    if not dy.shape == gate.shape == up.shape:
+        raise ValueError(f"gradient {list(dy.shape)}, gate {list(gate.shape)} and up {list(up.shape)} differ")
+    return torch.ops.halfbyte.gated_grad(dy, gate, up, ACTIVATIONS.index(activation))
+
+
+def _activation(x: Tensor, activation: int) -> Tensor:
+    if activation == 0:
+        return functional.silu(x)
+    return functional.gelu(x, approximate="tanh" if activation == 1 else "none")
+
+
+def _gated(gate: Tensor, up: Tensor, activation: int) -> Tensor:
+    return (_activation(gate.float(), activation) * up.float()).to(gate.dtype)
+
+
+def _gated_grad(dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+    wide, g = gate.float(), dy.float()
+    if activation == 0:
+        dgate = torch.ops.aten.silu_backward(g * up.float(), wide)
+    else:
+        form = "tanh" if activation == 1 else "none"
+        dgate = torch.ops.aten.gelu_backward(g * up.float(), wide, approximate=form)
+    return dgate.to(gate.dtype), (g * _activation(wide, activation)).to(gate.dtype)
+
+
+# --- cross-entropy ----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row and its gradient, from one reading of the logits.
+
+    Args:
+        logits: [n, vocabulary], fp32, bf16 or fp16. labels: int64 [n]; a row whose label is no index has no loss.
+
+    Returns:
+        losses fp32 [n]; softmax(logits) - onehot(label), like logits.
+    """
+    _check("cross_entropy", logits)
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"logits {list(logits.shape)} take int64 labels [{logits.shape[0]}]")
+    return torch.ops.halfbyte.cross_entropy(logits, labels)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    wide = logits.float()
+    counted = (labels >= 0) & (labels < logits.shape[1])
+    at = labels.where(counted, labels.new_zeros(())).unsqueeze(1)
+    logs = wide.log_softmax(1)
+    losses = -logs.gather(1, at).squeeze(1) * counted
+    grad = logs.exp_()
+    grad.scatter_add_(1, at, grad.new_full(at.shape, -1.0))
+    return losses, (grad * counted.unsqueeze(1)).to(logits.dtype)
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def _norm_shapes(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _like_second(dy: Tensor, x: Tensor, *args) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _like_first(x: Tensor, *args) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _two_like_second(dy: Tensor, x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _loss_shapes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(labels.shape, dtype=torch.float32), logits.new_empty(logits.shape)
+
+
+for _name, _schema, _meaning, _shapes, _cpp in (
+    (
+        "rms_norm",
+        "(Tensor x, Tensor weight, float eps, float offset, bool cast_first) -> (Tensor, Tensor)",
+        _rms_norm,
+        _norm_shapes,
+        cpu._rms_norm,
+    ),
+    (
+        "rms_norm_grad",
+        "(Tensor dy, Tensor x, Tensor weight, Tensor inverse, float offset) -> Tensor",
+        _rms_norm_grad,
+        _like_second,
+        cpu._rms_norm_grad,
+    ),
+    ("gated", "(Tensor gate, Tensor up, int activation) -> Tensor", _gated, _like_first, cpu._gated),
+    (
+        "gated_grad",
+        "(Tensor dy, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)",
+        _gated_grad,
+        _two_like_second,
+        cpu._gated_grad,
+    ),
+    (
+        "cross_entropy",
+        "(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
+        _cross_entropy,
+        _loss_shapes,
+        cpu._cross_entropy,
+    ),
+):
+    define(_name + _schema, _meaning, _shapes)
+    cpu.spell(_name, _meaning, _cpp)
