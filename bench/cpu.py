@@ -298,7 +298,7 @@ def step(who: str, home: Path) -> dict[str, float]:
     return {"tokens_per_s": TOKENS / seconds, "seconds": seconds, "loss": losses[-1]}
 
 
-def _halfbyte_step(path: Path, dropout: float) -> Callable[[Any, int], float]:
+def _halfbyte_step(path: Path, dropout: float, keep: Any = "none") -> Callable[[Any, int], float]:
     import torch
 
     from halfbyte.batches import collate
@@ -307,12 +307,15 @@ def _halfbyte_step(path: Path, dropout: float) -> Callable[[Any, int], float]:
     from halfbyte.run import Run
     from halfbyte.train import Trainer
 
-    config = TrainConfig(model=str(path), data="none", lora_dropout=dropout, dtype="bfloat16", max_steps=1000)
+    config = TrainConfig(
+        model=str(path), data="none", lora_dropout=dropout, dtype="bfloat16", max_steps=1000, kept_activations=keep
+    )
     trainer = Trainer(config, Run(path))
     trainer.build_model(path)
     from halfbyte import attention
 
-    attention.segments(trainer.model).__enter__()
+    attention.register()
+    trainer.model.set_attn_implementation(attention.NAME)
 
     def run(ids: torch.Tensor, number: int) -> float:
         row = Encoded("bench", ids.tolist(), [True] * len(ids))

@@ -9,9 +9,9 @@ ROOT = Path(halfbyte.__file__ or "").parent
 FLOORS = {
     0: ["codebooks", "config", "errors"],
     1: ["ops"],
-    2: ["nf4", "hub", "chat", "template", "rows", "forms", "run"],
-    3: ["lora", "loss", "adamw8bit", "batches", "attention"],
-    4: ["load", "dataset", "checkpoint", "merge", "plan"],
+    2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute"],
+    3: ["lora", "loss", "adamw8bit", "batches", "attention", "fuse"],
+    4: ["load", "dataset", "checkpoint", "merge", "plan", "selftest"],
     5: ["train", "evaluate", "generate"],
     6: ["cli", "__init__", "__main__"],
 }

@@ -250,6 +250,8 @@ def test_operations_pass_opcheck():
     torch.library.opcheck(
         torch.ops.halfbyte.linear_4bit, (x, *q.parts, 8, x[0, :8], torch.randn(3, 2), torch.randn(8, 2))
     )
-    torch.library.opcheck(torch.ops.halfbyte.linear_4bit_input_grad, (torch.randn(3, 8), *q.parts, 64, None, None, [0] * 5))
+    torch.library.opcheck(
+        torch.ops.halfbyte.linear_4bit_input_grad, (torch.randn(3, 8), *q.parts, 64, None, None, [0] * 5)
+    )
     torch.library.opcheck(torch.ops.halfbyte.quantize_4bit, (torch.randn(8, 64), q.quant_map, 64))
     torch.library.opcheck(torch.ops.halfbyte.dequantize_4bit, (*q.parts, torch.empty(512)))

@@ -28,8 +28,8 @@ from halfbyte.adamw8bit import AdamW8bit
 from halfbyte.batches import Schedule, collate, pack, prepare
 from halfbyte.chat import Encoded
 from halfbyte.errors import DataError
-from halfbyte.load import self_test
 from halfbyte.loss import ROW_MULTIPLE
+from halfbyte.selftest import self_test
 
 SMALL = {
     "vocab_size": 96,

@@ -3,7 +3,8 @@
 A micro-batch is one sequence [1, T] of whole rows, without padding: no token is wasted and a packed batch is the same
 thing as an unpacked one. What keeps the rows apart is ``cu_seq_lens_q``, the row boundaries, which transformers hands
 to the attention function; position ids restart with each row. The registered mask function returns None: there is no
-mask to build or to hold. Here each row is a separate causal call of PyTorch's own attention.
+mask to build or to hold. On a CPU with the C++ library the rows go through one fused operation (`ops.attention`);
+elsewhere each is a separate causal call of PyTorch's own attention.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import ops, recompute
 from .loss import ROW_MULTIPLE
+from .ops import cpu
 
 NAME = "halfbyte"
 
@@ -48,12 +51,39 @@ def segment_attention(
     """
     if cu_seq_lens_q is None:
         raise ValueError("the model does not hand cu_seq_lens_q to its attention, so rows cannot be packed")
+    if s_aux is None and not dropout and _is_fusable(query, key, value):
+        form = ops.Form(query.shape[3] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
+        return _Attention.apply(query, key, value, cu_seq_lens_q, form), None  # pyright: ignore[reportReturnType]
+    recompute.pass_attention()
     lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
     # split, not slices: the gradient of a split is one concatenation, of a slice a zero-filled copy of the whole
     rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     pieces = [_causal(q, k, v, scaling, dropout, sliding_window, softcap, s_aux) for q, k, v in rows]
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
     return joined.transpose(1, 2), None
+
+
+def _is_fusable(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[0] == 1 and key.shape == value.shape and cpu.active() is not None
+
+
+class _Attention(torch.autograd.Function):
+    """`ops.attention` on transformers' layout: [1, heads, T, d] in, [1, T, heads, d] out."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, form: ops.Form) -> Tensor:
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        bounds = bounds.to("cpu", torch.int32)
+        out, lse = recompute.attended(lambda: ops.attention(q, k, v, bounds, form))
+        ctx.save_for_backward(q, k, v, bounds, out, lse)
+        ctx.form = form
+        return out.unsqueeze(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, bounds, out, lse = ctx.saved_tensors
+        found = ops.attention_grad(grads[0][0], q, k, v, bounds, out, lse, ctx.form)
+        return *(t.transpose(0, 1).unsqueeze(0) for t in found), None, None
 
 
 def _causal(

@@ -262,6 +262,7 @@ _MAY_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
     "kernels",
+    "kept_activations",
     "allow_change",
     "logging_steps",
     "save_steps",

@@ -208,6 +208,11 @@ class TrainingOptions(Options):
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", ge=0)
     optim: Literal["adamw_8bit", "adamw_torch"] = option("adamw_8bit", "optimizer states in 8 bits, or in fp32")
     gradient_checkpointing: bool = option(True, "recompute each layer in the backward pass")
+    kept_activations: Literal["none", "attention", "mlp_in", "all"] = option(
+        "none",
+        "with gradient_checkpointing: what a layer keeps beside its input, so that less is recomputed. attention: what "
+        "attention reads and gives; mlp_in: also what the MLP reads; all: the results of all products",
+    )
     logging_steps: int = option(1, "a line of metrics.jsonl every so many steps", ge=1)
     save_steps: int = option(100, "a checkpoint every so many steps, and one at the end", ge=1)
     eval_steps: int = option(0, "with eval_split: evaluate every so many steps; 0: before and after only", ge=0)

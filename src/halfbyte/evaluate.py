@@ -46,7 +46,7 @@ def score(
     """Loss, perplexity and exact match of a model.
 
     Args:
-        packed: the model keeps rows of one sequence apart (`load.self_test`). generate: answer the questions, too.
+        packed: the model keeps rows of one sequence apart (`selftest.self_test`). generate: answer the questions, too.
     """
     loss, tokens = mean_loss(model, rows, packed=packed, progress=progress)
     matches: list[bool] = []

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from . import hub, nf4, ops
-from .attention import segments
 from .config import ModelOptions
 from .errors import HalfbyteError, ModelError, UsageError
 from .lora import load_adapter
-from .loss import output_head
 from .nf4 import NF4Tensor
 from .ops import cpu
 from .run import ADAPTER_FACTS, Run, is_run
@@ -454,67 +452,6 @@ def _parents(name: str) -> set[str]:
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-# --- the self-test ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Abilities:
-    """What a model may be trained with, as measured at load."""
-
-    packing: bool
-    chunked_head: bool
-    packing_error: float
-    head_error: float
-
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest relative difference (norm over norm) that rounding can cause: about eight units of the last place, times
-the growth over a deep network. Tokens that leak between rows change the logits by several times as much."""
-
-
-@torch.no_grad()
-def self_test(model: Any) -> Abilities:
-    """Packed rows equal separate rows, and the chunked head equals the full logits, on a few tokens.
-
-    The caller refuses packing, or training, by name where it does not hold.
-    """
-    was_training = model.training
-    model.eval()
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    length = 12
-    ids = (torch.arange(2 * length, device=device) * 7919 + 13) % vocabulary
-    position = torch.arange(length, device=device).repeat(2)
-    tolerance = TOLERANCE[model.config.dtype]
-    try:
-        apart = torch.cat([model(input_ids=ids[i : i + length][None], use_cache=False).logits[0] for i in (0, length)])
-        try:
-            with segments(model):
-                bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
-                packed = model(
-                    input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=bounds, use_cache=False
-                ).logits[0]
-            packing_error = _relative(packed, apart)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
-            packing_error = math.inf
-        try:
-            hidden = model.base_model(input_ids=ids[None, :length], use_cache=False).last_hidden_state[0]
-            chunks = torch.cat([output_head(model)(part) for part in hidden.split(5)])
-            head_error = _relative(chunks, apart[:length])
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
-            head_error = math.inf
-    finally:
-        model.train(was_training)
-    return Abilities(packing_error <= tolerance, head_error <= tolerance, packing_error, head_error)
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    if value.shape != reference.shape:
-        return math.inf
-    error = (value.float() - reference.float()).norm() / reference.float().norm().clamp(min=1e-30)
-    return float(error) if torch.isfinite(error) else math.inf
 
 
 # --- a model or a run -------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     y = x W^T + b + s * drop(x) A^T B^T        A: [r, in], B: [out, r], s = alpha / r (rsLoRA: alpha / sqrt(r))
 
-One autograd function computes both branches, so that only x, u, the rounded A and B and the 4-bit weight are kept for the backward pass:
+One autograd function computes both branches, so that only x, u,
+the rounded A and B and the 4-bit weight are kept for the backward pass:
 
     u  = drop(x) A^T                       [.., r]
     du = dy (s B)                          [.., r]
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import ops
+from . import ops, recompute
 from .errors import ModelError, UsageError
 from .hub import Entry, read_header, read_json, read_tensor, write_json, write_safetensors
 from .nf4 import NF4Tensor
@@ -130,7 +131,7 @@ class _LoraLinear(torch.autograd.Function):
         u = ops.lora_input(x, narrow_a, dropout)
         ctx.save_for_backward(x, u, narrow_a, narrow_b)
         ctx.weight, ctx.scale, ctx.dropout = weight, scale, dropout
-        return _product(x, weight, bias, u, narrow_b)
+        return recompute.product(lambda: _product(x, weight, bias, u, narrow_b))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import ops
+
 IGNORE = -100
 ROW_MULTIPLE = 16
 """Numbers of rows are rounded up to this, so that matrix libraries meet few shapes."""
@@ -102,21 +104,22 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        slope = None
         for start in range(0, hidden.shape[0], rows):
             piece = hidden[start : start + rows].detach().requires_grad_(needs_hidden)
             with torch.enable_grad():
-                logits = head(piece).float()
-                loss = functional.cross_entropy(
-                    logits, labels[start : start + rows], reduction="sum", ignore_index=IGNORE
-                )
-            total += loss.detach()
+                logits = head(piece)
+            room = None if slope is None else slope[: logits.shape[0]]
+            losses, slope_here = ops.cross_entropy(logits.detach(), labels[start : start + rows], room)
+            slope = slope_here if slope is None else slope  # one buffer for all chunks
+            total += losses.sum()
             wanted = [*([piece] if needs_hidden else []), *parameters]
             if wanted:
-                got = list(torch.autograd.grad(loss, wanted))
+                got = list(torch.autograd.grad(logits, wanted, slope_here))
                 if grad_hidden is not None:
                     grad_hidden[start : start + rows] = got.pop(0)
-                for grad, part in zip(grads, got, strict=True):
-                    grad += part
+                for sum_of_parts, part in zip(grads, got, strict=True):
+                    sum_of_parts += part
         ctx.grad_hidden, ctx.grads = grad_hidden, grads
         ctx.dtypes = [p.dtype for p in parameters]
         return total

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import codebooks, ops
+from . import codebooks, ops, recompute
 from .errors import ModelError
 from .hub import Checkpoint, write_safetensors
 
@@ -157,7 +157,7 @@ class _FourBitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return ops.linear_4bit(x, weight.parts, weight.shape[0], bias)
+        return recompute.product(lambda: ops.linear_4bit(x, weight.parts, weight.shape[0], bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -35,9 +35,9 @@ from .config import TrainConfig
 from .dataset import Data, read_data, source_digest
 from .errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageError
 from .evaluate import mean_loss
+from .fuse import fuse
 from .generate import answers
 from .load import (
-    Abilities,
     Progress,
     QuantReport,
     build_empty,
@@ -47,12 +47,12 @@ from .load import (
     no_progress,
     read_config,
     refuse_other_base,
-    self_test,
 )
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter, target_names
 from .loss import output_head, sequence_loss
 from .ops import cpu
 from .run import ADAPTER_FACTS, EVALS, METRICS, NONFINITE, SAMPLES, Run
+from .selftest import Abilities, checkpoint_layers, self_test
 
 Say = Callable[[str], None]
 NOTHING_LOST = (
@@ -251,6 +251,8 @@ class Trainer:
         self.reporter.say(_loaded_line(self.model, report.coverage, self.config.load_in_4bit))
         if next(self.model.parameters()).device.type == "cpu":
             self.reporter.say(f"kernels: {cpu.why()}")
+            if cpu.active() is not None:
+                self.reporter.say(fuse(self.model).line())
         self._check_abilities(self_test(self.model))
         self._make_trainable()
         self.optimizer = self._make_optimizer()
@@ -288,11 +290,9 @@ class Trainer:
             assert isinstance(first, LoraLinear)
             self.clock_of_masks = first.clock
         model.config.use_cache = False
-        if config.gradient_checkpointing:
-            # newer transformers renamed it, and warns at the older name
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train()
+        if config.gradient_checkpointing:
+            self.reporter.say(checkpoint_layers(model, config.kept_activations, self.abilities.packing))
         self.trained = [p for p in model.parameters() if p.requires_grad]
         head = output_head(model)
         embedding = model.get_output_embeddings()

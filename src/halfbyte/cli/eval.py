@@ -13,8 +13,9 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     from .. import hub
     from ..dataset import read_data, run_renderer
     from ..evaluate import score
-    from ..load import load, load_base, self_test
+    from ..load import load, load_base
     from ..lora import adapter_off
+    from ..selftest import self_test
     from ..train import data_lines
 
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}

@@ -1,7 +1,7 @@
 """Causal attention of rows of tokens laid end to end, each row seeing only itself.
 
-Only the output and the logarithm of each softmax's denominator are kept for the backward pass, which computes the scores
-again (Dao et al. 2022, arXiv:2205.14135): memory grows with the number of tokens, not with its square.
+Only the output and the logarithm of each softmax's denominator are kept for the backward pass, which computes the
+scores again (Dao et al. 2022, arXiv:2205.14135): memory grows with the number of tokens, not with its square.
 """
 
 from typing import NamedTuple

@@ -466,12 +466,12 @@ def _gated_grad(library: Any, dy: Tensor, gate: Tensor, up: Tensor, activation: 
     return dgate, dup
 
 
-def _cross_entropy(library: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(library: Any, logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     logits, labels = logits.contiguous(), labels.contiguous()
-    losses, grad = torch.empty(labels.shape, **_FP32), torch.empty_like(logits)
+    losses = torch.empty(labels.shape, **_FP32)
     pointers = (logits.data_ptr(), labels.data_ptr(), *logits.shape, losses.data_ptr(), grad.data_ptr())
     call(library, "hb_cross_entropy", *pointers, _DTYPES[logits.dtype], torch.get_num_threads())
-    return losses, grad
+    return losses
 
 
 def _heads(t: Tensor) -> Tensor:

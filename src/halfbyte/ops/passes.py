@@ -1,7 +1,7 @@
 """Passes over rows that a model makes between its products: normalization, gated activations, cross-entropy.
 
-In plain PyTorch each is half a dozen passes over memory with as many temporaries, and a cast on the way in and out. Here
-each is one pass in fp32 registers with one rounding at its end.
+In plain PyTorch each is half a dozen passes over memory with as many temporaries, and a cast on the way in and out.
+Here each is one pass in fp32 registers with one rounding at its end.
 """
 
 import torch
@@ -115,11 +115,12 @@ def _gated_grad(dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row and its gradient, from one reading of the logits.
 
     Args:
         logits: [n, vocabulary], fp32, bf16 or fp16. labels: int64 [n]; a row whose label is no index has no loss.
+        grad: like logits, contiguous, to write into; allocated where absent.
 
     Returns:
         losses fp32 [n]; softmax(logits) - onehot(label), like logits.
@@ -127,18 +128,23 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     _check("cross_entropy", logits)
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"logits {list(logits.shape)} take int64 labels [{logits.shape[0]}]")
-    return torch.ops.halfbyte.cross_entropy(logits, labels)
+    if grad is None:
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    elif grad.shape != logits.shape or grad.dtype != logits.dtype or not grad.is_contiguous():
+        raise ValueError(f"grad must be contiguous {logits.dtype} {list(logits.shape)}")
+    return torch.ops.halfbyte.cross_entropy(logits, labels, grad), grad
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     wide = logits.float()
     counted = (labels >= 0) & (labels < logits.shape[1])
     at = labels.where(counted, labels.new_zeros(())).unsqueeze(1)
     logs = wide.log_softmax(1)
     losses = -logs.gather(1, at).squeeze(1) * counted
-    grad = logs.exp_()
-    grad.scatter_add_(1, at, grad.new_full(at.shape, -1.0))
-    return losses, (grad * counted.unsqueeze(1)).to(logits.dtype)
+    slope = logs.exp_()
+    slope.scatter_add_(1, at, slope.new_full(at.shape, -1.0))
+    grad.copy_(slope.mul_(counted.unsqueeze(1)))
+    return losses
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -160,8 +166,8 @@ def _two_like_second(dy: Tensor, x: Tensor, *args) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _loss_shapes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(labels.shape, dtype=torch.float32), logits.new_empty(logits.shape)
+def _loss_shapes(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
+    return logits.new_empty(labels.shape, dtype=torch.float32)
 
 
 for _name, _schema, _meaning, _shapes, _cpp in (
@@ -189,7 +195,7 @@ for _name, _schema, _meaning, _shapes, _cpp in (
     ),
     (
         "cross_entropy",
-        "(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
+        "(Tensor logits, Tensor labels, Tensor(a!) grad) -> Tensor",
         _cross_entropy,
         _loss_shapes,
         cpu._cross_entropy,

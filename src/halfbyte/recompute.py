@@ -1,0 +1,170 @@
+"""What a decoder layer keeps for its backward pass, and what it computes a second time.
+
+A layer keeps its input and computes the rest again (Chen et al. 2016, arXiv:1604.06174). Some of the rest is dear: the
+products with the 4-bit weights and attention. Their results can be kept too, so that only norms, activations and
+rotations are computed twice:
+
+    none       the layer's input; everything is computed twice
+    attention  also the results of the products before attention, and of attention
+    mlp_in     also the result of the first product after attention: what the MLP reads then costs a norm
+    all        the results of all products
+
+The last product of a layer is never computed twice where nothing but the layer's output depends on it. Results are the
+same bits whichever is chosen: the same operations run on the same numbers.
+
+While a layer runs, its products and its attention ask here (`product`, `attended`) whether their result is at hand. A
+layer is run by the function that transformers calls for a checkpointed layer, once to record and once to replay.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+
+Keep = Literal["none", "attention", "mlp_in", "all"]
+KEEPS: tuple[Keep, ...] = get_args(Keep)
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
+
+
+class _Unneeded:
+    """In place of a result of which only the shape matters."""
+
+    def __init__(self, like: Tensor, fill: float | None) -> None:
+        self.shape, self.dtype, self.device, self.fill = like.shape, like.dtype, like.device, fill
+
+    def tensor(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return out if self.fill is None else out.fill_(self.fill)
+
+
+class _Tape:
+    """Results of one layer in the order in which they were computed; None where one was not kept."""
+
+    def __init__(self, keep: Keep) -> None:
+        self.level = KEEPS.index(keep)
+        self.results: list[Any] = []
+        self.replaying = False
+        self.after_attention = -1  # products since attention, or -1 before it
+        self.last_product: tuple[int, Tensor] | None = None
+
+    def take(self, compute: Callable[[], Any], is_product: bool) -> Any:
+        if self.replaying:
+            if not self.results:
+                raise ModelError("a layer computed more products when it was run again than the first time")
+            result = self.results.pop(0)
+            if isinstance(result, _Unneeded):
+                return result.tensor()
+            return compute() if result is None else result
+        result = compute()
+        needed = 1 if self.after_attention < 0 else 2 if self.after_attention == 0 else 3
+        self.results.append(result if self.level >= needed or (not is_product and self.level) else None)
+        if is_product:
+            self.last_product = (len(self.results) - 1, result)
+            if self.after_attention >= 0:
+                self.after_attention += 1
+        else:
+            self.after_attention = 0
+        return result
+
+    def recorded(self, skip_last: bool, fill: float | None) -> None:
+        """The layer has run; its products are played back from the first on."""
+        if skip_last and self.last_product is not None:
+            position, result = self.last_product
+            self.results[position] = _Unneeded(result, fill)
+        self.last_product, self.replaying = None, True
+
+
+_running = threading.local()
+
+
+def product(compute: Callable[[], Tensor]) -> Tensor:
+    """The result of a product with a weight, computed or at hand."""
+    tape: _Tape | None = getattr(_running, "tape", None)
+    return compute() if tape is None else tape.take(compute, True)
+
+
+def attended(compute: Callable[[], Result]) -> Result:
+    """The result of attention, computed or at hand."""
+    tape: _Tape | None = getattr(_running, "tape", None)
+    return compute() if tape is None else tape.take(compute, False)
+
+
+def pass_attention() -> None:
+    """Attention happens here, but its result cannot be kept."""
+    tape: _Tape | None = getattr(_running, "tape", None)
+    if tape is not None and not tape.replaying:
+        tape.after_attention = 0
+
+
+class _Playing:
+    """Within this block products and attention go by the tape."""
+
+    def __init__(self, tape: _Tape) -> None:
+        self.tape = tape
+
+    def __enter__(self) -> None:
+        self.before = getattr(_running, "tape", None)
+        _running.tape = self.tape
+
+    def __exit__(self, *error: object) -> None:
+        _running.tape = self.before
+
+
+class Recompute:
+    """Runs a checkpointed layer: `transformers` calls it as ``run(function, hidden_states, *others)``."""
+
+    def __init__(self, keep: Keep = "none") -> None:
+        self.keep: Keep = keep
+        self.skip_last = False
+        self.fill: float | None = None  # what a skipped result holds; a test puts NaN in, to see whether it matters
+
+    def __call__(self, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(hidden, *others)
+        # the adapters inside need gradients even where the layer's input does not
+        trigger = torch.empty(0, requires_grad=True)
+        return _Layer.apply(self, function, others, trigger, hidden)  # pyright: ignore[reportReturnType]
+
+
+class _Layer(torch.autograd.Function):
+    """One layer: run without a graph, run again with one when its gradient is asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Recompute, function: Callable[..., Tensor], others: Any, trigger: Tensor, hidden: Tensor
+    ) -> Tensor:
+        ctx.tape = _Tape(run.keep)
+        with _Playing(ctx.tape):
+            out = function(hidden, *others)
+        if not isinstance(out, Tensor):
+            raise ModelError(f"a layer returns {type(out).__name__}, not a tensor")
+        ctx.tape.recorded(run.skip_last, run.fill)
+        ctx.save_for_backward(hidden)
+        ctx.function, ctx.others = function, others
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (saved,) = ctx.saved_tensors
+        hidden = saved.detach().requires_grad_(ctx.needs_input_grad[4])
+        with torch.enable_grad(), _Playing(ctx.tape):
+            out = ctx.function(hidden, *ctx.others)
+        ctx.tape = ctx.function = ctx.others = None
+        torch.autograd.backward(out, grads[0])
+        return None, None, None, None, hidden.grad
+
+
+def recompute_layers(model: Any, run: Recompute | None) -> int:
+    """Have every layer that transformers can checkpoint run by ``run`` (None: by no one, all is kept). Their number."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.gradient_checkpointing = run is not None
+        if run is not None:
+            object.__setattr__(layer, "_gradient_checkpointing_func", run)
+    return len(layers)

@@ -1,0 +1,158 @@
+"""What a model may be trained with, found out on a few tokens before the first step.
+
+Rows laid end to end must not see each other, the output head must work on chunks, and layers that are run again for
+their gradients must give the same ones. Each is tried on the model at hand instead of believed of its kind.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import segments
+from .errors import HalfbyteError
+from .lora import lora_layers
+from .loss import output_head
+from .recompute import Keep, Recompute, recompute_layers
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a model may be trained with, as measured at load."""
+
+    packing: bool
+    chunked_head: bool
+    packing_error: float
+    head_error: float
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest relative difference (norm over norm) that rounding can cause: about eight units of the last place, times
+the growth over a deep network. Tokens that leak between rows change the logits by several times as much."""
+
+
+@torch.no_grad()
+def self_test(model: Any) -> Abilities:
+    """Packed rows equal separate rows, and the chunked head equals the full logits, on a few tokens.
+
+    The caller refuses packing, or training, by name where it does not hold.
+    """
+    was_training = model.training
+    model.eval()
+    ids, position, length = _tokens(model)
+    tolerance = TOLERANCE[model.config.dtype]
+    try:
+        apart = torch.cat([model(input_ids=ids[i : i + length][None], use_cache=False).logits[0] for i in (0, length)])
+        try:
+            with segments(model):
+                bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+                packed = model(
+                    input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=bounds, use_cache=False
+                ).logits[0]
+            packing_error = _relative(packed, apart)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            packing_error = math.inf
+        try:
+            hidden = model.base_model(input_ids=ids[None, :length], use_cache=False).last_hidden_state[0]
+            chunks = torch.cat([output_head(model)(part) for part in hidden.split(5)])
+            head_error = _relative(chunks, apart[:length])
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            head_error = math.inf
+    finally:
+        model.train(was_training)
+    return Abilities(packing_error <= tolerance, head_error <= tolerance, packing_error, head_error)
+
+
+def _tokens(model: Any) -> tuple[Tensor, Tensor, int]:
+    """Ids [2 n] of two rows, their positions, and n."""
+    embedding, length = model.get_input_embeddings().weight, 12
+    ids = (torch.arange(2 * length, device=embedding.device) * 7919 + 13) % embedding.shape[0]
+    return ids, torch.arange(length, device=embedding.device).repeat(2), length
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    if value.shape != reference.shape:
+        return math.inf
+    error = (value.float() - reference.float()).norm() / reference.float().norm().clamp(min=1e-30)
+    return float(error) if torch.isfinite(error) else math.inf
+
+
+# --- layers run again -------------------------------------------------------------------------------------------------
+
+
+def checkpoint_layers(model: Any, keep: Keep, packing: bool) -> str:
+    """Have the layers of a model keep what ``keep`` says and compute the rest again, if that gives the same gradients.
+
+    Args:
+        model: in training mode, with its trained parameters. packing: it keeps rows apart (`Abilities.packing`).
+
+    Returns:
+        A line that says what was found. Where the layers cannot be run again by `recompute`, PyTorch's own
+        checkpointing takes its place, which keeps nothing but the layers' inputs.
+    """
+    # newer transformers renamed it, and warns at the older name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    run = Recompute(keep)
+    if not recompute_layers(model, None):
+        return "recomputed in the backward pass: whole layers (by PyTorch: this model's layers take no other function)"
+    with _lively_adapter(model):
+        expected = _gradients(model, packing)
+        recompute_layers(model, run)
+        # NaN where the result of each layer's last product would be: if it mattered, it would show
+        run.skip_last, run.fill = True, math.nan
+        if not _same(_gradients(model, packing), expected):
+            run.skip_last = False
+            if not _same(_gradients(model, packing), expected):
+                enable({"use_reentrant": False, "preserve_rng_state": False})
+                return "recomputed in the backward pass: whole layers (by PyTorch: run by halfbyte, gradients differ)"
+        run.fill = None
+    last = "not the last product, " if run.skip_last else ""
+    return f"recomputed in the backward pass: {last}kept activations: {keep}"
+
+
+@contextlib.contextmanager
+def _lively_adapter(model: Any) -> Iterator[None]:
+    """Within this block the adapters' B are not zero, so that every gradient depends on everything."""
+    layers = [layer for _, layer in lora_layers(model)]
+    before = [layer.lora_B.detach().clone() for layer in layers]
+    generator = torch.Generator("cpu").manual_seed(0)
+    try:
+        for layer in layers:
+            noise = torch.randn(layer.lora_B.shape, generator=generator, device="cpu", dtype=torch.float32)
+            layer.lora_B.data.copy_(noise * 0.01)
+        yield
+    finally:
+        for layer, values in zip(layers, before, strict=True):
+            layer.lora_B.data.copy_(values)
+
+
+def _gradients(model: Any, packing: bool) -> list[Tensor] | None:
+    """Gradients of a weighted sum of hidden states of a few tokens; None where the model cannot be run like this."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids, position, length = _tokens(model)
+    inputs: dict[str, Any] = {"input_ids": ids[None, :length]}
+    if packing:
+        bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+        inputs = {"input_ids": ids[None], "position_ids": position[None], "cu_seq_lens_q": bounds}
+    try:
+        with segments(model) if packing else contextlib.nullcontext(), torch.enable_grad():
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()
+            weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device, dtype=torch.float32)
+            (hidden.view(-1) * weights).sum().backward()
+        return [torch.zeros(0) if p.grad is None else p.grad for p in trained]
+    except HalfbyteError:
+        return None
+    finally:
+        for p in trained:
+            p.grad = None
+
+
+def _same(mine: list[Tensor] | None, theirs: list[Tensor] | None) -> bool:
+    if mine is None or theirs is None:
+        return False
+    return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
