@@ -9,7 +9,7 @@ ROOT = Path(halfbyte.__file__ or "").parent
 FLOORS = {
     0: ["codebooks", "config", "errors"],
     1: ["ops"],
-    2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute"],
+    2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute", "memory"],
     3: ["lora", "loss", "adamw8bit", "batches", "attention", "fuse"],
     4: ["load", "dataset", "checkpoint", "merge", "plan", "selftest"],
     5: ["train", "evaluate", "generate"],

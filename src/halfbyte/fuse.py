@@ -252,7 +252,7 @@ def _revert(module: nn.Module) -> None:
 
 
 def fuse(model: nn.Module) -> Fused:
-    """Fuse what is known of a model on the CPU, in place; nothing without the C++ library, where it would not be faster."""
+    """Fuse what is known of a model on the CPU, in place; nothing without the C++ library: it would be no faster."""
     result = Fused()
     if next(model.parameters()).device.type != "cpu" or cpu.active() is None:
         return result

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .memory import Slots
 
 Keep = Literal["none", "attention", "mlp_in", "all"]
 KEEPS: tuple[Keep, ...] = get_args(Keep)
@@ -117,8 +118,9 @@ class _Playing:
 class Recompute:
     """Runs a checkpointed layer: `transformers` calls it as ``run(function, hidden_states, *others)``."""
 
-    def __init__(self, keep: Keep = "none") -> None:
+    def __init__(self, keep: Keep = "none", layers: int = 0) -> None:
         self.keep: Keep = keep
+        self.inputs = Slots(layers)
         self.skip_last = False
         self.fill: float | None = None  # what a skipped result holds; a test puts NaN in, to see whether it matters
 
@@ -143,17 +145,15 @@ class _Layer(torch.autograd.Function):
         if not isinstance(out, Tensor):
             raise ModelError(f"a layer returns {type(out).__name__}, not a tensor")
         ctx.tape.recorded(run.skip_last, run.fill)
-        ctx.save_for_backward(hidden)
-        ctx.function, ctx.others = function, others
+        ctx.input, ctx.function, ctx.others = run.inputs.put(hidden), function, others
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (saved,) = ctx.saved_tensors
-        hidden = saved.detach().requires_grad_(ctx.needs_input_grad[4])
+        hidden = ctx.input.tensor.detach().requires_grad_(ctx.needs_input_grad[4])
         with torch.enable_grad(), _Playing(ctx.tape):
             out = ctx.function(hidden, *ctx.others)
-        ctx.tape = ctx.function = ctx.others = None
+        ctx.tape = ctx.input = ctx.function = ctx.others = None
         torch.autograd.backward(out, grads[0])
         return None, None, None, None, hidden.grad
 

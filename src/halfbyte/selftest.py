@@ -97,8 +97,8 @@ def checkpoint_layers(model: Any, keep: Keep, packing: bool) -> str:
     # newer transformers renamed it, and warns at the older name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": False})
-    run = Recompute(keep)
-    if not recompute_layers(model, None):
+    run = Recompute(keep, layers := recompute_layers(model, None))
+    if not layers:
         return "recomputed in the backward pass: whole layers (by PyTorch: this model's layers take no other function)"
     with _lively_adapter(model):
         expected = _gradients(model, packing)

@@ -50,6 +50,7 @@ from .load import (
 )
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter, target_names
 from .loss import output_head, sequence_loss
+from .memory import hold_gradients, memory_bytes, return_freed
 from .ops import cpu
 from .run import ADAPTER_FACTS, EVALS, METRICS, NONFINITE, SAMPLES, Run
 from .selftest import Abilities, checkpoint_layers, self_test
@@ -256,6 +257,8 @@ class Trainer:
         self._check_abilities(self_test(self.model))
         self._make_trainable()
         self.optimizer = self._make_optimizer()
+        self.gradients = hold_gradients(self.trained)
+        return_freed()
         self.updates = 0
         return report
 
@@ -335,11 +338,13 @@ class Trainer:
                 try:
                     row = self.step(step, batches)
                     done = step + 1
+                    if step == start:
+                        return_freed()  # what the first step asked for before it had its lasting blocks
                     row["epoch"] = round(done / self.steps_per_epoch, 4)
                     self._report(row)
                 except Abandoned as error:
                     stopped = error
-                    self.optimizer.zero_grad(set_to_none=True)
+                    self._zero_gradients()
                 last, stopping = done == self.total_steps, stopped is not None or self.interrupts.signal != 0
                 if done > saved and (done % self.config.save_steps == 0 or last or stopping):
                     self._save(done)
@@ -386,7 +391,7 @@ class Trainer:
                 group["lr"] = rate
             self.optimizer.step()
             self.updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_gradients()
         seconds, tokens = time.perf_counter() - began, sum(len(batch.input_ids) for batch in batches)
         return {
             "step": step + 1,
@@ -398,6 +403,10 @@ class Trainer:
             "tokens_per_s": round(tokens / seconds, 2),
             "memory_bytes": memory_bytes(self.device),
         }
+
+    def _zero_gradients(self) -> None:
+        for buffer in self.gradients:
+            buffer.zero_()
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """Summed loss of a micro-batch."""
@@ -526,17 +535,6 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     if config.lr_scheduler_type == "cosine":
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * (1 - done)
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak bytes of the CUDA allocator, or this process's anonymous resident memory (0 where the system hides it)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 class Abandoned(Interrupted):

@@ -1,0 +1,76 @@
+"""The memory of this process: how much it is, and how it is kept in one piece.
+
+The C library's allocator gives a freed block back only when nothing behind it is in use. Long-lived tensors made between
+short-lived ones therefore pin memory that nobody uses. So what lives through a step (gradients, the layers' inputs) lies
+in blocks of its own, and what loading leaves behind is given back.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes of the CUDA allocator, or this process's anonymous resident memory (0 where the system hides it)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system, where the C library can (glibc)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Give parameters zero gradients that stay, in one buffer for each dtype and device; the buffers, to be zeroed."""
+    by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for p in parameters:
+        by_kind.setdefault((p.dtype, p.device), []).append(p)
+    buffers = []
+    for (dtype, device), members in by_kind.items():
+        buffer = torch.zeros(sum(p.numel() for p in members), dtype=dtype, device=device)
+        for p, part in zip(members, buffer.split([p.numel() for p in members]), strict=True):
+            p.grad = part.view_as(p)
+        buffers.append(buffer)
+    return buffers
+
+
+class Slots:
+    """Room for tensors of one size that are handed in and taken out again and again: allocated together, once."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.free: list[Tensor] = []
+        self.like = torch.empty(0)
+
+    def put(self, tensor: Tensor) -> "Slot":
+        """A copy of a tensor, whose place is free again when the returned object is gone."""
+        if tensor.numel() > self.like.numel() or (tensor.dtype, tensor.device) != (self.like.dtype, self.like.device):
+            self.like = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+            self.free = list(self.like.new_empty(self.count, tensor.numel()))
+        place = self.free.pop() if self.free else torch.empty_like(self.like)
+        copy = place[: tensor.numel()].view(tensor.shape)
+        copy.copy_(tensor)
+        return Slot(self, place, copy)
+
+
+class Slot:
+    """A tensor in `Slots`."""
+
+    def __init__(self, slots: Slots, place: Tensor, tensor: Tensor) -> None:
+        self.slots, self.place, self.tensor = slots, place, tensor
+
+    def __del__(self) -> None:
+        slots, place = self.slots, self.place
+        if place.numel() == slots.like.numel() and place.dtype == slots.like.dtype and len(slots.free) < slots.count:
+            slots.free.append(place)
