@@ -115,6 +115,19 @@ def dequantize(fence: Fence, chance: random.Random, parts: ops.FourBit, numel: i
         same(f"dequantized {dtype}", out, expected)
 
 
+def random_dropout(chance: random.Random) -> ops.Dropout:
+    if chance.random() < 0.3:
+        return ops.NO_DROPOUT
+    counters = (chance.randrange(1 << 63), *(chance.randrange(1 << 32) for _ in range(3)))
+    return ops.Dropout(chance.choice((1, 3277, 32768, 65535)), *counters)
+
+
+def kept(like: torch.Tensor, drop: ops.Dropout) -> torch.Tensor:
+    """1 where an element is kept, by plain PyTorch."""
+    with cpu.using("torch"):
+        return ops.dropout_mask(like.numel(), drop, like.device).view(like.shape).double()
+
+
 def product(fence: Fence, chance: random.Random, backward: bool) -> None:
     dtype = chance.choice(DTYPES)
     ragged = chance.random() < 0.5
@@ -133,7 +146,8 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
     u = values(tokens, rank) if rank else None
     low = (values(rank, columns) if backward else values(columns, rank)) if rank else None
     if backward:
-        got = ops.linear_4bit_input_grad(x, parts, width, u, low)
+        drop = random_dropout(chance) if u is not None else ops.NO_DROPOUT
+        got = ops.linear_4bit_input_grad(x, parts, width, u, low, drop)
     else:
         got = ops.linear_4bit(x, parts, rows, bias, u, low)
     with cpu.using("torch"):
@@ -142,7 +156,8 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
     exact, size = x.double() @ b, x.double().abs() @ b.abs()
     if u is not None and low is not None:
         right = low.double() if backward else low.double().t()
-        exact, size = exact + u.double() @ right, size + u.double().abs() @ right.abs()
+        seen = kept(exact, drop) if backward else torch.ones_like(exact)
+        exact, size = exact + u.double() @ right * seen, size + u.double().abs() @ right.abs()
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
     # fp32 sums of n products: n roundings of at most the sum of sizes (Higham, (3.5)); then one to the result's type;
@@ -159,19 +174,163 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
         )
 
 
+def within(name: str, got: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
+    worst = ((got.double() - exact).abs() / bound).max().item() if got.numel() else 0
+    if not worst <= 1:
+        raise AssertionError(f"{name} off by {worst:.3g} bounds on {cpu.path_in_use()}: {got.dtype}, {list(got.shape)}")
+
+
+def summed(n: int, size: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bound of a sum of n products in fp32, rounded to dtype (as in `product`)."""
+    tiny = n * 2.0**-126 if dtype != torch.float16 else 2.0**-25
+    return (n + 2) * 2.0**-24 * size + UNIT[dtype] * exact.abs() * 1.01 + tiny
+
+
+def lora(fence: Fence, chance: random.Random) -> None:
+    dtype, drop = chance.choice(DTYPES), random_dropout(chance)
+    tokens, rank = chance.choice((1, 2, 5, 13, 70, 131)), chance.choice((1, 4, 16, 17, 40))
+    width, rows = (chance.choice((1, 7, 64, 100, 256, 300, chance.randrange(1, 600))) for _ in range(2))
+    generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
+
+    def values(*shape: int) -> torch.Tensor:
+        return fence.put(torch.randn(shape, generator=generator).to(dtype))
+
+    x, a, dy, b = values(tokens, width), values(rank, width), values(tokens, rows), values(rows, rank)
+    seen = x.double() * kept(x, drop)
+    u = ops.lora_input(x, a, drop)
+    exact = seen @ a.double().t()
+    within("u", u, exact, summed(width, seen.abs() @ a.double().abs().t(), exact, dtype))
+    u = fence.put(u)
+    du, da, db = ops.lora_grads(dy, x, u, b, 0.5, drop)
+    exact = dy.double() @ b.double()
+    within("du", du, exact, summed(rows, dy.double().abs() @ b.double().abs(), exact, dtype))
+    exact = du.double().t() @ seen
+    within("dA", da, exact, summed(tokens, du.double().abs().t() @ seen.abs(), exact, torch.float32))
+    exact = dy.double().t() @ u.double() * 0.5
+    within("dB", db, exact, summed(tokens, dy.double().abs().t() @ u.double().abs(), exact, torch.float32))
+
+
+def passes(fence: Fence, chance: random.Random) -> None:
+    """Norms, gated activations and cross-entropy against their meaning in fp64."""
+    dtype = chance.choice(DTYPES)
+    rows, width = chance.choice((1, 3, 17)), chance.choice((1, 7, 16, 33, 64, 100, 257, 1000))
+    generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
+
+    def values(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return fence.put((torch.randn(shape, generator=generator) * scale).to(dtype))
+
+    tiny = 2.0**-24 if dtype == torch.float16 else 2.0**-125
+
+    def near(name: str, got: torch.Tensor, exact: torch.Tensor, roundings: float, size: torch.Tensor | float) -> None:
+        within(name, got, exact, roundings * UNIT[dtype] * (exact.abs() + size * 2.0**-10) + 2e-6 * size + tiny)
+
+    x, w, dy = values(rows, width, scale=chance.choice((1e-2, 1, 30))), values(width), values(rows, width)
+    offset, cast_first = chance.choice(((0.0, True), (0.0, False), (1.0, False)))
+    y, inverse = ops.rms_norm(x, w, 1e-6, offset, cast_first)
+    wide, factor = x.double(), w.double() + offset
+    scale = (wide.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+    near("norm", y, wide * scale * factor, 2.1, (wide * scale * factor).abs())
+    g = dy.double() * factor
+    exact = scale * (g - wide * scale * (g * wide * scale).mean(1, keepdim=True))
+    near("norm's gradient", ops.rms_norm_grad(dy, x, w, inverse, offset), exact, 1.1, scale * (g.abs() + 4 * g.norm()))
+
+    both = values(rows, 2 * width, scale=chance.choice((0.1, 3, 20)))
+    gate, up = both.chunk(2, 1) if chance.random() < 0.5 else (fence.put(t.contiguous()) for t in both.chunk(2, 1))
+    kind = chance.choice(ops.ACTIVATIONS)
+    g, wide = gate.double().requires_grad_(), up.double()
+    form = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}.get(
+        kind, lambda t: torch.nn.functional.gelu(t, approximate="tanh")
+    )
+    f = form(g)
+    (slope,) = torch.autograd.grad(f.sum(), g)
+    f, g = f.detach(), g.detach()
+    near("gated", ops.gated(gate, up, kind), f * wide, 1.1, g.abs() * wide.abs())
+    dgate, dup = ops.gated_grad(dy, gate, up, kind)
+    near("gate's gradient", dgate, dy.double() * wide * slope, 1.1, (dy.double() * wide).abs() * (1 + g.abs()))
+    near("up's gradient", dup, dy.double() * f, 1.1, (dy.double() * g).abs())
+
+    logits = values(rows, width, scale=chance.choice((0.1, 3, 40)))
+    labels = fence.put(torch.tensor([chance.choice((-100, *range(width))) for _ in range(rows)]))
+    grad = fence.empty((rows, width), dtype)
+    losses, _ = ops.cross_entropy(logits, labels, grad)
+    wide = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+    (slope,) = torch.autograd.grad(expected.sum(), wide) if bool((labels >= 0).any()) else (torch.zeros_like(wide),)
+    size = logits.double().abs().amax(1) + 1
+    within("losses", losses, expected.detach(), 4e-6 * size)
+    within(
+        "loss's gradient", grad, slope, UNIT[dtype] * slope.abs() * 1.01 + 4e-6 * size[:, None] + UNIT[dtype] * 2.0**-14
+    )
+
+
+def attention(fence: Fence, chance: random.Random) -> None:
+    """Against the meaning in fp64: the norm of a row's error against the row's largest possible one."""
+    from halfbyte.ops.attention import _attention, _attention_grad
+
+    dtype, kv = chance.choice(DTYPES), chance.choice((1, 2))
+    heads, dim = kv * chance.choice((1, 3)), chance.choice((1, 16, 33, 64, 80))
+    lengths = [chance.choice((0, 1, 2, 7, 16, 65, 130)) for _ in range(chance.randrange(1, 4))]
+    tokens = sum(lengths)
+    if not tokens:
+        return
+    bounds = fence.put(torch.tensor([0, *(sum(lengths[: i + 1]) for i in range(len(lengths)))], dtype=torch.int32))
+    form = ops.Form(dim**-0.5, chance.choice((0, 0, 1, 5, 40)), chance.choice((0.0, 0.0, 3.0)))
+    generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
+
+    def values(n: int) -> torch.Tensor:
+        if chance.random() < 0.5:  # heads outside tokens, as a transposed view
+            return fence.put(torch.randn((n, tokens, dim), generator=generator).to(dtype)).transpose(0, 1)
+        return fence.put(torch.randn((tokens, n, dim), generator=generator).to(dtype))
+
+    q, dout, k, v = values(heads), values(heads), values(kv), values(kv)
+    out, lse = ops.attention(q, k, v, bounds, form)
+    wide = [t.double() for t in (q, k, v)]
+    exact, exact_lse = _attention(*wide, bounds, *form)
+    # weights are rounded to bf16 on some paths: each then is off by one unit, and so is their sum; then the result's
+    unit = UNIT[dtype] if dtype == torch.bfloat16 else 2.0**-20
+    size = wide[2].abs().amax((0, 1))
+    within("attention", out, exact, 2 * unit * size + UNIT[dtype] * exact.abs() + 2.0**-24)
+    within("lse", lse, exact_lse, torch.full_like(exact_lse, 1e-5))
+    out, lse = fence.put(out), fence.put(lse)
+    found = ops.attention_grad(dout, q, k, v, bounds, out, lse, form)
+    expected = _attention_grad(dout.double(), *wide, bounds, exact, exact_lse, *form)
+    for name, mine, theirs in zip(("dq", "dk", "dv"), found, expected, strict=True):
+        # each term of the sums is a product of a few rounded factors: judged by norm, with room for cancellation
+        error, whole = (mine.double() - theirs).norm(), sum(t.norm() for t in expected) + 1e-3
+        if not error <= 8 * max(unit, UNIT[dtype]) * whole + 1e-6:
+            raise AssertionError(
+                f"{name} off by {error / whole:.2g} on {cpu.path_in_use()}: {dtype}, {lengths}, {form}"
+            )
+
+
 def threads_agree(fence: Fence, chance: random.Random) -> None:
     """The same bits from any number of threads."""
     rows, width, tokens = 64 * chance.randrange(1, 9), 64 * chance.randrange(1, 9), chance.choice((1, 3, 40))
     _, parts = weight(fence, chance, rows * width, torch.bfloat16, (0,))
     x, dy = (torch.randn(tokens, n).to(chance.choice(DTYPES)) for n in (width, rows))
+    drop, form = random_dropout(chance), ops.Form(0.1, chance.choice((0, 9)))
+    a, b, dim = torch.randn(16, width), torch.randn(rows, 16).to(x.dtype), 16
+    q, k, v = (torch.randn(tokens, n, dim).to(x.dtype) for n in (4, 2, 2))
+    bounds = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
+    logits, labels = torch.randn(tokens, rows).to(x.dtype), torch.zeros(tokens, dtype=torch.int64)
+
+    def everything() -> list[torch.Tensor]:
+        u = ops.lora_input(x, a, drop)
+        du, da, db = ops.lora_grads(dy.to(x.dtype), x, u, b, 2.0, drop)
+        dx = ops.linear_4bit_input_grad(dy.to(x.dtype), parts, width, du, a, drop)
+        out, lse = ops.attention(q, k, v, bounds, form)
+        grads = ops.attention_grad(out, q, k, v, bounds, out, lse, form)
+        y, losses = ops.linear_4bit(x, parts, rows), ops.cross_entropy(logits, labels)
+        return [y, ops.linear_4bit_input_grad(dy, parts, width), u, du, da, db, dx, out, lse, *grads, *losses]
+
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append((ops.linear_4bit(x, parts, rows), ops.linear_4bit_input_grad(dy, parts, width)))
+        results.append(everything())
     torch.set_num_threads(before)
-    for y, dx in results[1:]:
-        same("y", y, results[0][0])
-        same("dx", dx, results[0][1])
+    for other in results[1:]:
+        for number, (mine, theirs) in enumerate(zip(other, results[0], strict=True)):
+            same(f"result {number}", mine, theirs)
 
 
 def adamw(fence: Fence, chance: random.Random) -> None:
@@ -264,7 +423,10 @@ def main() -> None:
             threads_agree(fence, chance)
             adamw(fence, chance)
             dropout(fence, chance)
-            ran += 6
+            lora(fence, chance)
+            passes(fence, chance)
+            attention(fence, chance)
+            ran += 9
         print(path, "passed", file=sys.stderr, flush=True)
     print(f"{ran} cases on {' '.join(cpu.paths())}")
 

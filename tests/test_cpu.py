@@ -48,7 +48,7 @@ def cases(library: str, *arguments: str, **environment: str) -> str:
 
 @needs_library
 def test_cases_behind_forbidden_pages():
-    assert f"{6 * 12 * len(cpu.paths())} cases" in cases(library_file(), "--count", "12")
+    assert f"{9 * 12 * len(cpu.paths())} cases" in cases(library_file(), "--count", "12")
 
 
 # --- built for the purpose (slow) ---

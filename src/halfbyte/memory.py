@@ -1,8 +1,8 @@
 """The memory of this process: how much it is, and how it is kept in one piece.
 
-The C library's allocator gives a freed block back only when nothing behind it is in use. Long-lived tensors made between
-short-lived ones therefore pin memory that nobody uses. So what lives through a step (gradients, the layers' inputs) lies
-in blocks of its own, and what loading leaves behind is given back.
+The C library's allocator gives a freed block back only when nothing behind it is in use. Long-lived tensors made
+between short-lived ones therefore pin memory that nobody uses. So what lives through a step (gradients, the layers'
+inputs) lies in blocks of its own, and what loading leaves behind is given back.
 """
 
 import contextlib
