@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cpu
 from .fourbit import FLOATS
-from .library import define
+from .library import as_wide, define
 
 
 class Form(NamedTuple):
@@ -73,10 +73,6 @@ def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> 
     return scores, scores.masked_fill(~_seen(q.shape[0], window, q.device), float("-inf"))
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -84,8 +80,8 @@ def _attention(
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), []
     pieces = zip(*(t.split(lengths) for t in (q, k, v, out)), strict=True)
     for one_q, one_k, one_v, one_out in pieces:
-        wide_k, wide_v = (_wide(t).repeat_interleave(groups, 1) for t in (one_k, one_v))
-        _, scores = _scores(_wide(one_q), wide_k, scale, window, softcap)
+        wide_k, wide_v = (as_wide(t).repeat_interleave(groups, 1) for t in (one_k, one_v))
+        _, scores = _scores(as_wide(one_q), wide_k, scale, window, softcap)
         lse.append(scores.logsumexp(2))
         one_out.copy_(torch.einsum("hqk,khd->qhd", (scores - lse[-1].unsqueeze(2)).exp(), wide_v))
     return out, torch.cat(lse, 1) if lse else q.new_zeros((q.shape[1], 0), dtype=torch.float32)
@@ -107,11 +103,11 @@ def _attention_grad(
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     pieces = zip(*(t.split(lengths) for t in (dout, q, k, v, out, *grads)), lse.split(lengths, 1), strict=True)
     for one_dout, one_q, one_k, one_v, one_out, dq, dk, dv, one_lse in pieces:
-        wide_q, g = _wide(one_q), _wide(one_dout)
-        wide_k, wide_v = (_wide(t).repeat_interleave(groups, 1) for t in (one_k, one_v))
+        wide_q, g = as_wide(one_q), as_wide(one_dout)
+        wide_k, wide_v = (as_wide(t).repeat_interleave(groups, 1) for t in (one_k, one_v))
         free, scores = _scores(wide_q, wide_k, scale, window, softcap)
         p = (scores - one_lse.unsqueeze(2)).exp()
-        delta = (g * _wide(one_out)).sum(2).t()
+        delta = (g * as_wide(one_out)).sum(2).t()
         ds = p * (torch.einsum("qhd,khd->hqk", g, wide_v) - delta.unsqueeze(2)) * scale
         if softcap:
             ds = ds * (1 - (free / softcap).square())

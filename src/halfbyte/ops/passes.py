@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from . import cpu
 from .fourbit import FLOATS
-from .library import define
+from .library import as_wide, define
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 """SiLU; GELU by its tanh formula; GELU by erf (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
@@ -47,12 +47,12 @@ def rms_norm(
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> tuple[Tensor, Tensor]:
-    wide = x.float()
+    wide = as_wide(x)
     inverse = (wide.square().mean(-1) + eps).rsqrt()
     quotient = wide * inverse.unsqueeze(-1)
     if cast_first:
-        quotient = quotient.to(x.dtype).float()
-    return (quotient * (weight.float() + offset)).to(x.dtype), inverse
+        quotient = as_wide(quotient.to(x.dtype))
+    return (quotient * (as_wide(weight) + offset)).to(x.dtype), inverse
 
 
 def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float = 0.0) -> Tensor:
@@ -64,8 +64,8 @@ def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset
 
 
 def _rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
-    g, inverse = dy.float() * (weight.float() + offset), inverse.unsqueeze(-1)
-    normal = x.float() * inverse
+    g, inverse = as_wide(dy) * (as_wide(weight) + offset), inverse.unsqueeze(-1)
+    normal = as_wide(x) * inverse
     return ((g - normal * (g * normal).mean(-1, keepdim=True)) * inverse).to(x.dtype)
 
 
@@ -99,16 +99,16 @@ def _activation(x: Tensor, activation: int) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor, activation: int) -> Tensor:
-    return (_activation(gate.float(), activation) * up.float()).to(gate.dtype)
+    return (_activation(as_wide(gate), activation) * as_wide(up)).to(gate.dtype)
 
 
 def _gated_grad(dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
-    wide, g = gate.float(), dy.float()
+    wide, g = as_wide(gate), as_wide(dy)
     if activation == 0:
-        dgate = torch.ops.aten.silu_backward(g * up.float(), wide)
+        dgate = torch.ops.aten.silu_backward(g * as_wide(up), wide)
     else:
         form = "tanh" if activation == 1 else "none"
-        dgate = torch.ops.aten.gelu_backward(g * up.float(), wide, approximate=form)
+        dgate = torch.ops.aten.gelu_backward(g * as_wide(up), wide, approximate=form)
     return dgate.to(gate.dtype), (g * _activation(wide, activation)).to(gate.dtype)
 
 
@@ -136,7 +136,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor | None = None) ->
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
-    wide = logits.float()
+    wide = as_wide(logits)
     counted = (labels >= 0) & (labels < logits.shape[1])
     at = labels.where(counted, labels.new_zeros(())).unsqueeze(1)
     logs = wide.log_softmax(1)

@@ -1,0 +1,147 @@
+"""Recognizing a model's modules by their body, the numbers of the fused ones, and leaving the others alone."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from halfbyte import fuse, ops
+from halfbyte.fuse import FusedMLP, FusedNorm
+from halfbyte.ops import cpu
+
+needs_library = pytest.mark.skipif(not cpu.paths(), reason="no C++ library")
+
+
+def norm(family: str, name: str, width: int = 48) -> nn.Module:
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    made = getattr(module, name)(width, eps=1e-5)
+    nn.init.normal_(made.weight)
+    return made
+
+
+NORMS = [
+    ("llama", "LlamaRMSNorm"),
+    ("qwen3", "Qwen3RMSNorm"),
+    ("gemma2", "Gemma2RMSNorm"),
+    ("gpt_oss", "GptOssRMSNorm"),
+    ("helium", "HeliumRMSNorm"),
+    ("moshi", "MoshiRMSNorm"),
+]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("family", "name"), NORMS)
+def test_norms_of_many_families(family: str, name: str, dtype: torch.dtype):
+    """16-bit results are the same bits nearly everywhere: fp32 means, summed in another order, differ by a few units."""
+    module = norm(family, name).to(dtype).requires_grad_(False)
+    x = torch.randn(20, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = module(x)
+    holder = nn.Sequential(module)
+    assert fuse.fuse(holder).norms == 1 and isinstance(module, FusedNorm)
+    found = module(x)
+    if dtype != torch.float32:
+        assert float((found != expected).float().mean()) < 0.02
+    unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+    assert bool(((found - expected).abs() <= 2 * unit * expected.abs() + 1e-30).all())
+
+
+@needs_library
+def test_a_trained_norm_gets_its_gradient():
+    module = norm("llama", "LlamaRMSNorm")
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(1))
+
+    def gradient() -> Tensor:
+        module.weight.grad = None
+        module(x).square().sum().backward()
+        assert isinstance(module.weight.grad, Tensor)
+        return module.weight.grad
+
+    expected = gradient()
+    fuse.fuse(nn.Sequential(module))
+    assert isinstance(module, FusedNorm)
+    torch.testing.assert_close(gradient(), expected)
+
+
+@needs_library
+def test_a_llama(tiny_llama: LlamaForCausalLM):
+    ids = torch.arange(12)[None]
+    before = tiny_llama(ids).logits
+    found = fuse.fuse(tiny_llama)
+    assert (found.norms, found.mlps, found.left) == (5, 2, {})
+    assert found.line() == "fused: 5 norms, 2 MLPs"
+    assert isinstance(tiny_llama.model.layers[0].mlp, FusedMLP)
+    torch.testing.assert_close(tiny_llama(ids).logits, before, atol=1e-4, rtol=1e-4)
+    # its class is still its own
+    assert type(tiny_llama.model.norm).__name__ == "FusedLlamaRMSNorm"
+    assert isinstance(
+        tiny_llama.model.norm, importlib.import_module("transformers.models.llama.modeling_llama").LlamaRMSNorm
+    )
+    assert fuse.fuse(tiny_llama).norms == 0  # twice is once
+
+
+@needs_library
+def test_one_product_for_both_halves():
+    """Phi's and GLM's MLPs: the gate is the first half."""
+    module = importlib.import_module("transformers.models.glm.modeling_glm")
+    config = SimpleNamespace(hidden_size=32, intermediate_size=48, hidden_act="silu")
+    mlp = module.GlmMLP(config)
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
+    expected = mlp(x)
+    assert fuse.fuse(nn.Sequential(mlp)).mlps == 1
+    torch.testing.assert_close(mlp(x), expected)
+
+
+class OddRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, hidden_states):
+        return self.weight * hidden_states / (hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@needs_library
+def test_an_unknown_form_is_left_alone():
+    odd = OddRMSNorm()
+    found = fuse.fuse(nn.Sequential(odd))
+    assert found.norms == 0 and type(odd) is OddRMSNorm
+    assert "OddRMSNorm (of a form not known here)" in found.line()
+
+
+@needs_library
+def test_a_kind_that_differs_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    """A form recognized wrongly (Gemma's taken for one without the 1) must not pass the comparison."""
+    text, _ = fuse.normal_form(type(norm("gemma", "GemmaRMSNorm")).forward)
+    helper, _ = fuse.normal_form(type(norm("gemma", "GemmaRMSNorm"))._norm)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(fuse._NORMS, fuse._digest(f"{text}\n--\n{helper}"), (0.0, False))
+    module = norm("gemma", "GemmaRMSNorm")
+    own = type(module)
+    found = fuse.fuse(nn.Sequential(module))
+    assert found.norms == 0 and type(module) is own and not hasattr(module, "form")
+    assert "its own results differ" in found.line()
+
+
+def test_nothing_is_fused_without_the_library(tiny_llama: LlamaForCausalLM):
+    with cpu.using("torch"):
+        assert fuse.fuse(tiny_llama).line() == "fused: nothing"
+
+
+def test_activations_are_known_by_their_values():
+    from transformers.activations import ACT2FN
+
+    expected = {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu": "gelu",
+        "gelu_new": "gelu_tanh",
+    }
+    for name, ours in expected.items():
+        assert fuse.activation_name(ACT2FN[name]) == ours
+    for name in ("relu", "quick_gelu", "relu2", "tanh"):
+        assert fuse.activation_name(ACT2FN[name]) is None
+    assert set(expected.values()) == set(ops.ACTIVATIONS)
