@@ -1,14 +1,11 @@
 """This package against its peers on this CPU: same work, one run, alternating, medians and ratios.
 
-    python bench/cpu.py [--only quant|linear|adamw|generate|step|load] [--rounds 3] [--json]
+    python bench/cpu.py [--only quant|linear|adamw|generate|load] [--rounds 3] [--json]
 
 The contestants take turns, so that a change of the machine's speed hits all alike: call by call within one process
 for single operations (``quant``, ``linear``, ``adamw``), process by process for models. torchao takes part where it is
 installed (it is no dependency of ours, not even for development). ``linear`` is forward and input gradient of one
-layer, also on each lesser instruction set the processor can play. ``step`` is one optimizer step of the article's
-recipe (r=16 on all linear layers, alpha 32, dropout 0.05, gradient checkpointing, 512 tokens) on a 0.37B Llama with
-random weights; bitsandbytes + PEFT is the peer, once as the article has it (``prepare_model_for_kbit_training``), once
-best tuned (no upcast, no dropout, bf16 LoRA).
+layer, also on each lesser instruction set the processor can play. Training steps are in ``step.py``.
 """
 
 import argparse
@@ -36,10 +33,8 @@ CONTESTANTS = {
     "linear": ["all"],
     "adamw": ["all"],
     "generate": ["halfbyte", "transformers_bf16", "bitsandbytes"],
-    "step": ["halfbyte", "halfbyte_no_dropout", "bitsandbytes_peft", "bitsandbytes_peft_tuned"],
     "load": ["halfbyte", "bitsandbytes"],
 }
-TOKENS = 512
 
 
 def median_of(call: Callable[[], object], repeats: int) -> float:
@@ -276,83 +271,6 @@ def generate(who: str, home: Path) -> dict[str, float]:
     return {"tokens_per_s": 1 / each, "ms_per_token": each * 1e3}
 
 
-# --- one training step ------------------------------------------------------------------------------------------------
-
-
-def step(who: str, home: Path) -> dict[str, float]:
-    import torch
-
-    path = make_checkpoint("0.4b", home)
-    torch.manual_seed(0)
-    ids = [torch.randint(4, 32000, (TOKENS,)) for _ in range(3)]
-    run = _halfbyte_step(path, 0.0 if who.endswith("no_dropout") else 0.05) if who.startswith("halfbyte") else None
-    run = run or _peer_step(path, tuned=who.endswith("tuned"))
-    losses, count = [], 0
-
-    def once() -> None:
-        nonlocal count
-        losses.append(run(ids[count % 3], count))
-        count += 1
-
-    seconds = median_of(once, 3)
-    return {"tokens_per_s": TOKENS / seconds, "seconds": seconds, "loss": losses[-1]}
-
-
-def _halfbyte_step(path: Path, dropout: float, keep: Any = "none") -> Callable[[Any, int], float]:
-    import torch
-
-    from halfbyte.batches import collate
-    from halfbyte.chat import Encoded
-    from halfbyte.config import TrainConfig
-    from halfbyte.run import Run
-    from halfbyte.train import Trainer
-
-    config = TrainConfig(
-        model=str(path), data="none", lora_dropout=dropout, dtype="bfloat16", max_steps=1000, kept_activations=keep
-    )
-    trainer = Trainer(config, Run(path))
-    trainer.build_model(path)
-    from halfbyte import attention
-
-    attention.register()
-    trainer.model.set_attn_implementation(attention.NAME)
-
-    def run(ids: torch.Tensor, number: int) -> float:
-        row = Encoded("bench", ids.tolist(), [True] * len(ids))
-        return trainer.step(number, [collate([row], [0])])["loss"]
-
-    return run
-
-
-def _peer_step(path: Path, *, tuned: bool) -> Callable[[Any, int], float]:
-    import bitsandbytes
-    import peft
-    import torch
-
-    model = bnb_model(path)
-    if not tuned:
-        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora = peft.LoraConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0 if tuned else 0.05, task_type="CAUSAL_LM"
-    )
-    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=not tuned)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    model.config.use_cache = False
-    model.train()
-    optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-
-    def run(ids: torch.Tensor, number: int) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids[None], labels=ids[None]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return run
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -363,10 +281,29 @@ def anonymous_bytes() -> int:
     return 0
 
 
+class PeakAnonymous:
+    """Within this block anonymous resident memory is sampled each 5 ms; ``mib`` is its peak over that at entry."""
+
+    def __enter__(self) -> "PeakAnonymous":
+        self.before = self.peak = anonymous_bytes()
+        self.done = threading.Event()
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, anonymous_bytes())
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.watcher.join()
+        self.mib = (self.peak - self.before) / 2**20
+
+
 def load(who: str, home: Path) -> dict[str, float]:
-    """Seconds and peak anonymous memory (sampled each 5 ms) of a 1.1B bf16 checkpoint into 4 bits."""
+    """Seconds and peak anonymous memory of a 1.1B bf16 checkpoint into 4 bits."""
     path = make_checkpoint("1b", home)
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
     if who == "halfbyte":
         from halfbyte.config import ModelOptions
         from halfbyte.load import load_base
@@ -377,39 +314,31 @@ def load(who: str, home: Path) -> dict[str, float]:
         import bitsandbytes  # noqa: F401
 
         call = lambda: bnb_model(path)  # noqa: E731
-    before = anonymous_bytes()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
-    model = call()
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
+    with PeakAnonymous() as memory:
+        began = time.perf_counter()
+        model = call()
+        seconds = time.perf_counter() - began
     sizes = [getattr(p, "stored_bytes", p.nbytes) for p in model.parameters()]
     largest = max(p.numel() for p in model.parameters()) * 2
-    mib = 2**20
     return {
         "seconds": seconds,
-        "peak_anonymous_mib": (peak - before) / mib,
-        "finished_model_mib": sum(sizes) / mib,
-        "largest_tensor_mib": largest / mib,
+        "peak_anonymous_mib": memory.mib,
+        "finished_model_mib": sum(sizes) / 2**20,
+        "largest_tensor_mib": largest / 2**20,
     }
 
 
 # --- the contest ------------------------------------------------------------------------------------------------------
 
 
-def contest(what: str, rounds: int, home: Path) -> dict[str, dict[str, float]]:
-    results: dict[str, list[dict[str, Any]]] = {who: [] for who in CONTESTANTS[what]}
+def contest(
+    script: str, what: str, contestants: list[str], rounds: int, home: Path, options: tuple[str, ...] = ()
+) -> dict[str, dict[str, float]]:
+    """Each contestant in a process of its own, taking turns; medians over the rounds."""
+    results: dict[str, list[dict[str, Any]]] = {who: [] for who in contestants}
     for _ in range(rounds):
-        for who in CONTESTANTS[what]:
-            command = [sys.executable, __file__, "--child", what, who, "--home", str(home)]
+        for who in contestants:
+            command = [sys.executable, script, "--child", what, who, "--home", str(home), *options]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
             if done.returncode:
@@ -454,9 +383,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         home = arguments.home or Path(temporary)
         chosen = [arguments.only] if arguments.only else list(CONTESTANTS)
-        report: dict[str, Any] = {what: contest(what, arguments.rounds, home) for what in chosen}
+        report: dict[str, Any] = {
+            what: contest(__file__, what, CONTESTANTS[what], arguments.rounds, home) for what in chosen
+        }
     report["machine"] = machine()
-    print(json.dumps(report, indent=2) if arguments.json else "\n".join(table(report)))
+    print_report(report, arguments.json)
 
 
 CALLS: dict[str, Callable[[str, Path], Any]] = {
@@ -464,17 +395,18 @@ CALLS: dict[str, Callable[[str, Path], Any]] = {
     "linear": linear,
     "adamw": adamw,
     "generate": generate,
-    "step": step,
     "load": load,
 }
 
 
-def table(report: dict[str, Any]) -> list[str]:
-    lines = []
-    for what in CONTESTANTS:
-        for who, figures in report.get(what, {}).items():
-            lines.append(f"{what:6} {who:26} " + "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
-    return [*lines, f"machine: {report['machine']}"]
+def print_report(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    for what, contestants in report.items():
+        for who, figures in contestants.items() if what != "machine" else ():
+            print(f"{what:6} {who:26} " + "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
+    print(f"machine: {report['machine']}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from halfbyte.config import ModelOptions, TrainConfig
 from halfbyte.errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageError, VerificationError
 from halfbyte.load import load_base
 from halfbyte.lora import lora_layers
+from halfbyte.ops import cpu
+from halfbyte.recompute import KEEPS
 from halfbyte.run import Run
 from halfbyte.train import Reporter, Trainer, learning_rate
 
@@ -65,6 +67,25 @@ def trained(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 # --- what must not change the result ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_does_not_change_a_bit(stories: Path, rows: Path, tmp_path: Path, dtype: str):
+    """With dropout, in every setting, and where a resumed run keeps something else than it did before."""
+    settings = {"lora_dropout": 0.1, "dtype": dtype, "save_steps": 2}
+    whole = halfbyte.train(**options(stories, rows, tmp_path / "whole", gradient_checkpointing=False, **settings))
+    for keep in KEEPS:
+        run = halfbyte.train(**options(stories, rows, tmp_path / keep, kept_activations=keep, **settings))
+        assert digest(run) == digest(whole), keep
+    assert "kept activations: all" in run.info()["found"]["recomputed"]
+    if cpu.paths():
+        assert run.info()["found"]["fused"] == "fused: 11 norms, 5 MLPs"
+    last = checkpoint.newest(run.checkpoints)[0]
+    assert last is not None
+    shutil.rmtree(last.path)
+    shutil.rmtree(run.adapter)
+    changed = options(stories, rows, run.path, kept_activations="none", **settings)
+    assert digest(halfbyte.train(**changed, resume_from_checkpoint="auto")) == digest(whole)
 
 
 def test_any_split_into_micro_batches_is_the_same_training(stories: Path, rows: Path, tmp_path: Path):

@@ -102,6 +102,8 @@ class Trainer:
         self.total_steps = config.max_steps
         self.interrupts = Interrupts()
         self.clock: datetime | None = None
+        self.settled = False
+        self.found: dict[str, str] = {}
 
     def run_all(self) -> Run:
         with self.interrupts:
@@ -143,7 +145,7 @@ class Trainer:
         if resumed is not None:
             changes = checkpoint.changes_since(checkpoint.read_state(resumed), info, allowed)
         report = self.build_model(base_path)
-        info["base"]["digest"] = report.digest
+        info["base"]["digest"], info["found"] = report.digest, self.found
         start = 0
         if resumed is not None:
             before = checkpoint.read_state(resumed)["base_digest"]
@@ -253,7 +255,7 @@ class Trainer:
         if next(self.model.parameters()).device.type == "cpu":
             self.reporter.say(f"kernels: {cpu.why()}")
             if cpu.active() is not None:
-                self.reporter.say(fuse(self.model).line())
+                self._note("fused", fuse(self.model).line())
         self._check_abilities(self_test(self.model))
         self._make_trainable()
         self.optimizer = self._make_optimizer()
@@ -261,6 +263,11 @@ class Trainer:
         return_freed()
         self.updates = 0
         return report
+
+    def _note(self, what: str, line: str) -> None:
+        """Say what was found out about the model, and keep it for run.json."""
+        self.reporter.say(line)
+        self.found[what] = line
 
     def _check_abilities(self, abilities: Abilities) -> None:
         self.abilities = abilities
@@ -295,7 +302,7 @@ class Trainer:
         model.config.use_cache = False
         model.train()
         if config.gradient_checkpointing:
-            self.reporter.say(checkpoint_layers(model, config.kept_activations, self.abilities.packing))
+            self._note("recomputed", checkpoint_layers(model, config.kept_activations, self.abilities.packing))
         self.trained = [p for p in model.parameters() if p.requires_grad]
         head = output_head(model)
         embedding = model.get_output_embeddings()
@@ -338,8 +345,6 @@ class Trainer:
                 try:
                     row = self.step(step, batches)
                     done = step + 1
-                    if step == start:
-                        return_freed()  # what the first step asked for before it had its lasting blocks
                     row["epoch"] = round(done / self.steps_per_epoch, 4)
                     self._report(row)
                 except Abandoned as error:
@@ -392,6 +397,9 @@ class Trainer:
             self.optimizer.step()
             self.updates += 1
         self._zero_gradients()
+        if not self.settled:
+            return_freed()  # what the first step took before its lasting blocks had their places
+            self.settled = True
         seconds, tokens = time.perf_counter() - began, sum(len(batch.input_ids) for batch in batches)
         return {
             "step": step + 1,

@@ -125,6 +125,12 @@ def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
         {"path": f"16-bit products ({dtype})", "on": dtype != "float32", "why": why},
         {"path": "C++ kernels", "on": cpu.active() is not None, "why": cpu.why()},
         {
+            "path": "fused passes",
+            "on": cpu.active() is not None and device.type == "cpu",
+            "why": "norms, gated MLPs, attention, LoRA, cross-entropy: with the C++ kernels, on the CPU, "
+            "where a model's own are of a known form (a training says which)",
+        },
+        {
             "path": "Triton kernels",
             "on": False,
             "why": "this version computes in plain PyTorch on GPUs; they are not written yet",

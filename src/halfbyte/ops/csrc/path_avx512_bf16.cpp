@@ -5,13 +5,42 @@ namespace hb::avx512_bf16 {
 #include "kernels.inl"
 #include "bf16.inl"
 
+// where the pairs of six rows of 16 pairs go: pair j of row m to place 6 j + m, taken from two rows at a time
+struct StripOrder {
+    alignas(64) int32_t index[6][3][16] = {};
+    __mmask16 mask[6][3] = {};
+    StripOrder() {
+        for (int place = 0; place < 96; place++) {
+            const int j = place / 6, m = place % 6;
+            index[place / 16][m / 2][place % 16] = j + m % 2 * 16;
+            mask[place / 16][m / 2] |= __mmask16(1 << place % 16);
+        }
+    }
+};
+
 void pack_a_bf16(const void* a, DType dtype, int64_t rows, int64_t depth, int64_t stride, void* packed) {
     (void)dtype;
     const uint16_t* from = static_cast<const uint16_t*>(a);
     uint16_t* out = static_cast<uint16_t*>(packed);
+    static_assert(STRIP == 6, "the order below is of six rows");
+    static const StripOrder order;
+    int64_t done = 0;
+    if (rows == STRIP)
+        for (; done + 32 <= depth; done += 32) {
+            __m512i r[STRIP];
+#pragma GCC unroll 6
+            for (int m = 0; m < STRIP; m++) r[m] = _mm512_loadu_si512(from + m * stride + done);
+#pragma GCC unroll 6
+            for (int o = 0; o < STRIP; o++) {
+                __m512i v = _mm512_permutex2var_epi32(r[0], _mm512_load_si512(order.index[o][0]), r[1]);
+                v = _mm512_mask_mov_epi32(v, order.mask[o][1], _mm512_permutex2var_epi32(r[2], _mm512_load_si512(order.index[o][1]), r[3]));
+                v = _mm512_mask_mov_epi32(v, order.mask[o][2], _mm512_permutex2var_epi32(r[4], _mm512_load_si512(order.index[o][2]), r[5]));
+                _mm512_storeu_si512(out + done * STRIP + o * 32, v);
+            }
+        }
     for (int64_t m = 0; m < rows; m++) {
         const uint16_t* row = from + m * stride;
-        for (int64_t k = 0; k + 1 < depth; k += 2) std::memcpy(out + k * STRIP + m * 2, row + k, 4);
+        for (int64_t k = done; k + 1 < depth; k += 2) std::memcpy(out + k * STRIP + m * 2, row + k, 4);
         if (depth % 2) {
             out[(depth - 1) * STRIP + m * 2] = row[depth - 1];
             out[(depth - 1) * STRIP + m * 2 + 1] = 0;
@@ -79,7 +108,7 @@ void tile_bf16(const void* a, int rows, const char* b, int groups, int64_t depth
 }
 
 constexpr Products PRODUCTS_BF16 = {
-    STRIP, TILE_GROUPS * GROUP, 2, 2, 384, 512, DEPTH, FEW_BF16, FEW_BF16_BACKWARD,
+    STRIP, TILE_GROUPS * GROUP, 2, 2, 512, 256, DEPTH, FEW_BF16, FEW_BF16_BACKWARD,
     pack_a_bf16, pack_forward_bf16, pack_backward_bf16, pack_forward_plain_bf16, pack_backward_plain_bf16,
     pack_a_transposed_bf16, tile_bf16, nothing, nothing, few_forward_bf16, few_backward_bf16,
 };
