@@ -134,7 +134,7 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
     rows, width = (chance.randrange(1, 150), chance.randrange(1, 700)) if ragged else (
         chance.choice((16, 48, 64, 100, 130, 192)), 64 * chance.randrange(1, 20)
     )  # fmt: skip
-    tokens, rank = chance.choice((1, 2, 3, 4, 5, 6, 7, 13, 33, 70)), chance.choice((0, 0, 1, 4, 16, 33))
+    tokens, rank = chance.choice((1, 2, 3, 4, 5, 6, 7, 13, 33, 70, 600, 1100)), chance.choice((0, 0, 1, 4, 16, 33))
     _, parts = weight(fence, chance, rows * width, torch.bfloat16, (-30, -2, 0))
     generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
 

@@ -88,6 +88,8 @@ constexpr Products PRODUCTS_BF16 = {
     pack_a_transposed_tiles, tile_amx, tiles_begin, tiles_end, few_forward_bf16, few_backward_bf16,
 };
 
+static_assert(PRODUCTS_BF16.panel_rows % PRODUCTS_BF16.strip == 0, "blocks begin with a strip");
+
 double peak(DType dtype, int64_t rounds) {
     if (dtype != HB_BF16) return peak_f32(rounds);
     alignas(64) static const char zeros[1024] = {};

@@ -108,10 +108,12 @@ void tile_bf16(const void* a, int rows, const char* b, int groups, int64_t depth
 }
 
 constexpr Products PRODUCTS_BF16 = {
-    STRIP, TILE_GROUPS * GROUP, 2, 2, 512, 256, DEPTH, FEW_BF16, FEW_BF16_BACKWARD,
+    STRIP, TILE_GROUPS * GROUP, 2, 2, 516, 256, DEPTH, FEW_BF16, FEW_BF16_BACKWARD,
     pack_a_bf16, pack_forward_bf16, pack_backward_bf16, pack_forward_plain_bf16, pack_backward_plain_bf16,
     pack_a_transposed_bf16, tile_bf16, nothing, nothing, few_forward_bf16, few_backward_bf16,
 };
+
+static_assert(PRODUCTS_BF16.panel_rows % PRODUCTS_BF16.strip == 0, "blocks begin with a strip");
 
 double peak(DType dtype, int64_t rounds) {
     if (dtype != HB_BF16) return peak_f32(rounds);

@@ -220,6 +220,8 @@ constexpr Products PRODUCTS_F32 = {
     pack_a_transposed_f32, tile_f32, nothing, nothing, few_forward_any, few_backward_any,
 };
 
+static_assert(PRODUCTS_F32.panel_rows % PRODUCTS_F32.strip == 0, "blocks begin with a strip");
+
 // --- the peak -------------------------------------------------------------------------------------------------------------
 
 inline double peak_f32(int64_t rounds) {
