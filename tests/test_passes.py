@@ -167,3 +167,44 @@ def test_shapes_on_meta():
         ("cross_entropy", (torch.randn(3, 8), torch.tensor([1, 2, 3]), torch.empty(3, 8))),
     ):
         torch.library.opcheck(getattr(torch.ops.halfbyte, name), arguments)
+
+
+@pytest.mark.skipif(not cpu.paths(), reason="no C++ library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_shows(dtype: torch.dtype):
+    """A NaN must not come out as a number, on any path."""
+    best = cpu.path_in_use()
+    try:
+        for path in cpu.paths():
+            cpu.choose_path(path)
+            logits = torch.zeros(2, 40, dtype=dtype)
+            logits[0, 7] = float("nan")
+            losses, grad = ops.cross_entropy(logits, torch.tensor([3, 3]))
+            assert losses.isnan().tolist() == [True, False] and bool(grad[0].isnan().any()), path
+            bad = torch.ones(3, 33, dtype=dtype)
+            bad[1, 32] = float("nan")
+            for kind in ops.ACTIVATIONS:
+                assert ops.gated(bad, torch.ones_like(bad), kind).isnan().sum() == 1, (path, kind)
+            assert ops.rms_norm(bad, bad[0], 1e-6)[0].isnan().any(1).tolist() == [False, True, False], path
+            q = torch.ones(5, 2, 16, dtype=dtype)
+            q[3, 1, 2] = float("nan")
+            k = torch.ones_like(q)
+            out, lse = ops.attention(q, k, k, torch.tensor([0, 5], dtype=torch.int32), ops.Form(0.25))
+            assert out[3, 1].isnan().all() and lse[1, 3].isnan() and int(lse.isnan().sum()) == 1, path
+    finally:
+        cpu.choose_path(best)
+
+
+@pytest.mark.parametrize("window", [20, 1 << 40, 2**63 - 1])
+def test_a_window_longer_than_everything_is_none(window: int):
+    q, k, v = (random(20, 2, 16, seed=n).detach().float() for n in range(3))
+    bounds = torch.tensor([0, 20], dtype=torch.int32)
+    out, lse = ops.attention(q, k, v, bounds, ops.Form(0.25))
+    wide, wide_lse = ops.attention(q, k, v, bounds, ops.Form(0.25, window=window))
+    assert torch.equal(out, wide) and torch.equal(lse, wide_lse)
+    for mine, theirs in zip(
+        ops.attention_grad(q, q, k, v, bounds, out, lse, ops.Form(0.25, window=window)),
+        ops.attention_grad(q, q, k, v, bounds, out, lse, ops.Form(0.25)),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from halfbyte import attention, lora, recompute
+from halfbyte.errors import ModelError
 from halfbyte.lora import AdapterConfig, attach_lora
 from halfbyte.memory import Slots
 from halfbyte.ops import cpu
@@ -121,6 +122,43 @@ def test_layers_that_cannot_be_run_again_are_pytorchs(llama: LlamaForCausalLM, m
     assert "by PyTorch" in checkpoint_layers(llama, "none", packing=False)
     monkeypatch.undo()
     assert all(torch.equal(a, b) for a, b in zip(gradients(llama), expected, strict=True))
+
+
+def test_without_attention_only_all_keeps_products(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    """Where attention does not report (the model's own, unpacked), no product lies before it."""
+    for keep, again in (("none", 6), ("attention", 6), ("mlp_in", 6), ("all", 0)):
+        assert checkpoint_layers(llama, keep, packing=False).endswith(keep)
+        with counted(monkeypatch) as counts:
+            llama.model(input_ids=torch.arange(9)[None]).last_hidden_state.square().sum().backward()
+        assert counts["products"] == 2 * (7 + again), keep
+        llama.zero_grad()
+
+
+def test_a_layer_with_two_differentiable_inputs_is_pytorchs(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    """As in models that add a trained projection to every layer: replaying would go through its graph twice."""
+    second = torch.ones(1, requires_grad=True)
+    honest = Recompute.__call__
+    monkeypatch.setattr(
+        Recompute, "__call__", lambda self, function, hidden, *others: honest(self, function, hidden, second, *others)
+    )
+    assert "by PyTorch" in checkpoint_layers(llama, "none", packing=True)
+    with pytest.raises(ModelError, match="second tensor"):
+        Recompute("none", 2)(lambda hidden, other: hidden, torch.ones(1, 2), second)
+
+
+def test_a_models_own_dropout_is_pytorchs_to_repeat(tiny_config: LlamaConfig):
+    """Its masks are drawn anew in a replay unless the generator is wound back."""
+    tiny_config.attention_dropout = 0.5
+    torch.manual_seed(0)
+    model = adapted(LlamaForCausalLM(tiny_config))
+
+    def seeded() -> list[Tensor]:
+        torch.manual_seed(5)
+        return gradients(model)
+
+    expected = seeded()
+    assert "by PyTorch" in checkpoint_layers(model, "none", packing=True)
+    assert all(torch.equal(a, b) for a, b in zip(seeded(), expected, strict=True))
 
 
 def test_the_test_leaves_no_trace(llama: LlamaForCausalLM):

@@ -186,7 +186,7 @@ class FusedMLP(nn.Module):
 
 def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     """Which of `ops.ACTIVATIONS` a function computes, judged by its values."""
-    x = torch.linspace(-10, 10, 2001, device="cpu", dtype=torch.float32)
+    x = torch.linspace(-100, 100, 20001, device="cpu", dtype=torch.float32)
     one = torch.ones_like(x)
     try:
         values = function(x)
@@ -195,7 +195,7 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     for name in ops.ACTIVATIONS:
         with cpu.using("torch"):
             expected = ops.gated(x, one, name)
-        if values.shape == x.shape and bool(((values - expected).abs() <= 1e-5).all()):
+        if values.shape == x.shape and bool(((values - expected).abs() <= 1e-5 * x.abs().clamp(min=1)).all()):
             return name
     return None
 

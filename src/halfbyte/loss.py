@@ -59,8 +59,9 @@ def supervised_loss(
     """Summed cross-entropy of the supervised positions, fp32 [].
 
     Args:
-        hidden: [T, d] of a sequence; position t predicts labels[t]. labels: [T], already shifted, `IGNORE` where the
-            position is not supervised. head: from `output_head`. parameters: those of the head that are trained.
+        hidden: [T, d] of a sequence; position t predicts labels[t].
+        labels: [T], already shifted, `IGNORE` where the position is not supervised, else an index of the vocabulary.
+        head: from `output_head`. parameters: those of the head that are trained.
         rows: positions per chunk (`chunk_rows`).
     """
     chosen = (labels != IGNORE).nonzero().squeeze(1)

@@ -32,7 +32,10 @@ def return_freed() -> None:
 
 
 def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Give parameters zero gradients that stay, in one buffer for each dtype and device; the buffers, to be zeroed."""
+    """Give parameters zero gradients that stay, in one buffer for each dtype and device; the buffers, to be zeroed.
+
+    A parameter that takes no part in a step then has a gradient of zero instead of none.
+    """
     by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for p in parameters:
         by_kind.setdefault((p.dtype, p.device), []).append(p)
@@ -49,16 +52,17 @@ class Slots:
     """Room for tensors of one size that are handed in and taken out again and again: allocated together, once."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.count, self.size = count, 0
         self.free: list[Tensor] = []
         self.like = torch.empty(0)
 
     def put(self, tensor: Tensor) -> "Slot":
         """A copy of a tensor, whose place is free again when the returned object is gone."""
-        if tensor.numel() > self.like.numel() or (tensor.dtype, tensor.device) != (self.like.dtype, self.like.device):
-            self.like = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-            self.free = list(self.like.new_empty(self.count, tensor.numel()))
-        place = self.free.pop() if self.free else torch.empty_like(self.like)
+        if tensor.numel() > self.size or (tensor.dtype, tensor.device) != (self.like.dtype, self.like.device):
+            self.free, self.size = [], tensor.numel()
+            self.like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            self.free = list(self.like.new_empty(self.count, self.size))
+        place = self.free.pop() if self.free else self.like.new_empty(self.size)
         copy = place[: tensor.numel()].view(tensor.shape)
         copy.copy_(tensor)
         return Slot(self, place, copy)
@@ -72,5 +76,5 @@ class Slot:
 
     def __del__(self) -> None:
         slots, place = self.slots, self.place
-        if place.numel() == slots.like.numel() and place.dtype == slots.like.dtype and len(slots.free) < slots.count:
+        if place.numel() == slots.size and place.dtype == slots.like.dtype and len(slots.free) < slots.count:
             slots.free.append(place)

@@ -5,7 +5,8 @@ products with the 4-bit weights and attention. Their results can be kept too, so
 rotations are computed twice:
 
     none       the layer's input; everything is computed twice
-    attention  also the results of the products before attention, and of attention
+    attention  also the results of the products before attention, and of attention where it is fused (`ops.attention`);
+               nothing in a layer that has no attention
     mlp_in     also the result of the first product after attention: what the MLP reads then costs a norm
     all        the results of all products
 
@@ -48,6 +49,7 @@ class _Tape:
     def __init__(self, keep: Keep) -> None:
         self.level = KEEPS.index(keep)
         self.results: list[Any] = []
+        self.levels: list[int] = []  # the least level at which each is kept
         self.replaying = False
         self.after_attention = -1  # products since attention, or -1 before it
         self.last_product: tuple[int, Tensor] | None = None
@@ -61,8 +63,9 @@ class _Tape:
                 return result.tensor()
             return compute() if result is None else result
         result = compute()
-        needed = 1 if self.after_attention < 0 else 2 if self.after_attention == 0 else 3
-        self.results.append(result if self.level >= needed or (not is_product and self.level) else None)
+        level = 3 if is_product and self.after_attention > 0 else 2 if is_product and self.after_attention == 0 else 1
+        self.results.append(result if self.level >= level else None)
+        self.levels.append(level)
         if is_product:
             self.last_product = (len(self.results) - 1, result)
             if self.after_attention >= 0:
@@ -71,12 +74,17 @@ class _Tape:
             self.after_attention = 0
         return result
 
-    def recorded(self, skip_last: bool, fill: float | None) -> None:
-        """The layer has run; its products are played back from the first on."""
-        if skip_last and self.last_product is not None:
+    def recorded(self, skip_last: bool, fill: float | None) -> bool:
+        """The layer has run; it is played back from the first product on. Returns whether one will be skipped."""
+        if self.after_attention < 0 and self.level < KEEPS.index("all"):
+            # no attention, so nothing lies before it
+            self.results = [None] * len(self.results)
+        skipping = skip_last and self.last_product is not None
+        if skipping and self.last_product is not None:
             position, result = self.last_product
             self.results[position] = _Unneeded(result, fill)
         self.last_product, self.replaying = None, True
+        return skipping
 
 
 _running = threading.local()
@@ -122,12 +130,16 @@ class Recompute:
         self.keep: Keep = keep
         self.inputs = Slots(layers)
         self.skip_last = False
+        self.skipped = False
         self.fill: float | None = None  # what a skipped result holds; a test puts NaN in, to see whether it matters
 
     def __call__(self, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return function(hidden, *others)
-        # the adapters inside need gradients even where the layer's input does not
+        given = [*others, *getattr(function, "keywords", {}).values()]
+        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+            raise ModelError("a layer is given a second tensor that needs a gradient")
+        # the adapters inside need gradients even where the layer's input does not: the first layer's
         trigger = torch.empty(0, requires_grad=True)
         return _Layer.apply(self, function, others, trigger, hidden)  # pyright: ignore[reportReturnType]
 
@@ -144,7 +156,7 @@ class _Layer(torch.autograd.Function):
             out = function(hidden, *others)
         if not isinstance(out, Tensor):
             raise ModelError(f"a layer returns {type(out).__name__}, not a tensor")
-        ctx.tape.recorded(run.skip_last, run.fill)
+        run.skipped |= ctx.tape.recorded(run.skip_last, run.fill)
         ctx.input, ctx.function, ctx.others = run.inputs.put(hidden), function, others
         return out
 
@@ -153,8 +165,10 @@ class _Layer(torch.autograd.Function):
         hidden = ctx.input.tensor.detach().requires_grad_(ctx.needs_input_grad[4])
         with torch.enable_grad(), _Playing(ctx.tape):
             out = ctx.function(hidden, *ctx.others)
-        ctx.tape = ctx.input = ctx.function = ctx.others = None
-        torch.autograd.backward(out, grads[0])
+        ctx.tape = ctx.function = ctx.others = None
+        if out.requires_grad:
+            torch.autograd.backward(out, grads[0])
+        ctx.input = None  # its place may be taken from here on
         return None, None, None, None, hidden.grad
 
 

@@ -100,6 +100,8 @@ def checkpoint_layers(model: Any, keep: Keep, packing: bool) -> str:
     run = Recompute(keep, layers := recompute_layers(model, None))
     if not layers:
         return "recomputed in the backward pass: whole layers (by PyTorch: this model's layers take no other function)"
+    if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
+        model.disable_input_require_grads()  # our function takes inputs without gradients, and saves the first one's
     with _lively_adapter(model):
         expected = _gradients(model, packing)
         recompute_layers(model, run)
@@ -108,10 +110,11 @@ def checkpoint_layers(model: Any, keep: Keep, packing: bool) -> str:
         if not _same(_gradients(model, packing), expected):
             run.skip_last = False
             if not _same(_gradients(model, packing), expected):
-                enable({"use_reentrant": False, "preserve_rng_state": False})
+                # whatever is random in such a model is PyTorch's to repeat
+                enable({"use_reentrant": False, "preserve_rng_state": True})
                 return "recomputed in the backward pass: whole layers (by PyTorch: run by halfbyte, gradients differ)"
         run.fill = None
-    last = "not the last product, " if run.skip_last else ""
+    last = "not the last product, " if run.skip_last and run.skipped else ""
     return f"recomputed in the backward pass: {last}kept activations: {keep}"
 
 
@@ -145,7 +148,7 @@ def _gradients(model: Any, packing: bool) -> list[Tensor] | None:
             weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device, dtype=torch.float32)
             (hidden.view(-1) * weights).sum().backward()
         return [torch.zeros(0) if p.grad is None else p.grad for p in trained]
-    except HalfbyteError:
+    except (HalfbyteError, RuntimeError, TypeError, ValueError, AttributeError, KeyError):
         return None
     finally:
         for p in trained:

@@ -62,7 +62,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> None:
 def _seen(length: int, window: int, device: torch.device) -> Tensor:
     """bool [length, length]: True where a query (row) sees a key (column)."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask.triu(1 - window) if window else mask
+    return mask.triu(1 - min(window, length)) if window else mask
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:

@@ -241,7 +241,7 @@ int32_t check_attention(const hb_attention* job, int32_t dtype, int32_t threads)
     if (job->dim < 1 || job->dim > (1 << 16)) return fail(HB_BAD_ARGUMENT, "impossible head dimension: %lld", (long long)job->dim);
     if (job->segments < 0 || job->tokens < 0 || job->tokens > (1 << 30)) return fail(HB_BAD_ARGUMENT, "impossible number of tokens or segments");
     if (job->window < 0) return fail(HB_BAD_ARGUMENT, "the window must not be negative");
-    if (!(job->scale > 0) || !std::isfinite(job->scale) || !(job->softcap >= 0)) return fail(HB_BAD_ARGUMENT, "scale must be positive and softcap not negative");
+    if (!(job->scale > 0) || !std::isfinite(job->scale) || !(job->softcap >= 0) || !std::isfinite(job->softcap)) return fail(HB_BAD_ARGUMENT, "scale must be positive and softcap not negative");
     CHECK(check_product("heads", job->heads, job->dim));
     CHECK(check_product("input", job->tokens, job->heads * job->dim));
     CHECK(check_product("lse", job->tokens, job->heads));
@@ -283,6 +283,13 @@ int32_t on_workers(const Worker& kind, int64_t units, int threads, Body body) {
     return starved ? fail(HB_OUT_OF_MEMORY, "no memory for %lld bytes of attention", (long long)bytes) : HB_OK;
 }
 
+// a window as long as everything is none; what is added to it below then cannot overflow
+hb_attention windowed(const hb_attention& given) {
+    hb_attention job = given;
+    if (job.window >= job.tokens) job.window = 0;
+    return job;
+}
+
 Head head_of(const hb_attention& job, int64_t segment, int64_t head, int64_t size) {
     const int64_t first = job.bounds[segment], kv = head / (job.heads / job.kv_heads);
     return {at(job.q, (first * job.q_row + head * job.q_head) * size), at(job.k, (first * job.k_row + kv * job.k_head) * size),
@@ -294,8 +301,9 @@ Head head_of(const hb_attention& job, int64_t segment, int64_t head, int64_t siz
 
 using namespace hb;
 
-int32_t hb_attention_forward(const hb_attention* job, void* out, float* lse, int32_t dtype, int32_t threads) {
-    CHECK(check_attention(job, dtype, threads));
+int32_t hb_attention_forward(const hb_attention* given, void* out, float* lse, int32_t dtype, int32_t threads) {
+    CHECK(check_attention(given, dtype, threads));
+    const hb_attention now = windowed(*given), *job = &now;
     const int64_t size = size_of(dtype), row = job->heads * job->dim;
     const Span spans[] = {{"q", job->q, extent(*job, job->heads, job->q_row, job->q_head), size},
                           {"k", job->k, extent(*job, job->kv_heads, job->k_row, job->k_head), size},
@@ -310,9 +318,10 @@ int32_t hb_attention_forward(const hb_attention* job, void* out, float* lse, int
     });
 }
 
-int32_t hb_attention_backward(const hb_attention* job, const void* dout, int64_t dout_row, int64_t dout_head, const void* out,
+int32_t hb_attention_backward(const hb_attention* given, const void* dout, int64_t dout_row, int64_t dout_head, const void* out,
                               const float* lse, void* dq, void* dk, void* dv, int32_t dtype, int32_t threads) {
-    CHECK(check_attention(job, dtype, threads));
+    CHECK(check_attention(given, dtype, threads));
+    const hb_attention now = windowed(*given), *job = &now;
     CHECK(check_strides("dout", job->tokens, job->heads, dout_row, dout_head));
     const int64_t size = size_of(dtype), row = job->heads * job->dim, kv_row = job->kv_heads * job->dim, shared = job->heads / job->kv_heads;
     const Span spans[] = {{"q", job->q, extent(*job, job->heads, job->q_row, job->q_head), size},

@@ -65,9 +65,9 @@ inline void store_some(void* p, int64_t i, int64_t count, vf value) {
     for (int64_t j = 0; j < count; j++) store_as(p, D, i + j, value[j]);
 }
 
-// e^x to about two units of the last place; 0 below -87.3, infinity is cut off at e^88
+// e^x to about two units of the last place; 0 below -87.3, cut off at e^88; NaN stays one
 inline vf exp_of(vf x) {
-    const vf low = all(-87.33654f), cut = least(x, all(88.0f)), in = greatest(cut, low);
+    const vf low = all(-87.33654f), in = greatest(low, least(all(88.0f), x));  // of two, the second is taken where one is NaN
     const vf magic = all(12582912.0f);  // its last place is 1
     const vf shifted = multiply_add(in, all(1.44269504f), magic), n = shifted - magic;
     vf r = multiply_add(n, all(-0.693359375f), in);
@@ -81,7 +81,7 @@ inline vf exp_of(vf x) {
     const vi power = ((vi)shifted - (vi)magic + 127) << 23;
     const vf result = p * (vf)power;
 #if HB_WIDTH == 16
-    return (vf)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ), (__m512)result);  // NaN stays one
+    return (vf)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ), (__m512)result);
 #else
     return (vf)((vi)result & ~(x < low));
 #endif
