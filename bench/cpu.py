@@ -331,14 +331,12 @@ def load(who: str, home: Path) -> dict[str, float]:
 # --- the contest ------------------------------------------------------------------------------------------------------
 
 
-def contest(
-    script: str, what: str, contestants: list[str], rounds: int, home: Path, options: tuple[str, ...] = ()
-) -> dict[str, dict[str, float]]:
+def contest(script: str, what: str, contestants: list[str], rounds: int, home: Path) -> dict[str, dict[str, float]]:
     """Each contestant in a process of its own, taking turns; medians over the rounds."""
     results: dict[str, list[dict[str, Any]]] = {who: [] for who in contestants}
     for _ in range(rounds):
         for who in contestants:
-            command = [sys.executable, script, "--child", what, who, "--home", str(home), *options]
+            command = [sys.executable, script, "--child", what, who, "--home", str(home)]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
             if done.returncode:
@@ -368,14 +366,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sorted(CONTESTANTS))
+def command_line(text: str | None, choices: list[str]) -> argparse.Namespace:
+    """The options of a bench."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=choices)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--home", type=Path, help="where the random checkpoints are kept; a temporary directory else")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = command_line(__doc__, sorted(CONTESTANTS))
     if arguments.child:
         what, who = arguments.child
         print(json.dumps(CALLS[what](who, arguments.home)))

@@ -10,7 +10,7 @@ the peak of anonymous memory over that of the process with everything imported; 
 (embeddings and head, 125 MiB at 0.4b; all weights in bf16) mapped from the file, which is not in it, ours holds them.
 """
 
-import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -18,7 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpu import GEOMETRY, KV_HEADS, PeakAnonymous, bnb_model, contest, machine, make_checkpoint, print_report
+from cpu import (
+    GEOMETRY,
+    KV_HEADS,
+    PeakAnonymous,
+    bnb_model,
+    command_line,
+    contest,
+    machine,
+    make_checkpoint,
+    print_report,
+)
 
 CASES = {"0.4b-1x512": ("0.4b", 1, 512), "1b-1x512": ("1b", 1, 512), "1b-4x256": ("1b", 4, 256)}
 CONTESTANTS = [
@@ -154,16 +164,8 @@ def _peer(path: Path, who: str) -> Callable[[Any, int], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(CASES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("--home", type=Path, help="where the random checkpoints are kept; a temporary directory else")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, list(CASES))
     if arguments.child:
-        import json
-
         case, who = arguments.child
         print(json.dumps(step(case, who, arguments.home)))
         return
