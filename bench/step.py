@@ -120,7 +120,7 @@ def _halfbyte(path: Path, who: str) -> Callable[[Any, int], float]:
     trainer = Trainer(config, Run(path))
     trainer.build_model(path)
     attention.register()
-    trainer.model.set_attn_implementation(attention.NAME)
+    trainer.learner.model.set_attn_implementation(attention.NAME)
 
     def run(ids: Any, number: int) -> float:
         rows = [Encoded("bench", row.tolist(), [True] * len(row)) for row in ids]

@@ -11,7 +11,7 @@ FLOORS = {
     1: ["ops"],
     2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute", "memory"],
     3: ["lora", "loss", "adamw8bit", "batches", "attention", "fuse"],
-    4: ["load", "dataset", "checkpoint", "merge", "plan", "selftest"],
+    4: ["load", "dataset", "checkpoint", "merge", "plan", "selftest", "learner", "ledger"],
     5: ["train", "evaluate", "generate"],
     6: ["cli", "__init__", "__main__"],
 }

@@ -27,16 +27,17 @@ def test_every_resident_part_is_what_a_training_allocates(tmp_path: Path):
     config = TrainConfig(model="demo", data="x", output_dir=str(tmp_path), dtype="bfloat16", device="cpu")
     trainer = Trainer(config, Run(tmp_path))
     trainer.build_model(path)
+    model = trainer.learner.model
     plan = plan_memory(read_config(path), config, 512)
-    weights = [p for p in trainer.model.parameters() if isinstance(p.data, nf4.NF4Tensor) or hasattr(p, "stored_bytes")]
+    weights = [p for p in model.parameters() if isinstance(p.data, nf4.NF4Tensor) or hasattr(p, "stored_bytes")]
     assert sum(p.stored_bytes for p in weights) == plan.bytes_of("4-bit codes", "scales")  # pyright: ignore
-    assert sum(p.nbytes for p in trainer.trained) == plan.bytes_of("adapters") == plan.bytes_of("gradients")
-    states = trainer.optimizer.state_tensors().values()  # pyright: ignore[reportAttributeAccessIssue]
+    assert sum(p.nbytes for p in trainer.learner.trained) == plan.bytes_of("adapters") == plan.bytes_of("gradients")
+    states = trainer.learner.optimizer.state_tensors().values()  # pyright: ignore[reportAttributeAccessIssue]
     assert sum(t.nbytes for t in states) == plan.bytes_of("optimizer states")
-    embedding = trainer.model.get_input_embeddings().weight
-    assert embedding is trainer.model.get_output_embeddings().weight, "tied, and counted once"
+    embedding = model.get_input_embeddings().weight
+    assert embedding is model.get_output_embeddings().weight, "tied, and counted once"
     assert embedding.nbytes == plan.bytes_of("embeddings and head")
-    norms = [p for name, p in trainer.model.named_parameters() if "norm" in name]
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
     assert sum(p.nbytes for p in norms) == plan.bytes_of("norms and biases")
     unquantized, _ = load_base(path, config.model_copy(update={"load_in_4bit": False}))
     twin = plan_memory(read_config(path), config.model_copy(update={"load_in_4bit": False}), 512)

@@ -117,13 +117,15 @@ def test_a_packed_step_equals_rows_run_alone(stories: Path, rows: Path, tmp_path
         trainer.read_data(stories)
         data = trainer.data.train
         trainer.build_model(stories)
-        trainer.abilities = type(trainer.abilities)(packing, True, 0.0, 0.0)
         from halfbyte.attention import segments
         from halfbyte.batches import collate
+        from halfbyte.selftest import Abilities
+
+        trainer.learner.abilities = Abilities(packing, True, 0.0, 0.0)
 
         batch = [collate(data.rows, range(5)), collate(data.rows, range(5, 8))]
         if packing:
-            with segments(trainer.model):
+            with segments(trainer.learner.model):
                 row = trainer.step(0, batch)
         else:
             row = trainer.step(0, batch)

@@ -7,11 +7,14 @@ inputs) lies in blocks of its own, and what loading leaves behind is given back.
 
 import contextlib
 import ctypes
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .ops.arena import ARENA, SMALLEST
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -25,8 +28,36 @@ def memory_bytes(device: torch.device) -> int:
     return 0
 
 
+def allocate_apart() -> None:
+    """Have the C library (glibc) map every larger block by itself, so that it goes back to the system when freed.
+
+    It costs page faults; what is made again and again on a CPU therefore lies in `ops.arena`.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, SMALLEST)
+
+
+_M_MMAP_THRESHOLD = -3
+_part = threading.local()
+
+
+@contextlib.contextmanager
+def counted_as(part: str) -> Iterator[None]:
+    """Tensors made within this block belong to this part of a ledger (`ledger.TensorBytes`)."""
+    before, _part.name = current_part(), part
+    try:
+        yield
+    finally:
+        _part.name = before
+
+
+def current_part() -> str:
+    return getattr(_part, "name", "live layer")
+
+
 def return_freed() -> None:
-    """Give freed memory back to the system, where the C library can (glibc)."""
+    """Give freed memory back to the system: the regions of results (`ops.arena`), and what the C library can (glibc)."""
+    ARENA.release()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -61,11 +92,16 @@ class Slots:
         if tensor.numel() > self.size or (tensor.dtype, tensor.device) != (self.like.dtype, self.like.device):
             self.free, self.size = [], tensor.numel()
             self.like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            self.free = list(self.like.new_empty(self.count, self.size))
-        place = self.free.pop() if self.free else self.like.new_empty(self.size)
+            with counted_as("kept layer inputs"):
+                self.free = list(self.like.new_empty(self.count, self.size))
+        place = self.free.pop() if self.free else self._another()
         copy = place[: tensor.numel()].view(tensor.shape)
         copy.copy_(tensor)
         return Slot(self, place, copy)
+
+    def _another(self) -> Tensor:
+        with counted_as("kept layer inputs"):
+            return self.like.new_empty(self.size)
 
 
 class Slot:

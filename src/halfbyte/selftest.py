@@ -102,6 +102,10 @@ def checkpoint_layers(model: Any, keep: Keep, packing: bool) -> str:
         return "recomputed in the backward pass: whole layers (by PyTorch: this model's layers take no other function)"
     if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
         model.disable_input_require_grads()  # our function takes inputs without gradients, and saves the first one's
+    if next(model.parameters()).is_meta:  # nothing to compare: a plan counts on what holds for the models we know
+        recompute_layers(model, run)
+        run.skip_last = run.skipped = True
+        return _recomputed_line(run)
     with _lively_adapter(model):
         expected = _gradients(model, packing)
         recompute_layers(model, run)
@@ -114,8 +118,12 @@ def checkpoint_layers(model: Any, keep: Keep, packing: bool) -> str:
                 enable({"use_reentrant": False, "preserve_rng_state": True})
                 return "recomputed in the backward pass: whole layers (by PyTorch: run by halfbyte, gradients differ)"
         run.fill = None
+    return _recomputed_line(run)
+
+
+def _recomputed_line(run: Recompute) -> str:
     last = "not the last product, " if run.skip_last and run.skipped else ""
-    return f"recomputed in the backward pass: {last}kept activations: {keep}"
+    return f"recomputed in the backward pass: {last}kept activations: {run.keep}"
 
 
 @contextlib.contextmanager

@@ -26,10 +26,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
 from . import attention, checkpoint, hub
-from .adamw8bit import AdamW8bit
 from .batches import MicroBatch, Schedule, collate
 from .config import TrainConfig
 from .dataset import Data, read_data, source_digest
@@ -37,6 +35,7 @@ from .errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageE
 from .evaluate import mean_loss
 from .fuse import fuse
 from .generate import answers
+from .learner import Learner
 from .load import (
     Progress,
     QuantReport,
@@ -48,12 +47,11 @@ from .load import (
     read_config,
     refuse_other_base,
 )
-from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, lora_layers, save_adapter, target_names
-from .loss import output_head, sequence_loss
-from .memory import hold_gradients, memory_bytes, return_freed
+from .lora import lora_layers, save_adapter, target_names
+from .memory import allocate_apart, memory_bytes, return_freed
 from .ops import cpu
 from .run import ADAPTER_FACTS, EVALS, METRICS, NONFINITE, SAMPLES, Run
-from .selftest import Abilities, checkpoint_layers, self_test
+from .selftest import self_test
 
 Say = Callable[[str], None]
 NOTHING_LOST = (
@@ -153,11 +151,11 @@ class Trainer:
                 refuse_other_base(report.digest, before, str(base_path))
             elif before != report.digest:
                 changes.append(f"base: digest {before[:16]} then, {report.digest[:16]} now")
-            self.updates = checkpoint.restore(resumed, self.model, self.optimizer)
+            self.learner.updates = checkpoint.restore(resumed, self.learner.model, self.learner.optimizer)
             start = resumed.step
             info["changes"] = self.run.info().get("changes", []) + [{"step": start, "change": line} for line in changes]
             say(f"resumed from step {start} ({resumed.path}): {self._exactness(changes)}")
-        one = checkpoint.bytes_needed(self.model, self.optimizer)
+        one = checkpoint.bytes_needed(self.learner.model, self.learner.optimizer)
         checkpoint.refuse_full_disk(self.run.checkpoints, one, config.save_total_limit + bool(self.data.held_out))
         self.info = info
         self.run.write_info(info)
@@ -173,7 +171,7 @@ class Trainer:
         """What a resumed run promises."""
         if changes:
             return "it will not end as the unbroken run would have: " + "; ".join(changes)
-        if self.device.type != "cpu":
+        if self.learner.device.type != "cpu":
             return "not bit-exact: some of this device's kernels add in no fixed order"
         return "it will end with the same bytes as an unbroken run"
 
@@ -250,18 +248,20 @@ class Trainer:
 
     def build_model(self, base_path: Path) -> QuantReport:
         """Load, test, adapt: everything `step` needs."""
-        self.model, report = load_base(base_path, self.config, self.reporter.progress)
-        self.reporter.say(_loaded_line(self.model, report.coverage, self.config.load_in_4bit))
-        if next(self.model.parameters()).device.type == "cpu":
+        allocate_apart()
+        model, report = load_base(base_path, self.config, self.reporter.progress)
+        self.reporter.say(_loaded_line(model, report.coverage, self.config.load_in_4bit))
+        if next(model.parameters()).device.type == "cpu":
             self.reporter.say(f"kernels: {cpu.why()}")
             if cpu.active() is not None:
-                self._note("fused", fuse(self.model).line())
-        self._check_abilities(self_test(self.model))
-        self._make_trainable()
-        self.optimizer = self._make_optimizer()
-        self.gradients = hold_gradients(self.trained)
+                self._note("fused", fuse(model).line())
+        abilities = self_test(model)
+        if not abilities.packing:
+            self.reporter.say("rows are run one at a time: this model does not keep rows of one sequence apart")
+        self.learner = Learner(model, self.config, abilities, self._note)
+        count = sum(p.numel() for p in self.learner.trained)
+        self.reporter.say(f"training {count:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
         return_freed()
-        self.updates = 0
         return report
 
     def _note(self, what: str, line: str) -> None:
@@ -269,70 +269,13 @@ class Trainer:
         self.reporter.say(line)
         self.found[what] = line
 
-    def _check_abilities(self, abilities: Abilities) -> None:
-        self.abilities = abilities
-        if not abilities.chunked_head:
-            raise ModelError(
-                "the output head of this model cannot be applied to chunks of its hidden states",
-                found=f"logits differ by {abilities.head_error:.2g} (relative)",
-                expected="differences within rounding",
-            )
-        if abilities.packing:
-            return
-        if self.config.packing:
-            raise ModelError(
-                "this model lets packed rows see each other",
-                found=f"logits differ by {abilities.packing_error:.2g} (relative) from those of separate rows",
-                ways_out=["train without --packing"],
-            )
-        self.reporter.say("rows are run one at a time: this model does not keep rows of one sequence apart")
-
-    def _make_trainable(self) -> None:
-        config, model = self.config, self.model
-        if config.full:
-            for p in model.parameters():
-                p.requires_grad_(True)
-            self.clock_of_masks = DropoutClock(config.seed)
-        else:
-            adapter = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora)
-            names = attach_lora(model, adapter, config.target_modules, seed=config.seed)
-            first = model.get_submodule(names[0])
-            assert isinstance(first, LoraLinear)
-            self.clock_of_masks = first.clock
-        model.config.use_cache = False
-        model.train()
-        if config.gradient_checkpointing:
-            self._note("recomputed", checkpoint_layers(model, config.kept_activations, self.abilities.packing))
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        head = output_head(model)
-        embedding = model.get_output_embeddings()
-        self.head, self.head_parameters = head, [p for p in embedding.parameters() if p.requires_grad]
-        self.device = model.get_input_embeddings().weight.device
-        count = sum(p.numel() for p in self.trained)
-        self.reporter.say(f"training {count:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        c = self.config
-        betas = (c.adam_beta1, c.adam_beta2)
-        if c.optim == "adamw_torch":
-            return torch.optim.AdamW(
-                self.trained, lr=c.learning_rate, betas=betas, eps=c.adam_epsilon, weight_decay=c.weight_decay
-            )
-        if any(p.dtype != torch.float32 for p in self.trained):
-            raise ModelError(
-                "8-bit AdamW updates fp32 parameters",
-                found=", ".join(sorted({str(p.dtype) for p in self.trained})),
-                ways_out=["--optim adamw_torch", "or --dtype float32"],
-            )
-        return AdamW8bit(self.trained, c.learning_rate, betas, c.adam_epsilon, c.weight_decay)
-
     # --- the loop ---
 
     def _loop(self, start: int) -> None:
         if start >= self.total_steps:
             self.reporter.say(f"nothing left to do: {start} of {self.total_steps} steps are done")
             return
-        packed = attention.segments(self.model) if self.abilities.packing else contextlib.nullcontext()
+        packed = attention.segments(self.learner.model) if self.learner.abilities.packing else contextlib.nullcontext()
         saved = start
         with packed:
             epoch, steps = -1, []
@@ -349,7 +292,7 @@ class Trainer:
                     self._report(row)
                 except Abandoned as error:
                     stopped = error
-                    self._zero_gradients()
+                    self.learner.forget()
                 last, stopping = done == self.total_steps, stopped is not None or self.interrupts.signal != 0
                 if done > saved and (done % self.config.save_steps == 0 or last or stopping):
                     self._save(done)
@@ -380,23 +323,18 @@ class Trainer:
         """One optimizer step over a global batch; returns its row of metrics.jsonl."""
         began = time.perf_counter()
         supervised = sum(batch.supervised for batch in batches)
-        total = torch.zeros((), device=self.device)
+        learner = self.learner
+        total = torch.zeros((), device=learner.device)
         with self.interrupts.immediate(""):  # nothing but gradients changes in here, and they are thrown away
             for number, batch in enumerate(batches):
-                for part in [batch] if self.abilities.packing else batch.split_rows():
-                    self.clock_of_masks.step, self.clock_of_masks.micro_batch = step, number
-                    loss = self._loss(part.to(self.device))
-                    (loss / supervised).backward()
-                    total += loss.detach()
+                for loss in learner.accumulate(batch, supervised, step, number):
+                    total += loss
             mean_loss = float(total) / supervised
-            norm = float(self._clip())
+            norm = float(learner.clip())
         rate = learning_rate(self.config, step, self.total_steps)
         if finite := self._is_finite(step, mean_loss, norm, batches):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.updates += 1
-        self._zero_gradients()
+            learner.update(rate)
+        learner.forget()
         if not self.settled:
             return_freed()  # what the first step took before its lasting blocks had their places
             self.settled = True
@@ -409,28 +347,8 @@ class Trainer:
             "tokens": tokens,
             "supervised_tokens": supervised,
             "tokens_per_s": round(tokens / seconds, 2),
-            "memory_bytes": memory_bytes(self.device),
+            "memory_bytes": memory_bytes(self.learner.device),
         }
-
-    def _zero_gradients(self) -> None:
-        for buffer in self.gradients:
-            buffer.zero_()
-
-    def _loss(self, batch: MicroBatch) -> Tensor:
-        """Summed loss of a micro-batch."""
-        batch = batch.padded() if self.abilities.packing else batch
-        bounds = batch.bounds if self.abilities.packing else None
-        return sequence_loss(
-            self.model, self.head, self.head_parameters, batch.input_ids, batch.position_ids, batch.labels, bounds
-        )
-
-    def _clip(self) -> Tensor:
-        """The gradients' norm, before they are scaled down to max_grad_norm."""
-        grads = [p.grad for p in self.trained if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        if self.config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.trained, self.config.max_grad_norm, norm)
-        return norm
 
     def _is_finite(self, step: int, loss: float, norm: float, batches: list[MicroBatch]) -> bool:
         """Whether the update may be made. A step that may not is written to nonfinite.jsonl with its rows.
@@ -461,7 +379,9 @@ class Trainer:
         """Loss on the held-out rows, where there are any: a row of eval.jsonl."""
         if not (rows := self.data.held_out):
             return
-        loss, tokens = mean_loss(self.model, rows, packed=self.abilities.packing, progress=self.reporter.progress)
+        loss, tokens = mean_loss(
+            self.learner.model, rows, packed=self.learner.abilities.packing, progress=self.reporter.progress
+        )
         perplexity = math.exp(min(loss, 700)) if math.isfinite(loss) else None
         finite = loss if perplexity is not None else None
         self.run.append(EVALS, {"step": step, "loss": finite, "perplexity": perplexity, "tokens": tokens})
@@ -478,7 +398,9 @@ class Trainer:
                 asked.append((row, *pair))
         if not asked:
             return
-        found = answers(self.model, self.data.renderer, [ids for _, ids, _ in asked], SAMPLE_TOKENS, SAMPLE_SECONDS)
+        found = answers(
+            self.learner.model, self.data.renderer, [ids for _, ids, _ in asked], SAMPLE_TOKENS, SAMPLE_SECONDS
+        )
         for (row, ids, wanted), said in zip(asked, found, strict=True):
             question = self.data.renderer.tokenizer.decode(ids, skip_special_tokens=True).strip()
             sample = {"step": step, "where": row.where, "question": question, "expected": wanted}
@@ -487,7 +409,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         state = {
             "total_steps": self.total_steps,
-            "updates": self.updates,
+            "updates": self.learner.updates,
             "base_digest": self.info["base"]["digest"],
             "fingerprint": checkpoint.fingerprint(self.info),
         }
@@ -496,23 +418,25 @@ class Trainer:
         rows = [row for row in self.run.read(EVALS) if f"step-{row['step']:08d}" in there]
         losses = {row["step"]: row["loss"] for row in rows if row["loss"] is not None}
         best = min(losses, key=lambda done: losses[done]) if losses else None
-        checkpoint.save(self.run.checkpoints, step, self.model, self.optimizer, state, keep, self.config.model, best)
+        checkpoint.save(
+            self.run.checkpoints, step, self.learner.model, self.learner.optimizer, state, keep, self.config.model, best
+        )
 
     def _save_result(self) -> None:
         """adapter/: what other tools load (a full fine-tuning: the whole model), whole or not there."""
         target = self.run.path / f".adapter.{os.getpid()}.tmp"
         try:
             target.mkdir(exist_ok=True)
-            if any(True for _ in lora_layers(self.model)):
-                save_adapter(self.model, target, self.config.model)
+            if any(True for _ in lora_layers(self.learner.model)):
+                save_adapter(self.learner.model, target, self.config.model)
             else:
-                self.model.save_pretrained(target)
+                self.learner.model.save_pretrained(target)
             tokenizer = self.data.renderer.tokenizer
             tokenizer.chat_template = self.data.renderer.template
             tokenizer.save_pretrained(target)
             facts = {"base_digest": self.info["base"]["digest"], "template_sha256": self.info["template_sha256"]}
             hub.write_json(target / ADAPTER_FACTS, facts)
-            _generation_config(self.model, self.data.renderer.stop_ids()).save_pretrained(target)
+            _generation_config(self.learner.model, self.data.renderer.stop_ids()).save_pretrained(target)
             hub.sync(target)
             older = target.with_name(f".adapter.{os.getpid()}.old.tmp")
             if self.run.adapter.exists():

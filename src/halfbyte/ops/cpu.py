@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .library import LIBRARY
+from .arena import ARENA
+from .library import LIBRARY, device_type
 
 ABI = 2
 KERNELS = ("auto", "cpp", "torch")
@@ -129,7 +130,6 @@ _tried = False
 _lock = threading.Lock()
 
 # where this file's tensors are and what they hold, whatever torch's defaults are at the time
-_HERE: dict[str, Any] = {"device": "cpu"}
 _FP32: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 _BYTES: dict[str, Any] = {"device": "cpu", "dtype": torch.uint8}
 
@@ -184,6 +184,11 @@ def active() -> Any:
     """The library, or None where plain PyTorch computes."""
     _find()
     return None if _chosen == "torch" else _library
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether the library computes on this tensor (or, on the ``meta`` device, would on the one it stands for)."""
+    return device_type(tensor) == "cpu" and active() is not None
 
 
 def why() -> str:
@@ -334,7 +339,7 @@ def _dropout_mask(library: Any, out: Tensor, dropout: list[int]) -> None:
 def _lora_input(library: Any, x: Tensor, a: Tensor, dropout: list[int]) -> Tensor:
     x, a = x.contiguous(), a.to(x.dtype).contiguous()
     rank, width = a.shape
-    u = torch.empty((*x.shape[:-1], rank), dtype=x.dtype, **_HERE)
+    u = ARENA.empty((*x.shape[:-1], rank), x.dtype)
     sizes = (math.prod(x.shape[:-1]), width)
     pointers = (x.data_ptr(), *sizes, a.data_ptr(), rank, _dropout(dropout), u.data_ptr())
     call(library, "hb_lora_input", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
@@ -346,8 +351,8 @@ def _lora_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, x, u, b = dy.contiguous(), x.contiguous(), u.contiguous(), b.to(dy.dtype).contiguous()
     rank = u.shape[-1]
-    du = torch.empty(u.shape, dtype=u.dtype, **_HERE)
-    da, db = torch.empty((rank, x.shape[-1]), **_FP32), torch.empty(b.shape, **_FP32)
+    du = ARENA.empty(u.shape, u.dtype)
+    da, db = ARENA.empty((rank, x.shape[-1]), torch.float32), ARENA.empty(b.shape, torch.float32)
     call(
         library,
         "hb_lora_grads",
@@ -390,7 +395,7 @@ def _product(
 ) -> Tensor:
     x = x.contiguous()
     extras = [None if t is None else t.to(x.dtype).contiguous() for t in (bias, u, low_rank)]
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, **_HERE)
+    out = ARENA.empty((*x.shape[:-1], columns), x.dtype)
     weight, _alive = _weight(parts, numel)
     tokens = math.prod(x.shape[:-1])
     backward = name == "hb_linear_input_grad"
@@ -418,7 +423,7 @@ def _rms_norm(
     library: Any, x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
 ) -> tuple[Tensor, Tensor]:
     x, weight = x.contiguous(), weight.contiguous()
-    y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], **_FP32)
+    y, inverse = ARENA.empty(x.shape, x.dtype), ARENA.empty(x.shape[:-1], torch.float32)
     sizes = (inverse.numel(), x.shape[-1])
     pointers = (x.data_ptr(), weight.data_ptr(), *sizes, eps, offset, cast_first, y.data_ptr(), inverse.data_ptr())
     call(library, "hb_rms_norm", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
@@ -427,7 +432,7 @@ def _rms_norm(
 
 def _rms_norm_grad(library: Any, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
     dy, x, weight, inverse = (t.contiguous() for t in (dy, x, weight, inverse))
-    dx = torch.empty_like(x)
+    dx = ARENA.empty(x.shape, x.dtype)
     pointers = (*(t.data_ptr() for t in (dy, x, weight, inverse)), inverse.numel(), x.shape[-1], offset, dx.data_ptr())
     call(library, "hb_rms_norm_grad", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
     return dx
@@ -449,7 +454,7 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
 
 def _gated(library: Any, gate: Tensor, up: Tensor, activation: int) -> Tensor:
     (gate, gate_stride), (up, up_stride) = _rows(gate), _rows(up)
-    y = torch.empty(gate.shape, dtype=gate.dtype, **_HERE)
+    y = ARENA.empty(gate.shape, gate.dtype)
     sizes = (math.prod(gate.shape[:-1]), gate.shape[-1])
     pointers = (gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, *sizes, activation, y.data_ptr())
     call(library, "hb_gated", *pointers, _DTYPES[gate.dtype], torch.get_num_threads())
@@ -458,7 +463,7 @@ def _gated(library: Any, gate: Tensor, up: Tensor, activation: int) -> Tensor:
 
 def _gated_grad(library: Any, dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
     (gate, gate_stride), (up, up_stride), dy = _rows(gate), _rows(up), dy.contiguous()
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, **_HERE) for _ in range(2))
+    dgate, dup = (ARENA.empty(gate.shape, gate.dtype) for _ in range(2))
     sizes = (math.prod(gate.shape[:-1]), gate.shape[-1])
     pointers = (dy.data_ptr(), gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, *sizes, activation)
     outputs = (dgate.data_ptr(), dup.data_ptr(), _DTYPES[gate.dtype], torch.get_num_threads())
@@ -468,7 +473,7 @@ def _gated_grad(library: Any, dy: Tensor, gate: Tensor, up: Tensor, activation: 
 
 def _cross_entropy(library: Any, logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     logits, labels = logits.contiguous(), labels.contiguous()
-    losses = torch.empty(labels.shape, **_FP32)
+    losses = ARENA.empty(labels.shape, torch.float32)
     pointers = (logits.data_ptr(), labels.data_ptr(), *logits.shape, losses.data_ptr(), grad.data_ptr())
     call(library, "hb_cross_entropy", *pointers, _DTYPES[logits.dtype], torch.get_num_threads())
     return losses
@@ -492,8 +497,8 @@ def _attention_job(
 
 def _attention(library: Any, q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     job, _alive = _attention_job(q, *args)
-    out = torch.empty(q.shape, dtype=q.dtype, **_HERE)
-    lse = torch.empty((q.shape[1], q.shape[0]), **_FP32)
+    out = ARENA.empty(q.shape, q.dtype)
+    lse = ARENA.empty((q.shape[1], q.shape[0]), torch.float32)
     pointers = (job, out.data_ptr(), lse.data_ptr())
     call(library, "hb_attention_forward", *pointers, _DTYPES[q.dtype], torch.get_num_threads())
     return out, lse
@@ -503,7 +508,7 @@ def _attention_grad(library: Any, dout: Tensor, *args: Any) -> tuple[Tensor, Ten
     q, k, v, bounds, out, lse, *form = args
     job, _alive = _attention_job(q, k, v, bounds, *form)
     dout, out, lse = _heads(dout), out.contiguous(), lse.contiguous()
-    dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, **_HERE) for t in (q, k, v))
+    dq, dk, dv = (ARENA.empty(t.shape, q.dtype) for t in (q, k, v))
     pointers = (dout.data_ptr(), *dout.stride()[:2], *(t.data_ptr() for t in (out, lse, dq, dk, dv)))
     call(library, "hb_attention_backward", job, *pointers, _DTYPES[q.dtype], torch.get_num_threads())
     return dq, dk, dv

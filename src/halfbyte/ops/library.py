@@ -1,6 +1,7 @@
-"""The `torch.library` namespace ``halfbyte`` and the chunk size plain-PyTorch passes work in."""
+"""The `torch.library` namespace ``halfbyte``, the chunk size plain-PyTorch passes work in, and which device is meant."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,6 +10,24 @@ LIBRARY = torch.library.Library("halfbyte", "DEF")
 
 CHUNK = 1 << 18
 """Weights handled at once by a plain-PyTorch pass: its buffers stay in the second-level cache (fp32: 1 MiB)."""
+
+_planned = "cpu"
+
+
+@contextlib.contextmanager
+def planning_for(device_type: str) -> Iterator[None]:
+    """Within this block tensors on the ``meta`` device stand for ones on this kind of device ("cpu", "cuda")."""
+    global _planned
+    before, _planned = _planned, device_type
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def device_type(tensor: Tensor) -> str:
+    """The kind of device a tensor lies on, or stands for."""
+    return _planned if tensor.is_meta else tensor.device.type
 
 
 def define(schema: str, meaning: Callable, shapes: Callable) -> None:

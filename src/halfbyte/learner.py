@@ -1,0 +1,145 @@
+"""A model and what one optimizer step adds to it: trained parameters, their gradients and states, an output head.
+
+The training loop (`train.py`) drives it on numbers, a memory plan (`plan.py`) on the ``meta`` device, where the same
+lines run on shapes alone: what a plan promises is what these lines allocate.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adamw8bit import AdamW8bit
+from .batches import MicroBatch
+from .config import TrainConfig
+from .errors import ModelError
+from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora
+from .loss import output_head, sequence_loss
+from .memory import counted_as, hold_gradients
+from .selftest import Abilities, checkpoint_layers
+
+Note = Callable[[str, str], None]
+
+
+class Learner:
+    """What `accumulate`, `clip` and `update` need, made in this order, each piece by the code that uses it."""
+
+    def __init__(self, model: Any, config: TrainConfig, abilities: Abilities, note: Note) -> None:
+        """Make a frozen base trainable, in place.
+
+        Args:
+            abilities: from `selftest.self_test`. note: called with a short name and a line for people.
+
+        Raises:
+            ModelError: this model cannot be trained as the options say.
+        """
+        self.model, self.config, self.abilities = model, config, abilities
+        self._refuse_unable()
+        if config.full:
+            for p in model.parameters():
+                p.requires_grad_(True)
+            self.clock = DropoutClock(config.seed)
+        else:
+            self.clock = self._attach()
+        model.config.use_cache = False
+        model.train()
+        if config.gradient_checkpointing:
+            note("recomputed", checkpoint_layers(model, config.kept_activations, abilities.packing))
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.head = output_head(model)
+        embedding = model.get_output_embeddings()
+        self.head_parameters = [p for p in embedding.parameters() if p.requires_grad]
+        self.optimizer = self._make_optimizer()
+        self.gradients = hold_gradients(self.trained)
+        self.updates = 0
+
+    def _refuse_unable(self) -> None:
+        abilities = self.abilities
+        if not abilities.chunked_head:
+            raise ModelError(
+                "the output head of this model cannot be applied to chunks of its hidden states",
+                found=f"logits differ by {abilities.head_error:.2g} (relative)",
+                expected="differences within rounding",
+            )
+        if self.config.packing and not abilities.packing:
+            raise ModelError(
+                "this model lets packed rows see each other",
+                found=f"logits differ by {abilities.packing_error:.2g} (relative) from those of separate rows",
+                ways_out=["train without --packing"],
+            )
+
+    def _attach(self) -> DropoutClock:
+        c = self.config
+        adapter = AdapterConfig(c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora)
+        names = attach_lora(self.model, adapter, c.target_modules, seed=c.seed)
+        first = self.model.get_submodule(names[0])
+        assert isinstance(first, LoraLinear)
+        return first.clock
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        c = self.config
+        betas = (c.adam_beta1, c.adam_beta2)
+        if c.optim == "adamw_torch":
+            return torch.optim.AdamW(
+                self.trained, lr=c.learning_rate, betas=betas, eps=c.adam_epsilon, weight_decay=c.weight_decay
+            )
+        if any(p.dtype != torch.float32 for p in self.trained):
+            raise ModelError(
+                "8-bit AdamW updates fp32 parameters",
+                found=", ".join(sorted({str(p.dtype) for p in self.trained})),
+                ways_out=["--optim adamw_torch", "or --dtype float32"],
+            )
+        return AdamW8bit(self.trained, c.learning_rate, betas, c.adam_epsilon, c.weight_decay)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a batch has to lie. A model on the ``meta`` device takes real ids: they decide what is computed."""
+        device = self.model.get_input_embeddings().weight.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """Summed loss of a micro-batch, fp32 []."""
+        batch = batch.padded() if self.abilities.packing else batch
+        bounds = batch.bounds if self.abilities.packing else None
+        return sequence_loss(
+            self.model, self.head, self.head_parameters, batch.input_ids, batch.position_ids, batch.labels, bounds
+        )
+
+    def accumulate(self, batch: MicroBatch, supervised: int, step: int, number: int) -> list[Tensor]:
+        """Add the gradient of a micro-batch.
+
+        Args:
+            supervised: tokens the step's loss is divided by. step, number: what dropout is a function of.
+
+        Returns:
+            The summed loss of each part it was computed in.
+        """
+        losses = []
+        for part in [batch] if self.abilities.packing else batch.split_rows():
+            self.clock.step, self.clock.micro_batch = step, number
+            loss = self.loss(part.to(self.device))
+            (loss / supervised).backward()
+            losses.append(loss.detach())
+        return losses
+
+    def clip(self) -> Tensor:
+        """The gradients' norm, before they are scaled down to max_grad_norm."""
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.trained, self.config.max_grad_norm, norm)
+        return norm
+
+    def update(self, rate: float) -> None:
+        """One step of the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with counted_as("optimizer states"):
+            self.optimizer.step()
+        self.updates += 1
+
+    def forget(self) -> None:
+        """Set the gradients to zero."""
+        for buffer in self.gradients:
+            buffer.zero_()
