@@ -305,7 +305,7 @@ def _trial(home: Path, out: Path, patch: Callable[[], None], tally: dict[str, An
 
     def work() -> int:
         patch()
-        return cli(arguments(home, out))
+        return cli([*arguments(home, out), "--rehearse", "false"])  # whose save would be the one that fails
 
     code = wait(forked(work, log))
     tally["tried"] += 1
@@ -341,6 +341,8 @@ def _first_checkpoint(home: Path) -> None:
 
         def once(*args: Any, **kwargs: Any) -> Any:
             path = save(*args, **kwargs)
+            if path.parent.name != "checkpoints":
+                return path  # the rehearsal's
             shutil.copytree(path, home / "first")
             os._exit(0)
 
@@ -406,7 +408,7 @@ def _size_limits(home: Path, count: int) -> dict[str, Any]:
 def _failing_calls(home: Path, points: int, count: int) -> dict[str, Any]:
     _first_checkpoint(home)
     tally = _tally()
-    per_save = points // (STEPS // EVERY)
+    per_save = points // (STEPS // EVERY + 1)  # and the rehearsal's
     for point in list(range(1, per_save + 1))[:: max(1, per_save // count)]:
         out = home / "failing"
         _prepared(home, out)

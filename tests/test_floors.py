@@ -12,7 +12,7 @@ FLOORS = {
     2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute", "memory"],
     3: ["lora", "loss", "adamw8bit", "batches", "attention", "fuse"],
     4: ["load", "dataset", "checkpoint", "merge", "plan", "selftest", "learner", "ledger"],
-    5: ["train", "evaluate", "generate"],
+    5: ["train", "evaluate", "generate", "rehearsal"],
     6: ["cli", "__init__", "__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

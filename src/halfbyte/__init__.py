@@ -13,25 +13,44 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adamw8bit import AdamW8bit as AdamW8bit
     from .config import TrainConfig as TrainConfig
+    from .errors import DoesNotFit as DoesNotFit
     from .load import load as load
     from .lora import attach_lora as attach_lora
     from .merge import merge as merge
     from .nf4 import NF4Tensor as NF4Tensor
+    from .plan import MemoryPlan as MemoryPlan
+    from .plan import plan as plan
     from .run import Run as Run
     from .train import train as train
 
 _WHERE = {
     "AdamW8bit": "adamw8bit",
+    "DoesNotFit": "errors",
+    "MemoryPlan": "plan",
     "NF4Tensor": "nf4",
     "Run": "run",
     "TrainConfig": "config",
     "attach_lora": "lora",
     "load": "load",
     "merge": "merge",
+    "plan": "plan",
     "train": "train",
 }
 
-__all__ = ["AdamW8bit", "NF4Tensor", "Run", "TrainConfig", "attach_lora", "load", "merge", "nf4", "train"]
+__all__ = [
+    "AdamW8bit",
+    "DoesNotFit",
+    "MemoryPlan",
+    "NF4Tensor",
+    "Run",
+    "TrainConfig",
+    "attach_lora",
+    "load",
+    "merge",
+    "nf4",
+    "plan",
+    "train",
+]
 
 
 def _lazily(name: str) -> property:

@@ -208,6 +208,12 @@ class Schedule:
             return [[row] for row in order]
         return pack([len(row.input_ids) for row in self.rows], order, self.pack_to)
 
+    def largest(self) -> list[int]:
+        """Row numbers of a micro-batch no smaller, in tokens, than any of any epoch: of the longest units."""
+        tokens = [len(row.input_ids) for row in self.rows]
+        units = sorted(self.units(0), key=lambda unit: -sum(tokens[i] for i in unit))
+        return [row for unit in units[: self.batch_size] for row in unit]
+
     def epoch(self, epoch: int) -> list[list[list[int]]]:
         """Per step, per micro-batch, the row numbers."""
         units = self.units(epoch)

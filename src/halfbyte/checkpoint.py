@@ -224,6 +224,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _create_state(optimizer: torch.optim.Optimizer, step: int, places: set[str]) -> None:
     """Room for torch AdamW's state of the parameters at these places; others never had a gradient."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.state.clear()
     for place, p in enumerate(params):
         if str(place) in places:
             optimizer.state[p] = {
@@ -263,6 +264,9 @@ _MAY_CHANGE = {
     "resume_from_checkpoint",
     "kernels",
     "kept_activations",
+    "fit_to",
+    "force",
+    "rehearse",
     "allow_change",
     "logging_steps",
     "save_steps",

@@ -221,6 +221,9 @@ class TrainingOptions(Options):
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "a NaN or infinity in loss or gradients: stop, or leave that step's update out and count it"
     )
+    rehearse: bool = option(
+        True, "before the first step, run the largest batch once through everything and put the state back, bit for bit"
+    )
     resume_from_checkpoint: str | None = option(
         None, "auto: continue from the newest valid checkpoint, or start where there is none"
     )
@@ -242,17 +245,34 @@ class TrainingOptions(Options):
         return value
 
 
-class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions):
+class FitOptions(Options):
+    """What it has to fit into."""
+
+    fit_to: str | None = option(
+        None,
+        "24GiB, or the name of a card (rtx-4090): the fastest plan that fits, over micro-batch, accumulation and what "
+        "is kept; the global batch stays",
+    )
+
+
+class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions, FitOptions):
     """Everything ``halfbyte train`` reads."""
 
     model: str = option(..., "a Hub id, a local directory, or `demo` for the built-in model")
     data: str = option(..., "a .json, .jsonl, .csv, .tsv or .parquet file, or a Hub data set (owner/name)")
+    force: bool = option(False, "train although the plan says that it does not fit")
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if self.full and self.load_in_4bit:
             raise ValueError("full trains every parameter, which 4-bit weights cannot be: add --load_in_4bit false")
         return self
+
+
+class PlanConfig(TrainConfig):
+    """Everything ``halfbyte plan`` reads: what ``halfbyte train`` reads, and no data is needed."""
+
+    data: str = option("", "its rows' lengths are planned for; without it, rows of max_length")
 
 
 MODEL_HELP = "a run directory, a Hub id, a local directory, or `demo` for the built-in model"
@@ -342,6 +362,7 @@ class MergeConfig(KernelOptions):
 VERBS: dict[str, type[Options]] = {
     "demo": DemoConfig,
     "doctor": DoctorConfig,
+    "plan": PlanConfig,
     "train": TrainConfig,
     "chat": ChatConfig,
     "eval": EvalConfig,

@@ -5,6 +5,7 @@ ways out in the order we would try them. Whoever raises fills in what it knows; 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class HalfbyteError(Exception):
@@ -55,6 +56,19 @@ class UsageError(HalfbyteError):
     """Wrong option, value or configuration file."""
 
     exit_code = 2
+
+
+class DoesNotFit(HalfbyteError):
+    """More memory is needed than there is: planned, or met. plan: the plan as it is in ``plan --json``."""
+
+    exit_code = 3
+
+    def __init__(self, what: str, *, plan: dict[str, Any] | None = None, **more: Any) -> None:
+        super().__init__(what, **more)
+        self.plan = plan
+
+    def as_dict(self) -> dict[str, object]:
+        return {**super().as_dict(), **({"plan": self.plan} if self.plan else {})}
 
 
 class DataError(HalfbyteError):

@@ -88,6 +88,13 @@ def mean_loss(
     return total / tokens, tokens
 
 
+def largest_group(rows: Sequence[Encoded]) -> list[Encoded]:
+    """The longest rows, as many as `mean_loss` lays end to end at most."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    groups = _groups(order, [len(row.input_ids) for row in rows])
+    return [rows[i] for i in next(iter(groups), [])]
+
+
 def exact_matches(
     model: Any, renderer: Renderer, asked: Sequence[tuple[list[int], str]], progress: Progress = no_progress
 ) -> list[tuple[bool, Answer]]:

@@ -53,9 +53,9 @@ BUILTIN = "demo"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local directory of a model: itself, the built-in one (``demo``), or a snapshot of a Hub id (downloaded where
-    not cached). A directory called demo is named ``./demo``.
+    not cached; all but the weights if they are not needed). A directory called demo is named ``./demo``.
 
     Raises:
         ModelError: no such directory and no such id, or the download failed.
@@ -80,7 +80,12 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
     try:
         return Path(
-            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=["original/*"])
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=HUB_PATTERNS,
+                ignore_patterns=["original/*", *([] if weights else ["*.safetensors"])],
+            )
         )
     except HalfbyteError:
         raise

@@ -8,8 +8,7 @@ stays through a step is told apart by what it is (`resident`); what comes and go
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .learner import Learner
 from .lora import LoraLinear
-from .memory import current_part
+from .memory import Peak, current_part
 from .nf4 import NF4Tensor
 from .ops import cpu
 from .ops.arena import SMALLEST, Pieces
+from .ops.library import hearing_scratch
 
 RESIDENT = (
     "4-bit codes",
@@ -105,6 +105,8 @@ class TensorBytes(TorchDispatchMode):
         self.by_part: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
         self.arena = Pieces()
+        self._kept_scratch: Counter[str] = Counter()
+        self._passing, self._passing_part = 0, ""
         self._in_arena = 0
         self._seen: dict[int, Any] = {}
         for part, tensors in parts.items():
@@ -118,13 +120,36 @@ class TensorBytes(TorchDispatchMode):
             given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             if any(t.is_meta for t in given) and not all(t.is_meta for t in given):
                 args, kwargs = tree_map_only(Tensor, _shape_of, (args, kwargs))
+        self._passing = 0
         out = func(*args, **kwargs)
         self.calls += 1
         for t in out if isinstance(out, tuple | list) else (out,):
             if isinstance(t, Tensor) and not isinstance(t, NF4Tensor):
                 self._add(t, current_part(), ours and cpu.serves(t))
         self.flop += _flop(func, args, out)
+        if self._passing:
+            self._note_peak()
+            self._passing = 0
         return out
+
+    def __enter__(self) -> "TensorBytes":
+        self._listening = hearing_scratch(self._scratch)
+        self._listening.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._listening.__exit__(*error)
+
+    def _scratch(self, part: str, size: int, kept: bool) -> None:
+        if not kept:
+            self._passing += size
+            self._passing_part = part
+        elif (more := size - self._kept_scratch[part]) > 0:
+            self._kept_scratch[part] = size
+            self.now += more
+            self.by_part[part] += more
+            self._note_peak()
 
     def restart(self) -> None:
         """Forget the peaks; what is held stays counted."""
@@ -145,9 +170,12 @@ class TensorBytes(TorchDispatchMode):
         self._note_peak()
 
     def _note_peak(self) -> None:
-        if self.now > self.peak:
-            self.peak, self.at_peak = self.now, dict(self.by_part)
-        self.process_peak = max(self.process_peak, self.now - self._in_arena + self.arena.touched)
+        now = self.now + self._passing
+        if now > self.peak:
+            self.peak, self.at_peak = now, dict(self.by_part)
+            if self._passing:
+                self.at_peak[self._passing_part] = self.at_peak.get(self._passing_part, 0) + self._passing
+        self.process_peak = max(self.process_peak, now - self._in_arena + self.arena.touched)
 
     def _gone(self, key: int, size: int, part: str, place: int | None) -> None:
         self._seen.pop(key, None)
@@ -182,77 +210,62 @@ def _flop(func: Any, args: Any, out: Any) -> int:
     return 0
 
 
-# --- the process ------------------------------------------------------------------------------------------------------
+# --- while training ---------------------------------------------------------------------------------------------------
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def _status() -> dict[str, int]:
-    """Lines of this process's status that are sizes, bytes; empty where the system has none."""
-    found = {}
-    with contextlib.suppress(OSError):
-        for line in _STATUS.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if value.endswith(" kB"):
-                found[key] = int(value.split()[0]) * 1024
-    return found
+DRIFT = 0.05
+"""Share of the plan by which a measurement may be above it before it is said aloud."""
 
 
-class Peak:
-    """The most memory used since it was made or restarted, bytes: the CUDA allocator's, or this process's anonymous
-    resident memory; 0 where the system does not say."""
+class Watch:
+    """Measures the peak of each phase, beside what was planned for it: rows of ``memory.jsonl``.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.restart()
-
-    def restart(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        self.exact = True
-        try:
-            _CLEAR.write_text("5")  # the high-water mark of resident memory becomes what is resident now
-        except OSError:
-            self.exact = False
-
-    def bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        status = _status()
-        if not status:
-            return 0
-        if not self.exact:
-            return status["RssAnon"]
-        return max(status["VmHWM"] - status["RssFile"] - status["RssShmem"], status["RssAnon"])
-
-
-def held_now() -> int:
-    """Anonymous resident memory of this process, bytes; 0 where the system does not say."""
-    return _status().get("RssAnon", 0)
-
-
-def available(paths: Iterable[Path] = (Path("/sys/fs/cgroup"),)) -> int:
-    """Bytes of host memory this process could still take: the system's free memory, or what its cgroup leaves.
-
-    0 where the system does not say.
+    Args:
+        planned: bytes of each phase, as they would be measured; empty without a plan. append: takes a row. say: takes a
+            line for people.
     """
-    free = 0
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for path in paths:
-        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with contextlib.suppress(OSError, ValueError):
-                left = int((path / most).read_text()) - int((path / used).read_text()) + _cache(path)
-                free = min(free, max(left, 0)) if free else max(left, 0)
-    return free
 
+    def __init__(
+        self,
+        device: torch.device,
+        planned: dict[str, int],
+        append: Callable[[dict[str, Any]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.peak, self.planned, self.append, self.say = Peak(device), planned, append, say
+        self.learner: Learner | None = None
+        self.now = "the start"
+        self.highest: dict[str, int] = {}
 
-def _cache(path: Path) -> int:
-    """Bytes of a cgroup's file cache, which gives way."""
-    with contextlib.suppress(OSError):
-        for line in (path / "memory.stat").read_text().splitlines():
-            if line.startswith("inactive_file "):
-                return int(line.split()[1])
-    return 0
+    @contextlib.contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Measure what is done within this block; where it fails, ``now`` still names it."""
+        self.now = name if name in ("load", "rehearsal") else f"{name}, step {step}"
+        self.peak.restart()
+        yield
+        self.note(name, step, self.peak.bytes())
+
+    def note(self, name: str, step: int, found: int) -> None:
+        """A phase took so many bytes at its peak. Written if it is the phase's first or its highest."""
+        before = self.highest.get(name, 0)
+        if found <= before * 1.01:
+            return
+        self.highest[name] = found
+        planned = self.planned.get(name)
+        parts = sizes(resident(self.learner)) if self.learner is not None else {}
+        row = {"phase": name, "step": step, "measured_bytes": found, "planned_bytes": planned, "parts": parts}
+        self.append(row)
+        if planned and found > planned * (1 + DRIFT):
+            self.say(
+                f"memory: {name} took {found / 2**20:,.0f} MiB, {found / planned - 1:.0%} more than the "
+                f"{planned / 2**20:,.0f} MiB planned"
+            )
+
+    def line(self) -> str:
+        """What became of the plan, "" where there was none or nothing could be measured."""
+        found = max(self.highest.values(), default=0)
+        planned = max((self.planned[name] for name in self.highest if name in self.planned), default=0)
+        if not found or not planned:
+            return ""
+        return (
+            f"memory: {found / 2**20:,.0f} MiB at the peak, {planned / 2**20:,.0f} planned ({found / planned - 1:+.1%})"
+        )

@@ -140,6 +140,47 @@ def build_empty(config: Any) -> Any:
         raise ModelError("transformers cannot build the model of this config.json", found=message[:300]) from error
 
 
+def quantizable(model: Any) -> set[str]:
+    """Names of the weights that are held in 4 bits: those of linear layers, but not the output head."""
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def quantize_as(weight: Tensor, options: ModelOptions) -> NF4Tensor:
+    """A weight in the 4 bits that the options ask for."""
+    return nf4.quantize(
+        weight,
+        block_size=options.bnb_4bit_blocksize,
+        double_quant=options.bnb_4bit_use_double_quant,
+        quant_type=options.bnb_4bit_quant_type,
+    )
+
+
+def empty_base(config: Any, options: ModelOptions, dtype: torch.dtype) -> Any:
+    """What `load_base` makes, on the ``meta`` device: the same shapes, types and 4-bit parts, and no weights.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    model = build_empty(config)
+    in_4bit = quantizable(model) if options.load_in_4bit else set()
+    for module_name, module in model.named_modules():
+        for attribute, p in module._parameters.items():
+            if p is not None:
+                value = p.data.to(dtype)
+                if f"{module_name}.{attribute}" in in_4bit:
+                    value = quantize_as(value, options).with_dtype(dtype)
+                module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+    model.tie_weights()
+    model.eval()
+    model.config.dtype = dtype
+    return model
+
+
 @dataclass
 class QuantReport:
     """quant.json: what was quantized and how well."""
@@ -265,11 +306,7 @@ class _Filler:
         self.sources = plain
         self.targets = checkpoint_names(model, plain)
         head = model.get_output_embeddings()
-        self.linear = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        }
+        self.linear = quantizable(model)
         embeddings = {id(m.weight) for m in (model.get_input_embeddings(), head) if m is not None}
         self.in_layers = {
             name: p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embeddings
@@ -365,15 +402,9 @@ class _Filler:
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def _quantize(self, source: str, tensor: Tensor) -> Tensor:
-        options = self.options
         tensor = tensor if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor.float()
         try:
-            quantized = nf4.quantize(
-                tensor.to(self.device),
-                block_size=options.bnb_4bit_blocksize,
-                double_quant=options.bnb_4bit_use_double_quant,
-                quant_type=options.bnb_4bit_quant_type,
-            )
+            quantized = quantize_as(tensor.to(self.device), self.options)
         except ValueError as error:
             raise self._non_finite(source, str(error)) from error
         self.records.append(self._record(source, quantized, tensor))

@@ -84,7 +84,9 @@ class LoraLinear(nn.Linear):
         """Turn a linear layer into this class in place; A is Kaiming-uniform (PEFT's choice), B zero."""
         device = linear.weight.device
         bound = 1 / math.sqrt(linear.in_features)
-        a = torch.empty(adapter.r, linear.in_features).uniform_(-bound, bound, generator=generator)
+        a = torch.empty(adapter.r, linear.in_features, device="meta" if device.type == "meta" else "cpu")
+        if not a.is_meta:
+            a.uniform_(-bound, bound, generator=generator)
         linear.__class__ = cls
         assert isinstance(linear, LoraLinear)
         linear.lora_A = nn.Parameter(a.to(device))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import ops
+from .memory import counted_as
 
 IGNORE = -100
 ROW_MULTIPLE = 16
@@ -68,7 +69,8 @@ def supervised_loss(
     lack = -len(chosen) % ROW_MULTIPLE
     targets = functional.pad(labels[chosen], (0, lack), value=IGNORE)
     selected = hidden.index_select(0, functional.pad(chosen, (0, lack)))
-    return _ChunkedLoss.apply(selected, targets, head, rows, *parameters)  # pyright: ignore[reportReturnType]
+    with counted_as("logits chunk"):
+        return _ChunkedLoss.apply(selected, targets, head, rows, *parameters)  # pyright: ignore[reportReturnType]
 
 
 def sequence_loss(

@@ -7,6 +7,7 @@ inputs) lies in blocks of its own, and what loading leaves behind is given back.
 
 import contextlib
 import ctypes
+import errno
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,16 +17,117 @@ from torch import Tensor, nn
 
 from .ops.arena import ARENA, SMALLEST
 
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None
 
-def memory_bytes(device: torch.device) -> int:
-    """Peak bytes of the CUDA allocator, or this process's anonymous resident memory (0 where the system hides it)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+
+def _status() -> dict[str, int]:
+    """Lines of this process's status that are sizes, bytes; empty where the system has none."""
+    found = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
+            key, _, value = line.partition(":")
+            if value.endswith(" kB"):
+                found[key] = int(value.split()[0]) * 1024
+    return found
+
+
+def held_now() -> int:
+    """Anonymous resident memory of this process, bytes; 0 where the system does not say."""
+    return _status().get("RssAnon", 0)
+
+
+class Peak:
+    """The most memory used since it was made or restarted, bytes: what the CUDA allocator reserved, or this process's
+    anonymous resident memory; 0 where the system does not say."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        self.exact = True
+        try:
+            # the high-water mark of resident memory becomes what is resident now
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.exact = False
+
+    def bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        status = _status()
+        if not status:
+            return 0
+        high = status["VmHWM"] - status["RssFile"] - status["RssShmem"] if self.exact else 0
+        return max(high, status["RssAnon"])
+
+
+_CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
+
+
+def available(cgroups: Iterable[Path] = _CGROUPS) -> int:
+    """Bytes of host memory this process could still take: what the system has free, what its cgroup leaves, what its
+    own limit leaves, whichever is least. 0 where the system does not say."""
+    left = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        left.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    for path in cgroups:
+        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):
+                left.append(int((path / most).read_text()) - int((path / used).read_text()) + _file_cache(path))
+    if resource is not None:
+        status = _status()
+        for kind, key in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+            limit = resource.getrlimit(kind)[0]
+            if limit != resource.RLIM_INFINITY and key in status:
+                left.append(limit - status[key])
+    return max(min(left), 0) if left else 0
+
+
+def _file_cache(cgroup: Path) -> int:
+    """Bytes of a cgroup's file cache that give way."""
+    with contextlib.suppress(OSError):
+        for line in (cgroup / "memory.stat").read_text().splitlines():
+            if line.startswith(("inactive_file ", "total_inactive_file ")):
+                return int(line.split()[1])
     return 0
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Within this block host memory ends with an error where it would end with the process being killed: the limit on
+    data (RLIMIT_DATA) is what this process has and what is free now."""
+    free = available()
+    if resource is None or not free or "VmData" not in (status := _status()):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = status["VmData"] + free
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def is_exhaustion(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the host or of a GPU, has run out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("out of memory", "can't allocate memory", "could not create a memory object")
+    )
 
 
 def allocate_apart() -> None:
@@ -56,7 +158,7 @@ def current_part() -> str:
 
 
 def return_freed() -> None:
-    """Give freed memory back to the system: the regions of results (`ops.arena`), and what the C library can (glibc)."""
+    """Give freed memory back to the system: the regions of `ops.arena`, and what the C library can (glibc)."""
     ARENA.release()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -226,7 +226,7 @@ def quantize(
 
 def refuse_non_finite(absmax: Tensor, block_size: int) -> None:
     """Raise ValueError if a block holds a NaN or an infinity: its absolute maximum then is one, too."""
-    if absmax.numel() and not math.isfinite(absmax.max().item()):
+    if absmax.numel() and not absmax.is_meta and not math.isfinite(absmax.max().item()):
         finite = torch.isfinite(absmax)
         block = int((~finite).nonzero()[0])
         raise ValueError(

@@ -1,34 +1,89 @@
-"""Where the bytes of a training go, before any weight is read: from config.json and the options alone.
+"""Does it fit, and what if not: memory and time of a training, before any weight is read.
 
-The model is built on the meta device and every part is sized by the code that will allocate it (`nf4.stored_sizes`,
-`AdamW8bit` itself on meta parameters, `loss.CHUNK_BYTES`), so the figures cannot drift from what happens. What the
-runtime adds (interpreter, allocator slack, a GPU's context) is not in here.
-
-    kept by checkpointing    L T d              one input per layer
-    live in one layer        T (7 d + 2 kv + 3 ff), forward and gradient: recomputed, then gone
+The plan is a rehearsal without numbers. The model is built on the ``meta`` device, made trainable by the code that
+trains (`learner.Learner`), and one micro-batch of the largest size goes forward, backward and through the optimizer
+while every storage is counted (`ledger.TensorBytes`). Nothing is estimated by formula that code allocates; what no
+tensor shows is added and named: the process or the GPU's context as it is, buffers of reading, and the allocator's
+slack. Only ``config.json`` is needed; row lengths of real data and headers of real weights are used where they are.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
-from . import nf4
-from .adamw8bit import AdamW8bit
-from .config import LoraOptions, ModelOptions, TrainConfig
-from .load import build_empty
-from .lora import target_names
-from .loss import CHUNK_BYTES
+from . import attention, hub, nf4, ops
+from .batches import MicroBatch, Schedule, collate
+from .chat import Encoded
+from .config import PlanConfig, TrainConfig
+from .dataset import Data, read_data
+from .errors import DoesNotFit, HalfbyteError, ModelError, UsageError
+from .fuse import fuse
+from .learner import Learner
+from .ledger import TensorBytes, resident, sizes, weights_by_part
+from .load import Progress, choose_device, choose_dtype, empty_base, no_progress, read_config
+from .memory import available, held_now
+from .ops import cpu
+from .ops.library import planning_for
+from .selftest import Abilities
 
-GRADIENT_BYTES = 4
-LOGIT_COPIES = 3
-"""Of a chunk of logits: in the compute dtype, in fp32, and their gradient; each no larger than the fp32 chunk."""
+MIB = 1 << 20
+CARDS = {
+    "rtx-3060": 12288,
+    "rtx-3090": 24576,
+    "rtx-4060-ti": 16380,
+    "rtx-4070": 12282,
+    "rtx-4080": 16376,
+    "rtx-4090": 24564,
+    "rtx-5090": 32607,
+    "rtx-a6000": 49140,
+    "rtx-6000-ada": 49140,
+    "t4": 15360,
+    "v100-16gb": 16384,
+    "v100-32gb": 32768,
+    "a10": 23028,
+    "l4": 23034,
+    "a40": 46068,
+    "l40s": 46068,
+    "a100-40gb": 40960,
+    "a100-80gb": 81920,
+    "h100": 81559,
+    "h200": 143771,
+}
+"""Memory of a card as its driver reports it, MiB."""
+
+CONTEXT_BYTES = 650_000_000
+"""Of a CUDA process before its first tensor: context, modules, workspaces; 0.6 to 0.7 GB."""
+GPU_SLACK = 0.05
+"""Share of what comes and goes that PyTorch's caching allocator holds on top (assumed; blocks are 2 MiB and more)."""
+PROCESS_GROWTH = 32 * MIB
+"""What a process grows by while it loads and trains besides its tensors: code, compiled kernels, holes of the heap."""
+RESERVE = 0.02
+"""Share of a budget that is left free: a plan may be short by as much."""
+READ_ROOM = 8 * MIB
+EVAL_TOKENS = 2048
+CALL_SECONDS = 20e-6
+"""One operation's way through Python and PyTorch."""
+LENGTH_STEP = 128
+FITTED = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "kept_activations",
+    "max_length",
+)
+"""The options that fit_to chooses."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the ledger. where: "device" (the memory the model computes in)."""
+    """One line of the ledger. where: "device" (the memory the model computes in), "host" (of a GPU's run) or "disk"."""
 
     part: str
     bytes: int
@@ -36,108 +91,554 @@ class Part:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes of each part of a training, and their sum."""
+class Choice:
+    """A change of options, and what it makes of the plan. loses: what it costs besides time ("" if nothing)."""
 
+    change: dict[str, Any]
+    peak_bytes: int
+    relative_time: float
+    fits: bool
+    loses: str = ""
+
+    def flags(self) -> str:
+        return " ".join(f"--{name} {str(value).lower()}" for name, value in self.change.items())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the bytes of a training go.
+
+    Attributes: ``ledger``: parts of device memory at the peak of a steady step, then host and disk. ``phases``: the
+    peak of device memory in each, bytes. ``tensor_bytes``: of all tensors at the peak of a steady step. ``tokens``: of
+    the largest micro-batch. ``seconds``: an estimate of the whole training, None where the machine is not this one.
+    """
+
+    model: str
+    device: str
     ledger: tuple[Part, ...]
+    phases: dict[str, int]
+    tensor_bytes: int
+    budget_bytes: int
     parameters: int
     lora_parameters: int
     quantized_parameters: int
     tokens: int
+    flop: int
+    calls: int
+    steps: int = 0
+    seconds: float | None = None
+    choices: tuple[Choice, ...] = field(default=())
 
     @property
     def peak_bytes(self) -> int:
-        return sum(part.bytes for part in self.ledger)
+        """Of device memory, over all phases of the training (merging is a command of its own)."""
+        return max(size for phase, size in self.phases.items() if phase != "merge")
+
+    @property
+    def reserve_bytes(self) -> int:
+        return int(self.budget_bytes * RESERVE)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the reserve free (True where no budget is known)."""
+        return not self.budget_bytes or self.peak_bytes + self.reserve_bytes <= self.budget_bytes
+
+    @property
+    def relative_time(self) -> float:
+        """Of a step, in seconds of a machine that does 10^12 operations a second; for comparing plans."""
+        return self.flop / 1e12 + self.calls * CALL_SECONDS
 
     def bytes_of(self, *parts: str) -> int:
         return sum(part.bytes for part in self.ledger if part.part in parts)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "peak_bytes": self.peak_bytes}
+        extra = {"peak_bytes": self.peak_bytes, "fits": self.fits, "reserve_bytes": self.reserve_bytes}
+        choices = [{**asdict(choice), "flags": choice.flags()} for choice in self.choices]
+        return {**asdict(self), **extra, "choices": choices}
+
+    def check(self) -> None:
+        """Raise DoesNotFit, with the choices as ways out, unless it fits."""
+        if not self.fits:
+            raise does_not_fit(self)
 
 
-class PlanOptions(ModelOptions, LoraOptions):
-    """The options that memory depends on; a `config.TrainConfig` has them all."""
+def in_words(plan: MemoryPlan) -> list[str]:
+    """The choices of a plan as ways out: the flags, what they return, what they cost."""
+    return [
+        f"{choice.flags()}: {gib(plan.peak_bytes - choice.peak_bytes)} less"
+        + ("" if choice.fits else " (not enough by itself)")
+        + (f"; {choice.loses}" if choice.loses else "")
+        for choice in plan.choices
+    ]
 
-    optim: Literal["adamw_8bit", "adamw_torch"] = "adamw_8bit"
+
+def ways_in_words(plan: MemoryPlan, planner: "Planner") -> list[str]:
+    """Ways out of a plan that did not hold."""
+    if plan.choices:
+        return in_words(plan)
+    try:
+        return in_words(replace(plan, choices=planner.ways_out(plan)))
+    except (HalfbyteError, MemoryError, RuntimeError):
+        return []
+
+
+def does_not_fit(plan: MemoryPlan) -> DoesNotFit:
+    """The error for a plan over its budget."""
+    parts = sorted((p for p in plan.ledger if p.where == "device"), key=lambda p: -p.bytes)[:4]
+    over = plan.peak_bytes + plan.reserve_bytes - plan.budget_bytes
+    return DoesNotFit(
+        f"this does not fit: the training peaks at {gib(plan.peak_bytes)} and {gib(plan.budget_bytes)} are there, "
+        f"of which {RESERVE:.0%} stay free: {gib(over)} too much",
+        found=", ".join(f"{part.part} {gib(part.bytes)}" for part in parts),
+        ways_out=[
+            *in_words(plan),
+            "a smaller model, or a machine with more memory",
+            "--force true tries it all the same",
+        ],
+        plan=plan.as_dict(),
+    )
+
+
+def gib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if abs(count) >= 100 * MIB else f"{count / MIB:.1f} MiB"
+
+
+# --- what goes in -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest micro-batch of a training, and how many of all kinds there are.
+
+    batch: what is rehearsed. tokens: of an optimizer step, on average. micro_batches: of a step. steps: of the
+    training. eval_tokens: of an evaluation's largest batch, 0 without one.
+    """
+
+    batch: MicroBatch
+    tokens: float
+    micro_batches: int
+    steps: int
+    eval_tokens: int = 0
+
+
+def work_of(config: TrainConfig, data: Data | None, context: int | None = None) -> Work:
+    """The work that options and data make; rows of max_length (and no longer than context) without data."""
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if data is None:
+        length = min(config.max_length, context or config.max_length)
+        row = Encoded("plan", [0] * length, [True] * length)
+        batch = collate([row], [0] * config.per_device_train_batch_size)
+        steps = max(config.max_steps, 0)
+        evaluated = max(EVAL_TOKENS, length) if config.eval_split else 0
+        return Work(batch, per_step * length, config.gradient_accumulation_steps, steps, evaluated)
+    schedule = schedule_of(config, data)
+    epoch = schedule.epoch(0)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(epoch))
+    longest = max((len(row.input_ids) for row in data.held_out), default=0)
+    return Work(
+        collate(data.train.rows, schedule.largest()),
+        data.train.tokens / len(epoch),
+        config.gradient_accumulation_steps,
+        steps,
+        max(EVAL_TOKENS, longest) if longest else 0,
+    )
+
+
+def schedule_of(config: TrainConfig, data: Data) -> Schedule:
+    """Which rows each optimizer step trains on."""
+    return Schedule(
+        data.train.rows,
+        config.seed,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        data.max_length if config.packing else None,
+    )
+
+
+# --- the rehearsal without numbers ------------------------------------------------------------------------------------
 
 
 def plan_memory(
     model_config: Any,
-    options: PlanOptions | TrainConfig,
-    tokens: int,
-    dtype: torch.dtype = torch.bfloat16,
+    config: TrainConfig,
+    work: Work,
     *,
-    checkpointing: bool = True,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    stored: hub.Checkpoint | None = None,
+    runtime_bytes: int = 0,
+    budget_bytes: int = 0,
 ) -> MemoryPlan:
-    """The ledger of one training step.
+    """The plan of one training.
 
     Args:
-        model_config: a transformers configuration. options: how the base is held and what is trained.
-        tokens: of a micro-batch. dtype: compute dtype.
+        model_config: a transformers configuration. device: "cpu" or "cuda". dtype: compute dtype. stored: the weights'
+            headers, where they are at hand. runtime_bytes: of the process (or the GPU's context) before anything.
+
+    Raises:
+        ModelError: the model cannot be built, or not be run without numbers.
     """
-    model = build_empty(model_config)
-    model.tie_weights()
-    text = model_config.get_text_config()
-    head, size = model.get_output_embeddings(), dtype.itemsize
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    codes = scales = held = 0
-    if options.load_in_4bit:
-        block, nested = options.bnb_4bit_blocksize, options.bnb_4bit_use_double_quant
-        sizes = [nf4.stored_sizes(m.weight.numel(), block, nested) for m in linear]
-        codes, scales = (sum(column) for column in zip(*sizes, strict=True))
-    else:
-        held = sum(m.weight.numel() for m in linear) * size
-    in_linear = {id(m.weight) for m in linear}
-    embeddings = {id(e.weight) for e in (model.get_input_embeddings(), head) if e is not None}
-    unique = {id(p): p for p in model.parameters()}
-    rest = sum(p.numel() for i, p in unique.items() if i not in in_linear | embeddings)
-    if options.full:
-        trained = list(unique.values())
-        adapters: list[nn.Parameter] = []
-    else:
-        adapters = _adapter_parameters(model, options)
-        trained = adapters
-    count = sum(p.numel() for p in trained)
-    largest = max(m.weight.numel() for m in linear)
-    width = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    live = tokens * (7 * text.hidden_size + 2 * width + 3 * text.intermediate_size) * size * 2
-    layers = text.num_hidden_layers
-    kept = layers * tokens * text.hidden_size * size if checkpointing else layers * live // 2
-    ledger = (
-        Part("4-bit codes", codes),
-        Part("scales", scales),
-        Part("16-bit layers", held),
-        Part("embeddings and head", sum(unique[i].numel() for i in embeddings) * size),
-        Part("norms and biases", rest * size),
-        Part("adapters", sum(p.numel() for p in adapters) * 4),
-        Part("gradients", count * (GRADIENT_BYTES if adapters else size)),
-        Part("optimizer states", _optimizer_bytes(trained, options.optim)),
-        Part("kept layer inputs", kept),
-        Part("live layer", live),
-        Part("logits chunk", LOGIT_COPIES * CHUNK_BYTES),
-        Part("dequantized weight", largest * size if options.load_in_4bit else 0),
-    )
+    with planning_for(device):
+        model = empty_base(model_config, config, dtype)
+        base = sizes(weights_by_part(model))
+        in_4bit = [p.numel() for p in model.parameters() if isinstance(p.data, nf4.NF4Tensor)]
+        largest = max(in_4bit, default=0)
+        quantized = sum(in_4bit)
+        fuse(model)
+        learner = Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
+        try:
+            with attention.segments(model):
+                peaks, flop, calls = _run(learner, work)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"the memory of {type(model).__name__} cannot be planned", found=message[:200]) from error
+        held = sizes(resident(learner))
+    on_gpu = device == "cuda"
+    step = max((peaks[phase] for phase in ("backward", "update")), key=lambda peak: peak.process)
+    phases = {}
+    for name, peak in (("step", step), ("eval", peaks.get("eval")), ("save", peaks["save"])):
+        if peak is not None:
+            slack = int(GPU_SLACK * (peak.tensors - sum(held.values()))) if on_gpu else PROCESS_GROWTH
+            phases[name] = runtime_bytes + slack + (peak.tensors if on_gpu else peak.process)
+    parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
+    reading = _reading_bytes(stored, largest, dtype)
+    phases = {"load": runtime_bytes + sum(base.values()) + reading, "first step": phases["step"], **phases}
+    slack = phases["step"] - runtime_bytes - step.tensors
+    adapters = held["adapters"] // 4
+    ledger = [Part(part, step.parts.get(part, 0)) for part in (*held, *(p for p in step.parts if p not in held))]
+    trained = held["adapters"] or sum(p.nbytes for p in learner.trained)
+    one = trained + held["optimizer states"]
+    ledger += [
+        Part("GPU context" if on_gpu else "the process before it", runtime_bytes),
+        Part("allocator slack", slack),
+        Part("checkpoints", (config.save_total_limit + 2) * one, "disk"),
+        Part("adapter" if adapters else "model", trained, "disk"),
+        Part("the model's files", _file_bytes(stored, parameters), "disk"),
+        *([Part("host process", held_now() + PROCESS_GROWTH + reading, "host")] if on_gpu else []),
+    ]
+    merged = parameters * (4 if parameters <= 3_000_000_000 else 2)
+    phases["merge"] = runtime_bytes + sum(base.values()) + held["adapters"] + max(merged, reading)
     return MemoryPlan(
-        ledger,
-        parameters=sum(p.numel() for p in unique.values()),
-        lora_parameters=sum(p.numel() for p in adapters),
-        quantized_parameters=sum(m.weight.numel() for m in linear) if options.load_in_4bit else 0,
-        tokens=tokens,
+        config.model,
+        device,
+        tuple(part for part in ledger if part.bytes),
+        phases,
+        step.tensors,
+        budget_bytes,
+        parameters,
+        adapters if adapters else 0,
+        quantized,
+        len(work.batch.input_ids),
+        int(flop * work.tokens / len(work.batch.input_ids)),
+        calls * work.micro_batches,
+        work.steps,
     )
 
 
-def _adapter_parameters(model: Any, options: PlanOptions | TrainConfig) -> list[nn.Parameter]:
-    """A and B of every adapted layer, on the meta device."""
-    made = []
-    for name in target_names(model, options.target_modules):
-        layer = model.get_submodule(name)
-        for shape in ((options.lora_r, layer.in_features), (layer.out_features, options.lora_r)):
-            made.append(nn.Parameter(torch.empty(shape, device="meta")))
-    return made
+@dataclass(frozen=True)
+class _PeakOf:
+    """tensors, process: bytes at the peak of a phase. parts: of the tensors."""
+
+    tensors: int
+    process: int
+    parts: dict[str, int]
 
 
-def _optimizer_bytes(trained: list[nn.Parameter], optim: str) -> int:
-    if optim == "adamw_8bit":
-        return sum(t.nbytes for t in AdamW8bit(trained).state_tensors().values())
-    return sum(2 * 4 * p.numel() for p in trained)
+def _run(learner: Learner, work: Work) -> tuple[dict[str, _PeakOf], int, int]:
+    """Each phase's peak; operations and calls of a micro-batch."""
+    found: dict[str, _PeakOf] = {}
+    count = TensorBytes(resident(learner))
+
+    def note(phase: str) -> None:
+        found[phase] = _PeakOf(count.peak, count.process_peak, dict(count.at_peak))
+        count.restart()
+
+    with count:
+        learner.update(1e-4)  # what an optimizer makes in its first step is there in every other
+        count.restart()
+        learner.accumulate(work.batch, max(work.batch.supervised, 1), 0, 0)
+        flop, calls = count.flop, count.calls
+        note("backward")
+        learner.clip()
+        learner.update(1e-4)
+        learner.forget()
+        note("update")
+        note("save")
+        if work.eval_tokens:
+            row = Encoded("plan", [0] * work.eval_tokens, [True] * work.eval_tokens)
+            learner.model.eval()
+            with torch.no_grad():
+                learner.loss(collate([row], [0]))
+            note("eval")
+    return found, flop, calls
+
+
+def _reading_bytes(stored: hub.Checkpoint | None, largest_linear: int, dtype: torch.dtype) -> int:
+    """What reading the weights takes beside them: the largest tensor that does not stay as it is in its file, and room
+    to judge it. Others are read where they stay."""
+    if stored is None:
+        return READ_ROOM + 2 * largest_linear
+    whole = max((e.nbytes for e in stored.entries.values() if e.dtype != dtype), default=0)  # read, then cast
+    linear = stored.entries[max(stored.entries, key=lambda name: stored.entries[name].nbytes)]
+    return READ_ROOM + max(whole, min(linear.nbytes, largest_linear * linear.dtype.itemsize))
+
+
+def _file_bytes(stored: hub.Checkpoint | None, parameters: int) -> int:
+    return sum(entry.nbytes for entry in stored.entries.values()) if stored else 2 * parameters
+
+
+def outline(model_config: Any, tokens: int, device: str = "cuda", **options: Any) -> MemoryPlan:
+    """The plan of one row of so many tokens for a configuration that lies nowhere, and nothing but its tensors."""
+    config = PlanConfig(model=model_config.model_type, max_length=tokens, dtype="bfloat16", **options)
+    return plan_memory(model_config, config, work_of(config, None), device=device)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory to plan for. device: "cpu" or "cuda". bytes: 0 where nothing is known. runtime: taken before it starts."""
+
+    device: str
+    bytes: int
+    runtime: int
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "24GiB", "24 GB" or "24" (GiB).
+
+    Raises:
+        UsageError: neither a size nor the name of a card.
+    """
+    found = re.fullmatch(r"([\d.]+)\s*(GiB|GB|MiB|MB|G|M|)B?", text.strip(), re.IGNORECASE)
+    unit = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "g": 2**30, "m": 2**20, "": 2**30}
+    try:
+        size = int(float(found.group(1)) * unit[found.group(2).lower()]) if found else 0
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise UsageError(
+            f"fit_to must be a size or the name of a card, got {text!r}",
+            expected=f"24GiB, 16GB, or one of {', '.join(CARDS)}",
+        )
+    return size
+
+
+def budget_of(config: TrainConfig) -> Budget:
+    """What there is to fit into: ``fit_to``, or what this machine has free now.
+
+    A card's name plans for a GPU whether one is there or not; a size, for the device the options choose.
+    """
+    card = CARDS.get((config.fit_to or "").lower().replace("_", "-").replace(" ", "-"))
+    if config.fit_to and card is not None:
+        return Budget("cuda", card * MIB, CONTEXT_BYTES)
+    device = torch.device(config.device) if config.device.startswith("cuda") else choose_device(config.device)
+    if device.type == "cuda":
+        there = torch.cuda.is_available()
+        size = parse_size(config.fit_to) if config.fit_to else sum(torch.cuda.mem_get_info(device)[:1]) if there else 0
+        return Budget("cuda", size, CONTEXT_BYTES)
+    runtime = held_now()
+    if config.fit_to:
+        return Budget("cpu", parse_size(config.fit_to), runtime)
+    free = available()
+    return Budget("cpu", free + runtime if free else 0, runtime)
+
+
+@dataclass
+class Planner:
+    """Plans of one model and one set of rows under changing options."""
+
+    path: Path
+    config: TrainConfig
+    data: Data | None
+    progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        self.model_config = read_config(self.path)
+        self.budget = budget_of(self.config)
+        self.dtype = _dtype_for(self.config, self.budget.device)
+        self.context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        try:
+            self.stored: hub.Checkpoint | None = hub.Checkpoint(self.path)
+        except HalfbyteError:
+            self.stored = None
+
+    def plan(self, **change: Any) -> MemoryPlan:
+        config = self.config.model_copy(update=change)
+        return plan_memory(
+            self.model_config,
+            config,
+            work_of(config, self._data_for(config), self.context),
+            device=self.budget.device,
+            dtype=self.dtype,
+            stored=self.stored,
+            runtime_bytes=self.budget.runtime,
+            budget_bytes=self.budget.bytes,
+        )
+
+    def _data_for(self, config: TrainConfig) -> Data | None:
+        """The data, rows cut where max_length is smaller than what they were read with."""
+        if self.data is None or config.max_length >= self.data.max_length:
+            return self.data
+        limit = config.max_length
+        rows = [Encoded(row.where, row.input_ids[:limit], row.trained[:limit]) for row in self.data.train.rows]
+        train = replace(self.data.train, rows=rows)
+        return replace(self.data, train=train, max_length=limit)
+
+    def choice(self, plan: MemoryPlan, loses: str = "", **change: Any) -> Choice:
+        other = self.plan(**change)
+        return Choice(change, other.peak_bytes, other.relative_time / plan.relative_time, other.fits, loses)
+
+    # --- ways out ---
+
+    def ways_out(self, plan: MemoryPlan) -> tuple[Choice, ...]:
+        """Changes that need less memory, those that change no result first; each by itself."""
+        candidates = list(self._smaller())
+        found = []
+        for number in self.progress([str(i) for i in range(len(candidates))], len(candidates), "looking for ways out"):
+            loses, change = candidates[int(number)]
+            try:
+                choice = self.choice(plan, loses, **change)
+            except HalfbyteError:
+                continue
+            if choice.peak_bytes < plan.peak_bytes - MIB:
+                found.append(choice)
+        return tuple(found)
+
+    def _smaller(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        c = self.config
+        if not c.gradient_checkpointing:
+            yield "", {"gradient_checkpointing": True}
+        if c.kept_activations != "none":
+            yield "", {"kept_activations": "none"}
+        if c.per_device_train_batch_size > 1:
+            yield (
+                "",
+                {
+                    "per_device_train_batch_size": 1,
+                    "gradient_accumulation_steps": c.gradient_accumulation_steps * c.per_device_train_batch_size,
+                },
+            )
+        if not c.load_in_4bit and not c.full:
+            yield "the base is rounded to 4 bits", {"load_in_4bit": True}
+        elif c.full:
+            yield "an adapter is trained instead of every parameter", {"full": False, "load_in_4bit": True}
+        if c.load_in_4bit and not c.bnb_4bit_use_double_quant:
+            yield "scales are rounded to 8 bits", {"bnb_4bit_use_double_quant": True}
+        if c.optim != "adamw_8bit":
+            yield "optimizer states are rounded to 8 bits", {"optim": "adamw_8bit"}
+        if not c.full and c.lora_r > 8:
+            yield "the adapter is smaller", {"lora_r": c.lora_r // 2}
+        length = min(c.max_length, self.data.max_length if self.data else c.max_length)
+        if length > LENGTH_STEP:
+            yield "longer rows are cut", {"max_length": max(LENGTH_STEP, length // 2)}
+
+    # --- the fastest that fits ---
+
+    def fit(self) -> MemoryPlan:
+        """The fastest plan that fits: over what is kept and how the same global batch is cut; and what each choice
+        costs. Rows are cut as a last resort, in steps of 128 tokens. Where nothing fits, the plan of the options as
+        they are, with ways out.
+        """
+        c = self.config
+        given = self.plan()
+        total = c.per_device_train_batch_size * c.gradient_accumulation_steps
+        tried: list[tuple[dict[str, Any], MemoryPlan]] = []
+        keeps = ("all", "mlp_in", "attention", "none")
+        for keep in self.progress(keeps, len(keeps), "planning"):
+            for b in (b for b in (1, 2, 4, 8) if total % b == 0):
+                change = {
+                    "per_device_train_batch_size": b,
+                    "gradient_accumulation_steps": total // b,
+                    "gradient_checkpointing": True,
+                    "kept_activations": keep,
+                }
+                tried.append((change, self.plan(**change)))
+                if not tried[-1][1].fits:
+                    break  # nor does a larger one
+        fitting = sorted((pair for pair in tried if pair[1].fits), key=lambda pair: pair[1].relative_time)
+        if not fitting:
+            least = {**tried[-1][0], "per_device_train_batch_size": 1, "gradient_accumulation_steps": total}
+            return self._shorter(given, least)
+        best_change, best = fitting[0]
+        rows = [
+            Choice(change, plan.peak_bytes, plan.relative_time / best.relative_time, plan.fits)
+            for change, plan in sorted(tried, key=lambda pair: pair[1].relative_time)
+        ]
+        rows.sort(key=lambda row: row.change != best_change)
+        return replace(best, choices=tuple(rows))
+
+    def _shorter(self, given: MemoryPlan, change: dict[str, Any]) -> MemoryPlan:
+        limit = min(self.config.max_length, self.data.max_length if self.data else self.config.max_length)
+        low, high = 0, limit // LENGTH_STEP
+        found: MemoryPlan | None = None
+        while low < high:  # the longest that fits, by halving
+            middle = (low + high + 1) // 2
+            plan = self.plan(**change, max_length=middle * LENGTH_STEP)
+            if plan.fits:
+                low, found = middle, plan
+            else:
+                high = middle - 1
+        if found is None:
+            return replace(given, choices=self.ways_out(given))
+        change = {**change, "max_length": low * LENGTH_STEP}
+        row = Choice(change, found.peak_bytes, 1.0, True, f"rows longer than {low * LENGTH_STEP} tokens are cut")
+        return replace(found, choices=(row,))
+
+
+def _dtype_for(config: TrainConfig, device: str) -> torch.dtype:
+    if config.dtype == "auto" and device == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16
+    return choose_dtype(config.dtype, torch.device(device))
+
+
+def products_per_second(dtype: torch.dtype, tokens: int) -> float:
+    """Floating-point operations per second of a 4-bit product on this CPU, by trying one of 2048 x 2048."""
+    width = 2048
+    weight = nf4.quantize(torch.full((width, width), 0.01, dtype=torch.bfloat16))
+    x = torch.full((max(16, min(tokens, 512)), width), 0.5, dtype=dtype)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        ops.linear_4bit(x, weight.parts, width)
+        times.append(time.perf_counter() - began)
+    return 2 * x.numel() * width / statistics.median(times[1:])
+
+
+def timed(plan: MemoryPlan, dtype: torch.dtype) -> MemoryPlan:
+    """The plan with an estimate of the training's time on this machine."""
+    if plan.device != "cpu" or not plan.steps:
+        return plan
+    step = plan.flop / products_per_second(dtype, plan.tokens) + plan.calls * CALL_SECONDS
+    return replace(plan, seconds=step * plan.steps)
+
+
+def plan(
+    config: TrainConfig | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> MemoryPlan:
+    """Bytes and time of a training, without its weights.
+
+    Args:
+        config: the options; or give them by name (model=..., data=..., fit_to="24GiB", ...). Without data, rows of
+            max_length are planned for.
+
+    Raises:
+        HalfbyteError: the model or the data is refused. That it does not fit is no error here: see ``fits``, `check`.
+    """
+    config = config or PlanConfig(**options)
+    cpu.use(config.kernels)
+    path = hub.resolve(config.model, config.revision, weights=False)
+    data = read_data(config.data, config, path, say=say, progress=progress) if config.data else None
+    planner = Planner(path, config, data, progress)
+    if config.fit_to:
+        return timed(planner.fit(), planner.dtype)
+    found = planner.plan()
+    if not found.fits:
+        found = replace(found, choices=planner.ways_out(found))
+    return timed(found, planner.dtype)

@@ -17,6 +17,7 @@ While a layer runs, its products and its attention ask here (`product`, `attende
 layer is run by the function that transformers calls for a checkpointed layer, once to record and once to replay.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
-from .memory import Slots
+from .memory import Slots, counted_as
 
 Keep = Literal["none", "attention", "mlp_in", "all"]
 KEEPS: tuple[Keep, ...] = get_args(Keep)
@@ -62,8 +63,9 @@ class _Tape:
             if isinstance(result, _Unneeded):
                 return result.tensor()
             return compute() if result is None else result
-        result = compute()
         level = 3 if is_product and self.after_attention > 0 else 2 if is_product and self.after_attention == 0 else 1
+        with counted_as("kept activations") if self.level >= level else contextlib.nullcontext():
+            result = compute()
         self.results.append(result if self.level >= level else None)
         self.levels.append(level)
         if is_product:

@@ -25,7 +25,7 @@ except ImportError:  # Windows: the lock file is written but two trainers are no
     fcntl = None
 
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
-NONFINITE = "nonfinite.jsonl"
+NONFINITE, MEMORY, PLAN_JSON = "nonfinite.jsonl", "memory.jsonl", "plan.json"
 ADAPTER_FACTS = "halfbyte.json"
 """In adapter/: the digest of the base it belongs to, and the hash of its chat template."""
 

@@ -158,5 +158,6 @@ def _confine(keep: int, parent: int) -> None:  # pragma: no cover
         os._exit(1)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
-            limit = int(line.split()[1]) * 1024 + MEMORY
+            limit, hard = int(line.split()[1]) * 1024 + MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]
+            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,14 +28,15 @@ import torch
 from safetensors import SafetensorError
 
 from . import attention, checkpoint, hub
-from .batches import MicroBatch, Schedule, collate
+from .batches import MicroBatch, collate
 from .config import TrainConfig
 from .dataset import Data, read_data, source_digest
-from .errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageError
-from .evaluate import mean_loss
+from .errors import BusyError, DoesNotFit, Interrupted, ModelError, NonFiniteError, StorageError
+from .evaluate import largest_group, mean_loss
 from .fuse import fuse
 from .generate import answers
 from .learner import Learner
+from .ledger import Watch, resident, sizes
 from .load import (
     Progress,
     QuantReport,
@@ -48,9 +49,11 @@ from .load import (
     refuse_other_base,
 )
 from .lora import lora_layers, save_adapter, target_names
-from .memory import allocate_apart, memory_bytes, return_freed
+from .memory import allocate_apart, bounded, is_exhaustion, return_freed
 from .ops import cpu
-from .run import ADAPTER_FACTS, EVALS, METRICS, NONFINITE, SAMPLES, Run
+from .plan import FITTED, MemoryPlan, Planner, gib, schedule_of, ways_in_words
+from .rehearsal import DIRECTORY, rehearse
+from .run import ADAPTER_FACTS, EVALS, MEMORY, METRICS, NONFINITE, PLAN_JSON, SAMPLES, Run
 from .selftest import self_test
 
 Say = Callable[[str], None]
@@ -100,13 +103,18 @@ class Trainer:
         self.total_steps = config.max_steps
         self.interrupts = Interrupts()
         self.clock: datetime | None = None
+        self.planner: Planner | None = None
+        self.plan: MemoryPlan | None = None
+        self.watch = Watch(torch.device("cpu"), {}, lambda row: None, self.reporter.say)
         self.settled = False
         self.found: dict[str, str] = {}
 
     def run_all(self) -> Run:
-        with self.interrupts:
+        with self.interrupts, self._exhaustion_is_an_error():
             with self.interrupts.immediate(NOTHING_LOST):
                 start = self._set_up()
+                if self.config.rehearse and start < self.total_steps:
+                    self._rehearse(start)
                 # a stop can have come between a step and its evaluation
                 if self._is_evaluated(start) and not any(row["step"] == start for row in self.run.read(EVALS)):
                     self._evaluate(start)
@@ -117,7 +125,41 @@ class Trainer:
                 self._save_result()
                 if not any(row["step"] == self.total_steps for row in self.run.read(SAMPLES)):
                     self._sample(self.total_steps)
+        if line := self.watch.line():
+            self.reporter.say(line)
         return self.run
+
+    @contextlib.contextmanager
+    def _exhaustion_is_an_error(self) -> Iterator[None]:
+        """Within this block a lack of memory raises DoesNotFit, naming the phase, what is held and the ways out."""
+        try:
+            with bounded():
+                yield
+        except Exception as error:
+            if not is_exhaustion(error):
+                raise
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        else:
+            return
+        # here, and not in the handler: what the failed computation held is free by now
+        self._clear()
+        held = {} if self.watch.learner is None else sizes(resident(self.watch.learner))
+        largest = sorted(held.items(), key=lambda item: -item[1])[:4]
+        ways = [] if self.plan is None or self.planner is None else ways_in_words(self.plan, self.planner)
+        found = f"{message}; held: {', '.join(f'{part} {gib(size)}' for part, size in largest)}" if held else message
+        state = "its last checkpoint is as it was" if self.run.checkpoints.exists() else "nothing was trained yet"
+        raise DoesNotFit(
+            f"out of memory in this phase: {self.watch.now}; {state}",
+            where=str(self.run.path / MEMORY),
+            found=found[:600],
+            ways_out=[*ways, "close what else uses memory", "or a smaller model"],
+            plan=None if self.plan is None else self.plan.as_dict(),
+        )
+
+    def _clear(self) -> None:
+        if self.watch.learner is not None:
+            self.watch.learner.forget()
+        return_freed()
 
     def _set_up(self) -> int:
         """Everything before the first step, in the order in which it can fail; returns the steps already done."""
@@ -127,24 +169,22 @@ class Trainer:
         # a template that asks for the time sees the run's, so that a resumed run has the same ids
         self.clock = self.run.clock() if resumed else datetime.now()
         self.read_data(base_path)
-        self.schedule = Schedule(
-            self.data.train.rows,
-            config.seed,
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            self.data.max_length if config.packing else None,
-        )
+        self._make_plan(base_path, resumed is not None)
+        config = self.config
+        self.schedule = schedule_of(config, self.data)
         self.steps_per_epoch = len(self.schedule.epoch(0))
         if config.max_steps < 0:
             self.total_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         info = self._info(base_path)
         changes: list[str] = []
+        start = 0
         allowed = {name.strip().replace("-", "_") for name in config.allow_change.split(",") if name.strip()}
         if resumed is not None:
             changes = checkpoint.changes_since(checkpoint.read_state(resumed), info, allowed)
-        report = self.build_model(base_path)
+        with self.watch.phase("load", start):
+            report = self.build_model(base_path)
+        self.watch.learner = self.learner
         info["base"]["digest"], info["found"] = report.digest, self.found
-        start = 0
         if resumed is not None:
             before = checkpoint.read_state(resumed)["base_digest"]
             if "base" not in allowed:
@@ -160,12 +200,73 @@ class Trainer:
         self.info = info
         self.run.write_info(info)
         hub.write_json(self.run.path / "quant.json", report.as_dict())
-        for file in (METRICS, EVALS, SAMPLES, NONFINITE):
+        for file in (METRICS, EVALS, SAMPLES, NONFINITE, MEMORY):
             self.run.cut(file, start if resumed else -1)
         checkpoint.remove_unfinished(self.run.checkpoints)
-        for leftover in self.run.path.glob(".adapter.*.tmp"):
+        for leftover in (*self.run.path.glob(".adapter.*.tmp"), self.run.path / DIRECTORY):
             shutil.rmtree(leftover, ignore_errors=True)
+        for row in self.measured:
+            self.run.append(MEMORY, row)
+        self.watch.append = lambda row: self.run.append(MEMORY, row)
         return start
+
+    def _make_plan(self, base_path: Path, resumed: bool) -> None:
+        """Plan the memory; with ``fit_to`` take the options that fit, on a resume the ones the run began with.
+
+        Raises:
+            DoesNotFit: it does not, and ``force`` is not given.
+        """
+        config, say = self.config, self.reporter.say
+        if resumed and config.fit_to:
+            before = self.run.config()
+            self._change({name: getattr(before, name) for name in FITTED})
+        self.measured: list[dict[str, Any]] = []
+        self.planner = planner = Planner(base_path, self.config, self.data, self.reporter.progress)
+        try:
+            if config.fit_to and not resumed:
+                plan = planner.fit()
+                if plan.fits:
+                    self._change(plan.choices[0].change)
+                    planner.config, planner.data = self.config, self.data
+                    say(f"to fit {config.fit_to}: {plan.choices[0].flags()}")
+            else:
+                plan = planner.plan()
+        except ModelError as error:
+            say(f"{error.what} ({error.found}): it is measured instead")
+            self.planner = None
+            return
+        if not plan.fits:
+            plan = plan if plan.choices else replace(plan, choices=planner.ways_out(plan))
+            if not config.force:
+                plan.check()
+            say("the plan does not fit, and is forced")
+        self.plan = plan
+        there = f" of {gib(plan.budget_bytes)}" if plan.budget_bytes else ""
+        say(f"the plan: {gib(plan.peak_bytes)}{there} at the peak, {plan.tokens:,} tokens in the largest micro-batch")
+        hub.write_json(self.run.path / PLAN_JSON, plan.as_dict())
+        outside = plan.bytes_of("GPU context") if plan.device == "cuda" else 0
+        planned = {phase: size - outside for phase, size in plan.phases.items()}
+        device = choose_device(self.config.device)
+        if device.type == plan.device:
+            self.watch = Watch(device, planned, self.measured.append, say)
+
+    def _change(self, options: dict[str, Any]) -> None:
+        """Train with other options than were given; shorter rows are read anew."""
+        shorter = options.get("max_length", self.config.max_length) < self.config.max_length
+        self.config = self.config.model_copy(update=options)
+        if shorter:
+            self.read_data(hub.resolve(self.config.model, self.config.revision))
+
+    def _rehearse(self, start: int) -> None:
+        began = time.perf_counter()
+        batch = collate(self.data.train.rows, self.schedule.largest())
+        with self.watch.phase("rehearsal", start):
+            rehearse(self.learner, batch, largest_group(self.data.held_out), self.run.path, self.config.model)
+        return_freed()
+        self.reporter.say(
+            f"rehearsed: the largest micro-batch ({len(batch.input_ids):,} tokens) and a save go through "
+            f"({time.perf_counter() - began:.1f} s)"
+        )
 
     def _exactness(self, changes: list[str]) -> str:
         """What a resumed run promises."""
@@ -322,6 +423,9 @@ class Trainer:
     def step(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
         """One optimizer step over a global batch; returns its row of metrics.jsonl."""
         began = time.perf_counter()
+        phase = "step" if self.settled else "first step"
+        self.watch.now = f"step {step + 1}"
+        self.watch.peak.restart()
         supervised = sum(batch.supervised for batch in batches)
         learner = self.learner
         total = torch.zeros((), device=learner.device)
@@ -335,6 +439,8 @@ class Trainer:
         if finite := self._is_finite(step, mean_loss, norm, batches):
             learner.update(rate)
         learner.forget()
+        peak = self.watch.peak.bytes()
+        self.watch.note(phase, step + 1, peak)
         if not self.settled:
             return_freed()  # what the first step took before its lasting blocks had their places
             self.settled = True
@@ -347,7 +453,8 @@ class Trainer:
             "tokens": tokens,
             "supervised_tokens": supervised,
             "tokens_per_s": round(tokens / seconds, 2),
-            "memory_bytes": memory_bytes(self.learner.device),
+            "memory_bytes": peak,
+            "memory_planned_bytes": self.watch.planned.get("step"),
         }
 
     def _is_finite(self, step: int, loss: float, norm: float, batches: list[MicroBatch]) -> bool:
@@ -379,9 +486,9 @@ class Trainer:
         """Loss on the held-out rows, where there are any: a row of eval.jsonl."""
         if not (rows := self.data.held_out):
             return
-        loss, tokens = mean_loss(
-            self.learner.model, rows, packed=self.learner.abilities.packing, progress=self.reporter.progress
-        )
+        learner, show = self.learner, self.reporter.progress
+        with self.watch.phase("eval", step):
+            loss, tokens = mean_loss(learner.model, rows, packed=learner.abilities.packing, progress=show)
         perplexity = math.exp(min(loss, 700)) if math.isfinite(loss) else None
         finite = loss if perplexity is not None else None
         self.run.append(EVALS, {"step": step, "loss": finite, "perplexity": perplexity, "tokens": tokens})

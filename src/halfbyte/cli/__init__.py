@@ -17,6 +17,7 @@ from . import console
 VERBS = {
     "demo": "the built-in model learns something real, offline, on a CPU: the whole path",
     "doctor": "what this machine can do, and why a fast path is off",
+    "plan": "does it fit: memory and time of a training, before anything is downloaded",
     "train": "fine-tune a model in 4 bits on your rows",
     "chat": "talk to a model or a run; --prompt for one answer",
     "eval": "loss, perplexity and exact match; a run's base beside it",

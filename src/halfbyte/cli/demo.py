@@ -107,29 +107,25 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _show_plan(config: TrainConfig) -> None:
     """The bytes of each part, in 4 bits and in 16."""
-    import torch
-
     from .. import hub, nf4
     from ..load import read_config
-    from ..plan import plan_memory
+    from ..plan import plan_memory, work_of
 
-    tokens = config.per_device_train_batch_size * 96
+    shape = config.model_copy(update={"max_length": 96})
     sides = [
         plan_memory(
             read_config(hub.resolve("demo")),
-            config.model_copy(update={"load_in_4bit": in_4bit}),
-            tokens,
-            torch.bfloat16,
-            checkpointing=False,
+            shape.model_copy(update={"load_in_4bit": in_4bit}),
+            work_of(shape, None),
         )
         for in_4bit in (True, False)
     ]
     held = ("4-bit codes", "scales", "16-bit layers")
     lines = [["the linear layers", *(_mib(side.bytes_of(*held)) for side in sides)]]
     for part in sides[0].ledger:
-        if part.part not in held:
+        if part.part not in (*held, "allocator slack") and part.where == "device":
             lines.append([part.part, *(_mib(side.bytes_of(part.part)) for side in sides)])
-    lines.append(["together", *(_mib(side.peak_bytes) for side in sides)])
+    lines.append(["together", *(_mib(side.tensor_bytes) for side in sides)])
     count = sides[0].parameters
     console.table(
         f"the plan: {count / 1e6:.1f} M parameters, {sides[0].lora_parameters / 1e6:.2f} M of an adapter trained "

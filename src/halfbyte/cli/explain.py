@@ -270,13 +270,13 @@ def _article_gb(size: str) -> dict[str, float]:
 
 def _memory(record: ExplainConfig) -> Page:
     """The article's budget for 7B, 13B and 70B beside the one computed from the model's real shapes"""
-    from ..plan import PlanOptions, plan_memory
+    from ..plan import outline
 
     page = Page("where the gigabytes go, training QLoRA r=16 on all linear layers, one row of 512 tokens")
     rows: list[list[str]] = []
     totals = []
     for size in console.progress(list(_LLAMA2), len(_LLAMA2), "building empty models"):
-        plan = plan_memory(llama2(size), PlanOptions(), 512)
+        plan = outline(llama2(size), 512)
         theirs = _article_gb(size)
         ours = {
             "base": plan.bytes_of("4-bit codes", "scales", "embeddings and head", "norms and biases"),
@@ -286,7 +286,7 @@ def _memory(record: ExplainConfig) -> Page:
         }
         for part, count in ours.items():
             rows.append([f"{size} {part}", f"{theirs[part]:.2f}", f"{count / 1e9:.2f}"])
-        rows.append([f"{size} together", f"{sum(theirs.values()):.2f}", f"{plan.peak_bytes / 1e9:.2f}"])
+        rows.append([f"{size} together", f"{sum(theirs.values()):.2f}", f"{plan.tensor_bytes / 1e9:.2f}"])
         totals.append((size, plan))
     page.table("GB", ["", "article", "computed"], rows)
     last = totals[-1][1]
@@ -306,13 +306,13 @@ def _memory(record: ExplainConfig) -> Page:
 
 def _paged(record: ExplainConfig) -> Page:
     """What paging an optimizer moves, and what paged means in today's tools"""
-    from ..plan import PlanOptions, plan_memory
+    from ..plan import outline
 
     page = Page("paged optimizers: states that may live in the other memory")
     rows = []
     for size in console.progress(["7B", "70B"], 2, "building empty models"):
-        small = plan_memory(llama2(size), PlanOptions(), 512)
-        full = plan_memory(llama2(size), PlanOptions(optim="adamw_torch"), 512)
+        small = outline(llama2(size), 512)
+        full = outline(llama2(size), 512, optim="adamw_torch")
         count = small.bytes_of("optimizer states")
         rows.append(
             [
@@ -453,7 +453,7 @@ def _option(name: str) -> Page:
 
 def _effect(name: str) -> str:
     """Figures for the options whose price people ask about, on Llama 2 7B."""
-    from ..plan import PlanOptions, plan_memory
+    from ..plan import outline
 
     settings: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "lora_r": [(f"r={r}", {"lora_r": r}) for r in (8, 16, 64)],
@@ -462,12 +462,12 @@ def _effect(name: str) -> str:
         "optim": [("adamw_8bit", {}), ("adamw_torch", {"optim": "adamw_torch"})],
     }
     if name == "max_length":
-        plans = [(f"{t} tokens", plan_memory(llama2("7B"), PlanOptions(), t)) for t in (512, 2048, 8192)]
+        plans = [(f"{t} tokens", outline(llama2("7B"), t)) for t in (512, 2048, 8192)]
     elif name in settings:
-        plans = [(label, plan_memory(llama2("7B"), PlanOptions(**change), 512)) for label, change in settings[name]]
+        plans = [(label, outline(llama2("7B"), 512, **change)) for label, change in settings[name]]
     else:
         return ""
-    shown = ", ".join(f"{label}: {plan.peak_bytes / 1e9:.2f} GB" for label, plan in plans)
+    shown = ", ".join(f"{label}: {plan.tensor_bytes / 1e9:.2f} GB" for label, plan in plans)
     return f"Llama 2 7B, one row at a time: {shown}"
 
 

@@ -18,7 +18,8 @@ class Verb(click.Command):
     """A verb whose options are the fields of a configuration class.
 
     Unknown options name the nearest; other tools' names are taken with a notice; ``--config`` gives a YAML file that
-    the flags override; booleans are ``--packing``, ``--packing true`` or ``--packing false``.
+    the flags override; booleans are ``--packing``, ``--packing true`` or ``--packing false``. What ``call`` returns is
+    the JSON document; its ``exit_code``, if it has one, is the command's.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Verb(click.Command):
             console.say(f"the options of `halfbyte {self.name}` are in order")
         if as_json:
             print(json.dumps(result))
-        return 0
+        return result.get("exit_code", 0)
 
 
 def _shown(default: Any) -> str:

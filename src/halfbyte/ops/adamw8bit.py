@@ -5,15 +5,19 @@ Each moment is stored per block of 256 values as codes of a dynamic map and an f
 tensor, each padded to whole blocks, so one call moves them all and a block never crosses a tensor.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from . import cpu
-from .library import define
+from .library import define, scratch
 from .nearest import rank
 
 BLOCK = 256
 _CHUNK = 1 << 18
+_GROUP = 1 << 22
+"""Elements of parameters copied together."""
 
 
 def adamw_update(
@@ -122,24 +126,40 @@ def _adamw_8bit_step(
     weight_decay: float,
     step: int,
 ) -> None:
-    if not params:
-        return
-    arena = m_codes.numel()
-    p, g = _gather(params, arena), _gather(grads, arena)
-    for start in range(0, arena, _CHUNK):
-        here = slice(start, min(start + _CHUNK, arena))
-        blocks = slice(here.start // BLOCK, here.stop // BLOCK)
-        m = _decode(m_codes[here], m_absmax[blocks], m_map)
-        v = _decode(v_codes[here], v_absmax[blocks], v_map)
-        adamw_update(p[here], g[here], m, v, lr, beta1, beta2, eps, weight_decay, step)
-        _encode(m, m_codes[here], m_absmax[blocks], m_map)
-        _encode(v, v_codes[here], v_absmax[blocks], v_map)
-    for part, param in zip(p.split([padded_size(t.numel()) for t in params]), params, strict=True):
-        param.copy_(part[: param.numel()].view_as(param))
+    first = 0
+    for group, their_grads in _groups(params, grads):
+        size = sum(padded_size(p.numel()) for p in group)
+        p, g = _gather(group, size), _gather(their_grads, size)
+        for start in range(0, size, _CHUNK):
+            inside = slice(start, min(start + _CHUNK, size))
+            here = slice(first + inside.start, first + inside.stop)
+            blocks = slice(here.start // BLOCK, here.stop // BLOCK)
+            m = _decode(m_codes[here], m_absmax[blocks], m_map)
+            v = _decode(v_codes[here], v_absmax[blocks], v_map)
+            adamw_update(p[inside], g[inside], m, v, lr, beta1, beta2, eps, weight_decay, step)
+            _encode(m, m_codes[here], m_absmax[blocks], m_map)
+            _encode(v, v_codes[here], v_absmax[blocks], v_map)
+        for part, param in zip(p.split([padded_size(t.numel()) for t in group]), group, strict=True):
+            param.copy_(part[: param.numel()].view_as(param))
+        first += size
 
 
-def _adamw_8bit_step_shapes(*args) -> None:
-    return None
+def _groups(params: list[Tensor], grads: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Neighbours that are moved together: many small tensors at once, and never copies of all of them."""
+    start, size = 0, 0
+    for i, p in enumerate(params):
+        if i > start and size + p.numel() > _GROUP:
+            yield params[start:i], grads[start:i]
+            start, size = i, 0
+        size += p.numel()
+    if params:
+        yield params[start:], grads[start:]
+
+
+def _adamw_8bit_step_shapes(params: list[Tensor], *args) -> None:
+    if params and not cpu.serves(params[0]):
+        most = max(sum(padded_size(p.numel()) for p in group) for group, _ in _groups(params, params))
+        scratch("optimizer states", 2 * 4 * most)
 
 
 define(

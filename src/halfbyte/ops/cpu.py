@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .arena import ARENA
-from .library import LIBRARY, device_type
+from .library import LIBRARY, device_type, scratch
 
 ABI = 2
 KERNELS = ("auto", "cpp", "torch")
@@ -189,6 +189,12 @@ def active() -> Any:
 def serves(tensor: Tensor) -> bool:
     """Whether the library computes on this tensor (or, on the ``meta`` device, would on the one it stands for)."""
     return device_type(tensor) == "cpu" and active() is not None
+
+
+def plan_product(x: Tensor, depth: int) -> None:
+    """What a product of the library packs its input into, and keeps: all tokens for all threads to read."""
+    tokens, size = x.numel() // depth, 2 if x.element_size() == 2 else 4
+    scratch("kernel scratch", -(-tokens // 16) * 16 * -(-depth // 32) * 32 * size, kept=True)
 
 
 def why() -> str:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from . import cpu
 from .dropout import NO_DROPOUT, Dropout, dropped
-from .library import CHUNK, define
+from .library import CHUNK, define, scratch
 from .nearest import rank
 
 TINY = 1e-38
@@ -286,6 +286,16 @@ def _dequantized(q: FourBit, rows: int, columns: int, dtype: torch.dtype) -> Ten
     return buffer[:n].view(rows, columns)
 
 
+def _plan_product(x: Tensor, parts: tuple, columns: int) -> None:
+    """What a product takes beside its result: where the library does not compute, a whole dequantized weight."""
+    width = x.shape[-1]
+    if cpu.serves(x):
+        cpu.plan_product(x, width)
+        return
+    scratch("dequantized weight", width * columns * x.element_size(), kept=True)
+    scratch("dequantized weight", 3 * 4 * blocks_of(width * columns, parts[6]))  # scales, and what they are made of
+
+
 def linear_4bit(
     x: Tensor,
     q: FourBit,
@@ -327,6 +337,7 @@ def _linear(x: Tensor, *args) -> Tensor:
 
 
 def _linear_shapes(x: Tensor, *args) -> Tensor:
+    _plan_product(x, args[:8], args[-4])
     return x.new_empty((*x.shape[:-1], args[-4]))
 
 
@@ -369,6 +380,7 @@ def _input_grad(grad: Tensor, *args) -> Tensor:
 
 
 def _input_grad_shapes(grad: Tensor, *args) -> Tensor:
+    _plan_product(grad, args[:8], args[-4])
     return grad.new_empty((*grad.shape[:-1], args[-4]))
 
 

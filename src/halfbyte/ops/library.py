@@ -1,4 +1,4 @@
-"""The `torch.library` namespace ``halfbyte``, the chunk size plain-PyTorch passes work in, and which device is meant."""
+"""The `torch.library` namespace ``halfbyte``, the chunk size of plain-PyTorch passes, and which device is meant."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -28,6 +28,27 @@ def planning_for(device_type: str) -> Iterator[None]:
 def device_type(tensor: Tensor) -> str:
     """The kind of device a tensor lies on, or stands for."""
     return _planned if tensor.is_meta else tensor.device.type
+
+
+Scratch = Callable[[str, int, bool], None]
+_listener: Scratch | None = None
+
+
+@contextlib.contextmanager
+def hearing_scratch(listener: Scratch) -> Iterator[None]:
+    """Within this block shape functions tell what their operation takes beside its results: part, bytes, kept."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+def scratch(part: str, size: int, kept: bool = False) -> None:
+    """Say, in a shape function, that an operation takes so many bytes until it is done (kept: from then on)."""
+    if _listener is not None:
+        _listener(part, size, kept)
 
 
 def define(schema: str, meaning: Callable, shapes: Callable) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import cpu
 from .dropout import NO_DROPOUT, Dropout, dropped
 from .fourbit import FLOATS
-from .library import define
+from .library import define, scratch
 
 
 def lora_input(x: Tensor, a: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
@@ -53,6 +53,8 @@ def _lora_input(x: Tensor, a: Tensor, dropout: list[int]) -> Tensor:
 
 
 def _lora_input_shapes(x: Tensor, a: Tensor, dropout: list[int]) -> Tensor:
+    if dropout[0] and not cpu.serves(x):
+        scratch("live layer", x.numel() * (1 + x.element_size()))  # the mask, and x without what is dropped
     return x.new_empty((*x.shape[:-1], a.shape[0]))
 
 

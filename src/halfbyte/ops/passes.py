@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from . import cpu
 from .fourbit import FLOATS
-from .library import as_wide, define
+from .library import as_wide, define, scratch
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 """SiLU; GELU by its tanh formula; GELU by erf (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
@@ -167,6 +167,8 @@ def _two_like_second(dy: Tensor, x: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 def _loss_shapes(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
+    if not cpu.serves(logits):
+        scratch("logits chunk", 2 * 4 * logits.numel())  # in fp32, and their logarithms
     return logits.new_empty(labels.shape, dtype=torch.float32)
 
 

@@ -1,0 +1,94 @@
+"""``halfbyte plan MODEL``: does it fit, before anything is downloaded."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..config import PlanConfig
+from . import console
+from .options import Verb
+
+if TYPE_CHECKING:
+    from ..plan import MemoryPlan
+
+
+def plan(record: PlanConfig) -> dict[str, Any]:
+    """Memory and time of a training from MODEL's config.json alone; --data for real lengths, --fit-to to search."""
+    from ..plan import plan
+
+    found = plan(record, say=console.say, progress=console.progress)
+    show(found, record.fit_to is not None and found.fits)
+    enough = [choice.flags() for choice in found.choices if choice.fits]
+    if found.fits or enough:
+        changed = f" {enough[0]}" if enough else ""
+        console.say(f"next: halfbyte train {record.model} --data {record.data or 'rows.jsonl'}{changed}")
+    else:
+        console.say("next: halfbyte plan with a smaller model, or --fit-to the memory of another machine")
+    return {**found.as_dict(), "exit_code": 0 if found.fits else 3}
+
+
+def show(plan: "MemoryPlan", searched: bool) -> None:
+    """The plan as tables."""
+    from ..plan import RESERVE, gib
+
+    where = {"cpu": "this machine's memory", "cuda": "the GPU's memory"}[plan.device]
+    console.say(
+        f"{plan.parameters:,} parameters, {plan.quantized_parameters:,} of them in 4 bits, {plan.lora_parameters:,} in "
+        f"the adapter; {plan.tokens:,} tokens in the largest micro-batch"
+    )
+    held = sorted((part for part in plan.ledger if part.where == "device"), key=lambda part: -part.bytes)
+    rows = [[part.part, gib(part.bytes)] for part in held]
+    console.table(f"{where}, at the peak of a step", ["part", "bytes"], [*rows, ["together", gib(plan.phases["step"])]])
+    phases = [[phase, gib(size)] for phase, size in plan.phases.items()]
+    console.table("peak of each phase (merge is a command of its own)", ["phase", "bytes"], phases)
+    others = [[part.part, part.where, gib(part.bytes)] for part in plan.ledger if part.where != "device"]
+    console.table("elsewhere", ["part", "where", "bytes"], others)
+    if plan.choices:
+        (_show_search if searched else _show_ways_out)(plan)
+    if plan.seconds is not None:
+        console.say(f"estimated time: {duration(plan.seconds)} for {plan.steps:,} steps, at this machine's speed now")
+    if plan.budget_bytes:
+        verdict = "it fits" if plan.fits else "it does not fit"
+        budget = f"{gib(plan.budget_bytes)}, {RESERVE:.0%} of which stay free"
+        console.say(f"peak {gib(plan.peak_bytes)} of {budget}: {verdict}")
+
+
+def _show_ways_out(plan: "MemoryPlan") -> None:
+    from ..plan import gib
+
+    rows = [
+        [choice.flags(), gib(choice.peak_bytes), "yes" if choice.fits else "no", choice.loses or "time only"]
+        for choice in plan.choices
+    ]
+    console.table("ways out, each by itself", ["change", "peak", "fits", "costs"], rows)
+
+
+def _show_search(plan: "MemoryPlan") -> None:
+    """What was tried, the plan first."""
+    from ..plan import gib
+
+    rows = []
+    for choice in plan.choices:
+        change = choice.change
+        rows.append(
+            [
+                str(change["kept_activations"]),
+                f"{change['per_device_train_batch_size']} x {change['gradient_accumulation_steps']}",
+                gib(choice.peak_bytes),
+                f"{choice.relative_time:.2f}",
+                "yes" if choice.fits else "no",
+                choice.loses or "nothing",
+            ]
+        )
+    columns = ["kept activations", "micro-batch x accumulation", "peak", "time", "fits", "loses"]
+    console.table("what was tried; the first is taken", columns, rows)
+
+
+def duration(seconds: float) -> str:
+    """For people: two figures are enough for an estimate."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+command = Verb("plan", PlanConfig, plan, positional=("model",))

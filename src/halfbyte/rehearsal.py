@@ -1,0 +1,49 @@
+"""Before the first step, the largest batch runs once through everything a training does, and the state is put back.
+
+What would fail at step 900 (the longest rows do not fit, the disk takes no checkpoint) fails in the first minute. The
+state is saved as a checkpoint of its own before and restored from it after, bit for bit: a run ends with the same bytes
+as if it had not been rehearsed, and saving and restoring have been tried, too.
+"""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from . import attention, checkpoint
+from .batches import MicroBatch
+from .chat import Encoded
+from .evaluate import mean_loss
+from .learner import Learner
+
+DIRECTORY = ".rehearsal.tmp"
+
+
+def rehearse(learner: Learner, batch: MicroBatch, rows: list[Encoded], directory: Path, base: str) -> None:
+    """Run ``batch`` forward, backward and through the optimizer, and ``rows`` forward; then restore.
+
+    Args:
+        batch: the largest micro-batch. rows: of an evaluation's largest batch, empty without one. directory: the run's.
+            base: the model's name, for the adapter's file.
+
+    Raises:
+        StorageError: the disk does not take a checkpoint. Whatever a step can raise.
+    """
+    room = directory / DIRECTORY
+    shutil.rmtree(room, ignore_errors=True)
+    try:
+        checkpoint.save(room, 0, learner.model, learner.optimizer, {"updates": learner.updates}, 1, base)
+        packed = learner.abilities.packing
+        with torch.random.fork_rng():
+            with attention.segments(learner.model) if packed else contextlib.nullcontext():
+                learner.accumulate(batch, max(batch.supervised, 1), 0, 0)
+            learner.clip()
+            learner.update(learner.config.learning_rate)
+            learner.forget()
+            if rows:
+                mean_loss(learner.model, rows, packed=packed)
+        saved = checkpoint.Found(room / "step-00000000", 0)
+        learner.updates = checkpoint.restore(saved, learner.model, learner.optimizer)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
