@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import random
 import sys
+from typing import Any
 
 import torch
 
@@ -49,6 +50,16 @@ class Fence:
     def put(self, values: torch.Tensor) -> torch.Tensor:
         out = self.empty(tuple(values.shape), values.dtype)
         return out.copy_(values)
+
+
+class Fenced:
+    """Where operations lay their results."""
+
+    def __init__(self, fence: Fence) -> None:
+        self.fence = fence
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        return self.fence.empty(tuple(shape), dtype)
 
 
 def weight(
@@ -211,7 +222,7 @@ def lora(fence: Fence, chance: random.Random) -> None:
 
 
 def passes(fence: Fence, chance: random.Random) -> None:
-    """Norms, gated activations and cross-entropy against their meaning in fp64."""
+    """Norms, gated activations, rotations and cross-entropy against their meaning in fp64."""
     dtype = chance.choice(DTYPES)
     rows, width = chance.choice((1, 3, 17)), chance.choice((1, 7, 16, 33, 64, 100, 257, 1000))
     generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
@@ -248,6 +259,14 @@ def passes(fence: Fence, chance: random.Random) -> None:
     dgate, dup = ops.gated_grad(dy, gate, up, kind)
     near("gate's gradient", dgate, dy.double() * wide * slope, 1.1, (dy.double() * wide).abs() * (1 + g.abs()))
     near("up's gradient", dup, dy.double() * f, 1.1, (dy.double() * g).abs())
+
+    heads, dim = chance.choice((1, 3, 8)), 2 * chance.choice((1, 3, 16, 32, 37))
+    x, back = values(rows, heads, dim), chance.random() < 0.5
+    angles = torch.randn(2, rows, dim, generator=generator)
+    cos, sin = fence.put(angles[0].cos().to(dtype)), fence.put(angles[1].sin().to(dtype))
+    (a, b), (c1, c2), (s1, s2) = (t.double().chunk(2, -1) for t in (x, cos.unsqueeze(1), sin.unsqueeze(1)))
+    exact = torch.cat((a * c1 + b * s2, b * c2 - a * s1) if back else (a * c1 - b * s1, b * c2 + a * s2), 2)
+    near("rotation", ops.rotate(x, cos, sin, back), exact, 1.1, x.double().abs().amax())
 
     logits = values(rows, width, scale=chance.choice((0.1, 3, 40)))
     labels = fence.put(torch.tensor([chance.choice((-100, *range(width))) for _ in range(rows)]))
@@ -415,6 +434,7 @@ def main() -> None:
             continue
         for _ in range(arguments.count):
             fence = Fence(chance)
+            cpu.ARENA = Fenced(fence)  # results, too, lie behind forbidden pages
             numel = chance.choice((1, 2, 63, 64, 65, chance.randrange(1, 5000), chance.randrange(1, 40000)))
             _, parts = weight(fence, chance, numel, chance.choice(DTYPES))
             dequantize(fence, chance, parts, numel)

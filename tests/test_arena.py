@@ -83,6 +83,50 @@ def test_autograd_keeps_a_piece_and_gives_it_back():
     assert arena.pieces.regions == []
 
 
+def test_results_may_be_changed_in_place_by_what_comes_after():
+    """A view that an autograd function returns may not; a model that clamps its products (OLMo) does."""
+    arena = Arena()
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return arena.empty(x.shape, x.dtype).copy_(2 * x)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return 2 * grads[0]
+
+    x = torch.linspace(-1, 1, 40_000, requires_grad=True)
+    y = Double.apply(x)
+    assert not y._is_view()
+    y.clamp_(-1, 1)
+    y.sum().backward()
+    assert x.grad is not None and float(x.grad.sum()) == 2 * int(((2 * x).abs() <= 1).sum())
+
+
+def test_no_memory_is_an_error_and_not_the_end(monkeypatch: pytest.MonkeyPatch):
+    from halfbyte.ops import arena as module
+
+    arena = Arena()
+    held = arena.empty((40_000,), torch.float32).fill_(5)
+
+    class Full:
+        @staticmethod
+        def mmap(*args: object, **more: object) -> None:
+            raise OSError(12, "Cannot allocate memory")
+
+    honest = module.mmap
+    monkeypatch.setattr(module, "mmap", Full)
+    with pytest.raises(MemoryError, match="no memory for a tensor"):
+        arena.empty((1 << 23,), torch.float32)
+    monkeypatch.setattr(module, "mmap", honest)
+    again = arena.empty((1 << 23,), torch.float32).fill_(1)
+    assert bool((held == 5).all()) and float(again[-1]) == 1
+    del held, again
+    arena.release()
+    assert arena.pieces.regions == []
+
+
 def test_threads_get_pieces_of_their_own():
     arena, wrong = Arena(), []
 

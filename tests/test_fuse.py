@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from halfbyte import fuse, ops
+from halfbyte.attention import segments
 from halfbyte.fuse import FusedMLP, FusedNorm
 from halfbyte.ops import cpu
 from halfbyte.run import EVALS
@@ -75,8 +76,8 @@ def test_a_llama(tiny_llama: LlamaForCausalLM):
     ids = torch.arange(12)[None]
     before = tiny_llama(ids).logits
     found = fuse.fuse(tiny_llama)
-    assert (found.norms, found.mlps, found.left) == (5, 2, {})
-    assert found.line() == "fused: 5 norms, 2 MLPs"
+    assert (found.norms, found.mlps, found.attentions, found.left) == (5, 2, 2, {})
+    assert found.line() == "fused: 5 norms, 2 MLPs, 2 rotary embeddings"
     assert isinstance(tiny_llama.model.layers[0].mlp, FusedMLP)
     torch.testing.assert_close(tiny_llama(ids).logits, before, atol=1e-4, rtol=1e-4)
     # its class is still its own
@@ -85,6 +86,40 @@ def test_a_llama(tiny_llama: LlamaForCausalLM):
         tiny_llama.model.norm, importlib.import_module("transformers.models.llama.modeling_llama").LlamaRMSNorm
     )
     assert fuse.fuse(tiny_llama).norms == 0  # twice is once
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_attentions_of_many_families(family: str, dtype: torch.dtype):
+    """Two rows with and without the fused rotation, a window where the family has one: outputs and gradients."""
+    import transformers
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"use_sliding_window": True, "max_window_layers": 1} if family.startswith("Qwen") else {}
+    config = getattr(transformers, f"{family}Config")(
+        **shape, num_key_value_heads=2, head_dim=16, vocab_size=99, sliding_window=5, **more
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    model.config.dtype = dtype
+    model.config.use_cache = False
+    ids, bounds = torch.arange(24)[None], torch.tensor([0, 9, 24], dtype=torch.int32)
+    positions = torch.cat((torch.arange(9), torch.arange(15)))[None]
+
+    def run() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        with segments(model):
+            hidden = model.model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds).last_hidden_state
+        hidden.float().square().sum().backward()
+        return hidden.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+
+    expected = run()
+    assert fuse.fuse(model).attentions == 2
+    for mine, theirs in zip(run(), expected, strict=True):
+        assert fuse._near(mine, theirs, {torch.float32: 2e-4, torch.bfloat16: 0.03}[dtype])
+    # with a cache, or another attention, it is the model's own
+    torch.testing.assert_close(model.generate(ids[:, :5], max_new_tokens=3, do_sample=False).shape, torch.Size([1, 8]))
 
 
 @needs_library

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from halfbyte import attention as registered
 from halfbyte import ops
-from halfbyte.ops import cpu, passes
+from halfbyte.ops import cpu, passes, rotary
 from halfbyte.ops.attention import _attention, _attention_grad
 
 BOUNDS = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
@@ -50,6 +50,19 @@ def test_norm_gradient(offset: float):
         )
 
     assert torch.autograd.gradcheck(apply, random(4, 6))
+
+
+def test_rotation_gradient():
+    cos, sin = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+
+    def apply(x: Tensor) -> Tensor:
+        return Meaning.apply(
+            lambda x: (rotary._rotate(x, cos, sin, False),),
+            lambda dy, given, results: (rotary._rotate(dy, cos, sin, True),),
+            x,
+        )
+
+    assert torch.autograd.gradcheck(apply, random(3, 2, 6))
 
 
 @pytest.mark.parametrize("activation", range(len(ops.ACTIVATIONS)))
@@ -144,6 +157,8 @@ def test_wrong_tensors_are_refused():
         (ValueError, lambda: ops.attention(good, good, good, bounds.long(), form)),
         (TypeError, lambda: ops.attention(good, good.half(), good, bounds, form)),
         (ValueError, lambda: ops.lora_input(x, w[None, :7])),
+        (ValueError, lambda: ops.rotate(good, x, x)),
+        (TypeError, lambda: ops.rotate(good, good[:, 0].half(), good[:, 0])),
         (ValueError, lambda: ops.lora_grads(x, x[:1], x, torch.randn(8, 8), 1.0)),
     ):
         with pytest.raises(error):
@@ -164,6 +179,7 @@ def test_shapes_on_meta():
         ("rms_norm", (torch.randn(3, 8), torch.randn(8), 1e-6, 0.0, True)),
         ("gated", (torch.randn(3, 8), torch.randn(3, 8), 0)),
         ("lora_input", (torch.randn(3, 8), torch.randn(2, 8), [0] * 5)),
+        ("rotate", (torch.randn(3, 2, 8), torch.randn(3, 8), torch.randn(3, 8), True)),
         ("cross_entropy", (torch.randn(3, 8), torch.tensor([1, 2, 3]), torch.empty(3, 8))),
     ):
         torch.library.opcheck(getattr(torch.ops.halfbyte, name), arguments)

@@ -63,12 +63,14 @@ def tiny(draw: random.Random) -> tuple[Any, dict[str, Any]]:
         eos_token_id=2,
     )
     checkpointing = draw.random() < 0.7
+    in_4bit = draw.random() < 0.8
     options = {
         "lora_r": draw.choice([4, 8, 24]),
         "lora_dropout": draw.choice([0.0, 0.1]),
-        "load_in_4bit": draw.random() < 0.8,
+        "load_in_4bit": in_4bit,
+        "full": not in_4bit and draw.random() < 0.5,
         "bnb_4bit_use_double_quant": draw.choice([True, False]),
-        "optim": draw.choice(["adamw_8bit", "adamw_torch"]),
+        "optim": draw.choice(["adamw_8bit", "adamw_torch"]) if in_4bit else "adamw_torch",
         "dtype": draw.choice(["float32", "bfloat16"]),
         "gradient_checkpointing": checkpointing,
         "kept_activations": draw.choice(["none", "attention", "mlp_in", "all"]) if checkpointing else "none",
@@ -83,7 +85,7 @@ def tiny(draw: random.Random) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize("seed", range(12))
 def test_a_plan_counts_what_training_allocates(seed: int, kernels: str, tmp_path: Path):
     """Random geometries, written, loaded and trained for a step under the same count: static parts to the byte, and
-    where our kernels compute the peak of all tensors to a few numbers."""
+    where our kernels compute the peak of all tensors within 2 % (bench/memory.py, larger models: to a few bytes)."""
     draw = random.Random(seed)
     model_config, options = tiny(draw)
     from transformers import AutoModelForCausalLM
@@ -109,8 +111,8 @@ def test_a_plan_counts_what_training_allocates(seed: int, kernels: str, tmp_path
     assert parts == {part: plan.bytes_of(part) for part in parts}
     if kernels == "auto" and cpu.active() is not None:
         planned = plan.tensor_bytes - plan.bytes_of("kernel scratch")
-        # ids and labels lie on the CPU in either; products with 16-bit weights are PyTorch's, which keeps more
-        assert abs(planned - count.peak) <= (256 if config.load_in_4bit else 0.01 * count.peak)
+        # ids and labels lie on the CPU in either; the few tensors that differ are smaller than a layer's input
+        assert abs(planned - count.peak) <= 0.02 * count.peak
 
 
 def one_step(learner: Learner, batch: Any) -> None:
@@ -253,7 +255,7 @@ def test_more_of_anything_is_never_less_memory(tmp_path: Path):
 
 def test_what_is_free_knows_limits(tmp_path: Path):
     free = available(())
-    assert free > 0
+    assert free is not None and free > 0
     (tmp_path / "memory.max").write_text(str(5 << 30))
     (tmp_path / "memory.current").write_text(str(5 * 2**30 - 1000))
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 234\n")
@@ -296,7 +298,7 @@ def middling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     tokenizer.save_pretrained(path)
     rows = path / "rows.jsonl"
     question = "how many teas and buns do you have left today, and what is the price of all of them together? "
-    lines = [{"instruction": question * (40 if i == 7 else 1), "output": "ten"} for i in range(16)]
+    lines = [{"instruction": f"{i}: " + question * (40 if i == 7 else 1), "output": "ten"} for i in range(16)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path, rows
 
@@ -337,7 +339,7 @@ def test_real_exhaustion_ends_with_the_phase_and_the_ways_out(middling: tuple[Pa
 def test_the_longest_row_is_tried_before_the_first_step_and_changes_nothing(
     middling: tuple[Path, Path], tmp_path: Path
 ):
-    """sha256 of adapter and optimizer with and without rehearsal, for both optimizers, and on a resume."""
+    """sha256 of adapter and optimizer with and without rehearsal, for both optimizers."""
     model, rows = middling
     for optim in ("adamw_8bit", "adamw_torch"):
         digests = []
@@ -381,7 +383,52 @@ def test_drift_is_said_aloud():
     assert "10% more than the 100 MiB planned" in said[0]
     with watch.phase("load", 3):
         held = torch.ones(30 << 20, dtype=torch.uint8)
-    assert rows[-1]["measured_bytes"] > held.nbytes and "+10.0%" not in watch.line()
+    assert held.nbytes < rows[-1]["measured_bytes"] < 1 << 40
+    watch.highest.pop("load")
+    assert watch.line() == "memory: 110 MiB at the peak, 100 planned (+10.0%)"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"packing": True, "max_length": 1600, "eval_split": 0.3},
+        {"load_in_4bit": False, "full": True, "optim": "adamw_torch", "eval_split": 4},
+        {"fit_to": "1.0GiB", "max_length": 2048},
+    ],
+    ids=["packed and evaluated", "every parameter", "fitted"],
+)
+def test_trainings_of_all_kinds_keep_to_their_plan(middling: tuple[Path, Path], tmp_path: Path, more: dict[str, Any]):
+    """The peak of each measured phase is at most 5 % above its plan, and the whole not far below it."""
+    model, rows = middling
+    options: dict[str, Any] = {"max_steps": 2, "num_samples": 0, "gradient_accumulation_steps": 2, "dtype": "bfloat16"}
+    # in a process of its own: what other tests left behind would count
+    script = "import json, sys, halfbyte; halfbyte.train(**json.loads(sys.argv[1]))"
+    given = {"model": str(model), "data": str(rows), "output_dir": str(tmp_path / "run"), **options, **more}
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(given)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = [json.loads(line) for line in (tmp_path / "run/memory.jsonl").read_text().splitlines()]
+    phases = {row["phase"]: row for row in measured}
+    assert {"load", "rehearsal", "first step", "step", "save"} <= set(phases)
+    assert ("eval" in phases) == ("eval_split" in more)
+    for row in measured:
+        if row["planned_bytes"]:
+            assert row["measured_bytes"] <= 1.05 * row["planned_bytes"], row
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert max(row["measured_bytes"] for row in measured) >= 0.85 * plan["peak_bytes"]
+
+
+def test_a_card_is_no_budget_for_a_cpu(middling: tuple[Path, Path], tmp_path: Path):
+    model, rows = middling
+    assert run(training(model, rows, tmp_path / "run", "--fit_to", "rtx-4090", "--device", "cpu")) == 2
+
+
+def test_rows_that_may_not_be_cut_are_not(middling: tuple[Path, Path]):
+    """over_length error: a smaller max_length is no way out, and the search does not take it."""
+    model, rows = middling
+    common: dict[str, Any] = {"model": str(model), "data": str(rows), "max_length": 2048, "device": "cuda"}
+    tight = halfbyte.plan(**common, fit_to="680MiB", over_length="error")
+    assert not tight.fits and all("max_length" not in choice.change for choice in tight.choices)
+    assert any("max_length" in choice.change for choice in halfbyte.plan(**common, fit_to="680MiB").choices)
 
 
 def test_encoded_rows_are_what_a_micro_batch_is_made_of():

@@ -51,7 +51,8 @@ def segment_attention(
     """
     if cu_seq_lens_q is None:
         raise ValueError("the model does not hand cu_seq_lens_q to its attention, so rows cannot be packed")
-    if s_aux is None and not dropout and _is_fusable(query, key, value):
+    plain = s_aux is None and not dropout
+    if plain and (_is_fusable(query, key, value) or _stands_for_fused(query, sliding_window, softcap)):
         form = ops.Form(query.shape[3] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
         return _Attention.apply(query, key, value, cu_seq_lens_q, form), None  # pyright: ignore[reportReturnType]
     recompute.pass_attention()
@@ -64,9 +65,17 @@ def segment_attention(
 
 
 def _is_fusable(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Here the operation is faster than PyTorch's own; a plan for a GPU counts on attention that keeps as little."""
-    fits = query.shape[0] == 1 and key.shape == value.shape
-    return fits and (query.is_meta or cpu.serves(query))
+    return cpu.serves(query) and query.shape[0] == 1 and key.shape == value.shape
+
+
+def _stands_for_fused(query: Tensor, window: int | None, softcap: float | None) -> bool:
+    """Whether a plan may count the fused operation where PyTorch's attention computes: it keeps as little, but for the
+    mask of a window."""
+    if not query.is_meta or softcap is not None or query.shape[0] != 1:
+        return False
+    if window is not None and window < query.shape[2]:
+        query.new_empty((query.shape[2], query.shape[2]), dtype=torch.bool)
+    return True
 
 
 class _Attention(torch.autograd.Function):

@@ -25,6 +25,7 @@ from .adamw8bit import AdamW8bit
 from .errors import HalfbyteError, ModelError, StorageError, UsageError
 from .hub import json_bytes, read_header, read_json, read_tensor, sha256_file, sync, write_json, write_safetensors
 from .lora import WEIGHTS, lora_layers, restore_adapter, save_adapter
+from .memory import is_exhaustion
 
 SCHEMA = 2
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
@@ -72,6 +73,8 @@ def save(
         temporary.rename(final)
         sync(directory)
     except OSError as error:
+        if is_exhaustion(error):
+            raise
         raise StorageError(
             f"cannot save checkpoint {final}: {error.strerror}",
             ways_out=["free space; then repeat the command with --resume_from_checkpoint auto"],

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import attention, ops
 from .ops import cpu
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
@@ -216,6 +216,110 @@ def mlp_form(module: nn.Module) -> MlpForm | None:
     return MlpForm(found["gate"], found.get("up"), found["down"], activation)
 
 
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """Names of an attention's parts (`_ATTENTIONS`); norms are None where there are none."""
+
+    q: str
+    k: str
+    v: str
+    o: str
+    q_norm: str | None
+    k_norm: str | None
+    scaling: str
+    window: str
+    """The attribute with the sliding window, "config" if it is the configuration's, "" if there is none."""
+
+
+_PLAIN = ("dim", "q", "k", "v", "layer", "config", "training", "dropout", "scaling", "o")
+_WINDOWED = (*_PLAIN[:-1], "window", "o")
+_ATTENTIONS = {
+    "f127e6b176ce868b": (_PLAIN, ""),  # Llama's
+    "2cfedf801caa4409": (_PLAIN, "config"),  # Mistral's
+    "2c9ff5c53edaef9b": (_WINDOWED, ""),  # Qwen2's
+    "092dbd71a8ad9b70": (("dim", "q_norm", "q", "k_norm", "k", "v", *_WINDOWED[4:]), ""),  # Qwen3's
+}
+"""Digest of a form to what its attributes are, in order, and whether the configuration has the window."""
+_ROTATIONS = {("301644f6e15c52c4", "80dd76d885763d92")}
+"""Digests of ``apply_rotary_pos_emb`` and ``rotate_half`` beside an attention which do what `ops.rotate` does."""
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return ops.rotate(x[0], cos, sin).unsqueeze(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ops.rotate(grads[0][0], *ctx.saved_tensors, back=True).unsqueeze(0), None, None
+
+
+class FusedAttention(nn.Module):
+    """A model's own attention with the rotation in one pass; its class is also a subclass of the original's."""
+
+    form: AttentionForm
+    training: bool
+    attention_dropout: float
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **more: Any,
+    ) -> Any:
+        config: Any = self.config
+        ours = config._attn_implementation == attention.NAME and past_key_values is None
+        if not ours or position_embeddings is None or hidden_states.shape[0] != 1:
+            return super().forward(  # pyright: ignore[reportCallIssue]
+                hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **more
+            )
+        form = self.form
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (getattr(self, name)(hidden_states).view(shape) for name in (form.q, form.k, form.v))
+        if form.q_norm is not None and form.k_norm is not None:
+            q, k = getattr(self, form.q_norm)(q), getattr(self, form.k_norm)(k)
+        cos, sin = (t[0] for t in position_embeddings)
+        q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        if form.window:
+            window = getattr(config, "sliding_window", None) if form.window == "config" else getattr(self, form.window)
+            more["sliding_window"] = window
+        dropout = self.attention_dropout if self.training else 0.0
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scaling = getattr(self, form.scaling)
+        out, weights = attention.segment_attention(
+            self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **more
+        )
+        return getattr(self, form.o)(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def attention_form(module: nn.Module) -> AttentionForm | None:
+    """The form of an attention with rotary embedding, None if it is not known."""
+    forward = type(module).forward
+    try:
+        text, names = normal_form(forward)
+        around = forward.__globals__
+        beside = [_digest(normal_form(around[name])[0]) for name in ("apply_rotary_pos_emb", "rotate_half")]
+    except (OSError, TypeError, SyntaxError, AttributeError, AssertionError, KeyError):
+        return None
+    roles, window = _ATTENTIONS.get(_digest(text), ((), ""))
+    if len(names) != len(roles) or tuple(beside) not in _ROTATIONS:
+        return None
+    found = dict(zip(roles, names, strict=True))
+    if (found["dim"], found["config"], found["dropout"]) != ("head_dim", "config", "attention_dropout"):
+        return None
+    return AttentionForm(
+        *(found["q"], found["k"], found["v"], found["o"]),
+        *(found.get("q_norm"), found.get("k_norm")),
+        *(found["scaling"], found.get("window") or window),
+    )
+
+
 # --- on a model -------------------------------------------------------------------------------------------------------
 
 
@@ -225,19 +329,22 @@ class Fused:
 
     norms: int = 0
     mlps: int = 0
+    attentions: int = 0
     left: dict[str, str] = field(default_factory=dict)
     """Class name to reason."""
 
     def line(self) -> str:
-        done = [f"{count} {name}" for count, name in ((self.norms, "norms"), (self.mlps, "MLPs")) if count]
+        counts = ((self.norms, "norms"), (self.mlps, "MLPs"), (self.attentions, "rotary embeddings"))
+        done = [f"{count} {name}" for count, name in counts if count]
         left = [f"{name} ({why})" for name, why in self.left.items()]
         return f"fused: {', '.join(done) or 'nothing'}" + (f"; left as they are: {', '.join(left)}" if left else "")
 
 
+Form = NormForm | MlpForm | AttentionForm
 _classes: dict[tuple[type, type], type] = {}
 
 
-def _become(module: nn.Module, kind: type, form: NormForm | MlpForm) -> None:
+def _become(module: nn.Module, kind: type, form: Form) -> None:
     own = type(module)
     key = (kind, own)
     if key not in _classes:
@@ -259,15 +366,15 @@ def fuse(model: nn.Module) -> Fused:
     judged: dict[tuple[Any, ...], bool] = {}
     for module in list(model.modules()):
         own = type(module)
-        if isinstance(module, FusedNorm | FusedMLP):
+        if isinstance(module, FusedNorm | FusedMLP | FusedAttention):
             continue
-        form = mlp_form(module) if list(module.children()) else norm_form(module)
+        form = (mlp_form(module) or attention_form(module)) if list(module.children()) else norm_form(module)
         if form is None:
             if "RMSNorm" in own.__name__ or "MLP" in own.__name__:
                 result.left.setdefault(own.__name__, "of a form not known here")
             continue
-        kind = FusedNorm if isinstance(form, NormForm) else FusedMLP
-        width = next(module.parameters()).shape[-1]
+        kind = {NormForm: FusedNorm, MlpForm: FusedMLP, AttentionForm: FusedAttention}[type(form)]
+        width = getattr(module, form.q).in_features if isinstance(form, AttentionForm) else _width(module)
         key = (own, form, width)
         if key not in judged:
             judged[key] = _agrees(module, kind, form, width)
@@ -277,10 +384,15 @@ def fuse(model: nn.Module) -> Fused:
         _become(module, kind, form)
         result.norms += kind is FusedNorm
         result.mlps += kind is FusedMLP
+        result.attentions += kind is FusedAttention
     return result
 
 
-def _agrees(module: nn.Module, kind: type, form: NormForm | MlpForm, width: int) -> bool:
+def _width(module: nn.Module) -> int:
+    return next(module.parameters()).shape[-1]
+
+
+def _agrees(module: nn.Module, kind: type, form: Form, width: int) -> bool:
     """Whether results and gradients of the fused module are its own, up to rounding."""
     first = next(module.parameters())
     dtype = first.dtype
@@ -289,12 +401,15 @@ def _agrees(module: nn.Module, kind: type, form: NormForm | MlpForm, width: int)
     if first.is_meta:
         return True  # nothing to compare; a plan takes the forms' word for it
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(5, width, generator=generator, device="cpu", dtype=torch.float32).to(dtype)
+    attends = isinstance(form, AttentionForm)
+    shape = (1, 5, width) if attends else (5, width)
+    x = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(dtype)
+    call = functools.partial(_attend, module) if attends else module
 
     def run() -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             given = x.clone().requires_grad_()
-            y = module(given)
+            y = call(given)
             weights = torch.linspace(-1, 1, y.numel(), device="cpu", dtype=torch.float32).view_as(y).to(dtype)
             return y.detach(), torch.autograd.grad(y, given, weights)[0]
 
@@ -305,6 +420,22 @@ def _agrees(module: nn.Module, kind: type, form: NormForm | MlpForm, width: int)
     finally:
         _revert(module)
     return all(_near(mine, theirs, TOLERANCE[dtype]) for mine, theirs in zip(found, expected, strict=True))
+
+
+def _attend(module: Any, hidden: Tensor) -> Tensor:
+    """An attention's result for two rows of two and three tokens, at angles of no model."""
+    tokens = torch.arange(5, device="cpu", dtype=torch.float32)
+    angles = torch.outer(tokens, torch.linspace(1, 0.01, module.head_dim // 2, device="cpu", dtype=torch.float32))
+    both = torch.cat((angles, angles), 1)[None]
+    rotation = (both.cos().to(hidden.dtype), both.sin().to(hidden.dtype))
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device="cpu")
+    attention.register()
+    config, before = module.config, module.config._attn_implementation
+    config._attn_implementation = attention.NAME
+    try:
+        return module(hidden, position_embeddings=rotation, attention_mask=None, cu_seq_lens_q=bounds)[0]
+    finally:
+        config._attn_implementation = before
 
 
 def _near(mine: Tensor, theirs: Tensor, tolerance: float) -> bool:

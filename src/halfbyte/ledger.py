@@ -7,7 +7,7 @@ stays through a step is told apart by what it is (`resident`); what comes and go
 
 import contextlib
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,16 +92,16 @@ def sizes(parts: dict[str, list[Tensor]]) -> dict[str, int]:
 class TensorBytes(TorchDispatchMode):
     """Within this block every storage that operations make is counted until it is gone.
 
-    Attributes: ``now``, ``peak``: bytes of all tensors. ``at_peak``: by part. ``process_peak``: bytes the process needs
-    for them on a CPU, where results of our operations lie in an arena that keeps what it ever took. ``flop``:
-    floating-point operations of products and attention. ``calls``: operations.
+    Attributes: ``now``, ``peak``: bytes of all tensors, now and at most. ``at_peak``: by part. ``process_peak``: bytes
+    the process needs for them on a CPU, where results of our operations lie in an arena that keeps what it ever took.
+    ``flop``: floating-point operations of products and attention. ``calls``: operations.
 
     On ``meta`` tensors an operation that is also given real ones (ids, positions) is given shapes in their place.
     """
 
     def __init__(self, parts: dict[str, list[Tensor]]) -> None:
         super().__init__()
-        self.now = self.peak = self.process_peak = self.flop = self.calls = 0
+        self._now = self.peak = self.process_peak = self.flop = self.calls = 0
         self.by_part: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
         self.arena = Pieces()
@@ -109,6 +109,8 @@ class TensorBytes(TorchDispatchMode):
         self._passing, self._passing_part = 0, ""
         self._in_arena = 0
         self._seen: dict[int, Any] = {}
+        # finalizers run wherever a storage dies, also in the middle of the lines below: they only leave a note
+        self._dead: deque[tuple[int, int, str, int | None]] = deque()
         for part, tensors in parts.items():
             for t in tensors:
                 self._add(t, part, False)
@@ -147,7 +149,7 @@ class TensorBytes(TorchDispatchMode):
             self._passing_part = part
         elif (more := size - self._kept_scratch[part]) > 0:
             self._kept_scratch[part] = size
-            self.now += more
+            self._now += more
             self.by_part[part] += more
             self._note_peak()
 
@@ -157,6 +159,7 @@ class TensorBytes(TorchDispatchMode):
         self._note_peak()
 
     def _add(self, t: Tensor, part: str, ours: bool) -> None:
+        self._bury()
         storage = t.untyped_storage()
         key = storage._cdata
         if key in self._seen:
@@ -164,9 +167,9 @@ class TensorBytes(TorchDispatchMode):
         size = storage.nbytes()
         place = self.arena.take(size) if ours and size >= SMALLEST else None
         self._in_arena += size if place is not None else 0
-        self.now += size
+        self._now += size
         self.by_part[part] += size
-        self._seen[key] = weakref.finalize(storage, self._gone, key, size, part, place)
+        self._seen[key] = weakref.finalize(storage, self._dead.append, (key, size, part, place))
         self._note_peak()
 
     def _note_peak(self) -> None:
@@ -177,13 +180,21 @@ class TensorBytes(TorchDispatchMode):
                 self.at_peak[self._passing_part] = self.at_peak.get(self._passing_part, 0) + self._passing
         self.process_peak = max(self.process_peak, now - self._in_arena + self.arena.touched)
 
-    def _gone(self, key: int, size: int, part: str, place: int | None) -> None:
-        self._seen.pop(key, None)
-        self.now -= size
-        self.by_part[part] -= size
-        if place is not None:
-            self._in_arena -= size
-            self.arena.give(place)
+    @property
+    def now(self) -> int:
+        """Bytes of all tensors."""
+        self._bury()
+        return self._now
+
+    def _bury(self) -> None:
+        while self._dead:
+            key, size, part, place = self._dead.popleft()
+            self._seen.pop(key, None)
+            self._now -= size
+            self.by_part[part] -= size
+            if place is not None:
+                self._in_arena -= size
+                self.arena.give(place)
 
 
 def _shape_of(t: Tensor) -> Tensor:

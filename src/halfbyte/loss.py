@@ -123,6 +123,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_hidden[start : start + rows] = got.pop(0)
                 for sum_of_parts, part in zip(grads, got, strict=True):
                     sum_of_parts += part
+            del logits  # before the next chunk's are made
         ctx.grad_hidden, ctx.grads = grad_hidden, grads
         ctx.dtypes = [p.dtype for p in parameters]
         return total

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .ops.arena import ARENA, SMALLEST
+from .ops.arena import ARENA
 
 try:
     import resource
@@ -64,17 +64,29 @@ class Peak:
         status = _status()
         if not status:
             return 0
-        high = status["VmHWM"] - status["RssFile"] - status["RssShmem"] if self.exact else 0
-        return max(high, status["RssAnon"])
+        files = status.get("RssFile", 0) + status.get("RssShmem", 0)
+        high = status.get("VmHWM", 0) - files if self.exact and "RssAnon" in status else 0
+        return max(high, status.get("RssAnon", status.get("VmRSS", 0)))
 
 
-_CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
+def _cgroups() -> list[Path]:
+    """Directories of this process's control groups and the ones around them, versions 1 and 2."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            root = Path("/sys/fs/cgroup") / ("memory" if "memory" in kinds.split(",") else "")
+            if not kinds or "memory" in kinds.split(","):
+                inner = root / path.lstrip("/")
+                found += [each for each in (inner, *inner.parents) if each == root or root in each.parents]
+    return found
 
 
-def available(cgroups: Iterable[Path] = _CGROUPS) -> int:
-    """Bytes of host memory this process could still take: what the system has free, what its cgroup leaves, what its
-    own limit leaves, whichever is least. 0 where the system does not say."""
+def available(cgroups: Iterable[Path] | None = None) -> int | None:
+    """Bytes of host memory this process could still take: what the system has free, what its cgroups leave, what its
+    own limit leaves, whichever is least. None where the system does not say."""
     left = []
+    cgroups = _cgroups() if cgroups is None else cgroups
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         left.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
@@ -88,35 +100,49 @@ def available(cgroups: Iterable[Path] = _CGROUPS) -> int:
             limit = resource.getrlimit(kind)[0]
             if limit != resource.RLIM_INFINITY and key in status:
                 left.append(limit - status[key])
-    return max(min(left), 0) if left else 0
+    return max(min(left), 0) if left else None
 
 
 def _file_cache(cgroup: Path) -> int:
-    """Bytes of a cgroup's file cache that give way."""
-    with contextlib.suppress(OSError):
+    """Bytes of a cgroup that give way: file cache, and what the kernel can reclaim."""
+    stat: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
         for line in (cgroup / "memory.stat").read_text().splitlines():
-            if line.startswith(("inactive_file ", "total_inactive_file ")):
-                return int(line.split()[1])
-    return 0
+            key, _, value = line.partition(" ")
+            stat[key] = int(value)
+    if "total_inactive_file" in stat:  # version 1
+        return stat["total_inactive_file"] + stat.get("total_active_file", 0)
+    return sum(stat.get(key, 0) for key in ("inactive_file", "active_file", "slab_reclaimable"))
+
+
+MIB = 1 << 20
+_UNTOUCHED = 64 * MIB
+_limits = threading.Lock()
+_limits_before: list[tuple[int, int]] = []
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """Within this block host memory ends with an error where it would end with the process being killed: the limit on
-    data (RLIMIT_DATA) is what this process has and what is free now."""
+    data (RLIMIT_DATA) is what this process has and what is free now, and room for what is mapped and never touched
+    (stacks of threads, ends of regions). Blocks may overlap: the last to end takes the limit away."""
     free = available()
-    if resource is None or not free or "VmData" not in (status := _status()):
+    if resource is None or free is None or "VmData" not in (status := _status()):
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = status["VmData"] + free
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    with _limits:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if not _limits_before:
+            limit = status["VmData"] + free + _UNTOUCHED + 8 * MIB * torch.get_num_threads()
+            resource.setrlimit(resource.RLIMIT_DATA, (min(limit, soft) if soft >= 0 else limit, hard))
+        _limits_before.append((soft, hard) if not _limits_before else _limits_before[0])
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        with _limits:
+            before = _limits_before.pop()
+            if not _limits_before:
+                resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def is_exhaustion(error: BaseException) -> bool:
@@ -126,17 +152,25 @@ def is_exhaustion(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("out of memory", "can't allocate memory", "could not create a memory object")
+        sign in str(error)
+        for sign in (
+            "out of memory",
+            "can't allocate memory",
+            "create a memory object",
+            "bad_alloc",
+            "start new thread",
+        )
     )
 
 
-def allocate_apart() -> None:
-    """Have the C library (glibc) map every larger block by itself, so that it goes back to the system when freed.
+def allocate_apart(smallest: int) -> None:
+    """Have the C library (glibc) map blocks of so many bytes and more by themselves, so that they go back to the system
+    when they are freed.
 
-    It costs page faults; what is made again and again on a CPU therefore lies in `ops.arena`.
+    It costs page faults: right for weights, and for what is not made again and again (that lies in `ops.arena`).
     """
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, SMALLEST)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, smallest)
 
 
 _M_MMAP_THRESHOLD = -3

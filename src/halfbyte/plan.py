@@ -7,6 +7,7 @@ tensor shows is added and named: the process or the GPU's context as it is, buff
 slack. Only ``config.json`` is needed; row lengths of real data and headers of real weights are used where they are.
 """
 
+import contextlib
 import math
 import re
 import statistics
@@ -19,16 +20,16 @@ from typing import Any
 import torch
 
 from . import attention, hub, nf4, ops
-from .batches import MicroBatch, Schedule, collate
+from .batches import MicroBatch, Schedule, collate, prepare
 from .chat import Encoded
 from .config import PlanConfig, TrainConfig
 from .dataset import Data, read_data
-from .errors import DoesNotFit, HalfbyteError, ModelError, UsageError
+from .errors import DataError, DoesNotFit, HalfbyteError, ModelError, UsageError
 from .fuse import fuse
 from .learner import Learner
 from .ledger import TensorBytes, resident, sizes, weights_by_part
 from .load import Progress, choose_device, choose_dtype, empty_base, no_progress, read_config
-from .memory import available, held_now
+from .memory import available, held_now, is_exhaustion
 from .ops import cpu
 from .ops.library import planning_for
 from .selftest import Abilities
@@ -37,6 +38,7 @@ MIB = 1 << 20
 CARDS = {
     "rtx-3060": 12288,
     "rtx-3090": 24576,
+    "rtx-4060": 8188,
     "rtx-4060-ti": 16380,
     "rtx-4070": 12282,
     "rtx-4080": 16376,
@@ -79,6 +81,10 @@ FITTED = (
     "max_length",
 )
 """The options that fit_to chooses."""
+
+
+class CannotPlan(ModelError):
+    """The model cannot be built or run without numbers; it may train all the same."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def in_words(plan: MemoryPlan) -> list[str]:
 
 def ways_in_words(plan: MemoryPlan, planner: "Planner") -> list[str]:
     """Ways out of a plan that did not hold."""
-    if plan.choices:
+    if plan.choices and not plan.fits:  # else they are what was tried
         return in_words(plan)
     try:
         return in_words(replace(plan, choices=planner.ways_out(plan)))
@@ -277,8 +283,27 @@ def plan_memory(
             headers, where they are at hand. runtime_bytes: of the process (or the GPU's context) before anything.
 
     Raises:
-        ModelError: the model cannot be built, or not be run without numbers.
+        CannotPlan: the model cannot be built or run without numbers. ModelError: it cannot be trained like this.
     """
+    try:
+        return _plan_memory(model_config, config, work, device, dtype, stored, runtime_bytes, budget_bytes)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        if is_exhaustion(error):
+            raise
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CannotPlan("the memory of this model cannot be planned", found=message[:200]) from error
+
+
+def _plan_memory(
+    model_config: Any,
+    config: TrainConfig,
+    work: Work,
+    device: str,
+    dtype: torch.dtype,
+    stored: hub.Checkpoint | None,
+    runtime_bytes: int,
+    budget_bytes: int,
+) -> MemoryPlan:
     with planning_for(device):
         model = empty_base(model_config, config, dtype)
         base = sizes(weights_by_part(model))
@@ -287,12 +312,8 @@ def plan_memory(
         quantized = sum(in_4bit)
         fuse(model)
         learner = Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
-        try:
-            with attention.segments(model):
-                peaks, flop, calls = _run(learner, work)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-            message = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"the memory of {type(model).__name__} cannot be planned", found=message[:200]) from error
+        with attention.segments(model):
+            peaks, flop, calls = _run(learner, work)
         held = sizes(resident(learner))
     on_gpu = device == "cuda"
     step = max((peaks[phase] for phase in ("backward", "update")), key=lambda peak: peak.process)
@@ -436,14 +457,16 @@ def budget_of(config: TrainConfig) -> Budget:
         return Budget("cuda", card * MIB, CONTEXT_BYTES)
     device = torch.device(config.device) if config.device.startswith("cuda") else choose_device(config.device)
     if device.type == "cuda":
-        there = torch.cuda.is_available()
-        size = parse_size(config.fit_to) if config.fit_to else sum(torch.cuda.mem_get_info(device)[:1]) if there else 0
-        return Budget("cuda", size, CONTEXT_BYTES)
+        if config.fit_to or not torch.cuda.is_available():
+            return Budget("cuda", parse_size(config.fit_to) if config.fit_to else 0, CONTEXT_BYTES)
+        # the context is there by the time that free memory can be asked for
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return Budget("cuda", free + CONTEXT_BYTES, CONTEXT_BYTES)
     runtime = held_now()
     if config.fit_to:
         return Budget("cpu", parse_size(config.fit_to), runtime)
     free = available()
-    return Budget("cpu", free + runtime if free else 0, runtime)
+    return Budget("cpu", 0 if free is None else free + runtime, runtime)
 
 
 @dataclass
@@ -482,10 +505,10 @@ class Planner:
         """The data, rows cut where max_length is smaller than what they were read with."""
         if self.data is None or config.max_length >= self.data.max_length:
             return self.data
-        limit = config.max_length
-        rows = [Encoded(row.where, row.input_ids[:limit], row.trained[:limit]) for row in self.data.train.rows]
-        train = replace(self.data.train, rows=rows)
-        return replace(self.data, train=train, max_length=limit)
+        limit, held_out = config.max_length, self.data.held_out
+        train = prepare(self.data.train.rows, limit, config.over_length)
+        held_out = prepare(held_out, limit, config.over_length).rows if held_out else []
+        return replace(self.data, train=train, held_out=held_out, max_length=limit)
 
     def choice(self, plan: MemoryPlan, loses: str = "", **change: Any) -> Choice:
         other = self.plan(**change)
@@ -532,8 +555,9 @@ class Planner:
         if not c.full and c.lora_r > 8:
             yield "the adapter is smaller", {"lora_r": c.lora_r // 2}
         length = min(c.max_length, self.data.max_length if self.data else c.max_length)
-        if length > LENGTH_STEP:
-            yield "longer rows are cut", {"max_length": max(LENGTH_STEP, length // 2)}
+        if length > LENGTH_STEP and c.over_length != "error":
+            loses = "longer rows are cut" if c.over_length == "truncate" else "longer rows are left out"
+            yield loses, {"max_length": max(LENGTH_STEP, length // 2)}
 
     # --- the fastest that fits ---
 
@@ -545,23 +569,26 @@ class Planner:
         c = self.config
         given = self.plan()
         total = c.per_device_train_batch_size * c.gradient_accumulation_steps
-        tried: list[tuple[dict[str, Any], MemoryPlan]] = []
+        as_given = {name: getattr(c, name) for name in FITTED[:-1]}
+        tried: list[tuple[dict[str, Any], MemoryPlan]] = [(as_given, given)]
         keeps = ("all", "mlp_in", "attention", "none")
         for keep in self.progress(keeps, len(keeps), "planning"):
-            for b in (b for b in (1, 2, 4, 8) if total % b == 0):
+            for b in (b for b in (1, 2, 4, 8, 16, 32) if total % b == 0):
                 change = {
                     "per_device_train_batch_size": b,
                     "gradient_accumulation_steps": total // b,
                     "gradient_checkpointing": True,
                     "kept_activations": keep,
                 }
+                if change == as_given:
+                    continue
                 tried.append((change, self.plan(**change)))
                 if not tried[-1][1].fits:
                     break  # nor does a larger one
         fitting = sorted((pair for pair in tried if pair[1].fits), key=lambda pair: pair[1].relative_time)
         if not fitting:
-            least = {**tried[-1][0], "per_device_train_batch_size": 1, "gradient_accumulation_steps": total}
-            return self._shorter(given, least)
+            least = {"gradient_checkpointing": True, "kept_activations": "none", "per_device_train_batch_size": 1}
+            return self._shorter(given, {**least, "gradient_accumulation_steps": total})
         best_change, best = fitting[0]
         rows = [
             Choice(change, plan.peak_bytes, plan.relative_time / best.relative_time, plan.fits)
@@ -572,11 +599,14 @@ class Planner:
 
     def _shorter(self, given: MemoryPlan, change: dict[str, Any]) -> MemoryPlan:
         limit = min(self.config.max_length, self.data.max_length if self.data else self.config.max_length)
-        low, high = 0, limit // LENGTH_STEP
+        low, high = 0, limit // LENGTH_STEP if self.config.over_length != "error" else 0
         found: MemoryPlan | None = None
         while low < high:  # the longest that fits, by halving
             middle = (low + high + 1) // 2
-            plan = self.plan(**change, max_length=middle * LENGTH_STEP)
+            try:
+                plan = self.plan(**change, max_length=middle * LENGTH_STEP)
+            except DataError:  # nothing is left to train on
+                break
             if plan.fits:
                 low, found = middle, plan
             else:
@@ -584,7 +614,11 @@ class Planner:
         if found is None:
             return replace(given, choices=self.ways_out(given))
         change = {**change, "max_length": low * LENGTH_STEP}
-        row = Choice(change, found.peak_bytes, 1.0, True, f"rows longer than {low * LENGTH_STEP} tokens are cut")
+        loses = f"rows longer than {low * LENGTH_STEP} tokens are "
+        loses += "cut" if self.config.over_length == "truncate" else "left out"
+        if self.config.packing:
+            loses += f", and a packed sequence holds {low * LENGTH_STEP}: a step sees fewer tokens"
+        row = Choice(change, found.peak_bytes, 1.0, True, loses)
         return replace(found, choices=(row,))
 
 
@@ -632,7 +666,11 @@ def plan(
         HalfbyteError: the model or the data is refused. That it does not fit is no error here: see ``fits``, `check`.
     """
     config = config or PlanConfig(**options)
-    cpu.use(config.kernels)
+    with cpu.using(config.kernels) if "kernels" in config.model_fields_set else contextlib.nullcontext():
+        return _planned(config, say, progress)
+
+
+def _planned(config: TrainConfig, say: Callable[[str], None], progress: Progress) -> MemoryPlan:
     path = hub.resolve(config.model, config.revision, weights=False)
     data = read_data(config.data, config, path, say=say, progress=progress) if config.data else None
     planner = Planner(path, config, data, progress)

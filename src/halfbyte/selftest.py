@@ -18,6 +18,7 @@ from .attention import segments
 from .errors import HalfbyteError
 from .lora import lora_layers
 from .loss import output_head
+from .memory import is_exhaustion
 from .recompute import Keep, Recompute, recompute_layers
 
 
@@ -55,17 +56,25 @@ def self_test(model: Any) -> Abilities:
                     input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=bounds, use_cache=False
                 ).logits[0]
             packing_error = _relative(packed, apart)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            _pass_on(error)
             packing_error = math.inf
         try:
             hidden = model.base_model(input_ids=ids[None, :length], use_cache=False).last_hidden_state[0]
             chunks = torch.cat([output_head(model)(part) for part in hidden.split(5)])
             head_error = _relative(chunks, apart[:length])
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            _pass_on(error)
             head_error = math.inf
     finally:
         model.train(was_training)
     return Abilities(packing_error <= tolerance, head_error <= tolerance, packing_error, head_error)
+
+
+def _pass_on(error: Exception) -> None:
+    """A lack of memory says nothing about the model."""
+    if is_exhaustion(error):
+        raise error
 
 
 def _tokens(model: Any) -> tuple[Tensor, Tensor, int]:
@@ -164,7 +173,8 @@ def _gradients(model: Any, packing: bool) -> str | None:
                 digest.update(p.grad.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore
             digest.update(b"|")
         return digest.hexdigest()
-    except (HalfbyteError, RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+    except (HalfbyteError, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+        _pass_on(error)
         return None
     finally:
         for p in trained:

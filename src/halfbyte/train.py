@@ -17,6 +17,7 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -31,7 +32,7 @@ from . import attention, checkpoint, hub
 from .batches import MicroBatch, collate
 from .config import TrainConfig
 from .dataset import Data, read_data, source_digest
-from .errors import BusyError, DoesNotFit, Interrupted, ModelError, NonFiniteError, StorageError
+from .errors import BusyError, DoesNotFit, Interrupted, ModelError, NonFiniteError, StorageError, UsageError
 from .evaluate import largest_group, mean_loss
 from .fuse import fuse
 from .generate import answers
@@ -51,7 +52,7 @@ from .load import (
 from .lora import lora_layers, save_adapter, target_names
 from .memory import allocate_apart, bounded, is_exhaustion, return_freed
 from .ops import cpu
-from .plan import FITTED, MemoryPlan, Planner, gib, schedule_of, ways_in_words
+from .plan import FITTED, CannotPlan, MemoryPlan, Planner, gib, schedule_of, ways_in_words
 from .rehearsal import DIRECTORY, rehearse
 from .run import ADAPTER_FACTS, EVALS, MEMORY, METRICS, NONFINITE, PLAN_JSON, SAMPLES, Run
 from .selftest import self_test
@@ -64,6 +65,8 @@ ONLY_THE_RESULT = (
     "the training is done and its last checkpoint saved. "
     "Repeat the command with --resume_from_checkpoint auto to write the adapter"
 )
+LASTING, PASSING = 1 << 16, 1 << 20
+"""Bytes from which on memory is asked of the system by itself while a model is loaded, and while it is trained."""
 SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
 """Longest sample answer, and the time after which sampling is cut off."""
 
@@ -88,6 +91,8 @@ def train(config: TrainConfig | None = None, reporter: Reporter | None = None, *
         HalfbyteError: with the exit code of the command line.
     """
     config = config or TrainConfig(**options)
+    if "kernels" in config.model_fields_set:
+        cpu.use(config.kernels)  # the plan and the record are of what will compute
     reporter = reporter or Reporter()
     run = Run(Path(config.output_dir).expanduser())
     hub.check_writable(run.path)
@@ -106,11 +111,28 @@ class Trainer:
         self.planner: Planner | None = None
         self.plan: MemoryPlan | None = None
         self.watch = Watch(torch.device("cpu"), {}, lambda row: None, self.reporter.say)
-        self.settled = False
+        self.settled = self.updating = False
+        self.done = self.saved = 0
         self.found: dict[str, str] = {}
 
     def run_all(self) -> Run:
-        with self.interrupts, self._exhaustion_is_an_error():
+        """The whole training.
+
+        Raises:
+            DoesNotFit: it is planned not to, or memory ran out: names the phase, what is held and the ways out.
+        """
+        try:
+            with bounded():
+                return self._run_all()
+        except Exception as error:
+            if not is_exhaustion(error):
+                raise
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            traceback.clear_frames(error.__traceback__)  # and with them what the failed computation held
+        raise self._exhausted(message)
+
+    def _run_all(self) -> Run:
+        with self.interrupts:
             with self.interrupts.immediate(NOTHING_LOST):
                 start = self._set_up()
                 if self.config.rehearse and start < self.total_steps:
@@ -122,6 +144,7 @@ class Trainer:
                     self._sample(0)
             self._loop(start)
             with self.interrupts.immediate(ONLY_THE_RESULT):
+                self.watch.now = "writing the result"
                 self._save_result()
                 if not any(row["step"] == self.total_steps for row in self.run.read(SAMPLES)):
                     self._sample(self.total_steps)
@@ -129,37 +152,28 @@ class Trainer:
             self.reporter.say(line)
         return self.run
 
-    @contextlib.contextmanager
-    def _exhaustion_is_an_error(self) -> Iterator[None]:
-        """Within this block a lack of memory raises DoesNotFit, naming the phase, what is held and the ways out."""
-        try:
-            with bounded():
-                yield
-        except Exception as error:
-            if not is_exhaustion(error):
-                raise
-            message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        else:
-            return
-        # here, and not in the handler: what the failed computation held is free by now
-        self._clear()
-        held = {} if self.watch.learner is None else sizes(resident(self.watch.learner))
+    def _exhausted(self, message: str) -> DoesNotFit:
+        """The error for memory that ran out. A step that was done is saved, if nothing was half done."""
+        phase, learner = self.watch.now, self.watch.learner
+        state = "nothing was trained yet" if not self.saved else f"the checkpoint of step {self.saved} is as it was"
+        if learner is not None:
+            learner.forget()
+        return_freed()
+        if learner is not None and self.done > self.saved and not self.updating:
+            with contextlib.suppress(Exception):
+                self._save(self.done)
+                state = f"the state after step {self.done} is saved"
+        held = {} if learner is None else sizes(resident(learner))
         largest = sorted(held.items(), key=lambda item: -item[1])[:4]
         ways = [] if self.plan is None or self.planner is None else ways_in_words(self.plan, self.planner)
         found = f"{message}; held: {', '.join(f'{part} {gib(size)}' for part, size in largest)}" if held else message
-        state = "its last checkpoint is as it was" if self.run.checkpoints.exists() else "nothing was trained yet"
-        raise DoesNotFit(
-            f"out of memory in this phase: {self.watch.now}; {state}",
+        return DoesNotFit(
+            f"out of memory in this phase: {phase}; {state}",
             where=str(self.run.path / MEMORY),
             found=found[:600],
             ways_out=[*ways, "close what else uses memory", "or a smaller model"],
             plan=None if self.plan is None else self.plan.as_dict(),
         )
-
-    def _clear(self) -> None:
-        if self.watch.learner is not None:
-            self.watch.learner.forget()
-        return_freed()
 
     def _set_up(self) -> int:
         """Everything before the first step, in the order in which it can fail; returns the steps already done."""
@@ -219,9 +233,22 @@ class Trainer:
         config, say = self.config, self.reporter.say
         if resumed and config.fit_to:
             before = self.run.config()
-            self._change({name: getattr(before, name) for name in FITTED})
+            # what is kept changes no result, and may be given anew
+            free = {"kept_activations"} & config.model_fields_set
+            self._change({name: getattr(before, name) for name in FITTED if name not in free})
         self.measured: list[dict[str, Any]] = []
+        device = choose_device(config.device)
+        self.watch = Watch(device, {}, self.measured.append, say)
         self.planner = planner = Planner(base_path, self.config, self.data, self.reporter.progress)
+        if planner.budget.device != device.type:
+            raise UsageError(
+                f"--fit_to {config.fit_to} is a GPU, and this training would run on {device.type}",
+                ways_out=[
+                    "train where the card is",
+                    "`halfbyte plan` plans for it from here",
+                    "--fit_to 16GiB, or without",
+                ],
+            )
         try:
             if config.fit_to and not resumed:
                 plan = planner.fit()
@@ -231,7 +258,9 @@ class Trainer:
                     say(f"to fit {config.fit_to}: {plan.choices[0].flags()}")
             else:
                 plan = planner.plan()
-        except ModelError as error:
+        except CannotPlan as error:
+            if config.fit_to:
+                raise
             say(f"{error.what} ({error.found}): it is measured instead")
             self.planner = None
             return
@@ -245,10 +274,7 @@ class Trainer:
         say(f"the plan: {gib(plan.peak_bytes)}{there} at the peak, {plan.tokens:,} tokens in the largest micro-batch")
         hub.write_json(self.run.path / PLAN_JSON, plan.as_dict())
         outside = plan.bytes_of("GPU context") if plan.device == "cuda" else 0
-        planned = {phase: size - outside for phase, size in plan.phases.items()}
-        device = choose_device(self.config.device)
-        if device.type == plan.device:
-            self.watch = Watch(device, planned, self.measured.append, say)
+        self.watch.planned = {phase: size - outside for phase, size in plan.phases.items()}
 
     def _change(self, options: dict[str, Any]) -> None:
         """Train with other options than were given; shorter rows are read anew."""
@@ -349,7 +375,7 @@ class Trainer:
 
     def build_model(self, base_path: Path) -> QuantReport:
         """Load, test, adapt: everything `step` needs."""
-        allocate_apart()
+        allocate_apart(LASTING)
         model, report = load_base(base_path, self.config, self.reporter.progress)
         self.reporter.say(_loaded_line(model, report.coverage, self.config.load_in_4bit))
         if next(model.parameters()).device.type == "cpu":
@@ -363,6 +389,7 @@ class Trainer:
         count = sum(p.numel() for p in self.learner.trained)
         self.reporter.say(f"training {count:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
         return_freed()
+        allocate_apart(PASSING)
         return report
 
     def _note(self, what: str, line: str) -> None:
@@ -376,8 +403,8 @@ class Trainer:
         if start >= self.total_steps:
             self.reporter.say(f"nothing left to do: {start} of {self.total_steps} steps are done")
             return
+        self.done = self.saved = start
         packed = attention.segments(self.learner.model) if self.learner.abilities.packing else contextlib.nullcontext()
-        saved = start
         with packed:
             epoch, steps = -1, []
             for step in range(start, self.total_steps):
@@ -385,21 +412,22 @@ class Trainer:
                     epoch = step // self.steps_per_epoch
                     steps = self.schedule.epoch(epoch)
                 batches = [collate(self.data.train.rows, rows) for rows in steps[step % self.steps_per_epoch]]
-                done, stopped = step, None
+                stopped = None
                 try:
                     row = self.step(step, batches)
-                    done = step + 1
-                    row["epoch"] = round(done / self.steps_per_epoch, 4)
+                    self.done = step + 1
+                    row["epoch"] = round(self.done / self.steps_per_epoch, 4)
                     self._report(row)
                 except Abandoned as error:
                     stopped = error
                     self.learner.forget()
+                done = self.done
                 last, stopping = done == self.total_steps, stopped is not None or self.interrupts.signal != 0
-                if done > saved and (done % self.config.save_steps == 0 or last or stopping):
+                if done > self.saved and (done % self.config.save_steps == 0 or last or stopping):
                     self._save(done)
-                    saved = done
+                    self.saved = done
                 if not last and stopping:
-                    state = "the state is saved" if saved else "nothing was trained yet"
+                    state = "the state is saved" if self.saved else "nothing was trained yet"
                     raise Interrupted(
                         f"interrupted after step {done}; {state}. "
                         "Repeat the command with --resume_from_checkpoint auto to go on",
@@ -437,7 +465,9 @@ class Trainer:
             norm = float(learner.clip())
         rate = learning_rate(self.config, step, self.total_steps)
         if finite := self._is_finite(step, mean_loss, norm, batches):
+            self.updating = True
             learner.update(rate)
+            self.updating = False
         learner.forget()
         peak = self.watch.peak.bytes()
         self.watch.note(phase, step + 1, peak)
@@ -505,6 +535,7 @@ class Trainer:
                 asked.append((row, *pair))
         if not asked:
             return
+        self.watch.now = f"sampling, step {step}"
         found = answers(
             self.learner.model, self.data.renderer, [ids for _, ids, _ in asked], SAMPLE_TOKENS, SAMPLE_SECONDS
         )
@@ -525,9 +556,9 @@ class Trainer:
         rows = [row for row in self.run.read(EVALS) if f"step-{row['step']:08d}" in there]
         losses = {row["step"]: row["loss"] for row in rows if row["loss"] is not None}
         best = min(losses, key=lambda done: losses[done]) if losses else None
-        checkpoint.save(
-            self.run.checkpoints, step, self.learner.model, self.learner.optimizer, state, keep, self.config.model, best
-        )
+        learner, base = self.learner, self.config.model
+        with self.watch.phase("save", step):
+            checkpoint.save(self.run.checkpoints, step, learner.model, learner.optimizer, state, keep, base, best)
 
     def _save_result(self) -> None:
         """adapter/: what other tools load (a full fine-tuning: the whole model), whole or not there."""

@@ -460,6 +460,9 @@ def _effect(name: str) -> str:
         "load_in_4bit": [("4 bits", {}), ("16 bits", {"load_in_4bit": False})],
         "bnb_4bit_use_double_quant": [("on", {}), ("off", {"bnb_4bit_use_double_quant": False})],
         "optim": [("adamw_8bit", {}), ("adamw_torch", {"optim": "adamw_torch"})],
+        "gradient_checkpointing": [("on", {}), ("off", {"gradient_checkpointing": False})],
+        "kept_activations": [(keep, {"kept_activations": keep}) for keep in ("none", "attention", "mlp_in", "all")],
+        "per_device_train_batch_size": [(f"{n} rows", {"per_device_train_batch_size": n}) for n in (1, 2, 4)],
     }
     if name == "max_length":
         plans = [(f"{t} tokens", outline(llama2("7B"), t)) for t in (512, 2048, 8192)]

@@ -1,5 +1,6 @@
 """``halfbyte plan MODEL``: does it fit, before anything is downloaded."""
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from ..config import PlanConfig
@@ -19,10 +20,24 @@ def plan(record: PlanConfig) -> dict[str, Any]:
     enough = [choice.flags() for choice in found.choices if choice.fits]
     if found.fits or enough:
         changed = f" {enough[0]}" if enough else ""
-        console.say(f"next: halfbyte train {record.model} --data {record.data or 'rows.jsonl'}{changed}")
+        given = [f"--{name} {_typed(getattr(record, name))}" for name in sorted(_repeated(record))]
+        options = " ".join([f"--data {record.data or 'rows.jsonl'}", *given])
+        console.say(f"next: halfbyte train {record.model} {options}{changed}")
     else:
         console.say("next: halfbyte plan with a smaller model, or --fit-to the memory of another machine")
     return {**found.as_dict(), "exit_code": 0 if found.fits else 3}
+
+
+def _typed(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+
+
+def _repeated(record: PlanConfig) -> set[str]:
+    """Options that were given and that a training needs again."""
+    from ..plan import FITTED
+
+    again = record.model_fields_set - {"model", "data", "fit_to", "force"}
+    return again - set(FITTED[:-1]) if record.fit_to else again
 
 
 def show(plan: "MemoryPlan", searched: bool) -> None:

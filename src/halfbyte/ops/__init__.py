@@ -20,6 +20,7 @@ from .fourbit import (
 )
 from .lora import lora_grads, lora_input
 from .passes import ACTIVATIONS, cross_entropy, gated, gated_grad, rms_norm, rms_norm_grad
+from .rotary import rotate
 
 __all__ = [
     "ACTIVATIONS",
@@ -47,4 +48,5 @@ __all__ = [
     "quantize_absmax",
     "rms_norm",
     "rms_norm_grad",
+    "rotate",
 ]

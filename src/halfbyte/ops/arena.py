@@ -82,6 +82,14 @@ class Pieces:
         self.regions, self._free, self._marks, self.touched = [], [], [], 0
         return True
 
+    def forget(self, start: int) -> None:
+        """Undo `take`, and the region it made: there is no memory for it."""
+        number = self.region(start)
+        first, size = self.regions.pop(number)
+        self.touched -= self._marks.pop(number) - first
+        self._taken = {at: taken for at, taken in self._taken.items() if not first <= at < first + size}
+        self._free = [piece for piece in self._free if not first <= piece[0] < first + size]
+
     def _grow(self, size: int) -> tuple[int, int]:
         region = (self._end, max(size, self._next))
         self.regions.append(region)
@@ -98,7 +106,7 @@ class Arena:
 
     def __init__(self) -> None:
         self.pieces = Pieces()
-        self._maps: list[Any] = []
+        self._maps: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._returned: deque[int] = deque()
         self._watched: dict[int, Any] = {}
@@ -114,28 +122,43 @@ class Arena:
         with self._lock:
             self._collect()
             start = self.pieces.take(size)
-            number = self.pieces.region(start)
-            first, length = self.pieces.regions[number]
-            if number == len(self._maps):
-                self._maps.append(numpy.frombuffer(mmap.mmap(-1, length, **_PRIVATE), dtype=numpy.uint8))
-            piece = self._maps[number][start - first : start - first + size]
+            first, length = self.pieces.regions[self.pieces.region(start)]
+            if first not in self._maps:
+                try:
+                    self._maps[first] = numpy.frombuffer(mmap.mmap(-1, length, **_PRIVATE), dtype=numpy.uint8)
+                except OSError as error:
+                    self.pieces.forget(start)
+                    raise MemoryError(f"no memory for a tensor of {size} bytes: {error.strerror}") from None
+            piece = self._maps[first][start - first : start - first + size]
             # called wherever the tensor dies, also inside this very method: it only notes the address
             self._watched[start] = weakref.ref(piece, lambda gone, start=start: self._returned.append(start))
-        return torch.frombuffer(piece, dtype=dtype, count=count).view(shape)
+        # a tensor of its own and no view, which autograd would not let anyone change in place
+        storage = torch.frombuffer(piece, dtype=torch.uint8).untyped_storage()
+        with torch.no_grad():
+            return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, torch.Size(shape), _strides(shape))
 
     def release(self) -> None:
         """Give the regions back to the system, if no tensor lies in them."""
         with self._lock:
             self._collect()
             if not self.pieces.taken:
-                self.pieces, self._maps = Pieces(), []
+                self.pieces, self._maps = Pieces(), {}
 
     def _collect(self) -> None:
         while self._returned:
             start = self._returned.popleft()
             del self._watched[start]
             if self.pieces.give(start):
-                self._maps = []
+                self._maps = {}
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
 
 
 ARENA = Arena()

@@ -25,7 +25,7 @@ from ..errors import UsageError
 from .arena import ARENA
 from .library import LIBRARY, device_type, scratch
 
-ABI = 2
+ABI = 3
 KERNELS = ("auto", "cpp", "torch")
 _NAME = "halfbyte_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -94,6 +94,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hb_rms_norm_grad": (c_int32, [_p, _p, _p, _p, _n, _n, _f, _p, _i, _i]),
     "hb_gated": (c_int32, [_p, _n, _p, _n, _n, _n, _i, _p, _i, _i]),
     "hb_gated_grad": (c_int32, [_p, _p, _n, _p, _n, _n, _n, _i, _p, _p, _i, _i]),
+    "hb_rotate": (c_int32, [_p, _p, _p, _n, _n, _n, _i, _p, _i, _i]),
     "hb_cross_entropy": (c_int32, [_p, _p, _n, _n, _p, _p, _i, _i]),
     "hb_attention_forward": (c_int32, [POINTER(_Attention), _p, _p, _i, _i]),
     "hb_attention_backward": (c_int32, [POINTER(_Attention), _p, _n, _n, _p, _p, _p, _p, _p, _i, _i]),
@@ -475,6 +476,14 @@ def _gated_grad(library: Any, dy: Tensor, gate: Tensor, up: Tensor, activation: 
     outputs = (dgate.data_ptr(), dup.data_ptr(), _DTYPES[gate.dtype], torch.get_num_threads())
     call(library, "hb_gated_grad", *pointers, *outputs)
     return dgate, dup
+
+
+def _rotate(library: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = ARENA.empty(x.shape, x.dtype)
+    pointers = (*(t.data_ptr() for t in (x, cos, sin)), *x.shape, back, y.data_ptr())
+    call(library, "hb_rotate", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
+    return y
 
 
 def _cross_entropy(library: Any, logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:

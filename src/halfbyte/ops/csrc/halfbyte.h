@@ -13,7 +13,7 @@ enum DType : int32_t { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
 
 enum Activation : int32_t { HB_SILU = 0, HB_GELU_TANH = 1, HB_GELU = 2 };
 
-constexpr int32_t HB_ABI = 2;
+constexpr int32_t HB_ABI = 3;
 
 // A stored 4-bit tensor, as ops/fourbit.py describes it. Counts are those of the caller's tensors and are checked.
 struct hb_fourbit {
@@ -92,6 +92,11 @@ HB_API int32_t hb_gated(const void* gate, int64_t gate_stride, const void* up, i
 HB_API int32_t hb_gated_grad(const void* dy, const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
                              int64_t rows, int64_t width, int32_t activation, void* dgate, void* dup, int32_t dtype,
                              int32_t threads);
+
+// rotary position embedding: with halves (a, b) of each head's `dim` elements, y = (a cos1 - b sin1, b cos2 + a sin2), or,
+// back, (a cos1 + b sin2, b cos2 - a sin1); x, y [tokens, heads, dim], cos, sin [tokens, dim]; dim even (ops/rotary.py)
+HB_API int32_t hb_rotate(const void* x, const void* cos, const void* sin, int64_t tokens, int64_t heads, int64_t dim,
+                         int32_t back, void* y, int32_t dtype, int32_t threads);
 
 // losses fp32 [rows], grad [rows, width] = d loss / d logits; both zero where a label is outside 0..width - 1
 HB_API int32_t hb_cross_entropy(const void* logits, const int64_t* labels, int64_t rows, int64_t width, float* losses,

@@ -55,6 +55,25 @@ int32_t hb_rms_norm_grad(const void* dy, const void* x, const void* weight, cons
     return HB_OK;
 }
 
+int32_t hb_rotate(const void* x, const void* cos, const void* sin, int64_t tokens, int64_t heads, int64_t dim, int32_t back,
+                  void* y, int32_t dtype, int32_t threads) {
+    CHECK(check_dtype(dtype));
+    CHECK(check_threads(threads));
+    if (heads < 0 || dim < 0 || dim % 2) return fail(HB_BAD_ARGUMENT, "heads and an even dim are needed, got %lld and %lld", (long long)heads, (long long)dim);
+    CHECK(check_product("heads", heads, dim));
+    CHECK(check_product("input", tokens, heads * dim));
+    CHECK(check_product("angles", tokens, dim));
+    const int64_t size = size_of(dtype), row = heads * dim;
+    const Span spans[] = {{"input", x, tokens * row, size}, {"cos", cos, tokens * dim, size}, {"sin", sin, tokens * dim, size}, {"result", y, tokens * row, size}};
+    CHECK(check_spans(spans, 1));
+    const Path& now = path();
+    in_parts(tokens, 1, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++)
+            now.rotate(at(x, i * row * size), at(cos, i * dim * size), at(sin, i * dim * size), heads, dim, back != 0, DType(dtype), at(y, i * row * size));
+    });
+    return HB_OK;
+}
+
 int32_t hb_gated(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, int64_t rows, int64_t width,
                  int32_t activation, void* y, int32_t dtype, int32_t threads) {
     CHECK(check_gate(rows, width, gate_stride, up_stride, activation, dtype, threads));

@@ -228,6 +228,33 @@ void gated_grad(const void* dy, const void* gate, const void* up, int64_t count,
     });
 }
 
+// --- rotary position embedding --------------------------------------------------------------------------------------------
+
+// one token: all its heads by the same angles
+void rotate(const void* x, const void* cos, const void* sin, int64_t heads, int64_t dim, bool back, DType dtype, void* y) {
+    by_dtype(dtype, [&](auto d) {
+        constexpr DType D = d.value;
+        const int64_t half = dim / 2;
+        for (int64_t head = 0; head < heads; head++) {
+            const int64_t first = head * dim, second = first + half;
+            int64_t i = 0;
+            for (; i + W <= half; i += W) {
+                const vf a = load<D>(x, first + i), b = load<D>(x, second + i), s1 = load<D>(sin, i), s2 = load<D>(sin, half + i);
+                const vf one = a * load<D>(cos, i), two = b * load<D>(cos, half + i);
+                store_result<D>(y, first + i, back ? one + b * s2 : one - b * s1);
+                store_result<D>(y, second + i, back ? two - a * s1 : two + a * s2);
+            }
+            if (const int64_t rest = half - i) {
+                const vf a = load_some<D>(x, first + i, rest), b = load_some<D>(x, second + i, rest);
+                const vf s1 = load_some<D>(sin, i, rest), s2 = load_some<D>(sin, half + i, rest);
+                const vf one = a * load_some<D>(cos, i, rest), two = b * load_some<D>(cos, half + i, rest);
+                store_some<D>(y, first + i, rest, back ? one + b * s2 : one - b * s1);
+                store_some<D>(y, second + i, rest, back ? two - a * s1 : two + a * s2);
+            }
+        }
+    });
+}
+
 // --- attention's rows -----------------------------------------------------------------------------------------------------
 
 inline vi counting() {

@@ -98,6 +98,7 @@ struct Path {
     void (*gated)(const void* gate, const void* up, int64_t count, int32_t kind, DType dtype, void* y);
     void (*gated_grad)(const void* dy, const void* gate, const void* up, int64_t count, int32_t kind, DType dtype, void* dgate,
                        void* dup);
+    void (*rotate)(const void* x, const void* cos, const void* sin, int64_t heads, int64_t dim, bool back, DType dtype, void* y);
     float (*softmax_row)(float* s, int64_t first, int64_t last, int64_t count, float scale, float cap, DType element, void* p,
                          float* top);
     void (*softmax_grad_row)(const float* s, const float* dp, int64_t first, int64_t last, int64_t count, float scale, float cap,

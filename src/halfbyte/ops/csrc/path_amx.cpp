@@ -116,6 +116,6 @@ double peak(DType dtype, int64_t rounds) {
 bool runs_here() { return avx512_here() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && tiles_here(); }
 
 extern const Path PATH = {TILES_NAME, runs_here, quantize, dequantize, dropout_mask, drop, add_kept, finish, rms_norm, rms_norm_grad, gated,
-                          gated_grad, softmax_row, softmax_grad_row, scale_row, dot_rows, cross_entropy, adamw, peak,
+                          gated_grad, rotate, softmax_row, softmax_grad_row, scale_row, dot_rows, cross_entropy, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_BF16, &PRODUCTS_F32}};
 }  // namespace hb::amx

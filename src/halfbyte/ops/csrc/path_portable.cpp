@@ -27,6 +27,6 @@ constexpr const char* NAME = "portable";
 #endif
 
 extern const Path PATH = {NAME, runs_here, quantize, dequantize, dropout_mask, drop, add_kept, finish, rms_norm, rms_norm_grad, gated,
-                          gated_grad, softmax_row, softmax_grad_row, scale_row, dot_rows, cross_entropy, adamw, peak,
+                          gated_grad, rotate, softmax_row, softmax_grad_row, scale_row, dot_rows, cross_entropy, adamw, peak,
                           {&PRODUCTS_F32, &PRODUCTS_F32, &PRODUCTS_F32}};
 }  // namespace hb::portable
