@@ -79,7 +79,7 @@ def test_what_is_kept_does_not_change_a_bit(stories: Path, rows: Path, tmp_path:
         assert digest(run) == digest(whole), keep
     assert "kept activations: all" in run.info()["found"]["recomputed"]
     if cpu.paths():
-        assert run.info()["found"]["fused"] == "fused: 11 norms, 5 MLPs"
+        assert run.info()["found"]["fused"] == "fused: 11 norms, 5 MLPs, 5 rotary embeddings"
     last = checkpoint.newest(run.checkpoints)[0]
     assert last is not None
     shutil.rmtree(last.path)

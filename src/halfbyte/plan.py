@@ -324,7 +324,10 @@ def _plan_memory(
             phases[name] = runtime_bytes + slack + (peak.tensors if on_gpu else peak.process)
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     reading = _reading_bytes(stored, largest, dtype)
-    phases = {"load": runtime_bytes + sum(base.values()) + reading, "first step": phases["step"], **phases}
+    # while it is loaded, and when what is trained has its gradients and the self-test has been (with one set of them)
+    added = held["adapters"] + held["gradients"] + (held["optimizer states"] if config.optim == "adamw_8bit" else 0)
+    load = runtime_bytes + sum(base.values()) + max(reading, added + (0 if on_gpu else PROCESS_GROWTH))
+    phases = {"load": load, "first step": phases["step"], **phases}
     slack = phases["step"] - runtime_bytes - step.tensors
     adapters = held["adapters"] // 4
     ledger = [Part(part, step.parts.get(part, 0)) for part in (*held, *(p for p in step.parts if p not in held))]

@@ -122,7 +122,8 @@ class Trainer:
             DoesNotFit: it is planned not to, or memory ran out: names the phase, what is held and the ways out.
         """
         try:
-            with bounded():
+            # not on a GPU: its driver maps host memory for purposes of its own
+            with bounded() if choose_device(self.config.device).type == "cpu" else contextlib.nullcontext():
                 return self._run_all()
         except Exception as error:
             if not is_exhaustion(error):

@@ -127,8 +127,8 @@ def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "path": "fused passes",
             "on": cpu.active() is not None and device.type == "cpu",
-            "why": "norms, gated MLPs, attention, LoRA, cross-entropy: with the C++ kernels, on the CPU, "
-            "where a model's own are of a known form (a training says which)",
+            "why": "norms, gated MLPs, rotary embeddings, attention, LoRA, cross-entropy: with the C++ kernels, on the "
+            "CPU, where a model's own are of a known form (a training says which)",
         },
         {
             "path": "Triton kernels",
