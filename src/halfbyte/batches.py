@@ -17,6 +17,9 @@ from .chat import Encoded
 from .errors import DataError
 from .loss import IGNORE, ROW_MULTIPLE
 
+EVAL_TOKENS = 2048
+"""An evaluation lays rows end to end up to this many tokens."""
+
 
 @dataclass
 class Prepared:

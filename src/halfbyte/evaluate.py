@@ -13,15 +13,12 @@ from typing import Any
 import torch
 
 from . import attention
-from .batches import collate
+from .batches import EVAL_TOKENS, collate
 from .chat import Encoded, Renderer
 from .dataset import Data
 from .generate import Answer, answers
 from .load import Progress, no_progress
 from .loss import output_head, sequence_loss
-
-TOKENS_AT_ONCE = 2048
-"""Rows are laid end to end up to this many tokens; the answers of as many prompt tokens are generated together."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +111,12 @@ def exact_matches(
 
 
 def _groups(order: Sequence[int], lengths: Sequence[int] | None) -> Iterable[list[int]]:
-    """The order cut into groups of about `TOKENS_AT_ONCE` tokens; of one row each without lengths."""
+    """The order cut into groups of about `EVAL_TOKENS` tokens; of one row each without lengths."""
     group: list[int] = []
     used = 0
     for i in order:
-        length = TOKENS_AT_ONCE if lengths is None else lengths[i]
-        if group and used + length > TOKENS_AT_ONCE:
+        length = EVAL_TOKENS if lengths is None else lengths[i]
+        if group and used + length > EVAL_TOKENS:
             yield group
             group, used = [], 0
         group.append(i)

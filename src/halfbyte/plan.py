@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import attention, hub, nf4, ops
-from .batches import MicroBatch, Schedule, collate, prepare
+from .batches import EVAL_TOKENS, MicroBatch, Schedule, collate, prepare
 from .chat import Encoded
 from .config import PlanConfig, TrainConfig
 from .dataset import Data, read_data
@@ -30,6 +30,7 @@ from .learner import Learner
 from .ledger import TensorBytes, resident, sizes, weights_by_part
 from .load import Progress, choose_device, choose_dtype, empty_base, no_progress, read_config
 from .memory import available, held_now, is_exhaustion
+from .merge import FP32_LIMIT
 from .ops import cpu
 from .ops.library import planning_for
 from .selftest import Abilities
@@ -69,7 +70,6 @@ PROCESS_GROWTH = 32 * MIB
 RESERVE = 0.02
 """Share of a budget that is left free: a plan may be short by as much."""
 READ_ROOM = 8 * MIB
-EVAL_TOKENS = 2048
 CALL_SECONDS = 20e-6
 """One operation's way through Python and PyTorch."""
 LENGTH_STEP = 128
@@ -341,7 +341,7 @@ def _plan_memory(
         Part("the model's files", _file_bytes(stored, parameters), "disk"),
         *([Part("host process", held_now() + PROCESS_GROWTH + reading, "host")] if on_gpu else []),
     ]
-    merged = parameters * (4 if parameters <= 3_000_000_000 else 2)
+    merged = parameters * (4 if parameters <= FP32_LIMIT else 2)
     phases["merge"] = runtime_bytes + sum(base.values()) + held["adapters"] + max(merged, reading)
     return MemoryPlan(
         config.model,
@@ -351,7 +351,7 @@ def _plan_memory(
         step.tensors,
         budget_bytes,
         parameters,
-        adapters if adapters else 0,
+        adapters,
         quantized,
         len(work.batch.input_ids),
         int(flop * work.tokens / len(work.batch.input_ids)),

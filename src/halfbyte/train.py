@@ -223,6 +223,7 @@ class Trainer:
         for row in self.measured:
             self.run.append(MEMORY, row)
         self.watch.append = lambda row: self.run.append(MEMORY, row)
+        self.done = self.saved = start
         return start
 
     def _make_plan(self, base_path: Path, resumed: bool) -> None:
@@ -404,7 +405,6 @@ class Trainer:
         if start >= self.total_steps:
             self.reporter.say(f"nothing left to do: {start} of {self.total_steps} steps are done")
             return
-        self.done = self.saved = start
         packed = attention.segments(self.learner.model) if self.learner.abilities.packing else contextlib.nullcontext()
         with packed:
             epoch, steps = -1, []
