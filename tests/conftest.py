@@ -1,5 +1,6 @@
 """Shared inputs. Real ones live in ../shared (not part of this repository); tests that need them skip without it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Quantized bases are kept for these tests alone."""
+    os.environ["HALFBYTE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -129,8 +129,13 @@ def dequantize(fence: Fence, chance: random.Random, parts: ops.FourBit, numel: i
 def random_dropout(chance: random.Random) -> ops.Dropout:
     if chance.random() < 0.3:
         return ops.NO_DROPOUT
-    counters = (chance.randrange(1 << 63), *(chance.randrange(1 << 32) for _ in range(3)))
-    return ops.Dropout(chance.choice((1, 3277, 32768, 65535)), *counters)
+    return ops.Dropout(chance.choice((1, 3277, 32768, 65535)), *random_counters(chance))
+
+
+def random_counters(chance: random.Random) -> tuple[int, ...]:
+    """Seed, step, micro-batch, layer, and the first element."""
+    first = chance.choice((0, 0, 5, 8, chance.randrange(1 << 34)))
+    return (chance.randrange(1 << 63), *(chance.randrange(1 << 32) for _ in range(3)), first)
 
 
 def kept(like: torch.Tensor, drop: ops.Dropout) -> torch.Tensor:
@@ -379,7 +384,7 @@ def adamw(fence: Fence, chance: random.Random) -> None:
 
 def dropout(fence: Fence, chance: random.Random) -> None:
     numel, threshold = chance.choice((1, 7, 8, 9, 513, chance.randrange(1, 70000))), chance.choice((0, 1, 3277, 65535))
-    numbers = ops.Dropout(threshold, chance.randrange(1 << 63), *(chance.randrange(1 << 32) for _ in range(3)))
+    numbers = ops.Dropout(threshold, *random_counters(chance))
     out = fence.empty((numel,), torch.uint8)
     torch.ops.halfbyte.dropout_mask(out.view(torch.bool), list(numbers))
     with cpu.using("torch"):

@@ -9,9 +9,21 @@ ROOT = Path(halfbyte.__file__ or "").parent
 FLOORS = {
     0: ["codebooks", "config", "errors"],
     1: ["ops"],
-    2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute", "memory"],
+    2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute", "memory", "paged"],
     3: ["lora", "loss", "adamw8bit", "batches", "attention", "fuse"],
-    4: ["load", "dataset", "checkpoint", "merge", "plan", "selftest", "learner", "ledger"],
+    4: [
+        "architecture",
+        "filler",
+        "quantized",
+        "load",
+        "dataset",
+        "checkpoint",
+        "merge",
+        "plan",
+        "selftest",
+        "learner",
+        "ledger",
+    ],
     5: ["train", "evaluate", "generate", "rehearsal"],
     6: ["cli", "__init__", "__main__"],
 }

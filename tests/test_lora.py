@@ -128,6 +128,9 @@ def test_masks_do_not_depend_on_how_much_is_asked_for():
     share = 1 - 3277 / 65536
     # five standard deviations of a binomial of 600,000
     assert abs(float(long.float().mean()) - share) < 5 * (share * (1 - share) / 600_000) ** 0.5
+    for first in (8, 8 * 1000, 13, 65_537 * 8 + 3):  # a part's mask is that part of the whole's
+        part = ops.dropout_mask(70_000, ops.Dropout(3277, 1, 2, 3, 4, first), torch.device("cpu"))
+        assert torch.equal(part, long[first : first + 70_000])
     other = ops.dropout_mask(600_000, ops.Dropout(3277, 1, 2, 3, 5), torch.device("cpu"))
     both = float((long & other).float().mean())
     assert abs(both - share**2) < 0.002, "layers are independent"

@@ -183,7 +183,8 @@ def test_labels_are_shifted_within_rows_only():
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.labels.tolist() == [-100, 2, 3, -100, 1, 2, -100]
     assert batch.bounds.tolist() == [0, 4, 7]
-    assert [part.labels.tolist() for part in batch.split_rows()] == [[-100, 2, 3, -100], [1, 2, -100]]
+    assert [(at, part.labels.tolist()) for at, part in batch.split(1)] == [(0, [-100, 2, 3, -100]), (4, [1, 2, -100])]
+    assert [(at, part.rows, part.bounds.tolist()) for at, part in batch.split(7)] == [(0, batch.rows, [0, 4, 7])]
 
 
 def test_padding_is_a_row_of_its_own_that_trains_nothing():

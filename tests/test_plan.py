@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import halfbyte
 from halfbyte import attention, hub, nf4
+from halfbyte.architecture import read_config
 from halfbyte.batches import collate
 from halfbyte.chat import Encoded
 from halfbyte.cli import run
@@ -22,7 +24,7 @@ from halfbyte.errors import DoesNotFit, UsageError
 from halfbyte.fuse import fuse
 from halfbyte.learner import Learner
 from halfbyte.ledger import TensorBytes, resident, sizes
-from halfbyte.load import load_base, read_config
+from halfbyte.load import load_base
 from halfbyte.memory import available
 from halfbyte.ops import cpu
 from halfbyte.plan import CARDS, Planner, outline, parse_size, plan_memory, work_of
@@ -319,11 +321,16 @@ def test_a_promised_run_survives_and_an_unplannable_one_ends_before_loading(
     # what is mapped and not touched counts for a limit, too: regions of the arena, stacks
     promised = limited(int(need * 1.1) + (80 << 20), *training(model, rows, tmp_path / "promised", "--json"))
     assert promised.returncode == 0, promised.stderr
-    refused = limited(need // 2, *training(model, rows, tmp_path / "refused", "--json"))
+    half = limited(need // 2, *training(model, rows, tmp_path / "half", "--json"))
+    assert half.returncode == 0, half.stderr
+    assert "stay out of memory" in half.stderr, "what need not be in memory has left it"
+    newest = "checkpoints/step-00000003/adapter_model.safetensors"
+    assert (tmp_path / "half" / newest).read_bytes() == (tmp_path / "free" / newest).read_bytes()
+    refused = limited(need // 4, *training(model, rows, tmp_path / "refused", "--json"))
     assert refused.returncode == 3, refused.stderr
     error = json.loads(refused.stdout)
     assert error["error"] == "DoesNotFit" and any("--max_length" in way for way in error["ways_out"])
-    assert "loading" not in refused.stderr and not (tmp_path / "refused/quant.json").exists()
+    assert not re.search(r"\bloading", refused.stderr) and not (tmp_path / "refused/quant.json").exists()
 
 
 def test_real_exhaustion_ends_with_the_phase_and_the_ways_out(middling: tuple[Path, Path], tmp_path: Path):

@@ -12,8 +12,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from halfbyte import attention, lora, recompute
 from halfbyte.errors import ModelError
 from halfbyte.lora import AdapterConfig, attach_lora
-from halfbyte.memory import Slots
 from halfbyte.ops import cpu
+from halfbyte.paged import Slots
 from halfbyte.recompute import KEEPS, Recompute, recompute_layers
 from halfbyte.selftest import checkpoint_layers
 
@@ -70,7 +70,7 @@ def test_the_same_bits_whatever_is_kept(llama: LlamaForCausalLM, kernels: str):
     with cpu.using(kernels):
         expected = gradients(llama)
         for keep in KEEPS:
-            line = checkpoint_layers(llama, keep, packing=True)
+            line, _ = checkpoint_layers(llama, keep, packing=True)
             assert line == f"recomputed in the backward pass: not the last product, kept activations: {keep}"
             found = gradients(llama)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), keep
@@ -106,7 +106,7 @@ def test_a_last_product_that_matters_is_computed_again():
     )
     model = adapted(Gemma2ForCausalLM(config))
     expected = gradients(model)
-    assert checkpoint_layers(model, "all", packing=True) == "recomputed in the backward pass: kept activations: all"
+    assert checkpoint_layers(model, "all", packing=True)[0] == "recomputed in the backward pass: kept activations: all"
     assert all(torch.equal(a, b) for a, b in zip(gradients(model), expected, strict=True))
 
 
@@ -119,7 +119,7 @@ def test_layers_that_cannot_be_run_again_are_pytorchs(llama: LlamaForCausalLM, m
         "take",
         lambda self, compute, kind: honest(self, compute, kind) * (0.5 if self.replaying else 1),
     )
-    assert "by PyTorch" in checkpoint_layers(llama, "none", packing=False)
+    assert "by PyTorch" in checkpoint_layers(llama, "none", packing=False)[0]
     monkeypatch.undo()
     assert all(torch.equal(a, b) for a, b in zip(gradients(llama), expected, strict=True))
 
@@ -127,7 +127,7 @@ def test_layers_that_cannot_be_run_again_are_pytorchs(llama: LlamaForCausalLM, m
 def test_without_attention_only_all_keeps_products(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     """Where attention does not report (the model's own, unpacked), no product lies before it."""
     for keep, again in (("none", 6), ("attention", 6), ("mlp_in", 6), ("all", 0)):
-        assert checkpoint_layers(llama, keep, packing=False).endswith(keep)
+        assert checkpoint_layers(llama, keep, packing=False)[0].endswith(keep)
         with counted(monkeypatch) as counts:
             llama.model(input_ids=torch.arange(9)[None]).last_hidden_state.square().sum().backward()
         assert counts["products"] == 2 * (7 + again), keep
@@ -137,13 +137,15 @@ def test_without_attention_only_all_keeps_products(llama: LlamaForCausalLM, monk
 def test_a_layer_with_two_differentiable_inputs_is_pytorchs(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     """As in models that add a trained projection to every layer: replaying would go through its graph twice."""
     second = torch.ones(1, requires_grad=True)
-    honest = Recompute.__call__
+    honest = Recompute._run
     monkeypatch.setattr(
-        Recompute, "__call__", lambda self, function, hidden, *others: honest(self, function, hidden, second, *others)
+        Recompute,
+        "_run",
+        lambda self, keep, function, hidden, *others: honest(self, keep, function, hidden, second, *others),
     )
-    assert "by PyTorch" in checkpoint_layers(llama, "none", packing=True)
+    assert "by PyTorch" in checkpoint_layers(llama, "none", packing=True)[0]
     with pytest.raises(ModelError, match="second tensor"):
-        Recompute("none", 2)(lambda hidden, other: hidden, torch.ones(1, 2), second)
+        Recompute("none", 2).layer(0)(lambda hidden, other: hidden, torch.ones(1, 2), second)
 
 
 def test_a_models_own_dropout_is_pytorchs_to_repeat(tiny_config: LlamaConfig):
@@ -157,7 +159,7 @@ def test_a_models_own_dropout_is_pytorchs_to_repeat(tiny_config: LlamaConfig):
         return gradients(model)
 
     expected = seeded()
-    assert "by PyTorch" in checkpoint_layers(model, "none", packing=True)
+    assert "by PyTorch" in checkpoint_layers(model, "none", packing=True)[0]
     assert all(torch.equal(a, b) for a, b in zip(seeded(), expected, strict=True))
 
 
@@ -184,11 +186,11 @@ def test_a_step_given_up_midway_leaves_room_for_the_next(llama: LlamaForCausalLM
 def test_slots_grow_and_are_reused():
     slots = Slots(2)
     a, b = slots.put(torch.ones(3)), slots.put(torch.full((2,), 2.0))
-    assert a.tensor.tolist() == [1, 1, 1] and b.tensor.tolist() == [2, 2]
+    assert a.take().tolist() == [1, 1, 1] and b.take().tolist() == [2, 2]
     extra = slots.put(torch.zeros(3))  # more than there is room for
     del b
     larger = slots.put(torch.zeros(2, 4))  # the room is made anew; what is in use stays what it is
-    assert a.tensor.tolist() == [1, 1, 1] and larger.tensor.shape == (2, 4)
+    assert a.take().tolist() == [1, 1, 1] and larger.take().shape == (2, 4)
     del a, extra, larger
     assert len(slots.free) == 2
     place = slots.put(torch.zeros(8)).place.data_ptr()

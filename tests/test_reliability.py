@@ -22,12 +22,12 @@ import torch
 
 import halfbyte
 from halfbyte import checkpoint, hub
+from halfbyte.architecture import read_config
 from halfbyte.chat import Renderer
 from halfbyte.cli import run as cli
 from halfbyte.config import TrainConfig
 from halfbyte.errors import DataError, HalfbyteError, Interrupted, ModelError, NonFiniteError, StorageError
 from halfbyte.forms import Example, read_examples
-from halfbyte.load import read_config
 from halfbyte.run import METRICS, NONFINITE, Run
 from halfbyte.train import Reporter
 

@@ -132,19 +132,27 @@ class MicroBatch:
             self.rows,
         )
 
-    def split_rows(self) -> list["MicroBatch"]:
-        """Each row as a micro-batch of its own: for models whose packing failed the self-test."""
+    def split(self, most: int) -> list[tuple[int, "MicroBatch"]]:
+        """Parts of whole rows that follow each other, of at most ``most`` tokens where a single row has no more; and
+        the token of this micro-batch that each begins with."""
         bounds = self.bounds.tolist()
-        return [
-            MicroBatch(
-                self.input_ids[a:b],
-                self.position_ids[a:b],
-                self.labels[a:b],
-                torch.tensor([0, b - a], dtype=torch.int32),
-                (row,),
-            )
-            for a, b, row in zip(bounds, bounds[1:], self.rows, strict=False)
-        ]
+        parts, first = [], 0
+        for row in range(1, len(bounds)):
+            if row + 1 == len(bounds) or bounds[row + 1] - bounds[first] > most:
+                parts.append((bounds[first], self._rows(first, row)))
+                first = row
+        return parts
+
+    def _rows(self, first: int, last: int) -> "MicroBatch":
+        """Rows ``first`` to ``last`` (exclusive)."""
+        a, b = int(self.bounds[first]), int(self.bounds[last])
+        return MicroBatch(
+            self.input_ids[a:b],
+            self.position_ids[a:b],
+            self.labels[a:b],
+            self.bounds[first : last + 1] - a,
+            self.rows[first:last],
+        )
 
 
 def collate(rows: Sequence[Encoded], indices: Sequence[int]) -> MicroBatch:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adamw8bit import AdamW8bit
+from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from .errors import HalfbyteError, ModelError, StorageError, UsageError
 from .hub import json_bytes, read_header, read_json, read_tensor, sha256_file, sync, write_json, write_safetensors
 from .lora import WEIGHTS, lora_layers, restore_adapter, save_adapter
@@ -64,6 +64,7 @@ def save(
         else:
             write_safetensors(temporary / FULL_WEIGHTS, trained_tensors(model))
         write_safetensors(temporary / OPTIMIZER, optimizer_tensors(optimizer))
+        release_states(optimizer)
         write_json(temporary / STATE, {"schema": SCHEMA, "step": step, **state})
         files = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, _sealed({"schema": SCHEMA, "step": step, "files": files}))
@@ -171,9 +172,12 @@ def newest(directory: Path) -> tuple[Found | None, list[str]]:
 def bytes_needed(model: Any, optimizer: torch.optim.Optimizer) -> int:
     """What one checkpoint takes on disk (64 KiB of names and numbers on top)."""
     trained = sum(t.nbytes for t in trained_tensors(model).values())
-    if isinstance(optimizer, AdamW8bit):
-        return trained + sum(t.nbytes for t in optimizer.state_tensors().values()) + (1 << 16)
-    return 3 * trained + (1 << 16)
+    return trained + (state_bytes(optimizer) or 2 * trained) + (1 << 16)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the optimizer's states, wherever they lie; 0 before they are made."""
+    return sum(t.nbytes for t in optimizer_tensors(optimizer).values())
 
 
 def refuse_full_disk(directory: Path, one: int, keep: int) -> None:
@@ -201,10 +205,19 @@ def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
     updates = read_state(found)["updates"]
     if isinstance(optimizer, AdamW8bit):
         optimizer.steps = updates
+    elif isinstance(optimizer, PagedAdamW) and optimizer.paged:
+        optimizer.restart(updates)
     else:
         _create_state(optimizer, updates, {name.partition(".")[0] for name in read_header(found.path / OPTIMIZER)})
     _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER)
+    release_states(optimizer)
     return updates
+
+
+def release_states(optimizer: torch.optim.Optimizer) -> None:
+    """Let go of the memory that reading or writing all of a paged optimizer's states took."""
+    if isinstance(optimizer, PagedAdamW8bit | PagedAdamW):
+        optimizer.release()
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -267,6 +280,12 @@ _MAY_CHANGE = {
     "resume_from_checkpoint",
     "kernels",
     "kept_activations",
+    "kept_layers",
+    "activation_offloading",
+    "paging",
+    "weight_streaming",
+    "tokens_per_pass",
+    "tokens_per_tile",
     "fit_to",
     "force",
     "rehearse",
@@ -281,7 +300,11 @@ _MAY_CHANGE = {
     "model",
     "data",
 }
-"""Options that change no number of the training (of ``kernels`` it is compared what computes, not what was asked)."""
+"""Options that change no number of the training, or last bits where memory chooses them (of ``kernels`` it is compared
+what computes, not what was asked)."""
+
+STATES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
+"""Optimizers whose numbers and saved states are another one's."""
 
 _FIXED = {"lora_r", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"}
 """What the saved state has the shape of: no resume can change it."""
@@ -290,6 +313,7 @@ _FIXED = {"lora_r", "target_modules", "full", "optim", "use_rslora", "load_in_4b
 def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is compared apart."""
     settings = {key: value for key, value in info["config"].items() if key not in _MAY_CHANGE}
+    settings["optim"] = STATES.get(settings["optim"], settings["optim"])
     return {
         **settings,
         "data": info["data"]["sha256"],

@@ -128,6 +128,11 @@ class ModelOptions(KernelOptions):
     )
     device: str = option("auto", "cpu, cuda or auto")
     allow_low_coverage: bool = option(False, "accept a model of which under 90 % of the linear weights are in 4 bits")
+    weight_streaming: Literal["auto", "always", "never"] = option(
+        "auto",
+        "on a CPU: 4-bit weights stay in a file (written once, kept in the cache) and are read as layers need them; "
+        "auto: where a training does not fit otherwise",
+    )
 
     def holding(self) -> dict[str, Any]:
         """The options that say how a base is held, by name; what computes is for each call to say."""
@@ -151,6 +156,16 @@ class ModelOptions(KernelOptions):
     @classmethod
     def _known_device(cls, value: str) -> str:
         return known_device(value)
+
+    @field_validator("weight_streaming", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return as_policy(value)
+
+
+def as_policy(value: Any) -> Any:
+    """True and false, as other tools' switches have them, as always and never."""
+    return {"true": "always", "false": "never"}.get(str(value).lower(), value)
 
 
 def known_device(value: str) -> str:
@@ -206,12 +221,39 @@ class TrainingOptions(Options):
     adam_beta2: float = option(0.999, "decay of the second moment", ge=0, lt=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", gt=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", ge=0)
-    optim: Literal["adamw_8bit", "adamw_torch"] = option("adamw_8bit", "optimizer states in 8 bits, or in fp32")
+    optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = option(
+        "paged_adamw_8bit",
+        "optimizer states in 8 bits, or in fp32 (paged_adamw_32bit, adamw_torch); those of paged ones may leave memory",
+    )
+    paging: Literal["auto", "always"] = option(
+        "auto",
+        "states of a paged optimizer lie in a file (on a GPU: in host memory) and come in pieces; auto: where the plan "
+        "does not fit otherwise, or memory runs short. The numbers are the same",
+    )
     gradient_checkpointing: bool = option(True, "recompute each layer in the backward pass")
-    kept_activations: Literal["none", "attention", "mlp_in", "all"] = option(
-        "none",
+    kept_activations: Literal["auto", "none", "attention", "mlp_in", "all"] = option(
+        "auto",
         "with gradient_checkpointing: what a layer keeps beside its input, so that less is recomputed. attention: what "
-        "attention reads and gives; mlp_in: also what the MLP reads; all: the results of all products",
+        "attention reads and gives; mlp_in: also what the MLP reads; all: the results of all products; auto: all, in "
+        "as many layers as fit in half of the memory that is free (with fit_to: all of it). The numbers are the same",
+    )
+    kept_layers: int = option(-1, "the last so many layers keep them; -1: every layer", ge=-1)
+    activation_offloading: Literal["auto", "always", "never"] = option(
+        "auto",
+        "with gradient_checkpointing: layer inputs wait for the backward pass in a file (on a GPU: in host memory); "
+        "auto: where the plan does not fit otherwise",
+    )
+    tokens_per_pass: int = option(
+        0,
+        "a micro-batch of more tokens goes forward and backward in parts of whole rows, for the same gradients; 0: "
+        "only where memory is too short",
+        ge=0,
+    )
+    tokens_per_tile: int = option(
+        0,
+        "MLPs of layers run on so many tokens at a time, for the same gradients in less memory; 0: only where memory "
+        "is too short",
+        ge=0,
     )
     logging_steps: int = option(1, "a line of metrics.jsonl every so many steps", ge=1)
     save_steps: int = option(100, "a checkpoint every so many steps, and one at the end", ge=1)
@@ -236,6 +278,11 @@ class TrainingOptions(Options):
         if value is not None and value != "auto":
             raise ValueError('must be "auto": the newest valid checkpoint of output_dir is taken')
         return value
+
+    @field_validator("activation_offloading", mode="before")
+    @classmethod
+    def _switch_offloading(cls, value: Any) -> Any:
+        return as_policy(value)
 
     @field_validator("max_steps")
     @classmethod

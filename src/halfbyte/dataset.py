@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
+from .architecture import Progress, no_progress, read_config
 from .batches import Prepared, prepare
 from .chat import Encoded, Renderer, read_template
 from .config import ADDING_TOKENS, DataOptions
 from .errors import DataError
 from .forms import Example, read_examples
-from .load import Progress, no_progress, read_config, run_tokenizer
+from .load import run_tokenizer
 from .run import Run
 
 BATCH = 256

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from . import attention
+from .architecture import Progress, no_progress
 from .batches import EVAL_TOKENS, collate
 from .chat import Encoded, Renderer
 from .dataset import Data
 from .generate import Answer, answers
-from .load import Progress, no_progress
 from .loss import output_head, sequence_loss
 
 

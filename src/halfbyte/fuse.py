@@ -8,18 +8,19 @@ is looked up by a model's name, and a model that nothing is known of trains as i
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import attention, ops
+from . import attention, ops, recompute
 from .ops import cpu
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
@@ -171,17 +172,93 @@ class _Gated(torch.autograd.Function):
 
 
 class FusedMLP(nn.Module):
-    """A model's gated MLP, its activation and product in one pass; its class is also a subclass of the original's."""
+    """A model's gated MLP, its activation and product in one pass; its class is also a subclass of the original's.
+
+    ``tile``: run on so many tokens at a time; 0: on all at once.
+    """
 
     form: MlpForm
+    tile: int = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if not 0 < self.tile < x.shape[-2]:
+            return self.whole(x)
+        # the parameters inside need gradients even where x does not
+        trigger = torch.empty(0, device=x.device, requires_grad=torch.is_grad_enabled())
+        return _Tiles.apply(x, self, trigger)  # pyright: ignore[reportReturnType]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The result for all tokens of x at once."""
         form = self.form
         if form.up is None:
             gate, up = getattr(self, form.gate)(x).chunk(2, -1)
         else:
             gate, up = getattr(self, form.gate)(x), getattr(self, form.up)(x)
         return getattr(self, form.down)(_Gated.apply(gate, up, form.activation))
+
+
+class _Tiles(torch.autograd.Function):
+    """An MLP of x [..., T, d], tile of tokens after tile, forward and, computed again, backward.
+
+    What is alive at a time is what an MLP needs for one tile (TiledMLP of ALST, arXiv:2506.13996). Adapters' dropout
+    masks are the whole's. Gradients of parameters are sums over tiles, so they may differ in their last bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mlp: FusedMLP, trigger: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.mlp, ctx.tile = mlp, mlp.tile
+
+        def compute() -> Tensor:
+            out = torch.empty_like(x)
+            for first, part in _tiles(x, ctx.tile):
+                with _at_token(mlp, first):
+                    out.narrow(-2, first, part.shape[-2]).copy_(mlp.whole(part))
+            return out
+
+        return recompute.as_one_product(compute)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for first, part in _tiles(x, ctx.tile):
+            given = part.detach().requires_grad_(dx is not None)
+            with torch.enable_grad(), _at_token(ctx.mlp, first):
+                y = ctx.mlp.whole(given)
+            if y.requires_grad:
+                with _at_token(ctx.mlp, first):
+                    torch.autograd.backward(y, grads[0].narrow(-2, first, part.shape[-2]))
+            if dx is not None and given.grad is not None:
+                dx.narrow(-2, first, part.shape[-2]).copy_(given.grad)
+        return dx, None, None
+
+
+def _tiles(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    for first in range(0, x.shape[-2], size):
+        yield first, x.narrow(-2, first, min(size, x.shape[-2] - first))
+
+
+@contextlib.contextmanager
+def _at_token(mlp: FusedMLP, first: int) -> Iterator[None]:
+    """Within this block the adapters of an MLP know that their input begins with this token of what it was."""
+    clocks = {id(clock): clock for m in mlp.modules() if (clock := getattr(m, "clock", None)) is not None}
+    before = [(clock, clock.first) for clock in clocks.values()]
+    try:
+        for clock, at in before:
+            clock.first = at + first
+        yield
+    finally:
+        for clock, at in before:
+            clock.first = at
+
+
+def tile_mlps(model: nn.Module, tokens: int) -> int:
+    """Have a model's fused MLPs run on so many tokens at a time; their number."""
+    mlps = [module for module in model.modules() if isinstance(module, FusedMLP)]
+    for mlp in mlps:
+        mlp.tile = tokens
+    return len(mlps)
 
 
 def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:

@@ -348,6 +348,97 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
     _write_then_rename(path, lambda temporary: safetensors.torch.save_file(contiguous, temporary, metadata))
 
 
+class TensorFile:
+    """A safetensors file of which one tensor at a time is in memory.
+
+    Args:
+        known: dtype and shape of tensors. late: of uint8 vectors whose length is not known yet, a length they do not
+            exceed. Each is written once, in any order; the file is there under its name when the block ends well.
+
+    Raises:
+        StorageError: the disk has no room, or said no; nothing is left of it then.
+    """
+
+    def __init__(self, path: Path, known: dict[str, tuple[torch.dtype, tuple[int, ...]]], late: dict[str, int]) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._places: dict[str, tuple[str, list[int], int, int]] = {}
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        end = 0
+        # the widest first, so that each lies at a multiple of its width
+        for name, (dtype, shape) in sorted(known.items(), key=lambda item: -item[1][0].itemsize):
+            size = math.prod(shape) * dtype.itemsize
+            self._places[name] = (names[dtype], list(shape), end, end + size)
+            end += size
+        self._end = end
+        longest = {name: ("U8", [most], 10**15, 10**15) for name, most in late.items()}
+        self._room = -(-len(self._header({**self._places, **longest})) // 8) * 8
+        self._late = dict(late)
+
+    @staticmethod
+    def _header(places: dict[str, tuple[str, list[int], int, int]]) -> bytes:
+        entries = {
+            name: {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+            for name, (dtype, shape, first, last) in places.items()
+        }
+        return json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+
+    @property
+    def written(self) -> int:
+        """Bytes of tensors."""
+        return self._end
+
+    def __enter__(self) -> "TensorFile":
+        with self._refusing():
+            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._descriptor, 0, 8 + self._room + self._end + sum(self._late.values()))
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """One of the tensors."""
+        if name in self._late:
+            del self._late[name]
+            self._places[name] = ("U8", list(tensor.shape), self._end, self._end + tensor.nbytes)
+            self._end += tensor.nbytes
+        _, shape, first, last = self._places[name]
+        if list(tensor.shape) != shape or tensor.nbytes != last - first:
+            raise ValueError(f"{name} is {list(tensor.shape)}, announced was {shape}")
+        view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+        with self._refusing():
+            while view:
+                first_byte = 8 + self._room + last - len(view)
+                os.lseek(self._descriptor, first_byte, os.SEEK_SET)
+                view = view[os.write(self._descriptor, view[: 1 << 30]) :]
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        try:
+            if kind is None:
+                with self._refusing():
+                    header = self._header(self._places).ljust(self._room)
+                    os.lseek(self._descriptor, 0, os.SEEK_SET)
+                    os.write(self._descriptor, struct.pack("<Q", self._room) + header)
+                    os.ftruncate(self._descriptor, 8 + self._room + self._end)
+                    os.fsync(self._descriptor)
+                    self._temporary.replace(self.path)
+                    sync(self.path.parent)
+        finally:
+            os.close(self._descriptor)
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+            raise StorageError(
+                f"cannot write {self.path}: {error.strerror}", ways_out=["free space", "or choose another place"]
+            ) from error
+
+
 def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

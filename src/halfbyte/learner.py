@@ -5,18 +5,22 @@ lines run on shapes alone: what a plan promises is what these lines allocate.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adamw8bit import AdamW8bit
+from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from .batches import MicroBatch
 from .config import TrainConfig
 from .errors import ModelError
+from .fuse import tile_mlps
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora
 from .loss import output_head, sequence_loss
 from .memory import counted_as, hold_gradients
+from .paged import Slots
+from .recompute import Recompute, recompute_layers
 from .selftest import Abilities, checkpoint_layers
 
 Note = Callable[[str, str], None]
@@ -44,8 +48,12 @@ class Learner:
             self.clock = self._attach()
         model.config.use_cache = False
         model.train()
+        self.recompute: Recompute | None = None
         if config.gradient_checkpointing:
-            note("recomputed", checkpoint_layers(model, config.kept_activations, abilities.packing))
+            self._checkpoint(note)
+        self.tokens_per_pass, self.tokens_per_tile = config.tokens_per_pass, 0
+        if config.tokens_per_tile:
+            self.tile(config.tokens_per_tile)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.head = output_head(model)
         embedding = model.get_output_embeddings()
@@ -77,20 +85,68 @@ class Learner:
         assert isinstance(first, LoraLinear)
         return first.clock
 
+    def _checkpoint(self, note: Note) -> None:
+        c = self.config
+        keep = "none" if c.kept_activations == "auto" else c.kept_activations
+        away = self._elsewhere() if c.activation_offloading == "always" else None
+        line, self.recompute = checkpoint_layers(self.model, keep, self.abilities.packing, c.kept_layers, away)
+        note("recomputed", line)
+
+    def _elsewhere(self) -> Path:
+        """The directory of files that take what leaves memory."""
+        return Path(self.config.output_dir).expanduser()
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         c = self.config
-        betas = (c.adam_beta1, c.adam_beta2)
+        paging: dict[str, Any] = {"paged": c.paging == "always", "directory": self._elsewhere()}
+        numbers = (c.learning_rate, (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
         if c.optim == "adamw_torch":
-            return torch.optim.AdamW(
-                self.trained, lr=c.learning_rate, betas=betas, eps=c.adam_epsilon, weight_decay=c.weight_decay
-            )
+            return torch.optim.AdamW(self.trained, *numbers)
+        if c.optim == "paged_adamw_32bit":
+            return PagedAdamW(self.trained, *numbers, **paging)
         if any(p.dtype != torch.float32 for p in self.trained):
             raise ModelError(
                 "8-bit AdamW updates fp32 parameters",
                 found=", ".join(sorted({str(p.dtype) for p in self.trained})),
-                ways_out=["--optim adamw_torch", "or --dtype float32"],
+                ways_out=["--optim paged_adamw_32bit or adamw_torch", "or --dtype float32"],
             )
-        return AdamW8bit(self.trained, c.learning_rate, betas, c.adam_epsilon, c.weight_decay)
+        if c.optim == "adamw_8bit":
+            return AdamW8bit(self.trained, *numbers)
+        return PagedAdamW8bit(self.trained, *numbers, **paging)
+
+    # --- less memory for the same numbers ---
+
+    def page_out(self) -> bool:
+        """Move the optimizer's states out of memory; False where they are, or may not be moved."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, PagedAdamW8bit | PagedAdamW) or optimizer.paged:
+            return False
+        optimizer.page_out()
+        return True
+
+    def keep_less(self) -> bool:
+        """Keep nothing of a layer but its input, from the next pass on; False where nothing else is kept."""
+        run = self.recompute
+        if run is None or run.keep == "none":
+            return False
+        run.keep_nothing()
+        recompute_layers(self.model, run)
+        return True
+
+    def offload(self) -> bool:
+        """Let layer inputs wait elsewhere, from the next pass on; False where they do, or cannot."""
+        run = self.recompute
+        if run is None or run.inputs.away is not None or self.config.activation_offloading == "never":
+            return False
+        run.inputs = Slots(run.layers, self._elsewhere())
+        return True
+
+    def tile(self, tokens: int) -> bool:
+        """Run MLPs on so many tokens at a time; False where no MLP can be."""
+        if not tile_mlps(self.model, tokens):
+            return False
+        self.tokens_per_tile = tokens
+        return True
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +172,22 @@ class Learner:
             The summed loss of each part it was computed in.
         """
         losses = []
-        for part in [batch] if self.abilities.packing else batch.split_rows():
-            self.clock.step, self.clock.micro_batch = step, number
+        for first, part in self.parts(batch):
+            self.clock.step, self.clock.micro_batch, self.clock.first = step, number, first
             loss = self.loss(part.to(self.device))
             (loss / supervised).backward()
             losses.append(loss.detach())
+        self.clock.first = 0
         return losses
+
+    def parts(self, batch: MicroBatch) -> list[tuple[int, MicroBatch]]:
+        """What of a micro-batch goes through the model together, and the token each part begins with: all of it, or
+        whole rows of at most ``tokens_per_pass``; single rows where the model does not keep rows apart.
+
+        Dropout masks are those of the whole, and losses are sums: the gradient is the same up to its last bits.
+        """
+        most = self.tokens_per_pass or len(batch.input_ids)
+        return batch.split(most if self.abilities.packing else 1)
 
     def clip(self) -> Tensor:
         """The gradients' norm, before they are scaled down to max_grad_norm."""

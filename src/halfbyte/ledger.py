@@ -49,6 +49,8 @@ def weights_by_part(model: Any) -> dict[str, list[Tensor]]:
             data = p if isinstance(p, NF4Tensor) else p.data
             if isinstance(data, NF4Tensor):
                 codes, *scales = data.stored_tensors()
+                if data.stop is not None:
+                    continue  # it stays in a file
                 parts["4-bit codes"].append(codes)
                 parts["scales"] += scales
             elif isinstance(module, LoraLinear) and name in ("lora_A", "lora_B"):
@@ -68,7 +70,9 @@ def resident(learner: Learner) -> dict[str, list[Tensor]]:
     parts = weights_by_part(learner.model)
     parts["gradients"] = list(learner.gradients)
     optimizer: Any = learner.optimizer
-    if hasattr(optimizer, "state_tensors"):
+    if hasattr(optimizer, "resident_tensors"):
+        parts["optimizer states"] = optimizer.resident_tensors()
+    elif hasattr(optimizer, "state_tensors"):
         parts["optimizer states"] = list(optimizer.state_tensors().values())
     else:
         parts["optimizer states"] = [t for state in optimizer.state.values() for t in state.values()]

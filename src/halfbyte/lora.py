@@ -47,6 +47,8 @@ class DropoutClock:
     seed: int = 0
     step: int = 0
     micro_batch: int = 0
+    first: int = 0
+    """Token of the micro-batch that what is computed now begins with."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class LoraLinear(nn.Linear):
         if not self.training or not self.adapter.dropout:
             return ops.NO_DROPOUT
         threshold, clock = ops.drop_threshold(self.adapter.dropout), self.clock
-        return ops.Dropout(threshold, clock.seed, clock.step, clock.micro_batch, self.layer_index)
+        first = clock.first * self.in_features
+        return ops.Dropout(threshold, clock.seed, clock.step, clock.micro_batch, self.layer_index, first)
 
     def delta(self) -> Tensor:
         """s B A in fp32 [out, in]: what the adapter adds to the weight."""

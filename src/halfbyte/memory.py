@@ -103,6 +103,15 @@ def available(cgroups: Iterable[Path] | None = None) -> int | None:
     return max(min(left), 0) if left else None
 
 
+def headroom(device: torch.device) -> int | None:
+    """Bytes that tensors on a device could still take: `available`, and what is held for reuse and not in use."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    left = available()
+    return None if left is None else left + ARENA.unused
+
+
 def _file_cache(cgroup: Path) -> int:
     """Bytes of a cgroup that give way: file cache, and what the kernel can reclaim."""
     stat: dict[str, int] = {}
@@ -213,40 +222,3 @@ def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
             p.grad = part.view_as(p)
         buffers.append(buffer)
     return buffers
-
-
-class Slots:
-    """Room for tensors of one size that are handed in and taken out again and again: allocated together, once."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.size = count, 0
-        self.free: list[Tensor] = []
-        self.like = torch.empty(0)
-
-    def put(self, tensor: Tensor) -> "Slot":
-        """A copy of a tensor, whose place is free again when the returned object is gone."""
-        if tensor.numel() > self.size or (tensor.dtype, tensor.device) != (self.like.dtype, self.like.device):
-            self.free, self.size = [], tensor.numel()
-            self.like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            with counted_as("kept layer inputs"):
-                self.free = list(self.like.new_empty(self.count, self.size))
-        place = self.free.pop() if self.free else self._another()
-        copy = place[: tensor.numel()].view(tensor.shape)
-        copy.copy_(tensor)
-        return Slot(self, place, copy)
-
-    def _another(self) -> Tensor:
-        with counted_as("kept layer inputs"):
-            return self.like.new_empty(self.size)
-
-
-class Slot:
-    """A tensor in `Slots`."""
-
-    def __init__(self, slots: Slots, place: Tensor, tensor: Tensor) -> None:
-        self.slots, self.place, self.tensor = slots, place, tensor
-
-    def __del__(self) -> None:
-        slots, place = self.slots, self.place
-        if place.numel() == slots.size and place.dtype == slots.like.dtype and len(slots.free) < slots.count:
-            slots.free.append(place)

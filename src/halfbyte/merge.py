@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from . import hub, nf4
+from .architecture import Progress, checkpoint_names, no_progress
 from .chat import Renderer
 from .config import ModelOptions
 from .errors import DataError, ModelError, StorageError, UsageError, VerificationError
 from .forms import Example, read_examples
-from .load import Progress, checkpoint_names, load, load_base, no_progress
+from .load import load, load_base
 from .lora import LoraLinear
 from .nf4 import NF4Tensor
 from .run import ADAPTER_FACTS, Run

@@ -14,7 +14,7 @@ The road not taken: a module class of our own (as bitsandbytes' ``Linear4bit``) 
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from torch.nn import functional
 from . import codebooks, ops, recompute
 from .errors import ModelError
 from .hub import Checkpoint, write_safetensors
+from .paged import Stop, Travel
 
 NESTED_BLOCK_SIZE = 256
 STATE_KEY = "quant_state.bitsandbytes__"
 _TENSORS = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+_STORED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,7 +57,8 @@ class NF4Tensor(Tensor):
 
     Attributes: ``packed`` uint8 [ceil(n / 2)], high nibble first; ``absmax`` uint8 codes when nested, else fp32;
     ``quant_map`` fp32 [16]; ``nested_absmax``, ``nested_quant_map``, ``nested_offset`` or None; ``block_size``,
-    ``nested_block_size``, ``quant_type``. ``shape`` and ``dtype`` are those of the weight it stands for.
+    ``nested_block_size``, ``quant_type``. ``shape`` and ``dtype`` are those of the weight it stands for. ``stop``:
+    where its codes stay in a file, what has them read and let go (`paged.Travel`); else None.
     """
 
     packed: Tensor
@@ -67,18 +70,27 @@ class NF4Tensor(Tensor):
     block_size: int
     nested_block_size: int
     quant_type: str
+    stop: Stop | None
 
     @staticmethod
-    def __new__(cls, parts: ops.FourBit, shape: torch.Size, dtype: torch.dtype, quant_type: str) -> "NF4Tensor":
+    def __new__(
+        cls, parts: ops.FourBit, shape: torch.Size, dtype: torch.dtype, quant_type: str, stop: Stop | None = None
+    ) -> "NF4Tensor":
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts.packed.device)
         for name, value in zip(parts._fields, parts, strict=True):
             setattr(self, name, value)
-        self.quant_type = quant_type
+        self.quant_type, self.stop = quant_type, stop
         return self
 
     @property
     def parts(self) -> ops.FourBit:
-        """What the operations take."""
+        """What the operations take; where it stays in a file, it is on its way from now on."""
+        if self.stop is not None:
+            self.stop.use()
+        return self._parts
+
+    @property
+    def _parts(self) -> ops.FourBit:
         return ops.FourBit(
             self.packed,
             self.absmax,
@@ -106,10 +118,10 @@ class NF4Tensor(Tensor):
 
     def with_dtype(self, dtype: torch.dtype) -> "NF4Tensor":
         """The same bytes presenting another compute dtype."""
-        return NF4Tensor(self.parts, self.shape, dtype, self.quant_type)
+        return NF4Tensor(self._parts, self.shape, dtype, self.quant_type, self.stop)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "NF4Tensor":
-        parts = self.parts._replace(**{n: change(t) for n in _TENSORS if (t := getattr(self, n)) is not None})
+        parts = self._parts._replace(**{n: change(t) for n in _TENSORS if (t := getattr(self, n)) is not None})
         return NF4Tensor(parts, self.shape, self.dtype, self.quant_type)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -168,7 +180,7 @@ class _FourBitLinear(torch.autograd.Function):
 
 
 def _detach(tensor: NF4Tensor) -> NF4Tensor:
-    return NF4Tensor(tensor.parts, tensor.shape, tensor.dtype, tensor.quant_type)
+    return NF4Tensor(tensor._parts, tensor.shape, tensor.dtype, tensor.quant_type, tensor.stop)
 
 
 def _clone(tensor: NF4Tensor, *, memory_format: Any = None) -> NF4Tensor:
@@ -340,10 +352,30 @@ def _prefixes(name: str) -> set[str]:
     return {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
-def read_stored(checkpoint: Checkpoint, name: str) -> NF4Tensor:
-    """One 4-bit tensor of a bitsandbytes checkpoint."""
-    keys = [key for key in checkpoint.entries if key == name or key.startswith(f"{name}.")]
-    return from_components(name, {key: checkpoint.read(key) for key in keys})
+def stored_keys(names: Collection[str], name: str) -> list[str]:
+    """The checkpoint's tensors that make up a 4-bit weight."""
+    states = [f"{name}.{STATE_KEY}{quant_type}" for quant_type in codebooks.QUANT_TYPES]
+    return [key for key in (name, *(f"{name}.{part}" for part in _STORED), *states) if key in names]
+
+
+def read_stored(checkpoint: Checkpoint, name: str, travel: Travel | None = None, group: int = 0) -> NF4Tensor:
+    """One 4-bit tensor of a bitsandbytes checkpoint.
+
+    Args:
+        travel: codes and scales stay in the file (one that `hub.TensorFile` wrote), as members of this group of it.
+    """
+    entries = {key: checkpoint.entries[key] for key in stored_keys(checkpoint.entries, name)}
+    stays = (name, f"{name}.absmax") if travel is not None else ()
+    stored = {
+        key: travel.tensor(group, entry.file, entry.start, entry.nbytes).view(entry.dtype)
+        if travel is not None and key in stays
+        else checkpoint.read(key)
+        for key, entry in entries.items()
+    }
+    tensor = from_components(name, stored)
+    if travel is not None:
+        tensor.stop = travel.stop(group)
+    return tensor
 
 
 def write_checkpoint(path: str | Path, tensors: dict[str, Tensor]) -> None:

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from . import attention, hub, nf4, ops
+from . import attention, checkpoint, hub, nf4, ops
+from .adamw8bit import is_paged
+from .architecture import Progress, choose_device, choose_dtype, empty_base, no_progress, read_config
 from .batches import EVAL_TOKENS, MicroBatch, Schedule, collate, prepare
 from .chat import Encoded
 from .config import PlanConfig, TrainConfig
@@ -27,8 +29,7 @@ from .dataset import Data, read_data
 from .errors import DataError, DoesNotFit, HalfbyteError, ModelError, UsageError
 from .fuse import fuse
 from .learner import Learner
-from .ledger import TensorBytes, resident, sizes, weights_by_part
-from .load import Progress, choose_device, choose_dtype, empty_base, no_progress, read_config
+from .ledger import RESIDENT, TensorBytes, resident, sizes, weights_by_part
 from .memory import available, held_now, is_exhaustion
 from .merge import FP32_LIMIT
 from .ops import cpu
@@ -73,11 +74,18 @@ READ_ROOM = 8 * MIB
 CALL_SECONDS = 20e-6
 """One operation's way through Python and PyTorch."""
 LENGTH_STEP = 128
+DISK_RATE, HOST_RATE = 1e9, 25e9
+"""Bytes a second assumed of a disk (less where the system has them in memory anyway), and of host memory to a GPU."""
+UNASKED_SHARE = 0.5
+"""Of the memory that is free, what a training may take for speed alone without being told what to fit into."""
+TILE = 512
+"""Tokens that MLPs run on at a time where nothing else fits."""
 FITTED = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "kept_activations",
+    "kept_layers",
     "max_length",
 )
 """The options that fit_to chooses."""
@@ -116,7 +124,8 @@ class MemoryPlan:
 
     Attributes: ``ledger``: parts of device memory at the peak of a steady step, then host and disk. ``phases``: the
     peak of device memory in each, bytes. ``tensor_bytes``: of all tensors at the peak of a steady step. ``tokens``: of
-    the largest micro-batch. ``seconds``: an estimate of the whole training, None where the machine is not this one.
+    the largest micro-batch. ``moved_bytes``: to and from disk (GPU: host memory) in an optimizer step. ``seconds``: an
+    estimate of the whole training, None where the machine is not this one.
     """
 
     model: str
@@ -131,6 +140,7 @@ class MemoryPlan:
     tokens: int
     flop: int
     calls: int
+    moved_bytes: int = 0
     steps: int = 0
     seconds: float | None = None
     choices: tuple[Choice, ...] = field(default=())
@@ -152,7 +162,18 @@ class MemoryPlan:
     @property
     def relative_time(self) -> float:
         """Of a step, in seconds of a machine that does 10^12 operations a second; for comparing plans."""
-        return self.flop / 1e12 + self.calls * CALL_SECONDS
+        return self.flop / 1e12 + self.calls * CALL_SECONDS + self.moving_seconds
+
+    @property
+    def moving_seconds(self) -> float:
+        """Of a step, if nothing else is done meanwhile."""
+        return self.moved_bytes / (HOST_RATE if self.device == "cuda" else DISK_RATE)
+
+    def live_bytes(self, tokens: int) -> int:
+        """What a pass of so many tokens takes beside what stays, at most."""
+        fixed = self.bytes_of("logits chunk")
+        live = self.tensor_bytes - self.bytes_of(*RESIDENT)
+        return int(fixed + (live - fixed) * tokens / self.tokens)
 
     def bytes_of(self, *parts: str) -> int:
         return sum(part.bytes for part in self.ledger if part.part in parts)
@@ -176,6 +197,20 @@ def in_words(plan: MemoryPlan) -> list[str]:
         + (f"; {choice.loses}" if choice.loses else "")
         for choice in plan.choices
     ]
+
+
+def settled_in_words(change: dict[str, Any]) -> Iterator[str]:
+    """What `Planner.settle` decided, where it is worth a line."""
+    moved = {"paging": "the optimizer's states", "activation_offloading": "layer inputs", "weight_streaming": "weights"}
+    if away := [what for name, what in moved.items() if change.get(name) == "always"]:
+        yield f"it does not fit otherwise: {', '.join(away)} stay out of memory and come when they are used"
+    if tokens := change.get("tokens_per_pass"):
+        yield f"it does not fit otherwise: micro-batches go through the model in parts of at most {tokens:,} tokens"
+    if tokens := change.get("tokens_per_tile"):
+        yield f"it does not fit otherwise: MLPs run on {tokens:,} tokens at a time"
+    if change.get("kept_activations") == "all":
+        some = change.get("kept_layers", -1)
+        yield f"there is room: {'every layer keeps' if some < 0 else f'{some} layers keep'} its activations"
 
 
 def ways_in_words(plan: MemoryPlan, planner: "Planner") -> list[str]:
@@ -217,13 +252,13 @@ def gib(count: int) -> str:
 class Work:
     """The largest micro-batch of a training, and how many of all kinds there are.
 
-    batch: what is rehearsed. tokens: of an optimizer step, on average. micro_batches: of a step. steps: of the
-    training. eval_tokens: of an evaluation's largest batch, 0 without one.
+    batch: what is rehearsed. tokens: of an optimizer step, on average. passes: forward and backward, of a step. steps:
+    of the training. eval_tokens: of an evaluation's largest batch, 0 without one.
     """
 
     batch: MicroBatch
     tokens: float
-    micro_batches: int
+    passes: int
     steps: int
     eval_tokens: int = 0
 
@@ -234,18 +269,34 @@ def work_of(config: TrainConfig, data: Data | None, context: int | None = None) 
     if data is None:
         length = min(config.max_length, context or config.max_length)
         row = Encoded("plan", [0] * length, [True] * length)
-        batch = collate([row], [0] * config.per_device_train_batch_size)
+        rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        if config.tokens_per_pass:
+            together = min(rows, max(1, config.tokens_per_pass // length))
+            rows, passes = together, passes * -(-rows // together)
+        batch = collate([row], [0] * rows)
         steps = max(config.max_steps, 0)
         evaluated = max(EVAL_TOKENS, length) if config.eval_split else 0
-        return Work(batch, per_step * length, config.gradient_accumulation_steps, steps, evaluated)
+        return Work(batch, per_step * length, passes, steps, evaluated)
     schedule = schedule_of(config, data)
     epoch = schedule.epoch(0)
+    largest = collate(data.train.rows, schedule.largest())
+    passes = config.gradient_accumulation_steps
+    if 0 < config.tokens_per_pass < len(largest.input_ids):
+        parts = largest.split(config.tokens_per_pass)
+        passes *= len(parts)
+        part = max((part for _, part in parts), key=lambda part: len(part.input_ids))
+        # parts of other micro-batches may fill the limit better
+        lack = config.tokens_per_pass - len(part.input_ids)
+        filler = Encoded("plan", [0] * lack, [True] * lack)
+        rows = [data.train.rows[i] for i in schedule.largest()]
+        rows = [row for row in rows if row.where in part.rows]
+        largest = collate([*rows, filler], range(len(rows) + (lack > 0)))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(epoch))
     longest = max((len(row.input_ids) for row in data.held_out), default=0)
     return Work(
-        collate(data.train.rows, schedule.largest()),
+        largest,
         data.train.tokens / len(epoch),
-        config.gradient_accumulation_steps,
+        passes,
         steps,
         max(EVAL_TOKENS, longest) if longest else 0,
     )
@@ -312,10 +363,15 @@ def _plan_memory(
         quantized = sum(in_4bit)
         fuse(model)
         learner = Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
+        parts, streamed = resident(learner), 0
+        if config.weight_streaming == "always" and device == "cpu":
+            streamed = sum(base.pop(part) for part in STREAMED)
+            parts = {part: [] if part in STREAMED else tensors for part, tensors in parts.items()}
         with attention.segments(model):
-            peaks, flop, calls = _run(learner, work)
-        held = sizes(resident(learner))
+            peaks, flop, calls = _run(learner, work, parts)
+        held = sizes({**resident(learner), **{part: [] for part in STREAMED if streamed}})
     on_gpu = device == "cuda"
+    elsewhere = _elsewhere(learner, work, streamed)
     step = max((peaks[phase] for phase in ("backward", "update")), key=lambda peak: peak.process)
     phases = {}
     for name, peak in (("step", step), ("eval", peaks.get("eval")), ("save", peaks["save"])):
@@ -325,17 +381,19 @@ def _plan_memory(
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     reading = _reading_bytes(stored, largest, dtype)
     # while it is loaded, and when what is trained has its gradients and the self-test has been (with one set of them)
-    added = held["adapters"] + held["gradients"] + (held["optimizer states"] if config.optim == "adamw_8bit" else 0)
+    states = held["optimizer states"] if config.optim in ("adamw_8bit", "paged_adamw_8bit") else 0
+    added = held["adapters"] + held["gradients"] + states
     load = runtime_bytes + sum(base.values()) + max(reading, added + (0 if on_gpu else PROCESS_GROWTH))
     phases = {"load": load, "first step": phases["step"], **phases}
     slack = phases["step"] - runtime_bytes - step.tensors
     adapters = held["adapters"] // 4
     ledger = [Part(part, step.parts.get(part, 0)) for part in (*held, *(p for p in step.parts if p not in held))]
     trained = held["adapters"] or sum(p.nbytes for p in learner.trained)
-    one = trained + held["optimizer states"]
+    one = trained + max(held["optimizer states"], elsewhere["paged optimizer states"])
     ledger += [
         Part("GPU context" if on_gpu else "the process before it", runtime_bytes),
         Part("allocator slack", slack),
+        *(Part(part, size, "host" if on_gpu else "disk") for part, size in elsewhere.items()),
         Part("checkpoints", (config.save_total_limit + 2) * one, "disk"),
         Part("adapter" if adapters else "model", trained, "disk"),
         Part("the model's files", _file_bytes(stored, parameters), "disk"),
@@ -355,7 +413,9 @@ def _plan_memory(
         quantized,
         len(work.batch.input_ids),
         int(flop * work.tokens / len(work.batch.input_ids)),
-        calls * work.micro_batches,
+        calls * work.passes,
+        2 * elsewhere["paged optimizer states"]
+        + 2 * work.passes * (elsewhere["offloaded layer inputs"] + elsewhere["streamed weights"]),
         work.steps,
     )
 
@@ -369,10 +429,24 @@ class _PeakOf:
     parts: dict[str, int]
 
 
-def _run(learner: Learner, work: Work) -> tuple[dict[str, _PeakOf], int, int]:
-    """Each phase's peak; operations and calls of a micro-batch."""
+STREAMED = ("4-bit codes", "scales")
+"""Parts that stay in a file with weight_streaming."""
+
+
+def _elsewhere(learner: Learner, work: Work, streamed: int) -> dict[str, int]:
+    """Bytes that lie outside of the memory that is computed in, by part."""
+    optimizer, run = learner.optimizer, learner.recompute
+    return {
+        "streamed weights": streamed,
+        "paged optimizer states": checkpoint.state_bytes(optimizer) if is_paged(optimizer) else 0,
+        "offloaded layer inputs": 0 if run is None or run.inputs.away is None else run.inputs.nbytes,
+    }
+
+
+def _run(learner: Learner, work: Work, parts: dict[str, list[torch.Tensor]]) -> tuple[dict[str, _PeakOf], int, int]:
+    """Each phase's peak, on top of what is resident; operations and calls of a pass."""
     found: dict[str, _PeakOf] = {}
-    count = TensorBytes(resident(learner))
+    count = TensorBytes(parts)
 
     def note(phase: str) -> None:
         found[phase] = _PeakOf(count.peak, count.process_peak, dict(count.at_peak))
@@ -517,6 +591,68 @@ class Planner:
         other = self.plan(**change)
         return Choice(change, other.peak_bytes, other.relative_time / plan.relative_time, other.fits, loses)
 
+    # --- what is left to us ---
+
+    def settle(self) -> tuple[dict[str, Any], MemoryPlan]:
+        """Options left to `auto`, decided, and the plan with them: what need not be in memory leaves it where the plan
+        does not fit otherwise; where it does, layers keep their activations as far as there is room for speed alone.
+
+        None of it changes a number but ``tokens_per_pass`` and ``tokens_per_tile``, which are last: they add in another
+        order.
+        """
+        plan, change = self.plan(), {}
+        for more in () if plan.fits else self._remedies():
+            change = {**change, **more}
+            plan = self.plan(**change)
+            if plan.fits:
+                break
+        else:
+            if self.config.kept_activations == "auto" and plan.fits:
+                kept = self._most_layers({}, plan)
+                return (kept[0], kept[1]) if kept else ({"kept_activations": "none"}, plan)
+            return {}, self.plan() if change else plan
+        return {**change, "kept_activations": "none"} if self.config.kept_activations == "auto" else change, plan
+
+    def _remedies(self) -> Iterator[dict[str, Any]]:
+        """Changes that a training may make by itself where it does not fit, the cheapest first."""
+        c = self.config
+        if c.optim in checkpoint.STATES and c.paging == "auto":
+            yield {"paging": "always"}
+        if c.gradient_checkpointing and c.activation_offloading == "auto":
+            yield {"activation_offloading": "always"}
+        if self.budget.device == "cpu" and c.load_in_4bit and c.weight_streaming == "auto":
+            yield {"weight_streaming": "always"}
+        data = self._data_for(c)
+        longest = max(len(row.input_ids) for row in data.train.rows) if data is not None else c.max_length
+        largest = len(work_of(c, data, self.context).batch.input_ids)
+        if not c.tokens_per_pass and longest < largest:
+            yield {"tokens_per_pass": longest}
+        if not c.tokens_per_tile and longest > 2 * TILE:
+            yield {"tokens_per_tile": TILE}
+
+    def _most_layers(self, change: dict[str, Any], least: MemoryPlan) -> tuple[dict[str, Any], MemoryPlan] | None:
+        """The plan in which as many layers keep all of their activations as there is room for; None if none do."""
+        c = self.config
+        if not c.gradient_checkpointing or not self.budget.bytes:
+            return None
+        share = 1.0 if c.fit_to else UNASKED_SHARE
+        room = self.budget.runtime + int((self.budget.bytes - self.budget.runtime) * share)
+        room = min(room, least.budget_bytes - least.reserve_bytes)
+        layers = getattr(self.model_config.get_text_config(), "num_hidden_layers", 0)
+        every = {**change, "kept_activations": "all", "kept_layers": -1}
+        most = self.plan(**every)
+        if most.peak_bytes <= room:
+            return every, most
+        low, high = least.peak_bytes, most.peak_bytes
+        count = int(layers * (room - low) / (high - low)) if high > low else 0
+        while count > 0:
+            some = {**every, "kept_layers": count}
+            plan = self.plan(**some)
+            if plan.peak_bytes <= room:
+                return some, plan
+            count = min(count - 1, int(count * (room - low) / max(plan.peak_bytes - low, 1)))
+        return None
+
     # --- ways out ---
 
     def ways_out(self, plan: MemoryPlan) -> tuple[Choice, ...]:
@@ -537,7 +673,7 @@ class Planner:
         c = self.config
         if not c.gradient_checkpointing:
             yield "", {"gradient_checkpointing": True}
-        if c.kept_activations != "none":
+        if c.kept_activations not in ("none", "auto"):
             yield "", {"kept_activations": "none"}
         if c.per_device_train_batch_size > 1:
             yield (
@@ -553,8 +689,14 @@ class Planner:
             yield "an adapter is trained instead of every parameter", {"full": False, "load_in_4bit": True}
         if c.load_in_4bit and not c.bnb_4bit_use_double_quant:
             yield "scales are rounded to 8 bits", {"bnb_4bit_use_double_quant": True}
-        if c.optim != "adamw_8bit":
-            yield "optimizer states are rounded to 8 bits", {"optim": "adamw_8bit"}
+        if c.optim in checkpoint.STATES and c.paging == "auto":
+            yield "", {"paging": "always"}
+        if c.gradient_checkpointing and c.activation_offloading != "always":
+            yield "", {"activation_offloading": "always"}
+        if self.budget.device == "cpu" and c.load_in_4bit and c.weight_streaming != "always":
+            yield "", {"weight_streaming": "always"}
+        if c.optim in ("adamw_torch", "paged_adamw_32bit"):
+            yield "optimizer states are rounded to 8 bits", {"optim": "paged_adamw_8bit"}
         if not c.full and c.lora_r > 8:
             yield "the adapter is smaller", {"lora_r": c.lora_r // 2}
         length = min(c.max_length, self.data.max_length if self.data else c.max_length)
@@ -573,6 +715,8 @@ class Planner:
         given = self.plan()
         total = c.per_device_train_batch_size * c.gradient_accumulation_steps
         as_given = {name: getattr(c, name) for name in FITTED[:-1]}
+        if c.kept_activations == "auto":
+            as_given["kept_activations"] = "none"
         tried: list[tuple[dict[str, Any], MemoryPlan]] = [(as_given, given)]
         keeps = ("all", "mlp_in", "attention", "none")
         for keep in self.progress(keeps, len(keeps), "planning"):
@@ -582,16 +726,35 @@ class Planner:
                     "gradient_accumulation_steps": total // b,
                     "gradient_checkpointing": True,
                     "kept_activations": keep,
+                    "kept_layers": -1,
                 }
                 if change == as_given:
                     continue
                 tried.append((change, self.plan(**change)))
                 if not tried[-1][1].fits:
                     break  # nor does a larger one
+        too_much = {
+            change["per_device_train_batch_size"]
+            for change, plan in tried
+            if change["kept_activations"] == "all" and not plan.fits
+        }
+        for change, plan in list(tried):
+            if change["kept_activations"] == "none" and plan.fits and change["per_device_train_batch_size"] in too_much:
+                tried += [some for some in [self._most_layers(change, plan)] if some]
         fitting = sorted((pair for pair in tried if pair[1].fits), key=lambda pair: pair[1].relative_time)
         if not fitting:
-            least = {"gradient_checkpointing": True, "kept_activations": "none", "per_device_train_batch_size": 1}
-            return self._shorter(given, {**least, "gradient_accumulation_steps": total})
+            least: dict[str, Any] = {
+                "gradient_checkpointing": True,
+                "kept_activations": "none",
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": total,
+            }
+            for more in self._remedies():
+                if "tokens_per_pass" not in more:  # a row at a time already
+                    least = {**least, **more}
+                    if (plan := self.plan(**least)).fits:
+                        return replace(plan, choices=(Choice(least, plan.peak_bytes, 1.0, True),))
+            return self._shorter(given, least)
         best_change, best = fitting[0]
         rows = [
             Choice(change, plan.peak_bytes, plan.relative_time / best.relative_time, plan.fits)
@@ -648,7 +811,7 @@ def timed(plan: MemoryPlan, dtype: torch.dtype) -> MemoryPlan:
     """The plan with an estimate of the training's time on this machine."""
     if plan.device != "cpu" or not plan.steps:
         return plan
-    step = plan.flop / products_per_second(dtype, plan.tokens) + plan.calls * CALL_SECONDS
+    step = plan.flop / products_per_second(dtype, plan.tokens) + plan.calls * CALL_SECONDS + plan.moving_seconds
     return replace(plan, seconds=step * plan.steps)
 
 
@@ -679,7 +842,9 @@ def _planned(config: TrainConfig, say: Callable[[str], None], progress: Progress
     planner = Planner(path, config, data, progress)
     if config.fit_to:
         return timed(planner.fit(), planner.dtype)
-    found = planner.plan()
+    change, found = planner.settle()
+    for line in settled_in_words(change):
+        say(line)
     if not found.fits:
         found = replace(found, choices=planner.ways_out(found))
     return timed(found, planner.dtype)

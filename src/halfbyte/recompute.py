@@ -18,15 +18,18 @@ layer is run by the function that transformers calls for a checkpointed layer, o
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import ModelError
-from .memory import Slots, counted_as
+from .memory import counted_as
+from .paged import Slots
 
 Keep = Literal["none", "attention", "mlp_in", "all"]
 KEEPS: tuple[Keep, ...] = get_args(Keep)
@@ -104,6 +107,16 @@ def attended(compute: Callable[[], Result]) -> Result:
     return compute() if tape is None else tape.take(compute, False)
 
 
+def as_one_product(compute: Callable[[], Tensor]) -> Tensor:
+    """The result of several products of which one alone leaves what it gives, computed or at hand."""
+
+    def apart() -> Tensor:
+        with _Playing(None):
+            return compute()
+
+    return product(apart)
+
+
 def pass_attention() -> None:
     """Attention happens here, but its result cannot be kept."""
     tape: _Tape | None = getattr(_running, "tape", None)
@@ -112,9 +125,9 @@ def pass_attention() -> None:
 
 
 class _Playing:
-    """Within this block products and attention go by the tape."""
+    """Within this block products and attention go by the tape (None: by none, each is computed)."""
 
-    def __init__(self, tape: _Tape) -> None:
+    def __init__(self, tape: _Tape | None) -> None:
         self.tape = tape
 
     def __enter__(self) -> None:
@@ -126,16 +139,33 @@ class _Playing:
 
 
 class Recompute:
-    """Runs a checkpointed layer: `transformers` calls it as ``run(function, hidden_states, *others)``."""
+    """Runs the checkpointed layers of a model.
 
-    def __init__(self, keep: Keep = "none", layers: int = 0) -> None:
-        self.keep: Keep = keep
-        self.inputs = Slots(layers)
+    Args:
+        keep: what layers keep beside their input. layers: their number. kept_layers: that many keep it, the last ones,
+            whose backward passes come first; the others keep their input alone. Negative: all. away: directory of the
+            file that inputs wait in (on a GPU: pinned host memory); None: they wait where the model computes.
+    """
+
+    def __init__(self, keep: Keep = "none", layers: int = 0, kept_layers: int = -1, away: Path | None = None) -> None:
+        self.keep: Keep = keep if kept_layers else "none"
+        self.layers = layers
+        self.kept_layers = min(kept_layers, layers) if kept_layers >= 0 else layers
+        self.inputs = Slots(layers, away)
         self.skip_last = False
         self.skipped = False
         self.fill: float | None = None  # what a skipped result holds; a test puts NaN in, to see whether it matters
 
-    def __call__(self, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+    def keep_nothing(self) -> None:
+        """Keep nothing but inputs; takes effect when the layers are given what runs them again."""
+        self.keep, self.kept_layers = "none", 0
+
+    def layer(self, number: int) -> Callable[..., Tensor]:
+        """What runs layer ``number``: `transformers` calls it as ``run(function, hidden_states, *others)``."""
+        keeps = number >= self.layers - self.kept_layers
+        return functools.partial(self._run, self.keep if keeps else "none")
+
+    def _run(self, keep: Keep, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return function(hidden, *others)
         given = [*others, *getattr(function, "keywords", {}).values()]
@@ -143,7 +173,7 @@ class Recompute:
             raise ModelError("a layer is given a second tensor that needs a gradient")
         # the adapters inside need gradients even where the layer's input does not: the first layer's
         trigger = torch.empty(0, requires_grad=True)
-        return _Layer.apply(self, function, others, trigger, hidden)  # pyright: ignore[reportReturnType]
+        return _Layer.apply(self, keep, function, others, trigger, hidden)  # pyright: ignore[reportReturnType]
 
 
 class _Layer(torch.autograd.Function):
@@ -151,9 +181,15 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Recompute, function: Callable[..., Tensor], others: Any, trigger: Tensor, hidden: Tensor
+        ctx: Any,
+        run: Recompute,
+        keep: Keep,
+        function: Callable[..., Tensor],
+        others: Any,
+        trigger: Tensor,
+        hidden: Tensor,
     ) -> Tensor:
-        ctx.tape = _Tape(run.keep)
+        ctx.tape = _Tape(keep)
         with _Playing(ctx.tape):
             out = function(hidden, *others)
         if not isinstance(out, Tensor):
@@ -164,14 +200,14 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden = ctx.input.tensor.detach().requires_grad_(ctx.needs_input_grad[4])
+        hidden = ctx.input.take().detach().requires_grad_(ctx.needs_input_grad[5])
         with torch.enable_grad(), _Playing(ctx.tape):
             out = ctx.function(hidden, *ctx.others)
         ctx.tape = ctx.function = ctx.others = None
         if out.requires_grad:
             torch.autograd.backward(out, grads[0])
         ctx.input = None  # its place may be taken from here on
-        return None, None, None, None, hidden.grad
+        return None, None, None, None, None, hidden.grad
 
 
 def recompute_layers(model: Any, run: Recompute | None) -> int:
@@ -179,8 +215,8 @@ def recompute_layers(model: Any, run: Recompute | None) -> int:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
+    for number, layer in enumerate(layers):
         layer.gradient_checkpointing = run is not None
         if run is not None:
-            object.__setattr__(layer, "_gradient_checkpointing_func", run)
+            object.__setattr__(layer, "_gradient_checkpointing_func", run.layer(number))
     return len(layers)

@@ -34,16 +34,20 @@ def rehearse(learner: Learner, batch: MicroBatch, rows: list[Encoded], directory
     shutil.rmtree(room, ignore_errors=True)
     try:
         checkpoint.save(room, 0, learner.model, learner.optimizer, {"updates": learner.updates}, 1, base)
-        packed = learner.abilities.packing
-        with torch.random.fork_rng():
-            with attention.segments(learner.model) if packed else contextlib.nullcontext():
-                learner.accumulate(batch, max(batch.supervised, 1), 0, 0)
-            learner.clip()
-            learner.update(learner.config.learning_rate)
-            learner.forget()
-            if rows:
-                mean_loss(learner.model, rows, packed=packed)
-        saved = checkpoint.Found(room / "step-00000000", 0)
-        learner.updates = checkpoint.restore(saved, learner.model, learner.optimizer)
+        packed, updated = learner.abilities.packing, False
+        try:
+            with torch.random.fork_rng():
+                with attention.segments(learner.model) if packed else contextlib.nullcontext():
+                    learner.accumulate(batch, max(batch.supervised, 1), 0, 0)
+                learner.clip()
+                updated = True
+                learner.update(learner.config.learning_rate)
+                learner.forget()
+                if rows:
+                    mean_loss(learner.model, rows, packed=packed)
+        finally:
+            if updated:
+                saved = checkpoint.Found(room / "step-00000000", 0)
+                learner.updates = checkpoint.restore(saved, learner.model, learner.optimizer)
     finally:
         shutil.rmtree(room, ignore_errors=True)

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,28 +95,32 @@ def _relative(value: Tensor, reference: Tensor) -> float:
 # --- layers run again -------------------------------------------------------------------------------------------------
 
 
-def checkpoint_layers(model: Any, keep: Keep, packing: bool) -> str:
+def checkpoint_layers(
+    model: Any, keep: Keep, packing: bool, kept_layers: int = -1, away: Path | None = None
+) -> tuple[str, Recompute | None]:
     """Have the layers of a model keep what ``keep`` says and compute the rest again, if that gives the same gradients.
 
     Args:
         model: in training mode, with its trained parameters. packing: it keeps rows apart (`Abilities.packing`).
+        kept_layers, away: as for `recompute.Recompute`.
 
     Returns:
-        A line that says what was found. Where the layers cannot be run again by `recompute`, PyTorch's own
-        checkpointing takes its place, which keeps nothing but the layers' inputs.
+        A line that says what was found, and what runs the layers. Where they cannot be run again by `recompute`,
+        PyTorch's own checkpointing takes its place, which keeps nothing but the layers' inputs: then there is None.
     """
     # newer transformers renamed it, and warns at the older name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": False})
-    run = Recompute(keep, layers := recompute_layers(model, None))
+    run = Recompute(keep, layers := recompute_layers(model, None), kept_layers, away)
     if not layers:
-        return "recomputed in the backward pass: whole layers (by PyTorch: this model's layers take no other function)"
+        why = "this model's layers take no other function"
+        return f"recomputed in the backward pass: whole layers (by PyTorch: {why})", None
     if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
         model.disable_input_require_grads()  # our function takes inputs without gradients, and saves the first one's
     if next(model.parameters()).is_meta:  # nothing to compare: a plan counts on what holds for the models we know
         recompute_layers(model, run)
         run.skip_last = run.skipped = True
-        return _recomputed_line(run)
+        return _recomputed_line(run), run
     with _lively_adapter(model):
         expected = _gradients(model, packing)
         recompute_layers(model, run)
@@ -126,14 +131,21 @@ def checkpoint_layers(model: Any, keep: Keep, packing: bool) -> str:
             if expected is None or _gradients(model, packing) != expected:
                 # whatever is random in such a model is PyTorch's to repeat
                 enable({"use_reentrant": False, "preserve_rng_state": True})
-                return "recomputed in the backward pass: whole layers (by PyTorch: run by halfbyte, gradients differ)"
+                why = "run by halfbyte, gradients differ"
+                return f"recomputed in the backward pass: whole layers (by PyTorch: {why})", None
         run.fill = None
-    return _recomputed_line(run)
+    return _recomputed_line(run), run
 
 
 def _recomputed_line(run: Recompute) -> str:
     last = "not the last product, " if run.skip_last and run.skipped else ""
-    return f"recomputed in the backward pass: {last}kept activations: {run.keep}"
+    some = f" in the last {run.kept_layers} of {run.layers} layers" if 0 < run.kept_layers < run.layers else ""
+    where = (
+        ""
+        if run.inputs.away is None
+        else f"; layer inputs wait {'in host memory' if run.inputs.staged else 'in a file'}"
+    )
+    return f"recomputed in the backward pass: {last}kept activations: {run.keep}{some}{where}"
 
 
 @contextlib.contextmanager

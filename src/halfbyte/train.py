@@ -9,6 +9,7 @@ the weights are read.
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -23,36 +24,37 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 
 from . import attention, checkpoint, hub
+from .architecture import Progress, build_empty, choose_device, choose_dtype, no_progress, read_config
 from .batches import MicroBatch, collate
 from .config import TrainConfig
 from .dataset import Data, read_data, source_digest
-from .errors import BusyError, DoesNotFit, Interrupted, ModelError, NonFiniteError, StorageError, UsageError
+from .errors import (
+    BusyError,
+    DoesNotFit,
+    HalfbyteError,
+    Interrupted,
+    ModelError,
+    NonFiniteError,
+    StorageError,
+    UsageError,
+)
 from .evaluate import largest_group, mean_loss
+from .filler import QuantReport
 from .fuse import fuse
 from .generate import answers
 from .learner import Learner
 from .ledger import Watch, resident, sizes
-from .load import (
-    Progress,
-    QuantReport,
-    build_empty,
-    choose_device,
-    choose_dtype,
-    load_base,
-    no_progress,
-    read_config,
-    refuse_other_base,
-)
+from .load import load_base, refuse_other_base
 from .lora import lora_layers, save_adapter, target_names
-from .memory import allocate_apart, bounded, is_exhaustion, return_freed
+from .memory import allocate_apart, bounded, headroom, is_exhaustion, return_freed
 from .ops import cpu
-from .plan import FITTED, CannotPlan, MemoryPlan, Planner, gib, schedule_of, ways_in_words
+from .plan import FITTED, TILE, CannotPlan, MemoryPlan, Planner, gib, schedule_of, settled_in_words, ways_in_words
 from .rehearsal import DIRECTORY, rehearse
 from .run import ADAPTER_FACTS, EVALS, MEMORY, METRICS, NONFINITE, PLAN_JSON, SAMPLES, Run
 from .selftest import self_test
@@ -67,6 +69,10 @@ ONLY_THE_RESULT = (
 )
 LASTING, PASSING = 1 << 16, 1 << 20
 """Bytes from which on memory is asked of the system by itself while a model is loaded, and while it is trained."""
+LEAST_TILE = 32
+MAY_CHANGE_BITS = {"tokens_per_pass", "tokens_per_tile"}
+"""Options by which sums are added in another order."""
+Result = TypeVar("Result")
 SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
 """Longest sample answer, and the time after which sampling is cut off."""
 
@@ -196,6 +202,10 @@ class Trainer:
         allowed = {name.strip().replace("-", "_") for name in config.allow_change.split(",") if name.strip()}
         if resumed is not None:
             changes = checkpoint.changes_since(checkpoint.read_state(resumed), info, allowed)
+            before = self.run.config()
+            for name in sorted(MAY_CHANGE_BITS):
+                if (was := getattr(before, name)) != (now := getattr(config, name)):
+                    changes.append(f"{name}: {was} then, {now} now")
         with self.watch.phase("load", start):
             report = self.build_model(base_path)
         self.watch.learner = self.learner
@@ -233,8 +243,10 @@ class Trainer:
             DoesNotFit: it does not, and ``force`` is not given.
         """
         config, say = self.config, self.reporter.say
+        before = self.run.config() if resumed else config
+        # what memory made of the run stays so
+        self._change({name: getattr(before, name) for name in MAY_CHANGE_BITS - config.model_fields_set})
         if resumed and config.fit_to:
-            before = self.run.config()
             # what is kept changes no result, and may be given anew
             free = {"kept_activations"} & config.model_fields_set
             self._change({name: getattr(before, name) for name in FITTED if name not in free})
@@ -259,7 +271,11 @@ class Trainer:
                     planner.config, planner.data = self.config, self.data
                     say(f"to fit {config.fit_to}: {plan.choices[0].flags()}")
             else:
-                plan = planner.plan()
+                change, plan = planner.settle()
+                self._change(change)
+                planner.config = self.config
+                for line in settled_in_words(change):
+                    say(line)
         except CannotPlan as error:
             if config.fit_to:
                 raise
@@ -289,7 +305,9 @@ class Trainer:
         began = time.perf_counter()
         batch = collate(self.data.train.rows, self.schedule.largest())
         with self.watch.phase("rehearsal", start):
-            rehearse(self.learner, batch, largest_group(self.data.held_out), self.run.path, self.config.model)
+            held_out = largest_group(self.data.held_out)
+            again = functools.partial(rehearse, self.learner, batch, held_out, self.run.path, self.config.model)
+            self._with_less(start, [batch], again)
         return_freed()
         self.reporter.say(
             f"rehearsed: the largest micro-batch ({len(batch.input_ids):,} tokens) and a save go through "
@@ -457,11 +475,11 @@ class Trainer:
         self.watch.peak.restart()
         supervised = sum(batch.supervised for batch in batches)
         learner = self.learner
-        total = torch.zeros((), device=learner.device)
         with self.interrupts.immediate(""):  # nothing but gradients changes in here, and they are thrown away
-            for number, batch in enumerate(batches):
-                for loss in learner.accumulate(batch, supervised, step, number):
-                    total += loss
+            losses = self._with_less(step, batches, lambda: self._gradients(step, batches, supervised))
+            total = torch.zeros((), device=learner.device)
+            for loss in losses:
+                total += loss
             mean_loss = float(total) / supervised
             norm = float(learner.clip())
         rate = learning_rate(self.config, step, self.total_steps)
@@ -484,9 +502,90 @@ class Trainer:
             "tokens": tokens,
             "supervised_tokens": supervised,
             "tokens_per_s": round(tokens / seconds, 2),
+            "passes": len(losses),
             "memory_bytes": peak,
             "memory_planned_bytes": self.watch.planned.get("step"),
         }
+
+    def _gradients(self, step: int, batches: list[MicroBatch], supervised: int) -> list[torch.Tensor]:
+        """The step's gradients, added to zeros; the summed loss of each pass."""
+        losses = []
+        for number, batch in enumerate(batches):
+            self._make_room(step, batch)
+            losses += self.learner.accumulate(batch, supervised, step, number)
+        return losses
+
+    # --- a step that cannot run out ---
+
+    def _make_room(self, step: int, batch: MicroBatch) -> None:
+        """Before a micro-batch for which too little memory is left, go on with less."""
+        while self.plan is not None:
+            largest = max(len(part.input_ids) for _, part in self.learner.parts(batch))
+            need, left = self.plan.live_bytes(largest), headroom(self.learner.device)
+            if left is None or need <= left:
+                return
+            if not self._take_less(step, [batch], f"{largest:,} tokens need {gib(need)} and {gib(left)} are left"):
+                return  # it may do all the same
+
+    def _with_less(self, step: int, batches: list[MicroBatch], work: Callable[[], Result]) -> Result:
+        """Work that changes nothing but gradients. Where memory runs out, it is begun anew with less.
+
+        Raises:
+            MemoryError: it ran out, and there is nothing left to do with less.
+        """
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not is_exhaustion(error):
+                    raise
+                message = (str(error).strip() or type(error).__name__).splitlines()[0]
+                traceback.clear_frames(error.__traceback__)  # and with them what the failed computation held
+            self.learner.forget()
+            return_freed()
+            if not self._take_less(step, batches, f"memory ran out ({message[:120]})"):
+                raise MemoryError(message)
+
+    def _take_less(self, step: int, batches: list[MicroBatch], why: str) -> bool:
+        """Make one change by which a training needs less memory, the cheapest that is left; False if none is.
+
+        It is said, and written to memory.jsonl; one that may change last bits also to run.json.
+        """
+        learner = self.learner
+        parts = [part for batch in batches for _, part in learner.parts(batch)]
+        largest = max(len(part.input_ids) for part in parts)
+        change: dict[str, Any]
+        if learner.page_out():
+            change, now = {"paging": "always"}, "the optimizer's states leave memory"
+        elif learner.keep_less():
+            change, now = {"kept_activations": "none"}, "layers keep their inputs alone"
+        elif learner.offload():
+            change, now = {"activation_offloading": "always"}, "layer inputs wait elsewhere"
+        elif learner.abilities.packing and any(len(part.rows) > 1 for part in parts):
+            learner.tokens_per_pass = largest // 2
+            change = {"tokens_per_pass": learner.tokens_per_pass}
+            now = f"micro-batches go through the model in parts of at most {learner.tokens_per_pass:,} tokens"
+        elif (tile := min(TILE, learner.tokens_per_tile // 2 or largest // 2)) >= LEAST_TILE and learner.tile(tile):
+            change, now = {"tokens_per_tile": tile}, f"MLPs run on {tile:,} tokens at a time"
+        else:
+            return False
+        self.reporter.say(f"step {step + 1}: {why}; from here on {now}")
+        self.watch.append({"phase": "less", "step": step + 1, "why": why, "change": change})
+        self._change(change)
+        if change.keys() & MAY_CHANGE_BITS:
+            ((name, value),) = change.items()
+            self.info["changes"].append({"step": step, "change": f"{name}: {value} from here on, for {why}"})
+        self.info["config"] = self.config.model_dump()
+        self.run.write_info(self.info)
+        self._plan_again()
+        return True
+
+    def _plan_again(self) -> None:
+        """What is needed now, after a change; as before where it cannot be planned."""
+        if self.planner is not None:
+            self.planner.config = self.config
+            with contextlib.suppress(HalfbyteError, RuntimeError, MemoryError):
+                self.plan = self.planner.plan()
 
     def _is_finite(self, step: int, loss: float, norm: float, batches: list[MicroBatch]) -> bool:
         """Whether the update may be made. A step that may not is written to nonfinite.jsonl with its rows.

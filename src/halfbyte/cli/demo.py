@@ -108,7 +108,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 def _show_plan(config: TrainConfig) -> None:
     """The bytes of each part, in 4 bits and in 16."""
     from .. import hub, nf4
-    from ..load import read_config
+    from ..architecture import read_config
     from ..plan import plan_memory, work_of
 
     shape = config.model_copy(update={"max_length": 96})

@@ -100,7 +100,7 @@ def _versions() -> dict[str, str]:
 def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
-    from ..load import choose_device, choose_dtype
+    from ..architecture import choose_device, choose_dtype
     from ..ops import cpu
 
     device = choose_device("auto")

@@ -83,18 +83,27 @@ def _show_search(plan: "MemoryPlan") -> None:
     rows = []
     for choice in plan.choices:
         change = choice.change
+        some = change.get("kept_layers", -1)
         rows.append(
             [
-                str(change["kept_activations"]),
+                str(change["kept_activations"]) + (f" in {some} layers" if some >= 0 else ""),
                 f"{change['per_device_train_batch_size']} x {change['gradient_accumulation_steps']}",
                 gib(choice.peak_bytes),
                 f"{choice.relative_time:.2f}",
                 "yes" if choice.fits else "no",
-                choice.loses or "nothing",
+                choice.loses or _moved(change) or "nothing",
             ]
         )
     columns = ["kept activations", "micro-batch x accumulation", "peak", "time", "fits", "loses"]
     console.table("what was tried; the first is taken", columns, rows)
+
+
+def _moved(change: dict[str, Any]) -> str:
+    """What of a plan does not lie in memory, and how it is cut."""
+    moved = {"paging": "states", "activation_offloading": "layer inputs", "weight_streaming": "weights"}
+    words = [what for name, what in moved.items() if change.get(name) == "always"]
+    tiled = f"MLPs {change['tokens_per_tile']} tokens at a time" if change.get("tokens_per_tile") else ""
+    return "; ".join(filter(None, [f"out of memory: {', '.join(words)}" if words else "", tiled]))
 
 
 def duration(seconds: float) -> str:

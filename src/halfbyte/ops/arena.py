@@ -137,6 +137,13 @@ class Arena:
         with torch.no_grad():
             return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, torch.Size(shape), _strides(shape))
 
+    @property
+    def unused(self) -> int:
+        """Bytes that are in memory and that no tensor lies in."""
+        with self._lock:
+            self._collect()
+            return max(self.pieces.touched - self.pieces.taken, 0)
+
     def release(self) -> None:
         """Give the regions back to the system, if no tensor lies in them."""
         with self._lock:

@@ -25,7 +25,7 @@ from ..errors import UsageError
 from .arena import ARENA
 from .library import LIBRARY, device_type, scratch
 
-ABI = 3
+ABI = 4
 KERNELS = ("auto", "cpp", "torch")
 _NAME = "halfbyte_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -55,6 +55,7 @@ class _Dropout(ctypes.Structure):
 
     _fields_ = [
         ("seed", c_uint64),
+        ("first", c_int64),
         ("step", c_uint32),
         ("micro_batch", c_uint32),
         ("layer", c_uint32),
@@ -333,14 +334,16 @@ def _dequantize(library: Any, *args: Any) -> None:
 
 
 def _dropout(dropout: list[int]) -> _Dropout | None:
-    threshold, seed, step, micro_batch, layer = dropout
-    return _Dropout(seed & 0x7FFFFFFFFFFFFFFF, step, micro_batch, layer, threshold) if threshold else None
+    return _numbers(dropout) if dropout[0] else None
+
+
+def _numbers(dropout: list[int]) -> _Dropout:
+    threshold, seed, step, micro_batch, layer, first = dropout
+    return _Dropout(seed & 0x7FFFFFFFFFFFFFFF, first, step, micro_batch, layer, threshold)
 
 
 def _dropout_mask(library: Any, out: Tensor, dropout: list[int]) -> None:
-    threshold, seed, step, micro_batch, layer = dropout
-    numbers = _Dropout(seed & 0x7FFFFFFFFFFFFFFF, step, micro_batch, layer, threshold)
-    call(library, "hb_dropout_mask", out.data_ptr(), out.numel(), numbers, torch.get_num_threads())
+    call(library, "hb_dropout_mask", out.data_ptr(), out.numel(), _numbers(dropout), torch.get_num_threads())
 
 
 def _lora_input(library: Any, x: Tensor, a: Tensor, dropout: list[int]) -> Tensor:

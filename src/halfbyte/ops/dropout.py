@@ -4,7 +4,8 @@ A mask is needed in the forward pass, again where a checkpointed layer is recomp
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns (key, counter) into random words without any
 state: Philox4x32 with 7 rounds is the shortest that passes BigCrush. Each 32-bit word serves two elements: element i
 of a mask uses the counter (i // 8, layer, micro_batch, step), word (i % 8) // 2, the low half first, and is dropped
-if its 16 bits, unsigned, are below the threshold round(p * 65536).
+if its 16 bits, unsigned, are below the threshold round(p * 65536). A part of a tensor says with which element of the
+whole it begins, so that its mask is that part of the whole's.
 
 Everything is integer arithmetic, so every backend gives the same bits. The arithmetic here is int64 because PyTorch
 has no unsigned 32-bit multiply; the products wrap, and only their low and high 32 bits are used.
@@ -48,6 +49,8 @@ class Dropout(NamedTuple):
     step: int
     micro_batch: int
     layer: int
+    first: int = 0
+    """The mask's element that belongs to the tensor's first."""
 
 
 NO_DROPOUT = Dropout(0, 0, 0, 0, 0)
@@ -57,8 +60,10 @@ def dropout_mask(numel: int, dropout: Dropout, device: torch.device) -> Tensor:
     """bool [numel], True where the element is kept.
 
     Raises:
-        ValueError: a counter that does not fit in 32 bits.
+        ValueError: a counter that does not fit in 32 bits, or an element beyond 2^35.
     """
+    if dropout.first < 0 or dropout.first + numel > 1 << 35:
+        raise ValueError(f"a mask has elements 0 to 2^35, got {numel} from {dropout.first} on")
     for name in ("step", "micro_batch", "layer"):
         value = getattr(dropout, name)
         if not 0 <= value <= _MASK:
@@ -106,11 +111,17 @@ def _mix(product: Tensor | int, other: Tensor | int, key: int) -> Tensor | int:
 
 def _dropout_mask(out: Tensor, dropout: list[int]) -> None:
     d, n = Dropout(*dropout), out.numel()
+    inside = d.first % 8
+    if inside:  # whole counters, of which the first few elements are another part's
+        whole = torch.empty(inside + n, dtype=torch.bool, device=out.device)
+        _dropout_mask(whole, list(d._replace(first=d.first - inside)))
+        out.copy_(whole[inside:])
+        return
     seed = d.seed & 0x7FFFFFFFFFFFFFFF
     key = (seed & _MASK, seed >> 32)
     for start in range(0, n, 8 * _COUNTERS):
         stop = min(start + 8 * _COUNTERS, n)
-        c0 = torch.arange(start // 8, -(-stop // 8), dtype=torch.int64, device=out.device)
+        c0 = torch.arange((d.first + start) // 8, -(-(d.first + stop) // 8), dtype=torch.int64, device=out.device)
         words = torch.empty(len(c0), 4, dtype=torch.int32, device=out.device)
         for lane, word in enumerate(philox(c0, (d.layer, d.micro_batch, d.step), key)):
             words[:, lane] = word

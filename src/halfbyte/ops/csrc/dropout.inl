@@ -92,8 +92,8 @@ inline void in_runs(int64_t start, int64_t count, const Dropout& d, Body body) {
     constexpr int64_t RUN = 8192;  // elements
     uint32_t bits[RUN / 32 + 5];
     for (int64_t i = 0; i < count;) {
-        const int64_t from = (start + i) % 8, here = min64(count - i, RUN - from);
-        keep_bits((start + i) / 8, ceil_div(from + here, 128), d, bits);
+        const int64_t place = d.first + start + i, from = place % 8, here = min64(count - i, RUN - from);
+        keep_bits(place / 8, ceil_div(from + here, 128), d, bits);
         body(i, bits, from, here);
         i += here;
     }

@@ -94,7 +94,9 @@ inline int32_t check_product(const char* name, int64_t a, int64_t b) {
 inline int32_t check_dropout(const hb_dropout* dropout, int64_t count) {
     if (!dropout) return HB_OK;
     if (dropout->threshold < 0 || dropout->threshold > 65535) return fail(HB_BAD_ARGUMENT, "threshold must be in 0..65535, got %d", dropout->threshold);
-    if (count > (int64_t(1) << 35)) return fail(HB_BAD_ARGUMENT, "a mask has at most 2^35 elements, got %lld", (long long)count);
+    constexpr int64_t most = int64_t(1) << 35;
+    if (count > most || dropout->first < 0 || dropout->first > most - count)
+        return fail(HB_BAD_ARGUMENT, "a mask has elements 0 to 2^35, got %lld from %lld on", (long long)count, (long long)dropout->first);
     return HB_OK;
 }
 

@@ -13,7 +13,7 @@ enum DType : int32_t { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
 
 enum Activation : int32_t { HB_SILU = 0, HB_GELU_TANH = 1, HB_GELU = 2 };
 
-constexpr int32_t HB_ABI = 3;
+constexpr int32_t HB_ABI = 4;
 
 // A stored 4-bit tensor, as ops/fourbit.py describes it. Counts are those of the caller's tensors and are checked.
 struct hb_fourbit {
@@ -28,9 +28,11 @@ struct hb_fourbit {
     int32_t block_size, nested_block_size;
 };
 
-// Which elements of a tensor are dropped (ops/dropout.py); element i has counter (i / 8, layer, micro_batch, step).
+// Which elements of a tensor are dropped (ops/dropout.py); with j = first + i, element i has counter (j / 8, layer,
+// micro_batch, step).
 struct hb_dropout {
     uint64_t seed;
+    int64_t first;
     uint32_t step, micro_batch, layer;
     int32_t threshold;  // of 65536; 0: nothing is dropped
 };

@@ -1,0 +1,609 @@
+"""What leaves memory and comes back: the same numbers, whatever lies where."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import halfbyte
+from halfbyte import adamw8bit, attention, hub, learner, nf4, quantized, recompute
+from halfbyte.adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from halfbyte.batches import collate
+from halfbyte.chat import Encoded
+from halfbyte.config import ModelOptions, TrainConfig
+from halfbyte.errors import DoesNotFit, Interrupted, ModelError, StorageError
+from halfbyte.fuse import fuse, tile_mlps
+from halfbyte.learner import Learner
+from halfbyte.load import load_base
+from halfbyte.ops import cpu
+from halfbyte.paged import Pages, Room, Slots, Travel, resident_bytes
+from halfbyte.recompute import KEEPS, Recompute
+from halfbyte.run import Run
+from halfbyte.selftest import Abilities
+from halfbyte.train import Reporter, Trainer
+from halfbyte.train import train as train_config
+
+MIB = 1 << 20
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_room_takes_memory_while_it_is_used_and_keeps_its_values(tmp_path: Path):
+    room = Room(8 * MIB, tmp_path)
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    values = room.tensor(MIB, 6 * MIB // 4, torch.float32)
+    assert not values.any()
+    values.copy_(torch.arange(len(values)))
+    assert 6 * MIB <= room.resident_bytes() <= 8 * MIB
+    room.release()
+    assert room.resident_bytes() == 0
+    room.will_need(0, 8 * MIB)
+    assert torch.equal(values, torch.arange(len(values)).float())
+    room.release(MIB, 4 * MIB)
+    assert room.resident_bytes() <= 4 * MIB
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(StorageError, match="cannot lay"):
+        Room(1 << 60, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_windows_are_read_written_and_let_go(tmp_path: Path, staged: bool):
+    pages = Pages({"a": (1000, torch.float32), "b": (50, torch.uint8)}, torch.device("cpu"), tmp_path, staged)
+    pages.arrays()["a"].copy_(torch.arange(1000))
+    cuts = [
+        {"a": (first, min(first + 300, 1000)), "b": (first // 20, min(first + 300, 1000) // 20)}
+        for first in range(0, 1000, 300)
+    ]
+    for number, (cut, window) in enumerate(zip(cuts, pages.windows(cuts), strict=True)):
+        assert window["a"].tolist() == list(range(*cut["a"]))
+        window["a"].neg_()
+        window["b"].fill_(number + 1)
+    assert torch.equal(pages.arrays()["a"], -torch.arange(1000).float())
+    assert pages.arrays()["b"].tolist() == [1] * 15 + [2] * 15 + [3] * 15 + [4] * 5
+    pages.release()
+    if staged:
+        assert pages.resident_bytes() == 2 * (300 * 4 + 15), "two windows"
+    else:
+        assert pages.resident_bytes() == 0
+
+
+@pytest.mark.parametrize("staged", [None, True])
+def test_slots_elsewhere_give_back_what_they_were_given(tmp_path: Path, staged: bool | None):
+    slots = Slots(3, tmp_path, staged)
+    given = [torch.randn(2, 5), torch.randn(2, 5), torch.randn(10)]
+    held = [slots.put(t) for t in given]
+    for slot, tensor in reversed(list(zip(held, given, strict=True))):
+        assert torch.equal(slot.take(), tensor)
+    more = slots.put(torch.ones(7))
+    assert torch.equal(more.take(), torch.ones(7))
+    del held, slot, more
+    assert len(slots.free) == 3
+    larger = slots.put(torch.ones(40))
+    assert torch.equal(larger.take(), torch.ones(40))
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def parameters(seed: int, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """Large and small, of odd sizes, one of several windows."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shapes: list[tuple[int, ...]] = [(5000,), (3,), (70, 64), (1, 1), (4096,), (130, 257), (draw.randrange(1, 9000),)]
+    draw.shuffle(shapes)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], count: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for number, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype) * 10.0 ** (number - 3)
+        optimizer.step()
+
+
+def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    return [{"params": params[:3]}, {"params": params[3:], "lr": 0.02, "weight_decay": 0.1}]
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw8bit, "WINDOW", {"cpu": 2048, "cuda": 2048})
+
+
+@pytest.fixture(params=[False, True], ids=["mapped", "staged"])
+def staging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Windows copied to and fro as on a GPU, on a CPU."""
+    if request.param:
+        monkeypatch.setattr(
+            adamw8bit, "Pages", lambda arrays, device, directory: Pages(arrays, device, directory, staged=True)
+        )
+    return request.param
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("seed", range(4))
+def test_paged_8bit_adamw_is_the_unpaged_one_to_the_bit(
+    seed: int, kernels: str, small_windows: None, staging: bool, tmp_path: Path
+):
+    ours, theirs = parameters(seed), parameters(seed)
+    paged = PagedAdamW8bit(groups(ours), lr=0.01, directory=tmp_path)
+    plain = AdamW8bit(groups(theirs), lr=0.01)
+    with cpu.using(kernels):
+        steps(paged, ours, 5)
+        steps(plain, theirs, 5)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    mine, other = paged.state_tensors(), plain.state_tensors()
+    assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_paged_adamw_is_torchs_to_the_bit(
+    seed: int, dtype: torch.dtype, small_windows: None, staging: bool, tmp_path: Path
+):
+    ours, theirs = parameters(seed, dtype), parameters(seed, dtype)
+    paged = PagedAdamW(groups(ours), lr=0.01, directory=tmp_path)
+    plain = torch.optim.AdamW(groups(theirs), lr=0.01, weight_decay=0.01)
+    steps(paged, ours, 4)
+    steps(plain, theirs, 4)
+    for params, optimizer in ((ours, paged), (theirs, plain)):  # one takes no part, as where it is frozen meanwhile
+        for p in params:
+            p.grad = torch.ones_like(p)
+        params[2].grad = None
+        optimizer.step()
+    steps(paged, ours, 2, 1)
+    steps(plain, theirs, 2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW8bit, PagedAdamW])
+def test_states_leave_memory_midway_and_pass_between_modes(kind: Any, small_windows: None, tmp_path: Path):
+    """Paged out after two steps; saved from one mode and loaded into the other; never brought back by loading."""
+    reference, moved, other = parameters(7), parameters(7), parameters(7)
+    plain = kind(groups(reference), lr=0.01, paged=False, directory=tmp_path)
+    paged = kind(groups(moved), lr=0.01, paged=False, directory=tmp_path)
+    steps(plain, reference, 2)
+    steps(paged, moved, 2)
+    assert not paged.paged and paged.resident_bytes() > 0
+    paged.page_out()
+    assert paged.paged and paged.resident_bytes() == 0 and not paged.resident_tensors()
+    steps(plain, reference, 2, 1)
+    steps(paged, moved, 2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(reference, moved, strict=True))
+    for source in (plain, paged):
+        again = kind(groups(other), lr=0.5, directory=tmp_path)
+        with torch.no_grad():
+            for p, q in zip(other, reference, strict=True):
+                p.copy_(q)
+        again.load_state_dict(source.state_dict())
+        assert again.paged and again.resident_bytes() == 0
+        straight = [nn.Parameter(p.detach().clone()) for p in reference]
+        unpaged = kind(groups(straight), lr=0.5, paged=False, directory=tmp_path)
+        unpaged.load_state_dict(source.state_dict())
+        steps(again, other, 2, 2)
+        steps(unpaged, straight, 2, 2)
+        assert all(torch.equal(a, b) for a, b in zip(other, straight, strict=True))
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW8bit, PagedAdamW])
+def test_resident_states_fall_by_nine_tenths(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also at the highest, which is inside of a step."""
+    params = [nn.Parameter(torch.zeros(1 << 20)) for _ in range(12)]
+    optimizer = kind(params, directory=tmp_path)
+    held = (
+        sum(t.nbytes for t in optimizer.state_dict()["arenas"][0].values())
+        if kind is PagedAdamW8bit
+        else 2 * 4 * 12 * MIB
+    )
+    highest, whole = 0, Pages._mapped
+
+    def watched(self: Pages, cuts: Any) -> Any:
+        nonlocal highest
+        for window in whole(self, cuts):
+            yield window
+            highest = max(highest, self.resident_bytes())
+
+    monkeypatch.setattr(Pages, "_mapped", watched)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert 0 < highest <= 0.1 * held
+    assert optimizer.resident_bytes() == 0
+
+
+def test_paged_states_need_contiguous_parameters(tmp_path: Path):
+    p = nn.Parameter(torch.zeros(100, 100).t())
+    for kind in (PagedAdamW8bit, PagedAdamW):
+        with pytest.raises(ValueError, match="contiguous"):
+            kind([p], directory=tmp_path)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def tiny_learner(config: LlamaConfig, path: Path, **options: Any) -> Learner:
+    torch.manual_seed(0)
+    if not (path / "config.json").exists():
+        LlamaForCausalLM(config).save_pretrained(path)
+    given: dict[str, Any] = {
+        "dtype": "float32",
+        "lora_dropout": 0.2,
+        "lora_r": 4,
+        "kept_activations": "none",
+        **options,
+    }
+    train = TrainConfig(model=str(path), data="none", output_dir=str(path / "out"), allow_low_coverage=True, **given)
+    model, _ = load_base(path, train)
+    fuse(model)
+    made = Learner(model, train, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
+    for p in made.trained:
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    return made
+
+
+def rows(*lengths: int) -> list[Encoded]:
+    draw = random.Random(0)
+    return [
+        Encoded(str(i), [draw.randrange(3, 150) for _ in range(n)], [j > 1 for j in range(n)])
+        for i, n in enumerate(lengths)
+    ]
+
+
+def gradient(made: Learner, batch: Any) -> tuple[list[Tensor], float]:
+    with attention.segments(made.model):
+        losses = made.accumulate(batch, batch.supervised, 5, 1)
+    found = [p.grad.clone() for p in made.trained if p.grad is not None]
+    made.forget()
+    return found, float(sum(losses))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("keep", ["none", "all"])
+@pytest.mark.parametrize("change", ["passes", "tiles", "both"])
+def test_a_step_in_parts_has_the_gradients_of_the_whole(
+    tiny_config: LlamaConfig, tmp_path: Path, change: str, keep: str, kernels: str
+):
+    """In fp32 with dropout: sums of n terms in another order differ by at most about n roundings (Higham 2002, 4.2), of
+    the terms' absolute sum; here, by a hundredth of what a wrong mask would make."""
+    batch = collate(rows(9, 30, 16, 41, 7), range(5))
+    with cpu.using(kernels):
+        made = tiny_learner(tiny_config, tmp_path, kernels=kernels, kept_activations=keep)
+        expected, loss = gradient(made, batch)
+        if change != "tiles":
+            made.tokens_per_pass = 46
+            assert [len(part.rows) for _, part in made.parts(batch)] == [2, 1, 1, 1]
+        if change != "passes":
+            tiled = made.tile(16)
+            assert tiled == (cpu.active() is not None)
+            if not tiled:
+                pytest.skip("MLPs are fused, and tiled, by the library alone")
+        found, again = gradient(made, batch)
+        other, _ = gradient(tiny_learner(tiny_config, tmp_path, kernels=kernels, seed=1), batch)
+    assert abs(again - loss) <= 1e-5 * abs(loss)
+    for mine, theirs, wrong in zip(found, expected, other, strict=True):
+        error = float((mine - theirs).norm() / theirs.norm())
+        assert error <= 2e-6
+        assert error <= 0.01 * float((wrong - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.skipif(not cpu.paths(), reason="MLPs are fused, and tiled, by the library alone")
+@pytest.mark.parametrize("keep", KEEPS)
+def test_tiles_cost_no_product(tiny_config: LlamaConfig, tmp_path: Path, keep: Any, monkeypatch: pytest.MonkeyPatch):
+    """A tiled MLP is run twice, forward and backward, as an untiled one; what it gives is not computed again."""
+    from halfbyte import lora
+
+    made, tokens = tiny_learner(tiny_config, tmp_path, kept_activations=keep), [0]
+    product = lora._product
+
+    def counting(x: Tensor, *rest: Any) -> Tensor:
+        tokens[0] += x.shape[-2]
+        return product(x, *rest)
+
+    monkeypatch.setattr(lora, "_product", counting)
+    batch = collate(rows(64), [0])
+    tile_mlps(made.model, 16)
+    gradient(made, batch)
+    attends = 4 if KEEPS.index(keep) == 0 else 1 if keep == "attention" else 0
+    assert tokens[0] == 64 * 2 * ((4 + 3) + attends + 3)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("layers", [-1, 0, 1, 2])
+def test_gradients_are_the_same_bits_whatever_is_kept_where(
+    tiny_config: LlamaConfig, tmp_path: Path, keep: Any, layers: int
+):
+    batch = collate(rows(9, 30), range(2))
+    expected, _ = gradient(tiny_learner(tiny_config, tmp_path / "m"), batch)
+    more: dict[str, Any] = {"kept_activations": keep, "kept_layers": layers, "activation_offloading": "always"}
+    made = tiny_learner(tiny_config, tmp_path / "m", **more)
+    for _ in range(2):
+        found, _ = gradient(made, batch)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_learner_takes_less_memory_midway_for_the_same_bits(tiny_config: LlamaConfig, tmp_path: Path):
+    batch = collate(rows(9, 30), range(2))
+    made = tiny_learner(tiny_config, tmp_path, kept_activations="all")
+    expected, _ = gradient(made, batch)
+    for change in (made.keep_less, made.offload, made.page_out):
+        assert change(), change
+        found, _ = gradient(made, batch)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert not change(), "there is nothing more of it"
+    assert isinstance(made.recompute, Recompute) and made.recompute.keep == "none"
+
+
+# --- weights in a file ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("shard", [1 << 40, 20_000])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_streamed_weights_are_the_loaded_ones(
+    tiny_config: LlamaConfig,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shard: int,
+    double_quant: bool,
+):
+    monkeypatch.setattr(quantized, "SHARD", shard)
+    torch.manual_seed(1)
+    LlamaForCausalLM(tiny_config).bfloat16().save_pretrained(tmp_path / "m")
+    options: dict[str, Any] = {"bnb_4bit_use_double_quant": double_quant}
+    plain, expected = load_base(tmp_path / "m", ModelOptions(**options))
+    for _ in range(2):  # made, then found
+        model, report = load_base(tmp_path / "m", ModelOptions(weight_streaming="always", **options))
+        assert report.as_dict() == expected.as_dict()
+        ids = torch.arange(20)[None]
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    (entry,) = (cache / "bases").iterdir()
+    assert (len(list(entry.glob("*.safetensors"))) == 1) == (shard > 1 << 30)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert isinstance(weight, nf4.NF4Tensor) and weight.stop is not None
+    assert len(list((cache / "bases").iterdir())) == 1
+
+
+def test_the_cache_is_a_checkpoint_that_bitsandbytes_opens(tiny_config: LlamaConfig, tmp_path: Path, cache: Path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    tiny_config.intermediate_size = 128  # bitsandbytes' CPU kernel takes blocks that cross rows for others
+    LlamaForCausalLM(tiny_config).bfloat16().save_pretrained(tmp_path / "m")
+    ours, _ = load_base(tmp_path / "m", ModelOptions(weight_streaming="always", dtype="bfloat16"))
+    (entry,) = (cache / "bases").iterdir()
+    theirs = AutoModelForCausalLM.from_pretrained(entry, dtype=torch.bfloat16, device_map={"": "cpu"})
+    name = "model.layers.1.mlp.down_proj"
+    state = theirs.get_submodule(name).weight.quant_state
+    mine = ours.get_submodule(name).weight
+    assert torch.equal(theirs.get_submodule(name).weight.view(-1), mine.packed) and state.nested
+    assert torch.equal(state.absmax, mine.absmax)
+    unpacked = bitsandbytes.functional.dequantize_4bit(theirs.get_submodule(name).weight, state)
+    assert torch.equal(unpacked, mine.dequantize(unpacked.dtype))
+    ids = torch.arange(20)[None]
+    a, b = ours(input_ids=ids).logits.float(), theirs(input_ids=ids).logits.float()
+    assert float((a - b).norm() / b.norm()) < 0.05, "they round to bf16 in other places"
+
+
+def test_a_changed_source_is_quantized_anew_and_a_damaged_entry_refused(
+    tiny_config: LlamaConfig, tmp_path: Path, cache: Path
+):
+    model = LlamaForCausalLM(tiny_config).bfloat16()
+    model.save_pretrained(tmp_path / "m")
+    streamed = ModelOptions(weight_streaming="always")
+    _, first = load_base(tmp_path / "m", streamed)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 1
+    model.save_pretrained(tmp_path / "m")
+    _, second = load_base(tmp_path / "m", streamed)
+    assert first.digest != second.digest
+    file = cache / "bases" / second.digest / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(-5000, os.SEEK_END)
+        byte = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte ^ 16]))
+    with pytest.raises(ModelError, match="damaged; they are removed"):
+        load_base(tmp_path / "m", streamed)
+    _, again = load_base(tmp_path / "m", streamed)
+    assert again.digest == second.digest
+
+
+def test_a_tensor_file_refuses_a_full_disk_and_leaves_nothing(tmp_path: Path):
+    with (
+        pytest.raises(StorageError, match="cannot write"),
+        hub.TensorFile(tmp_path / "x.safetensors", {"a": (torch.uint8, (1 << 60,))}, {}),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_travel_holds_two_groups(tmp_path: Path):
+    file = tmp_path / "bytes"
+    file.write_bytes(bytes(range(256)) * 4096 * 8)  # 8 MiB
+    travel = Travel()
+    layers = [travel.tensor(number, file, number * MIB, MIB) for number in range(8)]
+    whole = resident_bytes(layers[0], 8 * MIB)
+    for number in [*range(8), *reversed(range(8))]:
+        travel.use(number)
+        assert int(layers[number].long().sum()) == 255 * 128 * 4096
+        assert resident_bytes(layers[0], 8 * MIB) <= whole + 3 * MIB
+    assert travel.nbytes == 8 * MIB
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+WAYS: dict[str, dict[str, Any]] = {
+    "paged": {"paging": "always"},
+    "offloaded": {"activation_offloading": "always"},
+    "streamed": {"weight_streaming": "always"},
+    "all of it": {"paging": "always", "activation_offloading": "always", "weight_streaming": "always"},
+    "kept in some": {"kept_activations": "all", "kept_layers": 3},
+    "auto": {"kept_activations": "auto"},
+}
+
+
+def train(out: Path, data: Path, **more: Any) -> dict[str, str]:
+    options: dict[str, Any] = {"max_steps": 5, "num_samples": 0, "gradient_accumulation_steps": 2, **more}
+    options = {"per_device_train_batch_size": 2, "kept_activations": "none", "optim": "adamw_8bit", **options}
+    if more.get("paging"):
+        options["optim"] = "paged_adamw_8bit"
+    halfbyte.train(model="demo", data=str(data), output_dir=str(out), **options)
+    newest = sorted((out / "checkpoints").glob("step-*"))[-1]
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    return {name: files[name]["sha256"] for name in ("adapter_model.safetensors", "optimizer.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("orders") / "rows.jsonl"
+    lines = [{"prompt": f"{i} teas " * (1 + i % 5), "completion": f"{i} cups"} for i in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpaged(orders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return train(tmp_path_factory.mktemp("unpaged"), orders)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_ends_with_the_same_bytes_whatever_lies_where(
+    way: str, orders: Path, unpaged: dict[str, str], tmp_path: Path, cache: Path
+):
+    assert train(tmp_path / "run", orders, **WAYS[way]) == unpaged
+    assert not [path for path in (tmp_path / "run").iterdir() if "tmp" in path.name]
+
+
+def test_a_run_resumes_in_another_mode_with_the_same_bytes(
+    orders: Path, unpaged: dict[str, str], tmp_path: Path, cache: Path
+):
+    """Stopped after each step, gone on in the next mode."""
+    modes = [{}, WAYS["all of it"], {"optim": "paged_adamw_8bit"}, WAYS["streamed"], WAYS["paged"]]
+    out = tmp_path / "run"
+    for step, mode in enumerate(modes):
+        stop = {"save_steps": 1, "resume_from_checkpoint": "auto"}
+        options: dict[str, Any] = {"model": "demo", "data": str(orders), "output_dir": str(out), "max_steps": 5, **stop}
+        options |= {"num_samples": 0, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        options |= {"kept_activations": "none", "optim": "adamw_8bit"}
+        if mode.get("paging"):
+            options["optim"] = "paged_adamw_8bit"
+        trainer = Trainer(TrainConfig(**{**options, **mode}), Run(out))
+        if step < 4:
+            honest = trainer._save
+
+            def then_stop(done: int, honest: Any = honest, trainer: Trainer = trainer) -> None:
+                honest(done)
+                trainer.interrupts.signal = 15
+
+            trainer._save = then_stop
+            with pytest.raises(Interrupted):
+                trainer.run_all()
+        else:
+            trainer.run_all()
+    newest = sorted((out / "checkpoints").glob("step-*"))[-1]
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    assert newest.name == "step-00000005" and {name: files[name]["sha256"] for name in unpaged} == unpaged
+
+
+# --- a step that cannot run out ---------------------------------------------------------------------------------------
+
+
+class Exhausting:
+    """Lets memory run out in the passes whose numbers are given, in the middle of their backward pass."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+        self.passes, self.numbers = 0, numbers
+        honest = learner.Learner.loss
+        layer = recompute._Layer.backward
+
+        def loss(made: Learner, batch: Any) -> Tensor:
+            self.passes += not next(made.model.parameters()).is_meta  # a plan's pass is none
+            return honest(made, batch)
+
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            result = layer(ctx, *grads)
+            if self.passes in self.numbers and not grads[0].is_meta:
+                raise MemoryError("no memory, as the test wants it")
+            return result
+
+        monkeypatch.setattr(learner.Learner, "loss", loss)
+        monkeypatch.setattr(recompute._Layer, "backward", staticmethod(backward))
+
+
+def test_memory_that_runs_out_in_a_step_costs_that_step_once_more(
+    orders: Path, unpaged: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three times: what changes no bit is done first, so the run ends with the same bytes."""
+    Exhausting(monkeypatch, 1, 3, 8)
+    more: dict[str, Any] = {"optim": "paged_adamw_8bit", "kept_activations": "all", "rehearse": False}
+    assert train(tmp_path / "run", orders, **more) == unpaged
+    info = json.loads((tmp_path / "run/run.json").read_text())
+    assert info["config"]["paging"] == "always" and info["config"]["activation_offloading"] == "always"
+    assert info["config"]["kept_activations"] == "none" and not info["changes"]
+    said = [json.loads(line) for line in (tmp_path / "run/memory.jsonl").read_text().splitlines()]
+    assert [row["change"] for row in said if row["phase"] == "less"] == [
+        {"paging": "always"},
+        {"kept_activations": "none"},
+        {"activation_offloading": "always"},
+    ]
+
+
+def test_a_step_is_split_where_nothing_else_is_left_and_the_run_says_so(
+    orders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Exhausting(monkeypatch, 2, 5)
+    said: list[str] = []
+    options: dict[str, Any] = {
+        "model": "demo",
+        "data": str(orders),
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 4,
+        "num_samples": 0,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 4,
+        "activation_offloading": "never",
+        "kept_activations": "none",
+        "optim": "adamw_8bit",
+        "rehearse": False,
+        "save_steps": 2,
+    }
+    train_config(TrainConfig(**options), Reporter(said.append))
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[0]["passes"] == 1 < rows[1]["passes"]
+    info = json.loads((run / "run.json").read_text())
+    assert info["config"]["tokens_per_pass"] > 0 and info["changes"][0]["step"] == 1
+    assert "tokens_per_pass" in info["changes"][0]["change"]
+    assert any("memory ran out" in line and "parts of at most" in line for line in said)
+    monkeypatch.undo()
+    shutil.rmtree(run / "checkpoints/step-00000004")  # as if it had been killed before
+    shutil.rmtree(run / "adapter")
+    train_config(TrainConfig(**options, resume_from_checkpoint="auto"))
+    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert again[3]["loss"] == rows[3]["loss"] and again[3]["passes"] == rows[3]["passes"], "the split is kept"
+
+
+def test_memory_that_does_not_come_back_ends_the_run(orders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Exhausting(monkeypatch, *range(1, 1000))
+    with pytest.raises(DoesNotFit, match="out of memory in this phase: step 1"):
+        train(tmp_path / "run", orders, rehearse=False)
+    kinds = [json.loads(line) for line in (tmp_path / "run/memory.jsonl").read_text().splitlines()]
+    assert len([row for row in kinds if row["phase"] == "less"]) >= 2
