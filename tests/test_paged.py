@@ -4,6 +4,9 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -607,3 +610,75 @@ def test_memory_that_does_not_come_back_ends_the_run(orders: Path, tmp_path: Pat
         train(tmp_path / "run", orders, rehearse=False)
     kinds = [json.loads(line) for line in (tmp_path / "run/memory.jsonl").read_text().splitlines()]
     assert len([row for row in kinds if row["phase"] == "less"]) >= 2
+
+
+# --- slow proofs ------------------------------------------------------------------------------------------------------
+
+FIFTY = "import json, sys, halfbyte; halfbyte.train(**json.loads(sys.argv[1]))"
+
+
+@pytest.mark.slow
+def test_fifty_steps_killed_again_and_again_in_every_mode(orders: Path, tmp_path: Path, cache: Path):
+    """kill -9 at random moments, each resume in the next mode: the bytes of a run that was never disturbed, and of
+    undisturbed runs in each mode."""
+    whole = train(tmp_path / "whole", orders, max_steps=50)
+    for way, more in WAYS.items():
+        assert train(tmp_path / way.replace(" ", "-"), orders, max_steps=50, **more) == whole, way
+    draw, killed, modes = random.Random(0), 0, list(WAYS.values())
+    common: dict[str, Any] = {"model": "demo", "data": str(orders), "max_steps": 50, "num_samples": 0, "save_steps": 3}
+    common |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "resume_from_checkpoint": "auto"}
+    out = tmp_path / "killed"
+    for attempt in range(40):
+        options = {**common, "output_dir": str(out), **modes[attempt % len(modes)]}
+        process = subprocess.Popen([sys.executable, "-c", FIFTY, json.dumps(options)], stderr=subprocess.DEVNULL)
+        before = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+        while process.poll() is None:  # until it has made some steps, then a moment more
+            time.sleep(0.05)
+            now = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+            if now >= before + 8 and killed < 8:
+                time.sleep(draw.random() * 0.4)
+                process.kill()
+                killed += process.wait() != 0
+        if process.returncode == 0:
+            break
+    files = json.loads((out / "checkpoints/step-00000050/manifest.json").read_text())["files"]
+    assert killed >= 4 and {name: files[name]["sha256"] for name in whole} == whole
+    assert {path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")} <= set()
+
+
+LARGER = """
+import json, resource, sys
+import halfbyte.train
+import transformers.models.llama.modeling_llama
+from halfbyte.memory import _status
+resource.setrlimit(resource.RLIMIT_DATA, (_status()["VmData"] + int(sys.argv[1]),) * 2)
+halfbyte.train(**json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_base_larger_than_memory_takes_a_step(orders: Path, tmp_path: Path, cache: Path):
+    """0.6 GB of 4-bit weights in a process that may take 450 MB; bench/paging.py does it with 35 GB."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("paging", Path(__file__).parents[1] / "bench/paging.py")
+    assert spec is not None and spec.loader is not None
+    paging = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    try:
+        spec.loader.exec_module(paging)
+    finally:
+        sys.path.pop(0)
+    shape = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 16}
+    paging.SIZES["small"] = shape
+    base = paging.make_packed("small", tmp_path)
+    packed = sum(file.stat().st_size for file in base.glob("*.safetensors")) - 2 * 2 * 32000 * 2048
+    options: dict[str, Any] = {"model": str(base), "data": str(orders), "output_dir": str(tmp_path / "run")}
+    options |= {"max_steps": 1, "num_samples": 0, "gradient_accumulation_steps": 1, "dtype": "bfloat16", "lora_r": 8}
+    arguments = [sys.executable, "-c", LARGER, str(570 * MIB), json.dumps(options)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 and packed > 600e6
+    config = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    assert config["weight_streaming"] == "always", "by itself, as it does not fit otherwise"

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adamw8bit import AdamW8bit as AdamW8bit
+    from .adamw8bit import PagedAdamW as PagedAdamW
+    from .adamw8bit import PagedAdamW8bit as PagedAdamW8bit
     from .config import TrainConfig as TrainConfig
     from .errors import DoesNotFit as DoesNotFit
     from .load import load as load
@@ -28,6 +30,8 @@ _WHERE = {
     "DoesNotFit": "errors",
     "MemoryPlan": "plan",
     "NF4Tensor": "nf4",
+    "PagedAdamW": "adamw8bit",
+    "PagedAdamW8bit": "adamw8bit",
     "Run": "run",
     "TrainConfig": "config",
     "attach_lora": "lora",
@@ -42,6 +46,8 @@ __all__ = [
     "DoesNotFit",
     "MemoryPlan",
     "NF4Tensor",
+    "PagedAdamW",
+    "PagedAdamW8bit",
     "Run",
     "TrainConfig",
     "attach_lora",

@@ -298,6 +298,13 @@ class PagedAdamW(torch.optim.AdamW):
             for p, (m, v) in zip(group["params"], parts, strict=True):
                 self.state[p] = {"step": torch.tensor(0.0), "exp_avg": m.view(p.shape), "exp_avg_sq": v.view(p.shape)}
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of state, by the parameter's place and torch's name for it."""
+        for pages in self.pages:
+            pages.arrays()  # what is under way arrives
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {f"{i}.{key}": self.state[p][key] for i, p in enumerate(params) for key in ("exp_avg", "exp_avg_sq")}
+
     def _take(self, p: Tensor, state: dict[str, Any]) -> None:
         mine = self.state[p]
         mine["step"] = torch.tensor(float(state["step"]))

@@ -226,7 +226,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors under stable names (torch's AdamW: by the parameter's place)."""
-    if isinstance(optimizer, AdamW8bit):
+    if isinstance(optimizer, AdamW8bit) or (isinstance(optimizer, PagedAdamW) and optimizer.paged):
         return optimizer.state_tensors()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return {

@@ -8,7 +8,7 @@ stays through a step is told apart by what it is (`resident`); what comes and go
 import contextlib
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .adamw8bit import is_paged
 from .learner import Learner
 from .lora import LoraLinear
 from .memory import Peak, current_part
@@ -79,6 +80,17 @@ def resident(learner: Learner) -> dict[str, list[Tensor]]:
     return parts
 
 
+def elsewhere(learner: Learner) -> list[Tensor]:
+    """Tensors of states and weights that take no memory of the device: mapped files, pinned host memory."""
+    optimizer: Any = learner.optimizer
+    found = list(optimizer.state_tensors().values()) if is_paged(optimizer) else []
+    for p in learner.model.parameters():
+        data = p if isinstance(p, NF4Tensor) else p.data
+        if isinstance(data, NF4Tensor) and data.stop is not None:
+            found += data.stored_tensors()
+    return found
+
+
 def sizes(parts: dict[str, list[Tensor]]) -> dict[str, int]:
     """Bytes of each part, storage that is shared counted once, where it is met first."""
     seen: set[int] = set()
@@ -101,10 +113,15 @@ class TensorBytes(TorchDispatchMode):
     ``flop``: floating-point operations of products and attention. ``calls``: operations.
 
     On ``meta`` tensors an operation that is also given real ones (ids, positions) is given shapes in their place.
+
+    Args:
+        parts: what is there already. apart: tensors whose storage does not count, nor that of views of them.
     """
 
-    def __init__(self, parts: dict[str, list[Tensor]]) -> None:
+    def __init__(self, parts: dict[str, list[Tensor]], apart: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._apart = [t.untyped_storage() for t in apart]  # held, so that no other takes their place
+        self._ignored = {storage._cdata for storage in self._apart}
         self._now = self.peak = self.process_peak = self.flop = self.calls = 0
         self.by_part: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
@@ -166,7 +183,7 @@ class TensorBytes(TorchDispatchMode):
         self._bury()
         storage = t.untyped_storage()
         key = storage._cdata
-        if key in self._seen:
+        if key in self._seen or key in self._ignored:
             return
         size = storage.nbytes()
         place = self.arena.take(size) if ours and size >= SMALLEST else None

@@ -50,12 +50,12 @@ def _load_streamed(
     kept = cached(path, options, progress)
     model, report = _load(kept.path, options, device, progress, Travel())
     if report.digest != kept.digest:
-        remove(kept)
+        removed = remove(kept)
         raise ModelError(
-            f"the quantized weights in {kept.path} are damaged; they are removed",
+            f"the quantized weights in {kept.path} are damaged{'; they are removed' if removed else ''}",
             found=f"digest {report.digest[:16]}",
             expected=f"digest {kept.digest[:16]}",
-            ways_out=["repeat the command: they are made anew"],
+            ways_out=["repeat the command: they are made anew" if removed else "quantize the model again"],
         )
     report.tensors = kept.tensors
     return model, report
@@ -131,6 +131,8 @@ def load(model_or_run: str | Path, *, progress: Progress = no_progress, **change
     run = Run.open(model_or_run)
     info, trained = run.info(), run.config()
     options = ModelOptions(**{**trained.holding(), **changes})
+    if "weight_streaming" not in changes and choose_device(options.device).type != "cpu":
+        options.weight_streaming = "never"  # what was too large there is not here
     if trained.full:
         model, _ = load_base(run.adapter, options, progress)
     else:

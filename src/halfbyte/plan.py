@@ -29,7 +29,7 @@ from .dataset import Data, read_data
 from .errors import DataError, DoesNotFit, HalfbyteError, ModelError, UsageError
 from .fuse import fuse
 from .learner import Learner
-from .ledger import RESIDENT, TensorBytes, resident, sizes, weights_by_part
+from .ledger import RESIDENT, TensorBytes, elsewhere, resident, sizes, weights_by_part
 from .memory import available, held_now, is_exhaustion
 from .merge import FP32_LIMIT
 from .ops import cpu
@@ -371,7 +371,7 @@ def _plan_memory(
             peaks, flop, calls = _run(learner, work, parts)
         held = sizes({**resident(learner), **{part: [] for part in STREAMED if streamed}})
     on_gpu = device == "cuda"
-    elsewhere = _elsewhere(learner, work, streamed)
+    away = _away(learner, streamed)
     step = max((peaks[phase] for phase in ("backward", "update")), key=lambda peak: peak.process)
     phases = {}
     for name, peak in (("step", step), ("eval", peaks.get("eval")), ("save", peaks["save"])):
@@ -389,11 +389,11 @@ def _plan_memory(
     adapters = held["adapters"] // 4
     ledger = [Part(part, step.parts.get(part, 0)) for part in (*held, *(p for p in step.parts if p not in held))]
     trained = held["adapters"] or sum(p.nbytes for p in learner.trained)
-    one = trained + max(held["optimizer states"], elsewhere["paged optimizer states"])
+    one = trained + max(held["optimizer states"], away["paged optimizer states"])
     ledger += [
         Part("GPU context" if on_gpu else "the process before it", runtime_bytes),
         Part("allocator slack", slack),
-        *(Part(part, size, "host" if on_gpu else "disk") for part, size in elsewhere.items()),
+        *(Part(part, size, "host" if on_gpu else "disk") for part, size in away.items()),
         Part("checkpoints", (config.save_total_limit + 2) * one, "disk"),
         Part("adapter" if adapters else "model", trained, "disk"),
         Part("the model's files", _file_bytes(stored, parameters), "disk"),
@@ -414,8 +414,8 @@ def _plan_memory(
         len(work.batch.input_ids),
         int(flop * work.tokens / len(work.batch.input_ids)),
         calls * work.passes,
-        2 * elsewhere["paged optimizer states"]
-        + 2 * work.passes * (elsewhere["offloaded layer inputs"] + elsewhere["streamed weights"]),
+        2 * away["paged optimizer states"]
+        + 2 * work.passes * (away["offloaded layer inputs"] + away["streamed weights"]),
         work.steps,
     )
 
@@ -433,7 +433,7 @@ STREAMED = ("4-bit codes", "scales")
 """Parts that stay in a file with weight_streaming."""
 
 
-def _elsewhere(learner: Learner, work: Work, streamed: int) -> dict[str, int]:
+def _away(learner: Learner, streamed: int) -> dict[str, int]:
     """Bytes that lie outside of the memory that is computed in, by part."""
     optimizer, run = learner.optimizer, learner.recompute
     return {
@@ -446,7 +446,7 @@ def _elsewhere(learner: Learner, work: Work, streamed: int) -> dict[str, int]:
 def _run(learner: Learner, work: Work, parts: dict[str, list[torch.Tensor]]) -> tuple[dict[str, _PeakOf], int, int]:
     """Each phase's peak, on top of what is resident; operations and calls of a pass."""
     found: dict[str, _PeakOf] = {}
-    count = TensorBytes(parts)
+    count = TensorBytes(parts, elsewhere(learner))
 
     def note(phase: str) -> None:
         found[phase] = _PeakOf(count.peak, count.process_peak, dict(count.at_peak))

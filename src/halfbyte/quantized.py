@@ -44,7 +44,7 @@ def check_quantization(path: Path, config: Any) -> None:
 
 
 def write_quantized(path: Path, options: ModelOptions, directory: Path, progress: Progress) -> QuantReport:
-    """The weights of a model directory in 4 bits, with its configuration, into a directory.
+    """The weights of a model directory in 4 bits, with its configuration, into a directory; and their digest.
 
     Args:
         options: quant_type, block size, double quantization. What is not held in 4 bits is written as it is.
@@ -83,7 +83,9 @@ def write_quantized(path: Path, options: ModelOptions, directory: Path, progress
     hub.write_json(directory / "config.json", {**hub.read_json(path / "config.json"), **_quantization(options)})
     if (path / "generation_config.json").is_file():
         hub.write_bytes(directory / "generation_config.json", (path / "generation_config.json").read_bytes())
-    return QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records, filler.digest())
+    report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records, filler.digest())
+    hub.write_json(directory / FACTS, {"digest": report.digest, "source": str(path), "tensors": report.tensors})
+    return report
 
 
 def _quantization(options: ModelOptions) -> dict[str, Any]:
@@ -167,10 +169,14 @@ def cached(path: Path, options: ModelOptions, progress: Progress) -> Kept:
     Raises:
         ModelError, StorageError: as `write_quantized`.
     """
+    if (path / FACTS).is_file():  # written by `write_quantized`, digest and all: it is its own entry
+        return _entry(path)
     home = cache_directory()
     leads = home / "sources" / f"{_identity(path, options)}.json"
     try:
-        return _entry(home / "bases" / hub.read_json(leads)["digest"])
+        digest = hub.read_json(leads)["digest"]
+        if (kept := _entry(home / "bases" / digest)).digest == digest:
+            return kept
     except (HalfbyteError, KeyError, TypeError):
         pass  # not made yet, or removed
     hub.check_writable(home / "bases")
@@ -179,7 +185,6 @@ def cached(path: Path, options: ModelOptions, progress: Progress) -> Kept:
     try:
         temporary.mkdir()
         report = write_quantized(path, options, temporary, progress)
-        hub.write_json(temporary / FACTS, {"digest": report.digest, "source": str(path), "tensors": report.tensors})
         final = home / "bases" / report.digest
         if final.exists():
             shutil.rmtree(final)
@@ -198,14 +203,15 @@ def cached(path: Path, options: ModelOptions, progress: Progress) -> Kept:
 
 def _entry(path: Path) -> Kept:
     facts = hub.read_json(path / FACTS)
-    if path.name != facts["digest"]:
-        raise ModelError(f"{path / FACTS} belongs to another entry")
     return Kept(path, facts["digest"], facts["tensors"])
 
 
-def remove(kept: Kept) -> None:
-    """Delete an entry."""
+def remove(kept: Kept) -> bool:
+    """Delete an entry of the cache; False for a directory that is somebody's."""
+    if kept.path.parent != cache_directory() / "bases":
+        return False
     shutil.rmtree(kept.path, ignore_errors=True)
+    return True
 
 
 def _identity(path: Path, options: ModelOptions) -> str:

@@ -246,10 +246,11 @@ class Trainer:
         before = self.run.config() if resumed else config
         # what memory made of the run stays so
         self._change({name: getattr(before, name) for name in MAY_CHANGE_BITS - config.model_fields_set})
+        config = self.config
         if resumed and config.fit_to:
-            # what is kept changes no result, and may be given anew
-            free = {"kept_activations"} & config.model_fields_set
-            self._change({name: getattr(before, name) for name in FITTED if name not in free})
+            # what is kept changes no result, and is settled anew
+            kept = {"kept_activations", "kept_layers"}
+            self._change({name: getattr(before, name) for name in FITTED if name not in kept})
         self.measured: list[dict[str, Any]] = []
         device = choose_device(config.device)
         self.watch = Watch(device, {}, self.measured.append, say)

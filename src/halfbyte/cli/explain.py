@@ -334,8 +334,16 @@ def _paged(record: ExplainConfig) -> Page:
     )
     page.text(
         """In bitsandbytes, paged means CUDA managed memory: tensors under 100,000 elements are never paged, a step synchronizes
-        the device for each parameter, loading a state un-pages everything, and on a CPU nothing is paged. Here states are in
-        8 bits and resident; paging them is not built yet."""
+        the device for each parameter, loading a state un-pages everything, and on a CPU nothing is paged. Here all of the
+        state lies in one arena, of small tensors too, and goes through memory in windows: a mapped file beside a CPU, pinned
+        host memory and two buffers beside a GPU. It stays out of memory over save, load and resume, and every number is
+        the unpaged optimizer's."""
+    )
+    page.text(
+        """--optim paged_adamw_8bit (the default) keeps states in memory while there is room, and moves them out where the plan
+        does not fit otherwise or memory runs short; --paging always moves them from the start. What spikes, layer inputs and
+        the layer at work, has its own ways out: --activation_offloading, --tokens_per_pass, --tokens_per_tile; and a base
+        larger than memory stays in a file with --weight_streaming. `python bench/paging.py` has what each costs."""
     )
     return page
 
@@ -460,6 +468,8 @@ def _effect(name: str) -> str:
         "load_in_4bit": [("4 bits", {}), ("16 bits", {"load_in_4bit": False})],
         "bnb_4bit_use_double_quant": [("on", {}), ("off", {"bnb_4bit_use_double_quant": False})],
         "optim": [("adamw_8bit", {}), ("adamw_torch", {"optim": "adamw_torch"})],
+        "paging": [("in memory", {}), ("always", {"paging": "always"})],
+        "activation_offloading": [("never", {}), ("always", {"activation_offloading": "always"})],
         "gradient_checkpointing": [("on", {}), ("off", {"gradient_checkpointing": False})],
         "kept_activations": [(keep, {"kept_activations": keep}) for keep in ("none", "attention", "mlp_in", "all")],
         "per_device_train_batch_size": [(f"{n} rows", {"per_device_train_batch_size": n}) for n in (1, 2, 4)],
