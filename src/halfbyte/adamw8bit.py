@@ -9,6 +9,7 @@ twin computes. What bitsandbytes calls paged is CUDA's managed memory, of tensor
 state is loaded; here it is all of the state, on every device, and stays so.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ class AdamW8bit(torch.optim.Optimizer):
         )
         self.steps = 0
         self.arenas = [self._new_arena(group["params"]) for group in self.param_groups]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if hasattr(self, "arenas"):  # else they are about to be made
+            self.arenas.append(self._new_arena(self.param_groups[-1]["params"]))
 
     def _new_arena(self, params: list[Tensor]) -> dict[str, Tensor]:
         """The group's whole state, as named tensors: what a checkpoint stores."""
@@ -174,21 +180,26 @@ class PagedAdamW8bit(AdamW8bit):
     def _new_arena(self, params: list[Tensor]) -> dict[str, Tensor]:
         if not self.paged:
             return super()._new_arena(params)
-        _refuse_strided(params)
-        self.pages.append(Pages(self._arrays(params), params[0].device, self.directory))
+        self.pages.append(self._new_pages(params))
         return self.pages[-1].arrays()
+
+    def _new_pages(self, params: list[Tensor]) -> Pages:
+        _refuse_strided(params)
+        return Pages(self._arrays(params), params[0].device, self.directory)
 
     def page_out(self) -> None:
         """Move the state out of memory, from now on."""
         if self.paged:
             return
-        before, self.paged = self.arenas, True
-        try:
-            self.arenas = [self._new_arena(group["params"]) for group in self.param_groups]
-        except BaseException:
-            self.paged, self.pages, self.arenas = False, [], before
-            raise
-        self._copy_from(before)
+        pages = [self._new_pages(group["params"]) for group in self.param_groups]
+        for mine, theirs in zip(pages, self.arenas, strict=True):
+            for name, tensor in mine.arrays().items():
+                tensor.copy_(theirs[name])
+            mine.release()
+        # whole before it is ours: whatever interrupts this leaves a state that is valid, here or there
+        self.pages = pages
+        self.arenas = [each.arrays() for each in pages]
+        self.paged = True
 
     def resident_bytes(self) -> int:
         """Bytes of the state that are in memory (GPU: in the card's)."""
@@ -212,14 +223,13 @@ class PagedAdamW8bit(AdamW8bit):
             pages.arrays()  # what is under way arrives
         return super().state_tensors()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.release()
+    def state_dict(self) -> dict[str, Any]:
+        self.state_tensors()  # what is under way arrives
+        return super().state_dict()
 
-    def _copy_from(self, arenas: list[dict[str, Tensor]]) -> None:
-        for mine, theirs in zip(self.arenas, arenas, strict=True):
-            for name, tensor in mine.items():
-                tensor.copy_(theirs[name])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state_tensors()  # what is under way arrives, before it would overwrite what is loaded
+        super().load_state_dict(state_dict)
         self.release()
 
     def _step_group(self, number: int, group: dict[str, Any]) -> None:
@@ -262,9 +272,9 @@ class PagedAdamW(torch.optim.AdamW):
         paged: bool = True,
         directory: str | Path | None = None,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False)
         self.paged, self.directory = False, None if directory is None else Path(directory)
         self.pages: list[Pages] = []
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if paged:
             self.page_out()
 
@@ -273,13 +283,23 @@ class PagedAdamW(torch.optim.AdamW):
         if self.paged:
             return
         pages = [self._new_pages(group["params"]) for group in self.param_groups]
-        before = dict(self.state)
-        self.paged, self.pages = True, pages
-        self._bind()
-        for p, state in before.items():
+        states = self._views(pages)
+        for p, state in self.state.items():
             if state:
-                self._take(p, state)
-        self.release()
+                _take(states[p], state)
+        for each in pages:
+            each.release()
+        # whole before it is ours: whatever interrupts this leaves a state that is valid, here or there
+        self.pages = pages
+        self.state = states
+        self.paged = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self.paged:
+            group = self.param_groups[-1]
+            self.pages.append(self._new_pages(group["params"]))
+            self.state.update(_states(group["params"], self.pages[-1]))
 
     def _new_pages(self, params: list[Tensor]) -> Pages:
         _refuse_strided(params)
@@ -288,15 +308,12 @@ class PagedAdamW(torch.optim.AdamW):
             raise ValueError("parameters of a group whose states are paged must have one dtype")
         return Pages({"exp_avg": (count, dtype), "exp_avg_sq": (count, dtype)}, params[0].device, self.directory)
 
-    def _bind(self) -> None:
-        """Every parameter's state as views of the pages."""
-        self.state.clear()
-        for group, pages in zip(self.param_groups, self.pages, strict=True):
-            sizes = [p.numel() for p in group["params"]]
-            arrays = pages.arrays()
-            parts = zip(arrays["exp_avg"].split(sizes), arrays["exp_avg_sq"].split(sizes), strict=True)
-            for p, (m, v) in zip(group["params"], parts, strict=True):
-                self.state[p] = {"step": torch.tensor(0.0), "exp_avg": m.view(p.shape), "exp_avg_sq": v.view(p.shape)}
+    def _views(self, pages: list[Pages]) -> defaultdict[Tensor, dict[str, Tensor]]:
+        """Every parameter's state as views of the pages, at step 0."""
+        found: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        for group, each in zip(self.param_groups, pages, strict=True):
+            found.update(_states(group["params"], each))
+        return found
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of state, by the parameter's place and torch's name for it."""
@@ -304,12 +321,6 @@ class PagedAdamW(torch.optim.AdamW):
             pages.arrays()  # what is under way arrives
         params = [p for group in self.param_groups for p in group["params"]]
         return {f"{i}.{key}": self.state[p][key] for i, p in enumerate(params) for key in ("exp_avg", "exp_avg_sq")}
-
-    def _take(self, p: Tensor, state: dict[str, Any]) -> None:
-        mine = self.state[p]
-        mine["step"] = torch.tensor(float(state["step"]))
-        for name in ("exp_avg", "exp_avg_sq"):
-            mine[name].copy_(state[name])
 
     def restart(self, step: int) -> None:
         """Count from this step on, as if every parameter had taken part until then."""
@@ -333,14 +344,27 @@ class PagedAdamW(torch.optim.AdamW):
         for pages in self.pages:
             pages.release()
 
+    def state_dict(self) -> dict[str, Any]:
+        for pages in self.pages:
+            pages.arrays()  # what is under way arrives
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.paged:
-            loaded = dict(self.state)
-            self._bind()
-            for p, state in loaded.items():
-                self._take(p, state)
-            self.release()
+        if not self.paged:
+            super().load_state_dict(state_dict)
+            return
+        # the groups by torch's own way; the state straight into the pages, never through the device's memory
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.state = self._views(self.pages)
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for place, p in zip(places, params, strict=True):
+            if state := state_dict["state"].get(place):
+                _take(self.state[p], state)  # it may be this very state
+            else:
+                self.state[p]["exp_avg"].zero_()
+                self.state[p]["exp_avg_sq"].zero_()
+        self.release()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -380,7 +404,7 @@ class PagedAdamW(torch.optim.AdamW):
                 exp_avg_sqs,
                 [],
                 steps,
-                foreach=False,
+                foreach=group["foreach"],
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -389,6 +413,21 @@ class PagedAdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
+
+
+def _states(params: list[Tensor], pages: Pages) -> dict[Tensor, dict[str, Tensor]]:
+    sizes, arrays = [p.numel() for p in params], pages.arrays()
+    parts = zip(arrays["exp_avg"].split(sizes), arrays["exp_avg_sq"].split(sizes), strict=True)
+    return {
+        p: {"step": torch.tensor(0.0), "exp_avg": m.view(p.shape), "exp_avg_sq": v.view(p.shape)}
+        for p, (m, v) in zip(params, parts, strict=True)
+    }
+
+
+def _take(mine: dict[str, Tensor], state: dict[str, Any]) -> None:
+    mine["step"] = torch.tensor(float(state["step"]))
+    for name in ("exp_avg", "exp_avg_sq"):
+        mine[name].copy_(state[name])
 
 
 Piece = tuple[int, int, int]

@@ -115,14 +115,26 @@ class KernelOptions(Options):
     )
 
 
-class ModelOptions(KernelOptions):
+class FourBitOptions(Options):
+    """How weights are stored in 4 bits."""
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit format")
+    bnb_4bit_use_double_quant: bool = option(True, "store the scales in 8 bits (double quantization)")
+    bnb_4bit_blocksize: int = option(64, "weights per scale, a power of two in 32..4096")
+
+    @field_validator("bnb_4bit_blocksize")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if not (32 <= value <= 4096 and value & (value - 1) == 0):
+            raise ValueError("must be a power of two in 32..4096")
+        return value
+
+
+class ModelOptions(KernelOptions, FourBitOptions):
     """How the base model is held."""
 
     revision: str | None = option(None, "revision of a Hub model")
     load_in_4bit: bool = option(True, "hold the linear layers in 4 bits; false keeps the base in 16 or 32 bits")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit format")
-    bnb_4bit_use_double_quant: bool = option(True, "store the scales in 8 bits (double quantization)")
-    bnb_4bit_blocksize: int = option(64, "weights per scale, a power of two in 32..4096")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "compute dtype; auto is bfloat16 where the hardware multiplies it, else float32"
     )
@@ -144,13 +156,6 @@ class ModelOptions(KernelOptions):
         if self.load_in_4bit:
             keys += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_blocksize"]
         return all(getattr(self, key) == getattr(other, key) for key in keys)
-
-    @field_validator("bnb_4bit_blocksize")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if not (32 <= value <= 4096 and value & (value - 1) == 0):
-            raise ValueError("must be a power of two in 32..4096")
-        return value
 
     @field_validator("device")
     @classmethod
@@ -313,6 +318,12 @@ class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions, FitOp
     def _consistent(self) -> "TrainConfig":
         if self.full and self.load_in_4bit:
             raise ValueError("full trains every parameter, which 4-bit weights cannot be: add --load_in_4bit false")
+        if self.paging == "always" and not self.optim.startswith("paged_"):
+            raise ValueError(f"paging always needs paged_adamw_8bit or paged_adamw_32bit, not {self.optim}")
+        if self.activation_offloading == "always" and not self.gradient_checkpointing:
+            raise ValueError("activation_offloading moves the inputs that gradient_checkpointing keeps: it needs that")
+        if 0 < self.tokens_per_tile < 16:
+            raise ValueError("tokens_per_tile must be 0, or at least 16")
         return self
 
 
@@ -387,6 +398,14 @@ class ChatConfig(ModelOptions):
     seed: int = option(42, "for sampling", ge=0, lt=2**63)
 
 
+class QuantizeConfig(KernelOptions, FourBitOptions):
+    """Everything ``halfbyte quantize`` reads."""
+
+    model: str = option(..., "a Hub id, a local directory, or `demo` for the built-in model")
+    output_dir: str = option(..., "where the quantized model goes")
+    revision: str | None = option(None, "revision of a Hub model")
+
+
 class MergeConfig(KernelOptions):
     """Everything ``halfbyte merge`` reads."""
 
@@ -414,6 +433,7 @@ VERBS: dict[str, type[Options]] = {
     "chat": ChatConfig,
     "eval": EvalConfig,
     "merge": MergeConfig,
+    "quantize": QuantizeConfig,
     "data check": DataCheckConfig,
     "checkpoint list": CheckpointConfig,
     "explain": ExplainConfig,

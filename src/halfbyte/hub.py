@@ -374,6 +374,7 @@ class TensorFile:
         longest = {name: ("U8", [most], 10**15, 10**15) for name, most in late.items()}
         self._room = -(-len(self._header({**self._places, **longest})) // 8) * 8
         self._late = dict(late)
+        self._unwritten = {*known, *late}
 
     @staticmethod
     def _header(places: dict[str, tuple[str, list[int], int, int]]) -> bytes:
@@ -390,9 +391,14 @@ class TensorFile:
 
     def __enter__(self) -> "TensorFile":
         with self._refusing():
-            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._descriptor, 0, 8 + self._room + self._end + sum(self._late.values()))
+            binary = getattr(os, "O_BINARY", 0)
+            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | binary, 0o644)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._descriptor, 0, 8 + self._room + self._end + sum(self._late.values()))
+            except OSError:
+                os.close(self._descriptor)
+                raise
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -401,6 +407,7 @@ class TensorFile:
             del self._late[name]
             self._places[name] = ("U8", list(tensor.shape), self._end, self._end + tensor.nbytes)
             self._end += tensor.nbytes
+        self._unwritten.discard(name)
         _, shape, first, last = self._places[name]
         if list(tensor.shape) != shape or tensor.nbytes != last - first:
             raise ValueError(f"{name} is {list(tensor.shape)}, announced was {shape}")
@@ -413,6 +420,8 @@ class TensorFile:
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         try:
+            if kind is None and self._unwritten:
+                raise ValueError(f"announced and not written: {', '.join(sorted(self._unwritten)[:5])}")
             if kind is None:
                 with self._refusing():
                     header = self._header(self._places).ljust(self._room)
@@ -420,10 +429,17 @@ class TensorFile:
                     os.write(self._descriptor, struct.pack("<Q", self._room) + header)
                     os.ftruncate(self._descriptor, 8 + self._room + self._end)
                     os.fsync(self._descriptor)
-                    self._temporary.replace(self.path)
-                    sync(self.path.parent)
-        finally:
+        except BaseException:
             os.close(self._descriptor)
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+            raise
+        os.close(self._descriptor)
+        if kind is None:
+            with self._refusing():
+                self._temporary.replace(self.path)
+                sync(self.path.parent)
+        else:
             with contextlib.suppress(OSError):
                 self._temporary.unlink(missing_ok=True)
 

@@ -52,8 +52,8 @@ class Learner:
         if config.gradient_checkpointing:
             self._checkpoint(note)
         self.tokens_per_pass, self.tokens_per_tile = config.tokens_per_pass, 0
-        if config.tokens_per_tile:
-            self.tile(config.tokens_per_tile)
+        if config.tokens_per_tile and not self.tile(config.tokens_per_tile):
+            note("tiles", "MLPs run on all tokens at once: none is of a form that is fused here")
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.head = output_head(model)
         embedding = model.get_output_embeddings()
@@ -90,6 +90,8 @@ class Learner:
         keep = "none" if c.kept_activations == "auto" else c.kept_activations
         away = self._elsewhere() if c.activation_offloading == "always" else None
         line, self.recompute = checkpoint_layers(self.model, keep, self.abilities.packing, c.kept_layers, away)
+        if self.recompute is None and (away is not None or keep != "none"):
+            line += "; nothing else is kept, and layer inputs stay in memory"
         note("recomputed", line)
 
     def _elsewhere(self) -> Path:
@@ -138,7 +140,9 @@ class Learner:
         run = self.recompute
         if run is None or run.inputs.away is not None or self.config.activation_offloading == "never":
             return False
-        run.inputs = Slots(run.layers, self._elsewhere())
+        slots = Slots(run.layers, self._elsewhere())
+        slots.prepare(run.inputs)
+        run.inputs = slots
         return True
 
     def tile(self, tokens: int) -> bool:

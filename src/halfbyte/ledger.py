@@ -285,6 +285,10 @@ class Watch:
         planned = self.planned.get(name)
         parts = sizes(resident(self.learner)) if self.learner is not None else {}
         row = {"phase": name, "step": step, "measured_bytes": found, "planned_bytes": planned, "parts": parts}
+        optimizer: Any = None if self.learner is None else self.learner.optimizer
+        if optimizer is not None and is_paged(optimizer):
+            states = sum(t.nbytes for t in optimizer.state_tensors().values())
+            row["paged"] = {"optimizer states": states, "of them in memory": optimizer.resident_bytes()}
         self.append(row)
         if planned and found > planned * (1 + DRIFT):
             self.say(

@@ -19,7 +19,7 @@ from .filler import Filler, QuantReport
 from .lora import load_adapter
 from .ops import cpu
 from .paged import Travel
-from .quantized import cached, check_quantization, remove
+from .quantized import Kept, cached, check_quantization, remove
 from .run import ADAPTER_FACTS, Run, is_run
 
 MIN_COVERAGE = 0.9
@@ -36,7 +36,7 @@ def load_base(path: Path, options: ModelOptions, progress: Progress = no_progres
     device = choose_device(options.device)
     if options.weight_streaming == "always":
         return _load_streamed(path, options, device, progress)
-    return _load(path, options, device, progress, None)
+    return _load(path, path, options, device, progress, None)
 
 
 def _load_streamed(
@@ -48,26 +48,37 @@ def _load_streamed(
             found=f"device {device.type}, load_in_4bit {str(options.load_in_4bit).lower()}",
         )
     kept = cached(path, options, progress)
-    model, report = _load(kept.path, options, device, progress, Travel())
+    try:
+        model, report = _load(path, kept.path, options, device, progress, Travel())
+    except ModelError as error:
+        if kept.path == path:  # somebody's own directory, and no entry of the cache
+            raise
+        raise _damaged(kept, path, error.what) from error
     if report.digest != kept.digest:
-        removed = remove(kept)
-        raise ModelError(
-            f"the quantized weights in {kept.path} are damaged{'; they are removed' if removed else ''}",
-            found=f"digest {report.digest[:16]}",
-            expected=f"digest {kept.digest[:16]}",
-            ways_out=["repeat the command: they are made anew" if removed else "quantize the model again"],
-        )
+        raise _damaged(kept, path, f"digest {report.digest[:16]}, not {kept.digest[:16]}")
     report.tensors = kept.tensors
     return model, report
 
 
+def _damaged(kept: Kept, path: Path, found: str) -> ModelError:
+    """The error for quantized weights that are not what was written; an entry of the cache is removed."""
+    if remove(kept):
+        end, way = "; they are removed", "repeat the command: they are made anew"
+    elif kept.path == path:
+        end, way = "", "quantize the model again"
+    else:
+        end, way = "", "delete this directory, and repeat the command"
+    return ModelError(f"the quantized weights in {kept.path} are damaged{end}", found=found, ways_out=[way])
+
+
 def _load(
-    path: Path, options: ModelOptions, device: torch.device, progress: Progress, travel: Travel | None
+    path: Path, weights: Path, options: ModelOptions, device: torch.device, progress: Progress, travel: Travel | None
 ) -> tuple[Any, QuantReport]:
+    """The model of a directory with weights that may lie in another."""
     dtype = choose_dtype(options.dtype, device)
     config = read_config(path)
     check_quantization(path, getattr(config, "quantization_config", None))
-    checkpoint = hub.Checkpoint(path)
+    checkpoint = hub.Checkpoint(weights)
     model = build_empty(config)
     filler = Filler(model, checkpoint, options, dtype, device, travel)
     filler.check_names()
@@ -131,8 +142,8 @@ def load(model_or_run: str | Path, *, progress: Progress = no_progress, **change
     run = Run.open(model_or_run)
     info, trained = run.info(), run.config()
     options = ModelOptions(**{**trained.holding(), **changes})
-    if "weight_streaming" not in changes and choose_device(options.device).type != "cpu":
-        options.weight_streaming = "never"  # what was too large there is not here
+    if "weight_streaming" not in changes and (not options.load_in_4bit or choose_device(options.device).type != "cpu"):
+        options.weight_streaming = "never"  # what was streamed there cannot be here
     if trained.full:
         model, _ = load_base(run.adapter, options, progress)
     else:

@@ -5,8 +5,8 @@ them. Beside a GPU it is pinned host memory, copied back and forth by a stream o
 optimizer states and layer inputs, which are written (`Room`, `Pages`, `Slots`), and weights, which are only read
 (`Mapped`, `Travel`). Everyone asks in the order in which things will be used, so that they can be read ahead.
 
-Unlike CUDA's managed memory, what moves when is written down here, small tensors move like large ones, and it works on
-every system.
+Unlike CUDA's managed memory, what moves when is written down here, and small tensors move like large ones. Windows
+takes no advice on mapped pages: there it works, and the system decides what stays.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import StorageError
-from .memory import counted_as
+from .memory import counted_as, is_exhaustion
 from .ops.library import device_type
 
-PAGE = mmap.PAGESIZE
+PAGE, MIB = mmap.PAGESIZE, 1 << 20
 _CAN_ADVISE = hasattr(mmap.mmap, "madvise") and hasattr(mmap, "MADV_DONTNEED")
 READ_STEP = 128 << 10
 """Bytes asked for at once: the kernel reads no more ahead for one request, whatever it is asked for."""
@@ -41,6 +41,18 @@ def scratch_directory() -> Path:
         if place.is_dir() and os.access(place, os.W_OK):
             return place
     return Path.cwd()
+
+
+def lies_in_memory(directory: Path) -> bool:
+    """Whether a directory's files are memory themselves (tmpfs), as far as the system says."""
+    longest, kind = 0, ""
+    with contextlib.suppress(OSError):
+        real = os.path.realpath(directory)
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, place, this, *_ = line.split(" ")
+            if len(place) >= longest and os.path.commonpath([place, real]) == place:
+                longest, kind = len(place), this
+    return kind in ("tmpfs", "ramfs")
 
 
 def _pages(start: int, stop: int) -> tuple[int, int]:
@@ -75,15 +87,21 @@ class Room:
 
     def __init__(self, size: int, directory: Path) -> None:
         self.size = -(-max(size, 1) // PAGE) * PAGE
+        directory = scratch_directory() if lies_in_memory(directory) else directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory) as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, self.size)
                 else:
+                    for _ in range(0, self.size, MIB):
+                        file.write(bytes(MIB))
                     file.truncate(self.size)
+                    file.flush()
                 self._map = mmap.mmap(file.fileno(), self.size)
         except OSError as error:
+            if is_exhaustion(error):
+                raise MemoryError(f"no memory to map {self.size} bytes: {error.strerror}") from None
             raise StorageError(
                 f"cannot lay {self.size / 2**20:,.0f} MiB aside in {directory}: {error.strerror}",
                 ways_out=["free space there", "or choose another --output_dir"],
@@ -301,6 +319,21 @@ class Slots:
         self._last = weakref.ref(slot)
         return slot
 
+    def prepare(self, like: "Slots") -> None:
+        """Make room for what other slots were for, now.
+
+        Raises:
+            StorageError, MemoryError: there is none.
+        """
+        if like.size:
+            self.size, self.like = like.size, like.like
+            self._make()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the memory that is computed in, which stay taken between passes."""
+        return self.nbytes if self.away is None and self.size else 0
+
     def _make(self) -> None:
         """Places for ``count`` tensors of the size."""
         self.free, self.room = [], None
@@ -310,7 +343,8 @@ class Slots:
             self.free = list(places) if places is not None else []
         elif self.staged:
             pin = self.like.device.type == "cuda"
-            self._stream = torch.cuda.Stream(self.like.device) if pin else None
+            if pin and self._stream is None:  # one for all: copies in it are in order
+                self._stream = torch.cuda.Stream(self.like.device)
             self.free = list(torch.empty(self.count, self.size, dtype=self.like.dtype, pin_memory=pin))
         elif not self.like.is_meta:
             stride = _pages(0, self.size * self.like.element_size())[1]

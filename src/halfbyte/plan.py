@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,10 @@ class MemoryPlan:
         return self.moved_bytes / (HOST_RATE if self.device == "cuda" else DISK_RATE)
 
     def live_bytes(self, tokens: int) -> int:
-        """What a pass of so many tokens takes beside what stays, at most."""
+        """What a pass of so many tokens takes beside what stays from step to step, at most."""
         fixed = self.bytes_of("logits chunk")
-        live = self.tensor_bytes - self.bytes_of(*RESIDENT)
-        return int(fixed + (live - fixed) * tokens / self.tokens)
+        live = self.tensor_bytes - self.bytes_of(*RESIDENT, "kernel scratch")
+        return int(fixed + max(live - fixed, 0) * tokens / self.tokens)
 
     def bytes_of(self, *parts: str) -> int:
         return sum(part.bytes for part in self.ledger if part.part in parts)
@@ -279,18 +279,8 @@ def work_of(config: TrainConfig, data: Data | None, context: int | None = None) 
         return Work(batch, per_step * length, passes, steps, evaluated)
     schedule = schedule_of(config, data)
     epoch = schedule.epoch(0)
-    largest = collate(data.train.rows, schedule.largest())
-    passes = config.gradient_accumulation_steps
-    if 0 < config.tokens_per_pass < len(largest.input_ids):
-        parts = largest.split(config.tokens_per_pass)
-        passes *= len(parts)
-        part = max((part for _, part in parts), key=lambda part: len(part.input_ids))
-        # parts of other micro-batches may fill the limit better
-        lack = config.tokens_per_pass - len(part.input_ids)
-        filler = Encoded("plan", [0] * lack, [True] * lack)
-        rows = [data.train.rows[i] for i in schedule.largest()]
-        rows = [row for row in rows if row.where in part.rows]
-        largest = collate([*rows, filler], range(len(rows) + (lack > 0)))
+    largest, parts = largest_pass(data.train.rows, schedule, config.tokens_per_pass)
+    passes = config.gradient_accumulation_steps * parts
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(epoch))
     longest = max((len(row.input_ids) for row in data.held_out), default=0)
     return Work(
@@ -300,6 +290,22 @@ def work_of(config: TrainConfig, data: Data | None, context: int | None = None) 
         steps,
         max(EVAL_TOKENS, longest) if longest else 0,
     )
+
+
+def largest_pass(rows: Sequence[Encoded], schedule: Schedule, tokens_per_pass: int) -> tuple[MicroBatch, int]:
+    """A pass no smaller, in tokens, than any of a training, and how many passes a largest micro-batch takes.
+
+    Where micro-batches go in parts it is the longest row, and a row of padding up to the limit.
+    """
+    largest = collate(rows, schedule.largest())
+    count = len(largest.input_ids)
+    if not 0 < tokens_per_pass < count:
+        return largest, 1
+    longest = max(rows, key=lambda row: len(row.input_ids))
+    most = min(count, max(tokens_per_pass, len(longest.input_ids)))
+    lack = most - len(longest.input_ids)
+    filler = [Encoded("padding", [0] * lack, [True] * lack)] if lack > 1 else []
+    return collate([longest, *filler], range(1 + len(filler))), -(-count // most)
 
 
 def schedule_of(config: TrainConfig, data: Data) -> Schedule:
@@ -639,11 +645,12 @@ class Planner:
         room = self.budget.runtime + int((self.budget.bytes - self.budget.runtime) * share)
         room = min(room, least.budget_bytes - least.reserve_bytes)
         layers = getattr(self.model_config.get_text_config(), "num_hidden_layers", 0)
-        every = {**change, "kept_activations": "all", "kept_layers": -1}
+        every = {**change, "kept_activations": "all", "kept_layers": c.kept_layers}
         most = self.plan(**every)
         if most.peak_bytes <= room:
             return every, most
         low, high = least.peak_bytes, most.peak_bytes
+        layers = min(layers, c.kept_layers) if c.kept_layers >= 0 else layers
         count = int(layers * (room - low) / (high - low)) if high > low else 0
         while count > 0:
             some = {**every, "kept_layers": count}

@@ -19,13 +19,14 @@ import torch
 from . import codebooks, hub, nf4
 from .architecture import Progress, build_empty, read_config
 from .config import ModelOptions
-from .errors import HalfbyteError, ModelError, StorageError
+from .errors import HalfbyteError, ModelError, StorageError, UsageError
 from .filler import Filler, QuantReport
 from .nf4 import NF4Tensor
+from .run import locked_file
 
 SHARD = 4 << 30
 """Bytes of one file, about."""
-FACTS = "halfbyte.json"
+FACTS = "halfbyte_quantized.json"
 _STATE_ROOM = 512
 """Longest quant_state, bytes: six short entries, a shape, a number."""
 
@@ -65,7 +66,7 @@ def write_quantized(path: Path, options: ModelOptions, directory: Path, progress
         late: dict[str, int] = {}
         for source in sources:
             layout = _layout(filler, source)
-            late |= {key: _STATE_ROOM for key in layout if nf4.STATE_KEY in key}
+            late |= {key: shape[0] for key, (_, shape) in layout.items() if nf4.STATE_KEY in key}
             known |= {key: value for key, value in layout.items() if key not in late}
         with hub.TensorFile(directory / name, known, late) as file:
             for _ in sources:
@@ -81,8 +82,6 @@ def write_quantized(path: Path, options: ModelOptions, directory: Path, progress
     if len(shards) > 1:
         hub.write_json(directory / hub.INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     hub.write_json(directory / "config.json", {**hub.read_json(path / "config.json"), **_quantization(options)})
-    if (path / "generation_config.json").is_file():
-        hub.write_bytes(directory / "generation_config.json", (path / "generation_config.json").read_bytes())
     report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records, filler.digest())
     hub.write_json(directory / FACTS, {"digest": report.digest, "source": str(path), "tensors": report.tensors})
     return report
@@ -125,9 +124,14 @@ def _shards(filler: Filler) -> Iterator[list[str]]:
 def _layout(filler: Filler, source: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each tensor that is stored for a source; of its quant_state, a length it does not exceed."""
     entry, options = filler.checkpoint.entries[source], filler.options
-    if source in filler.stored_4bit:
+    if source in filler.stored_4bit:  # as `nf4.components` writes it, whatever it is stored as
         entries = filler.checkpoint.entries
-        return {key: (entries[key].dtype, entries[key].shape) for key in nf4.stored_keys(entries, source)}
+        kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {source: (torch.uint8, (entry.nbytes, 1))}
+        for key in nf4.stored_keys(entries, source)[1:]:
+            late = nf4.STATE_KEY in key
+            count = max(_STATE_ROOM, entries[key].nbytes) if late else torch.Size(entries[key].shape).numel()
+            kept[key] = (entries[key].dtype, (count,))
+        return kept
     if not filler.is_quantized(source):
         return {source: (entry.dtype, entry.shape)}
     weights = torch.Size(entry.shape).numel()
@@ -142,6 +146,34 @@ def _layout(filler: Filler, source: str) -> dict[str, tuple[torch.dtype, tuple[i
         layout[f"{source}.nested_quant_map"] = (torch.float32, (256,))
     layout[f"{source}.{nf4.STATE_KEY}{options.bnb_4bit_quant_type}"] = (torch.uint8, (_STATE_ROOM,))
     return layout
+
+
+def quantize(path: Path, options: ModelOptions, output_dir: str | Path, progress: Progress) -> QuantReport:
+    """A model directory with its weights in 4 bits: `write_quantized` and the tokenizer's files; whole, or not there.
+
+    Raises:
+        UsageError: output_dir is not empty. ModelError, StorageError: as `write_quantized`.
+    """
+    target = Path(output_dir).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
+    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    hub.check_writable(building)
+    try:
+        report = write_quantized(path, options, building, progress)
+        for pattern in hub.HUB_PATTERNS:
+            for file in path.glob(pattern):
+                if file.suffix != ".safetensors" and file.name != hub.INDEX and not (building / file.name).exists():
+                    hub.write_bytes(building / file.name, file.read_bytes())
+        if target.exists():
+            target.rmdir()
+        building.rename(target)
+        hub.sync(target.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror}", ways_out=["free space"]) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return report
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -171,30 +203,46 @@ def cached(path: Path, options: ModelOptions, progress: Progress) -> Kept:
     """
     if (path / FACTS).is_file():  # written by `write_quantized`, digest and all: it is its own entry
         return _entry(path)
-    home = cache_directory()
-    leads = home / "sources" / f"{_identity(path, options)}.json"
+    home, identity = cache_directory(), _identity(path, options)
+    leads = home / "sources" / f"{identity}.json"
+    if (kept := _found(home, leads)) is not None:
+        return kept
+    try:
+        leads.parent.mkdir(parents=True, exist_ok=True)
+        with locked_file(home / "sources" / f"{identity}.lock"):
+            return _found(home, leads) or _make(path, options, progress, home, leads)
+    except (OSError, StorageError) as error:
+        raise StorageError(
+            f"cannot keep the quantized weights in {home}",
+            found=error.what if isinstance(error, StorageError) else str(error.strerror),
+            ways_out=["free space there", "or name another directory: HALFBYTE_CACHE=..."],
+        ) from error
+
+
+def _found(home: Path, leads: Path) -> Kept | None:
     try:
         digest = hub.read_json(leads)["digest"]
-        if (kept := _entry(home / "bases" / digest)).digest == digest:
-            return kept
+        kept = _entry(home / "bases" / digest)
+        return kept if kept.digest == digest else None
     except (HalfbyteError, KeyError, TypeError):
-        pass  # not made yet, or removed
+        return None  # not made yet, or removed
+
+
+def _make(path: Path, options: ModelOptions, progress: Progress, home: Path, leads: Path) -> Kept:
+    """A new entry; the caller holds the lock of what it is made of, so leftovers of that name are a dead process's."""
     hub.check_writable(home / "bases")
-    temporary = home / "bases" / f".{os.getpid()}.tmp"
+    temporary = home / "bases" / f".{leads.stem[:32]}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         report = write_quantized(path, options, temporary, progress)
         final = home / "bases" / report.digest
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        hub.sync(final.parent)
-    except OSError as error:
-        raise StorageError(
-            f"cannot keep the quantized weights in {home}: {error.strerror}",
-            ways_out=["free space there", "or name another directory: HALFBYTE_CACHE=..."],
-        ) from error
+        try:
+            _entry(final)  # the same weights from elsewhere: others may be reading them
+        except (HalfbyteError, KeyError, TypeError):
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            hub.sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     hub.write_json(leads, {"digest": report.digest, "source": str(path)})
@@ -203,15 +251,17 @@ def cached(path: Path, options: ModelOptions, progress: Progress) -> Kept:
 
 def _entry(path: Path) -> Kept:
     facts = hub.read_json(path / FACTS)
+    if not {"digest", "tensors"} <= facts.keys():
+        raise ModelError(f"{path / FACTS} is damaged")
     return Kept(path, facts["digest"], facts["tensors"])
 
 
 def remove(kept: Kept) -> bool:
-    """Delete an entry of the cache; False for a directory that is somebody's."""
+    """Delete an entry of the cache; False for a directory that is somebody's, or where it cannot be."""
     if kept.path.parent != cache_directory() / "bases":
         return False
     shutil.rmtree(kept.path, ignore_errors=True)
-    return True
+    return not kept.path.exists()
 
 
 def _identity(path: Path, options: ModelOptions) -> str:

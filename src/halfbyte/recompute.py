@@ -151,6 +151,8 @@ class Recompute:
         self.keep: Keep = keep if kept_layers else "none"
         self.layers = layers
         self.kept_layers = min(kept_layers, layers) if kept_layers >= 0 else layers
+        if self.keep == "none":
+            self.kept_layers = 0
         self.inputs = Slots(layers, away)
         self.skip_last = False
         self.skipped = False

@@ -14,10 +14,35 @@ import torch
 from . import attention, checkpoint
 from .batches import MicroBatch
 from .chat import Encoded
+from .errors import DoesNotFit
 from .evaluate import mean_loss
 from .learner import Learner
+from .memory import is_exhaustion, return_freed
 
 DIRECTORY = ".rehearsal.tmp"
+
+
+def _restore(learner: Learner, saved: checkpoint.Found) -> None:
+    """Put the state back; where memory is too short for that, once more with what could be freed.
+
+    Raises:
+        DoesNotFit: it could not be put back, so that nothing may go on from here.
+    """
+    for attempt in range(2):
+        try:
+            learner.updates = checkpoint.restore(saved, learner.model, learner.optimizer)
+            return
+        except Exception as error:
+            if not is_exhaustion(error):
+                raise
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if attempt:
+                raise DoesNotFit(
+                    "memory ran out while the state was put back after the rehearsal; nothing was trained",
+                    found=message,
+                    ways_out=["repeat the command with more memory", "or with --rehearse false"],
+                ) from error
+        return_freed()
 
 
 def rehearse(learner: Learner, batch: MicroBatch, rows: list[Encoded], directory: Path, base: str) -> None:
@@ -47,7 +72,6 @@ def rehearse(learner: Learner, batch: MicroBatch, rows: list[Encoded], directory
                     mean_loss(learner.model, rows, packed=packed)
         finally:
             if updated:
-                saved = checkpoint.Found(room / "step-00000000", 0)
-                learner.updates = checkpoint.restore(saved, learner.model, learner.optimizer)
+                _restore(learner, checkpoint.Found(room / "step-00000000", 0))
     finally:
         shutil.rmtree(room, ignore_errors=True)

@@ -183,5 +183,17 @@ class Run:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Hold a file's lock, waiting for whoever holds it (on Windows nobody waits)."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def is_run(path: str | Path) -> bool:
     return (Path(path).expanduser() / RUN_JSON).is_file()

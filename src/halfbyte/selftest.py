@@ -120,7 +120,7 @@ def checkpoint_layers(
     if next(model.parameters()).is_meta:  # nothing to compare: a plan counts on what holds for the models we know
         recompute_layers(model, run)
         run.skip_last = run.skipped = True
-        return _recomputed_line(run), run
+        return recomputed_line(run), run
     with _lively_adapter(model):
         expected = _gradients(model, packing)
         recompute_layers(model, run)
@@ -134,10 +134,11 @@ def checkpoint_layers(
                 why = "run by halfbyte, gradients differ"
                 return f"recomputed in the backward pass: whole layers (by PyTorch: {why})", None
         run.fill = None
-    return _recomputed_line(run), run
+    return recomputed_line(run), run
 
 
-def _recomputed_line(run: Recompute) -> str:
+def recomputed_line(run: Recompute) -> str:
+    """What is kept and what is computed twice, for people."""
     last = "not the last product, " if run.skip_last and run.skipped else ""
     some = f" in the last {run.kept_layers} of {run.layers} layers" if 0 < run.kept_layers < run.layers else ""
     where = (

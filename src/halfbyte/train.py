@@ -54,10 +54,21 @@ from .load import load_base, refuse_other_base
 from .lora import lora_layers, save_adapter, target_names
 from .memory import allocate_apart, bounded, headroom, is_exhaustion, return_freed
 from .ops import cpu
-from .plan import FITTED, TILE, CannotPlan, MemoryPlan, Planner, gib, schedule_of, settled_in_words, ways_in_words
+from .plan import (
+    FITTED,
+    TILE,
+    CannotPlan,
+    MemoryPlan,
+    Planner,
+    gib,
+    largest_pass,
+    schedule_of,
+    settled_in_words,
+    ways_in_words,
+)
 from .rehearsal import DIRECTORY, rehearse
 from .run import ADAPTER_FACTS, EVALS, MEMORY, METRICS, NONFINITE, PLAN_JSON, SAMPLES, Run
-from .selftest import self_test
+from .selftest import recomputed_line, self_test
 
 Say = Callable[[str], None]
 NOTHING_LOST = (
@@ -120,6 +131,9 @@ class Trainer:
         self.settled = self.updating = False
         self.done = self.saved = 0
         self.found: dict[str, str] = {}
+        self.info: dict[str, Any] = {}
+        self.given = {name: getattr(config, name) for name in MAY_CHANGE_BITS}
+        self.foresees = True
 
     def run_all(self) -> Run:
         """The whole training.
@@ -190,7 +204,7 @@ class Trainer:
         # a template that asks for the time sees the run's, so that a resumed run has the same ids
         self.clock = self.run.clock() if resumed else datetime.now()
         self.read_data(base_path)
-        self._make_plan(base_path, resumed is not None)
+        self._make_plan(base_path, resumed)
         config = self.config
         self.schedule = schedule_of(config, self.data)
         self.steps_per_epoch = len(self.schedule.epoch(0))
@@ -202,10 +216,10 @@ class Trainer:
         allowed = {name.strip().replace("-", "_") for name in config.allow_change.split(",") if name.strip()}
         if resumed is not None:
             changes = checkpoint.changes_since(checkpoint.read_state(resumed), info, allowed)
-            before = self.run.config()
-            for name in sorted(MAY_CHANGE_BITS):
-                if (was := getattr(before, name)) != (now := getattr(config, name)):
-                    changes.append(f"{name}: {was} then, {now} now")
+            was = checkpoint.read_state(resumed).get("cut", {}).get("now", {})
+            for name in sorted(was):
+                if was[name] != (now := getattr(config, name)):
+                    changes.append(f"{name}: {was[name]} then, {now} now")
         with self.watch.phase("load", start):
             report = self.build_model(base_path)
         self.watch.learner = self.learner
@@ -218,8 +232,10 @@ class Trainer:
                 changes.append(f"base: digest {before[:16]} then, {report.digest[:16]} now")
             self.learner.updates = checkpoint.restore(resumed, self.learner.model, self.learner.optimizer)
             start = resumed.step
-            info["changes"] = self.run.info().get("changes", []) + [{"step": start, "change": line} for line in changes]
-            say(f"resumed from step {start} ({resumed.path}): {self._exactness(changes)}")
+            # of what memory made of the run, what came after this checkpoint is undone with its steps
+            earlier = [c for c in self.run.info().get("changes", []) if c["step"] < start or not c.get("by_memory")]
+            info["changes"] = earlier + [{"step": start, "change": line} for line in changes]
+            say(f"resumed from step {start} ({resumed.path}): {self._exactness(changes, earlier)}")
         one = checkpoint.bytes_needed(self.learner.model, self.learner.optimizer)
         checkpoint.refuse_full_disk(self.run.checkpoints, one, config.save_total_limit + bool(self.data.held_out))
         self.info = info
@@ -236,18 +252,18 @@ class Trainer:
         self.done = self.saved = start
         return start
 
-    def _make_plan(self, base_path: Path, resumed: bool) -> None:
+    def _make_plan(self, base_path: Path, resumed: checkpoint.Found | None) -> None:
         """Plan the memory; with ``fit_to`` take the options that fit, on a resume the ones the run began with.
 
         Raises:
             DoesNotFit: it does not, and ``force`` is not given.
         """
-        config, say = self.config, self.reporter.say
-        before = self.run.config() if resumed else config
-        # what memory made of the run stays so
-        self._change({name: getattr(before, name) for name in MAY_CHANGE_BITS - config.model_fields_set})
+        say = self.reporter.say
+        if resumed is not None:
+            self._cut_as_before(checkpoint.read_state(resumed).get("cut"))
         config = self.config
-        if resumed and config.fit_to:
+        if resumed is not None and config.fit_to:
+            before = self.run.config()
             # what is kept changes no result, and is settled anew
             kept = {"kept_activations", "kept_layers"}
             self._change({name: getattr(before, name) for name in FITTED if name not in kept})
@@ -265,7 +281,7 @@ class Trainer:
                 ],
             )
         try:
-            if config.fit_to and not resumed:
+            if config.fit_to and resumed is None:
                 plan = planner.fit()
                 if plan.fits:
                     self._change(plan.choices[0].change)
@@ -288,12 +304,23 @@ class Trainer:
             if not config.force:
                 plan.check()
             say("the plan does not fit, and is forced")
-        self.plan = plan
         there = f" of {gib(plan.budget_bytes)}" if plan.budget_bytes else ""
-        say(f"the plan: {gib(plan.peak_bytes)}{there} at the peak, {plan.tokens:,} tokens in the largest micro-batch")
+        say(f"the plan: {gib(plan.peak_bytes)}{there} at the peak, {plan.tokens:,} tokens in the largest pass")
+        self._promise(plan)
+
+    def _promise(self, plan: MemoryPlan) -> None:
+        """This plan is the one that is measured against."""
+        self.plan = plan
         hub.write_json(self.run.path / PLAN_JSON, plan.as_dict())
         outside = plan.bytes_of("GPU context") if plan.device == "cuda" else 0
         self.watch.planned = {phase: size - outside for phase, size in plan.phases.items()}
+
+    def _cut_as_before(self, cut: dict[str, dict[str, int]] | None) -> None:
+        """How passes were cut at the checkpoint, unless the command asks for something else than it did then: what
+        memory made of the run stays so."""
+        if cut is not None:
+            same = [name for name in MAY_CHANGE_BITS if cut["given"].get(name) == self.given[name]]
+            self._change({name: cut["now"][name] for name in same})
 
     def _change(self, options: dict[str, Any]) -> None:
         """Train with other options than were given; shorter rows are read anew."""
@@ -304,21 +331,23 @@ class Trainer:
 
     def _rehearse(self, start: int) -> None:
         began = time.perf_counter()
-        batch = collate(self.data.train.rows, self.schedule.largest())
+        batch, _ = largest_pass(self.data.train.rows, self.schedule, self.config.tokens_per_pass)
         with self.watch.phase("rehearsal", start):
             held_out = largest_group(self.data.held_out)
             again = functools.partial(rehearse, self.learner, batch, held_out, self.run.path, self.config.model)
             self._with_less(start, [batch], again)
         return_freed()
         self.reporter.say(
-            f"rehearsed: the largest micro-batch ({len(batch.input_ids):,} tokens) and a save go through "
+            f"rehearsed: the largest pass ({len(batch.input_ids):,} tokens) and a save go through "
             f"({time.perf_counter() - began:.1f} s)"
         )
 
-    def _exactness(self, changes: list[str]) -> str:
+    def _exactness(self, changes: list[str], earlier: list[dict[str, Any]]) -> str:
         """What a resumed run promises."""
         if changes:
             return "it will not end as the unbroken run would have: " + "; ".join(changes)
+        if earlier:
+            return "it goes on as the run did, which changed on its way: " + "; ".join(c["change"] for c in earlier)
         if self.learner.device.type != "cpu":
             return "not bit-exact: some of this device's kernels add in no fixed order"
         return "it will end with the same bytes as an unbroken run"
@@ -522,8 +551,9 @@ class Trainer:
         """Before a micro-batch for which too little memory is left, go on with less."""
         while self.plan is not None:
             largest = max(len(part.input_ids) for _, part in self.learner.parts(batch))
-            need, left = self.plan.live_bytes(largest), headroom(self.learner.device)
-            if left is None or need <= left:
+            run, left = self.learner.recompute, headroom(self.learner.device)
+            need = self.plan.live_bytes(largest) - (0 if run is None else run.inputs.held_bytes)
+            if left is None or need <= left or not self.foresees:
                 return
             if not self._take_less(step, [batch], f"{largest:,} tokens need {gib(need)} and {gib(left)} are left"):
                 return  # it may do all the same
@@ -552,21 +582,25 @@ class Trainer:
 
         It is said, and written to memory.jsonl; one that may change last bits also to run.json.
         """
+        with self.interrupts.noted():  # none of it is left half done
+            return self._take_one_less(step, batches, why)
+
+    def _take_one_less(self, step: int, batches: list[MicroBatch], why: str) -> bool:
         learner = self.learner
         parts = [part for batch in batches for _, part in learner.parts(batch)]
         largest = max(len(part.input_ids) for part in parts)
         change: dict[str, Any]
-        if learner.page_out():
+        if self._if_the_disk_lets(learner.page_out):
             change, now = {"paging": "always"}, "the optimizer's states leave memory"
         elif learner.keep_less():
             change, now = {"kept_activations": "none"}, "layers keep their inputs alone"
-        elif learner.offload():
+        elif self._if_the_disk_lets(learner.offload):
             change, now = {"activation_offloading": "always"}, "layer inputs wait elsewhere"
         elif learner.abilities.packing and any(len(part.rows) > 1 for part in parts):
             learner.tokens_per_pass = largest // 2
             change = {"tokens_per_pass": learner.tokens_per_pass}
             now = f"micro-batches go through the model in parts of at most {learner.tokens_per_pass:,} tokens"
-        elif (tile := min(TILE, learner.tokens_per_tile // 2 or largest // 2)) >= LEAST_TILE and learner.tile(tile):
+        elif (tile := self._smaller_tile(largest)) >= LEAST_TILE and learner.tile(tile):
             change, now = {"tokens_per_tile": tile}, f"MLPs run on {tile:,} tokens at a time"
         else:
             return False
@@ -575,18 +609,36 @@ class Trainer:
         self._change(change)
         if change.keys() & MAY_CHANGE_BITS:
             ((name, value),) = change.items()
-            self.info["changes"].append({"step": step, "change": f"{name}: {value} from here on, for {why}"})
-        self.info["config"] = self.config.model_dump()
-        self.run.write_info(self.info)
+            line = f"{name}: {value} from here on, for {why}"
+            self.info.setdefault("changes", []).append({"step": step, "change": line, "by_memory": True})
+        if learner.recompute is not None:
+            self.found["recomputed"] = recomputed_line(learner.recompute)
+        if "base" in self.info:
+            self.info["config"] = self.config.model_dump()
+            self.run.write_info(self.info)
         self._plan_again()
         return True
 
+    def _smaller_tile(self, largest: int) -> int:
+        now = self.learner.tokens_per_tile
+        return now // 2 if now else min(TILE, largest // 2)
+
+    def _if_the_disk_lets(self, change: Callable[[], bool]) -> bool:
+        try:
+            return change()
+        except StorageError as error:
+            self.reporter.say(f"{error.what}: left as it is")
+            return False
+
     def _plan_again(self) -> None:
-        """What is needed now, after a change; as before where it cannot be planned."""
-        if self.planner is not None:
-            self.planner.config = self.config
-            with contextlib.suppress(HalfbyteError, RuntimeError, MemoryError):
-                self.plan = self.planner.plan()
+        """What is needed now, after a change. Where it cannot be planned nothing is foreseen from here on."""
+        if self.planner is None:
+            return
+        self.planner.config = self.config
+        try:
+            self._promise(self.planner.plan())
+        except (HalfbyteError, RuntimeError, MemoryError):
+            self.foresees = False
 
     def _is_finite(self, step: int, loss: float, norm: float, batches: list[MicroBatch]) -> bool:
         """Whether the update may be made. A step that may not is written to nonfinite.jsonl with its rows.
@@ -649,6 +701,7 @@ class Trainer:
         state = {
             "total_steps": self.total_steps,
             "updates": self.learner.updates,
+            "cut": {"given": self.given, "now": {name: getattr(self.config, name) for name in MAY_CHANGE_BITS}},
             "base_digest": self.info["base"]["digest"],
             "fingerprint": checkpoint.fingerprint(self.info),
         }
@@ -750,6 +803,17 @@ class Interrupts:
             yield
         finally:
             self._message = outer
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within this block, inside of `immediate`, a signal is noted; it raises `Abandoned` at the end."""
+        outer, self._message = self._message, None
+        try:
+            yield
+        finally:
+            self._message = outer
+        if self.signal and outer is not None:
+            raise self._abandoned()
 
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
