@@ -67,7 +67,7 @@ def make_packed(size: str, home: Path) -> Path:
     if (path / quantized.FACTS).exists():
         return path
     shutil.rmtree(path, ignore_errors=True)
-    config = LlamaConfig(**SIZES[size], vocab_size=32000, max_position_embeddings=4096)
+    config = LlamaConfig(**{"vocab_size": 32000, **SIZES[size]}, max_position_embeddings=4096)
     config.save_pretrained(path)
     AutoTokenizer.from_pretrained(hub.resolve("demo")).save_pretrained(path)
     model, options = build_empty(config), ModelOptions()

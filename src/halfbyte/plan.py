@@ -30,7 +30,7 @@ from .errors import DataError, DoesNotFit, HalfbyteError, ModelError, UsageError
 from .fuse import fuse
 from .learner import Learner
 from .ledger import RESIDENT, TensorBytes, elsewhere, resident, sizes, weights_by_part
-from .memory import available, held_now, is_exhaustion
+from .memory import PASSING, allocate_apart, available, held_now, is_exhaustion
 from .merge import FP32_LIMIT
 from .ops import cpu
 from .ops.library import planning_for
@@ -844,6 +844,7 @@ def plan(
 
 
 def _planned(config: TrainConfig, say: Callable[[str], None], progress: Progress) -> MemoryPlan:
+    allocate_apart(PASSING)
     path = hub.resolve(config.model, config.revision, weights=False)
     data = read_data(config.data, config, path, say=say, progress=progress) if config.data else None
     planner = Planner(path, config, data, progress)

@@ -52,7 +52,7 @@ from .learner import Learner
 from .ledger import Watch, resident, sizes
 from .load import load_base, refuse_other_base
 from .lora import lora_layers, save_adapter, target_names
-from .memory import allocate_apart, bounded, headroom, is_exhaustion, return_freed
+from .memory import LASTING, PASSING, allocate_apart, bounded, headroom, is_exhaustion, return_freed
 from .ops import cpu
 from .plan import (
     FITTED,
@@ -78,8 +78,6 @@ ONLY_THE_RESULT = (
     "the training is done and its last checkpoint saved. "
     "Repeat the command with --resume_from_checkpoint auto to write the adapter"
 )
-LASTING, PASSING = 1 << 16, 1 << 20
-"""Bytes from which on memory is asked of the system by itself while a model is loaded, and while it is trained."""
 LEAST_TILE = 32
 MAY_CHANGE_BITS = {"tokens_per_pass", "tokens_per_tile"}
 """Options by which sums are added in another order."""
@@ -153,6 +151,7 @@ class Trainer:
         raise self._exhausted(message)
 
     def _run_all(self) -> Run:
+        allocate_apart(PASSING)
         with self.interrupts:
             with self.interrupts.immediate(NOTHING_LOST):
                 start = self._set_up()
