@@ -184,8 +184,8 @@ def allocate_apart(smallest: int) -> None:
 
 _M_MMAP_THRESHOLD = -3
 LASTING, PASSING = 1 << 16, 1 << 20
-"""The smallest such blocks while a model is loaded, and else. An empty model's weights, too, are memory for a moment, and
-on the heap each would leave a hole that the next one does not fit into."""
+"""The smallest such blocks while a model is loaded, and else. An empty model's weights, too, are memory for a moment,
+and on the heap each would leave a hole that the next one does not fit into."""
 _part = threading.local()
 
 
