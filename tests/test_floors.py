@@ -13,6 +13,7 @@ FLOORS = {
     3: ["lora", "loss", "adamw8bit", "batches", "attention", "fuse"],
     4: [
         "architecture",
+        "card",
         "filler",
         "quantized",
         "load",

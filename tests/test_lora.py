@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -137,6 +138,35 @@ def test_masks_do_not_depend_on_how_much_is_asked_for():
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_rank_and_alpha_patterns_are_pefts_both_ways(tiny_llama: LlamaForCausalLM, tmp_path: Path):
+    """Layers of other ranks and alphas: read from PEFT's file, made from options, written for PEFT; its logits."""
+    patterns: dict[str, Any] = {
+        "rank_pattern": {"down_proj": 6, r"layers\.0\.self_attn\.q_proj": 2},
+        "alpha_pattern": {"v_proj": 5, "layers.1.mlp.down_proj": 9},
+    }
+    base = copy.deepcopy(tiny_llama)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **patterns)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    torch.manual_seed(0)
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    lora.load_adapter(ours, tmp_path / "theirs")
+    ids = torch.arange(15)[None]
+    expected = theirs(input_ids=ids).logits
+    torch.testing.assert_close(ours.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+    lora.save_adapter(ours, tmp_path / "ours", "base")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+    made = copy.deepcopy(base)
+    lora.attach_lora(made, AdapterConfig(4, 8, **patterns))
+    shapes = {name: (layer.adapter.r, layer.adapter.alpha) for name, layer in lora.lora_layers(made)}
+    assert shapes == {name: (layer.adapter.r, layer.adapter.alpha) for name, layer in lora.lora_layers(ours)}
+    assert shapes["model.layers.1.mlp.down_proj"] == (6, 9) and shapes["model.layers.0.self_attn.q_proj"] == (2, 8)
 
 
 def test_adapter_files_are_pefts_both_ways(tiny_llama: LlamaForCausalLM, tmp_path: Path):

@@ -306,13 +306,14 @@ what computes, not what was asked)."""
 STATES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
 """Optimizers whose numbers and saved states are another one's."""
 
-_FIXED = {"lora_r", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"}
+_FIXED = {"lora_r", "rank_pattern", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"}
 """What the saved state has the shape of: no resume can change it."""
 
 
 def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is compared apart."""
-    settings = {key: value for key, value in info["config"].items() if key not in _MAY_CHANGE}
+    # an empty mapping is as good as none: there was a time before these options
+    settings = {key: value for key, value in info["config"].items() if key not in _MAY_CHANGE and value != {}}
     settings["optim"] = STATES.get(settings["optim"], settings["optim"])
     return {
         **settings,

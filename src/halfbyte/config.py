@@ -5,6 +5,7 @@ other key is an error that names the nearest one. No torch here: ``halfbyte --he
 """
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -190,7 +191,33 @@ class LoraOptions(Options):
         "all-linear", "all-linear, names separated by commas (q_proj,v_proj), or a regular expression of whole paths"
     )
     use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead")
+    rank_pattern: dict[str, int] = option(
+        {}, 'other ranks for some layers: {"down_proj": 32}, regular expressions of paths'
+    )
+    alpha_pattern: dict[str, int] = option({}, "other alphas for some layers, likewise")
     full: bool = option(False, "train every parameter instead of an adapter; needs load_in_4bit false")
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value or "{}")
+            except ValueError as error:
+                raise ValueError(f"must be a mapping, as in JSON: {error}") from None
+        for pattern in value if isinstance(value, dict) else ():
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no valid regular expression: {error}") from None
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _positive_values(cls, value: dict[str, int]) -> dict[str, int]:
+        if any(number < 1 for number in value.values()):
+            raise ValueError("every value must be at least 1")
+        return value
 
 
 class DataOptions(Options):
@@ -416,6 +443,10 @@ class MergeConfig(KernelOptions):
     output_dir: str = option(..., "where the merged model goes")
     min_agreement: float = option(
         0.99, "share of positions where merged and adapted model must predict the same token", ge=0, le=1
+    )
+    requantize: bool = option(False, "write the merged weights in 4 bits, which erases part of what the adapter adds")
+    min_survival: float = option(
+        0.9, "with requantize: the share of the adapter's effect that must survive in the median layer", ge=0, le=1
     )
     device: str = option("auto", "cpu, cuda or auto")
 

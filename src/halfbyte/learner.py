@@ -79,7 +79,8 @@ class Learner:
 
     def _attach(self) -> DropoutClock:
         c = self.config
-        adapter = AdapterConfig(c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora)
+        numbers = (c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.rank_pattern, c.alpha_pattern)
+        adapter = AdapterConfig(*numbers)
         names = attach_lora(self.model, adapter, c.target_modules, seed=c.seed)
         first = self.model.get_submodule(names[0])
         assert isinstance(first, LoraLinear)

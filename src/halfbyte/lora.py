@@ -22,8 +22,9 @@ import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,34 @@ class DropoutClock:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What describes an adapter, apart from its weights."""
+    """What describes an adapter, apart from its weights.
+
+    rank_pattern, alpha_pattern: other r and alpha for the layers whose path, or its end after a dot, matches the
+    regular expression, as in PEFT; the first that does.
+    """
 
     r: int
     alpha: int
     dropout: float = 0.0
     use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, name: str) -> "AdapterConfig":
+        """What holds for one layer, by its path."""
+        r, alpha = _by_pattern(self.rank_pattern, name, self.r), _by_pattern(self.alpha_pattern, name, self.alpha)
+        return AdapterConfig(r, alpha, self.dropout, self.use_rslora)
 
     @property
     def scaling(self) -> float:
         return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
+
+
+def _by_pattern(patterns: Mapping[str, int], name: str, default: int) -> int:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
 class LoraLinear(nn.Linear):
@@ -239,7 +258,7 @@ def attach_lora(
     for index, name in enumerate(names):
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        LoraLinear.from_linear(model.get_submodule(name), adapter, index, clock, generator)
+        LoraLinear.from_linear(model.get_submodule(name), adapter.of(name), index, clock, generator)
     return names
 
 
@@ -259,12 +278,15 @@ def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
     """adapter_config.json for the model's adapter."""
     layers = dict(lora_layers(model))
     adapter = next(iter(layers.values())).adapter
+    ranks = Counter(layer.adapter.r for layer in layers.values())
+    alphas = Counter(layer.adapter.alpha for layer in layers.values())
+    r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": adapter.r,
-        "lora_alpha": adapter.alpha,
+        "r": r,
+        "lora_alpha": alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.use_rslora,
         "target_modules": _shortest_targets(model, list(layers)),
@@ -273,8 +295,8 @@ def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": {name: layer.adapter.r for name, layer in layers.items() if layer.adapter.r != r},
+        "alpha_pattern": {name: layer.adapter.alpha for name, layer in layers.items() if layer.adapter.alpha != alpha},
         "use_dora": False,
     }
 
@@ -296,8 +318,6 @@ def save_adapter(model: Any, directory: Path, base_model: str) -> None:
 _UNSUPPORTED = {
     "use_dora": "DoRA",
     "modules_to_save": "modules_to_save",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
     "layers_to_transform": "layers_to_transform",
     "target_parameters": "target_parameters",
     "lora_bias": "lora_bias",
@@ -320,7 +340,12 @@ def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any
     if used:
         raise ModelError(f"the adapter in {directory} uses {', '.join(used)}, which is not supported here")
     adapter = AdapterConfig(
-        config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
+        config["r"],
+        config["lora_alpha"],
+        config.get("lora_dropout", 0.0),
+        bool(config.get("use_rslora")),
+        config.get("rank_pattern") or {},
+        config.get("alpha_pattern") or {},
     )
     entries = read_header(directory / WEIGHTS)
     names = _adapted_names(entries)

@@ -2,32 +2,41 @@
 
 Onto what? In training the adapter corrected the *4-bit* weights, errors included; adding it to those (``trained``)
 gives the model that was trained, stored in 16 or 32 bits. Adding it to the original weights (``original``) gives
-another model, without quantization error but also without what the adapter learned to compensate. Either way the
-merged model is opened again from disk and compared, on rows of the training data, with the adapter running on the
-base it was merged onto; a merge that fails is not called done.
+another model, without quantization error but also without what the adapter learned to compensate. Which is nearer to
+the model that was trained is measured, not believed: both are written, opened again from disk and compared with the
+running adapter on the same rows, held-out ones where there are any (KL divergence, greedy agreement, loss). The one
+that was asked for is kept, and the better one recommended. A merge that is not the adapter on its base is not called
+done.
 
-Merging into weights that are then quantized again is not offered: the rounding erases most of what the adapter adds.
+Rounding the merged weights to 4 bits again erases part of what the adapter adds, often most of it: an adapter's change
+is small beside the distance of two levels. ``requantize`` therefore measures, layer by layer, the share that survives,
+and refuses below a threshold.
 """
 
 import os
 import shutil
+import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import hub, nf4
-from .architecture import Progress, checkpoint_names, no_progress
-from .chat import Renderer
+from .architecture import Progress, checkpoint_names, no_progress, quantize_as
+from .card import CARD, merged_card
+from .chat import Encoded, Renderer
 from .config import ModelOptions
+from .dataset import hold_out
 from .errors import DataError, ModelError, StorageError, UsageError, VerificationError
 from .forms import Example, read_examples
 from .load import load, load_base
-from .lora import LoraLinear
+from .lora import LoraLinear, lora_layers
 from .nf4 import NF4Tensor
+from .quantized import quantize
 from .run import ADAPTER_FACTS, Run
 
 FP32_LIMIT = 3_000_000_000
@@ -37,17 +46,39 @@ PROBE_ROWS, PROBE_TOKENS = 16, 256
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A merged model beside the running adapter, on the same rows.
+
+    kl: mean over positions of KL(running || merged), nats. greedy_agreement: share of positions with the same likeliest
+    token. loss: nats per supervised token.
+    """
+
+    kl: float
+    greedy_agreement: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class Receipt:
-    """How far the merged model is from the adapter running on the same base."""
+    """How far the merged model is from the adapter running on the same base, and from the model that was trained.
+
+    rows_are: "held out", "of the training data", or "built in". running_loss: of the run, adapter on 4-bit base.
+    comparisons: with the run, by what is merged onto. recommended: the one with the least KL divergence.
+    surviving: with requantize, the least, median and greatest share of the adapter's effect over its layers.
+    """
 
     onto: str
     compute_dtype: str
     rows: int
+    rows_are: str
     tokens: int
     max_logit_difference: float
     largest_logit: float
     greedy_agreement: float
-    agreement_with_trained_run: float | None = None
+    running_loss: float
+    comparisons: dict[str, Comparison]
+    recommended: str
+    surviving: tuple[float, float, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,6 +90,8 @@ def merge(
     *,
     onto: str = "trained",
     min_agreement: float = 0.99,
+    requantize: bool = False,
+    min_survival: float = 0.9,
     device: str = "auto",
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda line: None,
@@ -67,39 +100,94 @@ def merge(
 
     Args:
         onto: "trained" or "original". min_agreement: share of probe positions where both must predict the same token.
+        requantize: write the merged weights in 4 bits. min_survival: the share of the adapter's effect that has to
+            survive that, in the median layer.
 
     Raises:
         UsageError: output_dir is not empty. ModelError: the run or its base is refused.
-        VerificationError: the merged model is not the adapted one; nothing is left in output_dir.
+        VerificationError: the merged model is not the adapted one, or too little survives; nothing is left in
+            output_dir.
     """
     source, target = Run.open(run), Path(output_dir).expanduser()
     if onto not in ("trained", "original"):
         raise UsageError(f'onto must be "trained" or "original", got {onto!r}')
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
-    info, config = source.info(), source.config()
-    if config.full:
+    if source.config().full:
         raise UsageError("a full fine-tuning has no adapter to merge", found=str(source.adapter))
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     hub.check_writable(building)
-    base = hub.resolve(info["base"]["path"])
-    dtype = _compute_dtype(base, info)
     try:
-        reference, tokenizer = load(
-            source.path,
-            dtype=dtype,
-            device=device,
-            load_in_4bit=config.load_in_4bit and onto == "trained",
-            progress=progress,
+        merger = _Merger(source, building, device, progress, say)
+        receipt = merger.run(onto, min_agreement)
+        result = merger.built[onto]
+        if requantize:
+            result, shares = merger.requantized(onto, min_survival)
+            receipt = replace(receipt, surviving=shares)
+        hub.write_json(result / "merge.json", receipt.as_dict())
+        hub.write_bytes(result / CARD, merged_card(source, source.info(), receipt.as_dict()).encode())
+        try:
+            result.replace(target)  # an empty directory of that name gives way
+        except OSError as error:
+            raise StorageError(f"cannot put the merged model at {target}: {error.strerror}") from error
+    finally:  # a failure or an interrupt: half a model is not left behind
+        shutil.rmtree(building, ignore_errors=True)
+    return receipt
+
+
+class _Merger:
+    """One run, merged onto what there is, in a directory of its own."""
+
+    def __init__(
+        self, source: Run, directory: Path, device: str, progress: Progress, say: Callable[[str], None]
+    ) -> None:
+        self.source, self.directory, self.device = source, directory, device
+        self.progress, self.say = progress, say
+        self.config, info = source.config(), source.info()
+        self.base = hub.resolve(info["base"]["path"])
+        self.dtype = _compute_dtype(self.base, info)
+        self.built: dict[str, Path] = {}
+
+    def run(self, onto: str, min_agreement: float) -> Receipt:
+        """Merge onto every base there is, compare, and verify the one that was asked for.
+
+        Raises:
+            VerificationError: it is not the adapter running on its base.
+        """
+        others = ["trained", "original"] if self._has_both() else []
+        running, tokenizer = self._load()
+        rows, rows_are = _probes(self.source, tokenizer, self.say)
+        expected = _logits(running, rows)
+        for name in [onto, *(other for other in others if other != onto)]:
+            self.built[name] = self.directory / name
+            self.built[name].mkdir()
+            _write(self.base, self.built[name], running, name, self.progress)
+            _write_config(self.base, self.source.adapter, self.built[name])
+        reference = expected
+        if onto == "original" and self.config.load_in_4bit:
+            del running
+            reference = _logits(self._load(load_in_4bit=False)[0], rows)
+        self.say(f"merged onto the {onto} base; comparing the result with the running adapter")
+        comparisons, got = {}, expected
+        for name, path in self.built.items():
+            merged, _ = load_base(path, ModelOptions(load_in_4bit=False, dtype=self.dtype, device=self.device))
+            found = _logits(merged, rows)
+            del merged
+            comparisons[name] = _compare(expected, found, rows)
+            got = found if name == onto else got
+        receipt = Receipt(
+            onto=onto,
+            compute_dtype=self.dtype,
+            rows=len(rows),
+            rows_are=rows_are,
+            tokens=sum(len(row.input_ids) for row in rows),
+            max_logit_difference=max(float((x - y).abs().max()) for x, y in zip(reference, got, strict=True)),
+            largest_logit=max(float(x.abs().max()) for x in reference),
+            greedy_agreement=_agreement(reference, got),
+            running_loss=_loss(expected, rows),
+            comparisons=comparisons,
+            recommended=min(comparisons, key=lambda name: comparisons[name].kl),
         )
-        _write(base, building, reference, onto, progress)
-        _write_config(base, source.adapter, building)
-        say(f"merged onto the {onto} base; comparing the result with the running adapter")
-        probes = _probes(source, tokenizer, say)
-        receipt = _verify(building, reference, probes, onto, dtype, device)
-        if onto == "original" and config.load_in_4bit:
-            del reference
-            receipt = _with_trained_run(receipt, source, building, probes, dtype, device)
         if not receipt.max_logit_difference < float("inf") or receipt.greedy_agreement < min_agreement:
             raise VerificationError(
                 "the merged model is not the model that was trained; it was removed",
@@ -108,14 +196,59 @@ def merge(
                 expected=f"at least {min_agreement:.2%}",
                 ways_out=["use the adapter unmerged", "or lower --min_agreement if you accept the difference"],
             )
-        hub.write_json(building / "merge.json", receipt.as_dict())
-        try:
-            building.replace(target)  # an empty directory of that name gives way
-        except OSError as error:
-            raise StorageError(f"cannot put the merged model at {target}: {error.strerror}") from error
-    finally:  # a failure or an interrupt: half a model is not left behind
-        shutil.rmtree(building, ignore_errors=True)
-    return receipt
+        return receipt
+
+    def _load(self, **changes: Any) -> tuple[Any, Any]:
+        options = {"dtype": self.dtype, "device": self.device, **changes}
+        return load(self.source.path, progress=self.progress, **options)
+
+    def _has_both(self) -> bool:
+        """Whether the base the adapter was trained on and the original one are two."""
+        stored = nf4.quantized_names(set(hub.Checkpoint(self.base).entries))
+        return self.config.load_in_4bit and not stored
+
+    def requantized(self, onto: str, min_survival: float) -> tuple[Path, tuple[float, float, float]]:
+        """The merged model in 4 bits, and how much of the adapter's effect survives it (least, median, greatest).
+
+        Raises:
+            VerificationError: less than ``min_survival`` in the median layer.
+        """
+        options = ModelOptions(**self.config.holding())
+        running, _ = self._load(**({} if onto == "trained" else {"load_in_4bit": False}))
+        shares: dict[str, float] = {}
+        layers = list(lora_layers(running))
+        for name in self.progress([name for name, _ in layers], len(layers), "measuring what survives"):
+            shares[name] = surviving_share(running.get_submodule(name), options)
+        least, middle, most = min(shares.values()), statistics.median(shares.values()), max(shares.values())
+        worst = min(shares, key=lambda name: shares[name])
+        line = f"{middle:.1%} of the adapter's effect survive in the median layer ({least:.1%} to {most:.1%})"
+        if middle < min_survival:
+            raise VerificationError(
+                f"rounding the merged weights to 4 bits erases too much of the adapter: {line}",
+                where=worst,
+                expected=f"at least {min_survival:.0%}",
+                ways_out=[
+                    "merge without --requantize: 16 bits keep all of it",
+                    "keep base and adapter apart: every tool that opens 4-bit bases takes the adapter",
+                    "or lower --min_survival if you accept the loss",
+                ],
+            )
+        self.say(f"requantized: {line}")
+        quantize(self.built[onto], options, self.directory / "4bit", self.progress)
+        return self.directory / "4bit", (least, middle, most)
+
+
+def surviving_share(layer: LoraLinear, options: ModelOptions) -> float:
+    """Share of an adapter's change D of a weight W that is left when the sum is rounded to 4 bits: the projection of
+    Q(W + D) - Q(W) onto D, over D's square. 1: all of it, 0: none; beside it is noise, which has no direction.
+
+    W is as it lies in the base; where that is rounded already, Q(W) is W.
+    """
+    weight, change = layer.base_weight().float(), layer.delta().float()
+    before = weight if isinstance(layer.weight, NF4Tensor) else quantize_as(weight, options).dequantize(torch.float32)
+    after = quantize_as(weight + change, options).dequantize(torch.float32)
+    power = float(change.double().square().sum())
+    return float(((after - before).double() * change.double()).sum()) / power if power else 1.0
 
 
 def _compute_dtype(base: Path, info: dict[str, Any]) -> Any:
@@ -161,10 +294,12 @@ def _merged(checkpoint: hub.Checkpoint, name: str, path: str, model: Any, onto: 
         dtype = nf4.read_stored(checkpoint, name).dtype
     else:
         dtype = checkpoint.entries[name].dtype
-    adapted, quantized = isinstance(module, LoraLinear), isinstance(weight, NF4Tensor)
-    if not adapted and not quantized:
+    if not isinstance(module, LoraLinear) and not (isinstance(weight, NF4Tensor) and onto == "trained"):
         return checkpoint.read(name)
-    value = weight.dequantize(torch.float32) if isinstance(weight, NF4Tensor) else checkpoint.read(name).float()
+    if isinstance(weight, NF4Tensor) and (onto == "trained" or stored):
+        value = weight.dequantize(torch.float32)
+    else:
+        value = checkpoint.read(name).float()
     if isinstance(module, LoraLinear):
         value = value + module.delta().to(value.device)
     return value.to("cpu", dtype)
@@ -186,9 +321,9 @@ def _write_config(base: Path, adapter: Path, target: Path) -> None:
 # --- verifying --------------------------------------------------------------------------------------------------------
 
 
-def _probes(source: Run, tokenizer: Any, say: Callable[[str], None]) -> list[list[int]]:
-    """Token rows to compare on: rows of the training data, or sentences where it is gone."""
-    renderer = Renderer(tokenizer, clock=source.clock())
+def _probes(source: Run, tokenizer: Any, say: Callable[[str], None]) -> tuple[list[Encoded], str]:
+    """Rows to compare on, and what they are: held out in training, else of its data, else sentences of our own."""
+    renderer, rows_are = Renderer(tokenizer, clock=source.clock()), "of the training data"
     try:
         config = source.config()
         found = read_examples(
@@ -197,21 +332,28 @@ def _probes(source: Run, tokenizer: Any, say: Callable[[str], None]) -> list[lis
             split=config.dataset_train_split,
             skip_bad=config.skip_bad,
         )
+        if config.eval_split:  # which rows were held out is a function of all of them
+            held_out = hold_out(renderer.encode(found.rows), config.eval_split, config.seed)[1]
+            return _cut(held_out), "held out"
         examples = found.rows[:PROBE_ROWS]
     except DataError as error:
         say(f"the training data is gone ({error.what}): comparing on one built-in sentence instead")
         question = [{"role": "user", "content": "What is the capital of France, and why do people travel there?"}]
         examples = [Example("probe", [*question, {"role": "assistant", "content": "Paris. They like its museums."}])]
-    # whole rows, trained or not: a long question must not leave the merge without probes
-    return [row.input_ids[:PROBE_TOKENS] for row in renderer.encode(examples)]
+        rows_are = "built in"
+    return _cut(renderer.encode(examples)), rows_are
+
+
+def _cut(rows: list[Encoded]) -> list[Encoded]:
+    """The first few, each cut; whole rows, trained or not: a long question must not leave a merge without probes."""
+    return [Encoded(r.where, r.input_ids[:PROBE_TOKENS], r.trained[:PROBE_TOKENS]) for r in rows[:PROBE_ROWS]]
 
 
 @torch.inference_mode()
-def _logits(model: Any, probes: list[list[int]]) -> list[Tensor]:
+def _logits(model: Any, rows: list[Encoded]) -> list[Tensor]:
     device = model.get_input_embeddings().weight.device
-    return [
-        model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu() for ids in probes
-    ]
+    ids = (torch.tensor([row.input_ids], device=device) for row in rows)
+    return [model(input_ids=each, use_cache=False).logits[0].float().cpu() for each in ids]
 
 
 def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
@@ -219,27 +361,20 @@ def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
     return same / sum(x.shape[0] for x in a)
 
 
-def _verify(target: Path, reference: Any, probes: list[list[int]], onto: str, dtype: Any, device: str) -> Receipt:
-    expected = _logits(reference, probes)
-    merged, _ = load_base(target, ModelOptions(load_in_4bit=False, dtype=dtype, device=device))
-    got = _logits(merged, probes)
-    return Receipt(
-        onto=onto,
-        compute_dtype=dtype,
-        rows=len(probes),
-        tokens=sum(map(len, probes)),
-        max_logit_difference=max(float((x - y).abs().max()) for x, y in zip(expected, got, strict=True)),
-        largest_logit=max(float(x.abs().max()) for x in expected),
-        greedy_agreement=_agreement(expected, got),
-    )
+def _loss(logits: list[Tensor], rows: list[Encoded]) -> float:
+    """Nats per supervised token; of every token where none is supervised."""
+    total, count = 0.0, 0
+    for values, row in zip(logits, rows, strict=True):
+        targets = torch.tensor(row.input_ids[1:])
+        chosen = torch.tensor(row.trained[1:]) if any(row.trained[1:]) else torch.ones(len(targets), dtype=torch.bool)
+        total += float(functional.cross_entropy(values[:-1][chosen], targets[chosen], reduction="sum"))
+        count += int(chosen.sum())
+    return total / max(count, 1)
 
 
-def _with_trained_run(
-    receipt: Receipt, source: Run, target: Path, probes: list[list[int]], dtype: Any, device: str
-) -> Receipt:
-    """The receipt with how often the merged model agrees with the 4-bit model that was trained."""
-    trained, _ = load(source.path, dtype=dtype, device=device)
-    expected = _logits(trained, probes)
-    del trained
-    merged, _ = load_base(target, ModelOptions(load_in_4bit=False, dtype=dtype, device=device))
-    return Receipt(**{**receipt.as_dict(), "agreement_with_trained_run": _agreement(expected, _logits(merged, probes))})
+def _compare(expected: list[Tensor], got: list[Tensor], rows: list[Encoded]) -> Comparison:
+    kl, count = 0.0, 0
+    for p, q in zip(expected, got, strict=True):
+        kl += float(functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"))
+        count += p.shape[0]
+    return Comparison(max(kl / count, 0.0), _agreement(expected, got), _loss(got, rows))

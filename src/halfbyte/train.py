@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from . import attention, checkpoint, hub
 from .architecture import Progress, build_empty, choose_device, choose_dtype, no_progress, read_config
 from .batches import MicroBatch, collate
+from .card import CARD, adapter_card
 from .config import TrainConfig
 from .dataset import Data, read_data, source_digest
 from .errors import (
@@ -727,6 +728,7 @@ class Trainer:
             tokenizer.save_pretrained(target)
             facts = {"base_digest": self.info["base"]["digest"], "template_sha256": self.info["template_sha256"]}
             hub.write_json(target / ADAPTER_FACTS, facts)
+            hub.write_bytes(target / CARD, adapter_card(self.run, self.info).encode())
             _generation_config(self.learner.model, self.data.renderer.stop_ids()).save_pretrained(target)
             hub.sync(target)
             older = target.with_name(f".adapter.{os.getpid()}.old.tmp")

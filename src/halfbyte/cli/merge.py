@@ -16,6 +16,8 @@ def merge(record: MergeConfig) -> dict[str, Any]:
         record.output_dir,
         onto=record.onto,
         min_agreement=record.min_agreement,
+        requantize=record.requantize,
+        min_survival=record.min_survival,
         device=record.device,
         progress=console.progress,
         say=console.say,
@@ -25,10 +27,17 @@ def merge(record: MergeConfig) -> dict[str, Any]:
         f"logits differ by at most {receipt.max_logit_difference:.2e} (largest {receipt.largest_logit:.1f}), "
         f"{receipt.greedy_agreement:.2%} of the predicted tokens are the same"
     )
-    if receipt.agreement_with_trained_run is not None:
-        console.say(f"against the 4-bit model that was trained: {receipt.agreement_with_trained_run:.2%} the same")
+    rows = [["the run, unmerged", "", "", f"{receipt.running_loss:.4f}"]]
+    for onto, found in receipt.comparisons.items():
+        mark = " (recommended)" if onto == receipt.recommended and len(receipt.comparisons) > 1 else ""
+        rows.append([f"onto {onto}{mark}", f"{found.kl:.2e}", f"{found.greedy_agreement:.2%}", f"{found.loss:.4f}"])
+    title = f"beside the model that was trained, on {receipt.rows} rows {receipt.rows_are}"
+    console.table(title, ["", "KL divergence, nats", "same token", "loss"], rows)
+    if receipt.recommended != receipt.onto:
+        console.say(f"--onto {receipt.recommended} is nearer to the model that was trained")
     console.say(f"the merged model is in {record.output_dir}")
-    console.say(f'next: halfbyte chat {record.output_dir} --load_in_4bit false --prompt "..."')
+    held = "" if record.requantize else " --load_in_4bit false"
+    console.say(f'next: halfbyte chat {record.output_dir}{held} --prompt "..."')
     return {"output_dir": record.output_dir, **receipt.as_dict()}
 
 

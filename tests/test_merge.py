@@ -1,0 +1,108 @@
+"""The merge's receipt, what requantizing erases, and the cards that tell of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import halfbyte
+from halfbyte import hub, nf4
+from halfbyte.cli import run as cli
+from halfbyte.config import ModelOptions
+from halfbyte.errors import VerificationError
+from halfbyte.lora import AdapterConfig, DropoutClock, LoraLinear
+from halfbyte.merge import surviving_share
+from halfbyte.run import Run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A short training of the built-in model, rows held out."""
+    home = tmp_path_factory.mktemp("merge")
+    lines = [{"prompt": f"{i} teas and {i % 7} buns", "completion": f"{i % 7} buns, {i} cups"} for i in range(80)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options: dict[str, Any] = {"max_steps": 20, "num_samples": 0, "learning_rate": 2e-3, "eval_split": 10}
+    options |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+    return halfbyte.train(model="demo", data=str(home / "rows.jsonl"), output_dir=str(home / "run"), **options)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    _, head, _ = text.split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def test_a_receipt_compares_both_bases_on_held_out_rows(run: Run, tmp_path: Path):
+    receipts = {onto: halfbyte.merge(run.path, tmp_path / onto, onto=onto) for onto in ("trained", "original")}
+    for onto, receipt in receipts.items():
+        assert receipt.onto == onto and receipt.rows_are == "held out" and receipt.rows == 10
+        assert receipt.comparisons.keys() == {"trained", "original"}
+        assert receipt.recommended == min(receipt.comparisons, key=lambda name: receipt.comparisons[name].kl)
+        text = (tmp_path / onto / "README.md").read_text()
+        assert f"onto {onto} (this one)" in text and run.info()["base"]["digest"] in text
+        assert run.info()["data"]["sha256"] in text and "GiB planned" in text and "GiB measured" in text
+        assert front_matter(text)["library_name"] == "transformers"
+        assert json.loads((tmp_path / onto / "merge.json").read_text())["recommended"] == receipt.recommended
+    a, b = receipts["trained"], receipts["original"]
+    assert a.comparisons == b.comparisons, "whichever is kept"
+    trained, original = a.comparisons["trained"], a.comparisons["original"]
+    assert trained.kl < original.kl and a.recommended == "trained"
+    assert trained.greedy_agreement >= 0.99 and trained.loss == pytest.approx(a.running_loss, abs=2e-3)
+    # the run's own evaluation of the same rows, in bf16
+    assert a.running_loss == pytest.approx(run.read("eval.jsonl")[-1]["loss"], abs=0.03)
+
+
+def test_the_adapter_has_a_card(run: Run):
+    text = (run.adapter / "README.md").read_text()
+    info = run.info()
+    assert front_matter(text) == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["halfbyte", "lora", "qlora"],
+    }, "the built-in model has no name on the Hub"
+    for fact in (info["base"]["digest"], info["data"]["sha256"], info["template_sha256"], "PeftModel.from_pretrained"):
+        assert fact in text
+    assert "70 rows" in text and "held-out loss" in text and "r 16, alpha 32" in text
+
+
+def test_requantizing_is_refused_with_the_figure_and_done_where_it_is_accepted(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(VerificationError, match="erases too much") as caught:
+        halfbyte.merge(run.path, tmp_path / "m", requantize=True)
+    assert caught.value.exit_code == 8 and "proj" in caught.value.where
+    assert not list(tmp_path.iterdir()), "nothing is left"
+    command = ["merge", str(run.path), "-o", str(tmp_path / "m"), "--requantize", "--min_survival", "0", "--json"]
+    assert cli(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    least, middle, most = found["surviving"]
+    assert least <= middle <= most < 0.9
+    entries = hub.read_header(tmp_path / "m/model.safetensors")
+    assert nf4.quantized_names(set(entries)), "it is stored in 4 bits"
+    assert "of the adapter's effect survive" in (tmp_path / "m/README.md").read_text()
+    model, tokenizer = halfbyte.load(tmp_path / "m")
+    assert tokenizer.chat_template and torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_what_survives_rounding(in_4bit: bool):
+    """All of a change that is large beside the distance of levels, next to nothing of one that is small."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256)
+    linear = nn.Linear(256, 64, bias=False)
+    held = nf4.quantize(weight).with_dtype(torch.float32) if in_4bit else weight
+    linear.weight = nn.Parameter(held, requires_grad=False)
+    layer = LoraLinear.from_linear(linear, AdapterConfig(8, 8), 0, DropoutClock(), torch.Generator().manual_seed(0))
+    shares = []
+    for size in (1e-4, 3.0):
+        torch.nn.init.normal_(layer.lora_B, std=1.0, generator=torch.Generator().manual_seed(1))
+        layer.lora_B.data *= size / float(layer.delta().std())
+        shares.append(surviving_share(layer, ModelOptions()))
+    assert shares[1] > 0.95
+    if in_4bit:
+        assert abs(shares[0]) < 0.05, "every weight falls back onto its level"
+    layer.lora_B.data.zero_()
+    assert surviving_share(layer, ModelOptions()) == 1.0
