@@ -1,6 +1,7 @@
 """The merge's receipt, what requantizing erases, and the cards that tell of it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import halfbyte
 from halfbyte import hub, nf4
 from halfbyte.cli import run as cli
 from halfbyte.config import ModelOptions
-from halfbyte.errors import VerificationError
+from halfbyte.errors import StorageError, VerificationError
 from halfbyte.lora import AdapterConfig, DropoutClock, LoraLinear
 from halfbyte.merge import surviving_share
 from halfbyte.run import Run
@@ -55,6 +56,24 @@ def test_a_receipt_compares_both_bases_on_held_out_rows(run: Run, tmp_path: Path
     assert a.running_loss == pytest.approx(run.read("eval.jsonl")[-1]["loss"], abs=0.03)
 
 
+def test_without_room_for_the_other_merge_it_is_not_compared(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["halfbyte.merge"]
+    honest = module._write
+
+    def write(base: Path, target: Path, model: Any, onto: str, progress: Any) -> None:
+        if onto == "original":
+            raise StorageError("the disk is full, as the test wants it")
+        honest(base, target, model, onto, progress)
+
+    monkeypatch.setattr(module, "_write", write)
+    said: list[str] = []
+    receipt = halfbyte.merge(run.path, tmp_path / "m", say=said.append)
+    assert list(receipt.comparisons) == ["trained"] and any("not compared" in line for line in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    with pytest.raises(StorageError, match="full"):
+        halfbyte.merge(run.path, tmp_path / "o", onto="original")
+
+
 def test_the_adapter_has_a_card(run: Run):
     text = (run.adapter / "README.md").read_text()
     info = run.info()
@@ -80,6 +99,9 @@ def test_requantizing_is_refused_with_the_figure_and_done_where_it_is_accepted(
     found = json.loads(capsys.readouterr().out)
     least, middle, most = found["surviving"]
     assert least <= middle <= most < 0.9
+    after, before = found["comparisons"]["trained, requantized"], found["comparisons"]["trained"]
+    assert after["kl"] > before["kl"] and found["recommended"] == "trained"
+    assert "onto trained, requantized (this one)" in (tmp_path / "m/README.md").read_text()
     entries = hub.read_header(tmp_path / "m/model.safetensors")
     assert nf4.quantized_names(set(entries)), "it is stored in 4 bits"
     assert "of the adapter's effect survive" in (tmp_path / "m/README.md").read_text()

@@ -138,7 +138,8 @@ def _base(info: dict[str, Any]) -> str:
 def _receipt(receipt: dict[str, Any]) -> str:
     rows = [("the run, unmerged", "", "", f"{receipt['running_loss']:.4f}")]
     for onto, found in receipt["comparisons"].items():
-        mark = " (this one)" if onto == receipt["onto"] else ""
+        this = f"{receipt['onto']}, requantized" if receipt["surviving"] else receipt["onto"]
+        mark = " (this one)" if onto == this else ""
         mark += " (recommended)" if onto == receipt["recommended"] and len(receipt["comparisons"]) > 1 else ""
         rows.append(
             (f"onto {onto}{mark}", f"{found['kl']:.2e}", f"{found['greedy_agreement']:.2%}", f"{found['loss']:.4f}")
@@ -152,7 +153,7 @@ def _receipt(receipt: dict[str, Any]) -> str:
         least, middle, most = receipt["surviving"]
         text += (
             f"\n\nThe merged weights were rounded to 4 bits again; {middle:.1%} of the adapter's effect survive that "
-            f"in the median layer ({least:.1%} to {most:.1%}). The figures above are of the model before it."
+            f"in the median layer ({least:.1%} to {most:.1%})."
         )
     return text
 

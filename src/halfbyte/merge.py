@@ -63,7 +63,8 @@ class Receipt:
     """How far the merged model is from the adapter running on the same base, and from the model that was trained.
 
     rows_are: "held out", "of the training data", or "built in". running_loss: of the run, adapter on 4-bit base.
-    comparisons: with the run, by what is merged onto. recommended: the one with the least KL divergence.
+    comparisons: with the run, by what is merged onto (with requantize, also of what came of it). recommended: the one
+    with the least KL divergence.
     surviving: with requantize, the least, median and greatest share of the adapter's effect over its layers.
     """
 
@@ -122,8 +123,9 @@ def merge(
         receipt = merger.run(onto, min_agreement)
         result = merger.built[onto]
         if requantize:
-            result, shares = merger.requantized(onto, min_survival)
-            receipt = replace(receipt, surviving=shares)
+            result, shares, found = merger.requantized(onto, min_survival)
+            comparisons = {**receipt.comparisons, f"{onto}, requantized": found}
+            receipt = replace(receipt, surviving=shares, comparisons=comparisons)
         hub.write_json(result / "merge.json", receipt.as_dict())
         hub.write_bytes(result / CARD, merged_card(source, source.info(), receipt.as_dict()).encode())
         try:
@@ -147,6 +149,8 @@ class _Merger:
         self.base = hub.resolve(info["base"]["path"])
         self.dtype = _compute_dtype(self.base, info)
         self.built: dict[str, Path] = {}
+        self.rows: list[Encoded] = []
+        self.expected: list[Tensor] = []
 
     def run(self, onto: str, min_agreement: float) -> Receipt:
         """Merge onto every base there is, compare, and verify the one that was asked for.
@@ -157,12 +161,15 @@ class _Merger:
         others = ["trained", "original"] if self._has_both() else []
         running, tokenizer = self._load()
         rows, rows_are = _probes(self.source, tokenizer, self.say)
-        expected = _logits(running, rows)
-        for name in [onto, *(other for other in others if other != onto)]:
-            self.built[name] = self.directory / name
-            self.built[name].mkdir()
-            _write(self.base, self.built[name], running, name, self.progress)
-            _write_config(self.base, self.source.adapter, self.built[name])
+        self.rows, self.expected = rows, _logits(running, rows)
+        expected = self.expected
+        self._build(onto, running)
+        for other in others:
+            if other != onto:
+                try:
+                    self._build(other, running)
+                except StorageError as error:  # it would only have been compared
+                    self.say(f"not compared with a merge onto the {other} base: {error.what}")
         reference = expected
         if onto == "original" and self.config.load_in_4bit:
             del running
@@ -198,6 +205,17 @@ class _Merger:
             )
         return receipt
 
+    def _build(self, onto: str, running: Any) -> None:
+        path = self.directory / onto
+        try:
+            path.mkdir()
+            _write(self.base, path, running, onto, self.progress)
+            _write_config(self.base, self.source.adapter, path)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        self.built[onto] = path
+
     def _load(self, **changes: Any) -> tuple[Any, Any]:
         options = {"dtype": self.dtype, "device": self.device, **changes}
         return load(self.source.path, progress=self.progress, **options)
@@ -207,8 +225,9 @@ class _Merger:
         stored = nf4.quantized_names(set(hub.Checkpoint(self.base).entries))
         return self.config.load_in_4bit and not stored
 
-    def requantized(self, onto: str, min_survival: float) -> tuple[Path, tuple[float, float, float]]:
-        """The merged model in 4 bits, and how much of the adapter's effect survives it (least, median, greatest).
+    def requantized(self, onto: str, min_survival: float) -> tuple[Path, tuple[float, float, float], Comparison]:
+        """The merged model in 4 bits, how much of the adapter's effect survives it (least, median, greatest), and what
+        became of the model.
 
         Raises:
             VerificationError: less than ``min_survival`` in the median layer.
@@ -234,8 +253,12 @@ class _Merger:
                 ],
             )
         self.say(f"requantized: {line}")
-        quantize(self.built[onto], options, self.directory / "4bit", self.progress)
-        return self.directory / "4bit", (least, middle, most)
+        path = self.directory / "4bit"
+        quantize(self.built[onto], options, path, self.progress)
+        held = ModelOptions(**{**options.holding(), "dtype": self.dtype, "device": self.device})
+        held.weight_streaming = "never"
+        model, _ = load_base(path, held)
+        return path, (least, middle, most), _compare(self.expected, _logits(model, self.rows), self.rows)
 
 
 def surviving_share(layer: LoraLinear, options: ModelOptions) -> float:
