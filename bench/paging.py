@@ -130,7 +130,7 @@ def make_packed(size: str, home: Path) -> Path:
     quantization = quantized._quantization(options)
     hub.write_json(path / "config.json", {**hub.read_json(path / "config.json"), **quantization})
     digest = quantized.hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
-    hub.write_json(path / quantized.FACTS, {"digest": digest, "source": "random", "tensors": []})
+    hub.write_json(path / quantized.FACTS, {"digest": digest, "tensors": []})
     return path
 
 

@@ -1,6 +1,7 @@
 """The merge's receipt, what requantizing erases, and the cards that tell of it."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import halfbyte
 from halfbyte import hub, nf4
 from halfbyte.cli import run as cli
 from halfbyte.config import ModelOptions
-from halfbyte.errors import StorageError, VerificationError
+from halfbyte.errors import StorageError, UsageError, VerificationError
 from halfbyte.lora import AdapterConfig, DropoutClock, LoraLinear
 from halfbyte.merge import surviving_share
 from halfbyte.run import Run
@@ -54,6 +55,40 @@ def test_a_receipt_compares_both_bases_on_held_out_rows(run: Run, tmp_path: Path
     assert trained.greedy_agreement >= 0.99 and trained.loss == pytest.approx(a.running_loss, abs=2e-3)
     # the run's own evaluation of the same rows, in bf16
     assert a.running_loss == pytest.approx(run.read("eval.jsonl")[-1]["loss"], abs=0.03)
+
+
+def test_a_run_on_an_unquantized_or_a_4_bit_base_merges_too(run: Run, tmp_path: Path):
+    """Requantized it is in 4 bits, whatever it was trained on; a 4-bit base held in 16 bits merges as it is stored."""
+    data = run.info()["data"]["source"]
+    assert cli(["quantize", "demo", "-o", str(tmp_path / "q")]) == 0
+    assert cli(["quantize", str(tmp_path / "q"), "-o", str(tmp_path / "again")]) == 2, "it is in 4 bits already"
+    options: dict[str, Any] = {"max_steps": 2, "num_samples": 0, "load_in_4bit": False, "data": data}
+    for model in ("demo", str(tmp_path / "q")):
+        out = tmp_path / model.rpartition("/")[2]
+        out = out.with_name(f"{out.name}-run")
+        found = halfbyte.train(model=model, output_dir=str(out), rank_pattern={"v_proj": 4}, **options)
+        card = (found.adapter / "README.md").read_text()
+        assert "as it is in 4 bits" not in card and "rank_pattern" in card and str(tmp_path) not in card
+        receipt = halfbyte.merge(out, out.with_name("m"), requantize=True, min_survival=0, min_agreement=0.95)
+        assert list(receipt.comparisons) == ["trained", "trained, requantized"]
+        assert receipt.comparisons["trained, requantized"].kl > receipt.comparisons["trained"].kl
+        entries = hub.read_header(out.with_name("m") / "model.safetensors")
+        assert nf4.quantized_names(set(entries))
+        assert str(tmp_path) not in (out.with_name("m") / "README.md").read_text()
+        shutil.rmtree(out.with_name("m"))
+    with pytest.raises(UsageError, match="matches no adapted layer"):
+        halfbyte.train(model="demo", output_dir=str(tmp_path / "x"), rank_pattern={"nosuch": 4}, **options)
+
+
+def test_changed_data_is_not_called_held_out(run: Run, tmp_path: Path):
+    source = Path(run.info()["data"]["source"])
+    before, said = source.read_text(), []
+    try:
+        source.write_text("".join(before.splitlines(keepends=True)[:9]))
+        receipt = halfbyte.merge(run.path, tmp_path / "m", say=said.append)
+    finally:
+        source.write_text(before)
+    assert receipt.rows_are == "of the data as it is now" and any("has changed" in line for line in said)
 
 
 def test_without_room_for_the_other_merge_it_is_not_compared(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ Every figure comes from the run's own files; what is not known is not written. H
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def adapter_card(run: Run, info: dict[str, Any]) -> str:
     parts = [
         _metadata(info, "transformers" if full else "peft"),
         f"# {run.path.name}",
-        f"{info['base']['name']}, fine-tuned with halfbyte: {kind}.",
+        f"{_name(info)}, fine-tuned with halfbyte: {kind}.",
         _load_model() if full else _load_adapter(info),
         _training(run, info),
         _base(info),
@@ -35,7 +36,7 @@ def merged_card(run: Run, info: dict[str, Any], receipt: dict[str, Any]) -> str:
     parts = [
         _metadata(info, "transformers"),
         f"# {run.path.name}, merged",
-        f"{info['base']['name']} with a LoRA adapter of rank {info['config']['lora_r']} added into its weights, "
+        f"{_name(info)} with a LoRA adapter of rank {info['config']['lora_r']} added into its weights, "
         f"onto the {receipt['onto']} base, stored in {stored}.",
         _load_model(),
         _receipt(receipt),
@@ -46,29 +47,46 @@ def merged_card(run: Run, info: dict[str, Any], receipt: dict[str, Any]) -> str:
 
 
 def _metadata(info: dict[str, Any], library: str) -> str:
-    name = info["base"]["name"]
-    tags = ["halfbyte", "lora", *(["qlora"] if info["config"]["load_in_4bit"] else [])]
+    name, c = info["base"]["name"], info["config"]
+    tags = ["halfbyte", *(["full-fine-tuning"] if c["full"] else ["lora"]), *(["qlora"] if c["load_in_4bit"] else [])]
     lines = ["---"]
-    if name.count("/") == 1 and not Path(name).exists():  # a Hub id: a path would mean nothing elsewhere
+    if _is_public(name):
         lines.append(f"base_model: {json.dumps(name)}")
     lines += [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}", "---"]
     return "\n".join(lines)
 
 
+def _is_public(name: str) -> bool:
+    """Whether a name is a Hub id; a path means nothing elsewhere, and is nobody's business."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _name(info: dict[str, Any]) -> str:
+    """The base's name: a Hub id, or the last part of a path."""
+    name = info["base"]["name"]
+    return name if _is_public(name) else Path(name).name or "a local model"
+
+
 def _load_adapter(info: dict[str, Any]) -> str:
+    base = info["base"]["name"] if _is_public(info["base"]["name"]) else "path/to/the/base"
+    held = (
+        "The adapter corrected its base as it is in 4 bits: load that (`quantization_config`, or halfbyte on the run) "
+        "for exactly\nthe model that was trained. "
+        if info["config"]["load_in_4bit"]
+        else ""
+    )
     return f"""## Load it
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({info["base"]["name"]!r}, dtype="auto")
+base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```
 
-The adapter corrected its base as it is in 4 bits: load that (`quantization_config`, or halfbyte on the run) for exactly
-the model that was trained. The tokenizer here carries the chat template of the training."""
+{held}The tokenizer here carries the chat template of the training."""
 
 
 def _load_model() -> str:
@@ -97,6 +115,8 @@ def _training(run: Run, info: dict[str, Any]) -> str:
     ]
     if not c["full"]:
         adapter = f"r {c['lora_r']}, alpha {c['lora_alpha']}, dropout {c['lora_dropout']:g}, {c['target_modules']}"
+        for name in ("rank_pattern", "alpha_pattern"):
+            adapter += f", {name} {json.dumps(c[name])}" if c.get(name) else ""
         rows.insert(0, ("adapter", adapter))
     for change in info.get("changes", []):
         rows.append((f"changed at step {change['step']}", change["change"]))
@@ -127,7 +147,7 @@ def _base(info: dict[str, Any]) -> str:
     held = f"{c['bnb_4bit_quant_type']}, blocks of {c['bnb_4bit_blocksize']}"
     held += ", double quantized" if c["bnb_4bit_use_double_quant"] else ""
     rows = [
-        ("name", info["base"]["name"]),
+        ("name", _name(info)),
         ("held in", held if c["load_in_4bit"] else info["compute_dtype"]),
         ("computed in", info["compute_dtype"]),
         ("digest of the weights as held", f"sha256 {info['base']['digest']}"),
@@ -146,7 +166,7 @@ def _receipt(receipt: dict[str, Any]) -> str:
         )
     text = (
         "## Merge receipt\n\n"
-        f"Compared with the adapter running on its 4-bit base, on {receipt['rows']} rows {receipt['rows_are']} "
+        f"Compared with the adapter running on its base as trained, on {receipt['rows']} rows {receipt['rows_are']} "
         f"({receipt['tokens']:,} tokens):\n\n" + _table(["", "KL divergence, nats", "same token", "loss"], rows)
     )
     if receipt["surviving"]:
@@ -159,5 +179,6 @@ def _receipt(receipt: dict[str, Any]) -> str:
 
 
 def _table(head: list[str], rows: list[Any]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    clean = [[" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *clean)]
     return "\n".join(lines)

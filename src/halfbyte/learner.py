@@ -4,6 +4,7 @@ The training loop (`train.py`) drives it on numbers, a memory plan (`plan.py`) o
 lines run on shapes alone: what a plan promises is what these lines allocate.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from .batches import MicroBatch
 from .config import TrainConfig
-from .errors import ModelError
+from .errors import ModelError, UsageError
 from .fuse import tile_mlps
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora
 from .loss import output_head, sequence_loss
@@ -82,6 +83,12 @@ class Learner:
         numbers = (c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.rank_pattern, c.alpha_pattern)
         adapter = AdapterConfig(*numbers)
         names = attach_lora(self.model, adapter, c.target_modules, seed=c.seed)
+        for pattern in (*c.rank_pattern, *c.alpha_pattern):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise UsageError(
+                    f"rank_pattern or alpha_pattern has {pattern!r}, which matches no adapted layer",
+                    expected=f"the end of a path such as {names[0]}",
+                )
         first = self.model.get_submodule(names[0])
         assert isinstance(first, LoraLinear)
         return first.clock

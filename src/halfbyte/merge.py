@@ -28,9 +28,9 @@ from torch.nn import functional
 from . import hub, nf4
 from .architecture import Progress, checkpoint_names, no_progress, quantize_as
 from .card import CARD, merged_card
-from .chat import Encoded, Renderer
+from .chat import Encoded
 from .config import ModelOptions
-from .dataset import hold_out
+from .dataset import encode, hold_out, run_renderer, source_digest
 from .errors import DataError, ModelError, StorageError, UsageError, VerificationError
 from .forms import Example, read_examples
 from .load import load, load_base
@@ -62,7 +62,9 @@ class Comparison:
 class Receipt:
     """How far the merged model is from the adapter running on the same base, and from the model that was trained.
 
-    rows_are: "held out", "of the training data", or "built in". running_loss: of the run, adapter on 4-bit base.
+    rows_are: "held out", "of the training data", "of the data as it is now", or "built in". running_loss: of the run,
+    adapter on the base as trained. max_logit_difference, largest_logit, greedy_agreement: of the merge, before it is
+    requantized if it is.
     comparisons: with the run, by what is merged onto (with requantize, also of what came of it). recommended: the one
     with the least KL divergence.
     surviving: with requantize, the least, median and greatest share of the adapter's effect over its layers.
@@ -109,7 +111,7 @@ def merge(
         VerificationError: the merged model is not the adapted one, or too little survives; nothing is left in
             output_dir.
     """
-    source, target = Run.open(run), Path(output_dir).expanduser()
+    source, target = Run.open(run), Path(output_dir).expanduser().absolute()
     if onto not in ("trained", "original"):
         raise UsageError(f'onto must be "trained" or "original", got {onto!r}')
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -117,8 +119,8 @@ def merge(
     if source.config().full:
         raise UsageError("a full fine-tuning has no adapter to merge", found=str(source.adapter))
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    hub.check_writable(building)
     try:
+        hub.check_writable(building)
         merger = _Merger(source, building, device, progress, say)
         receipt = merger.run(onto, min_agreement)
         result = merger.built[onto]
@@ -126,6 +128,7 @@ def merge(
             result, shares, found = merger.requantized(onto, min_survival)
             comparisons = {**receipt.comparisons, f"{onto}, requantized": found}
             receipt = replace(receipt, surviving=shares, comparisons=comparisons)
+            say(f"what is kept, in 4 bits, predicts {found.greedy_agreement:.2%} of the tokens as the run does")
         hub.write_json(result / "merge.json", receipt.as_dict())
         hub.write_bytes(result / CARD, merged_card(source, source.info(), receipt.as_dict()).encode())
         try:
@@ -159,8 +162,8 @@ class _Merger:
             VerificationError: it is not the adapter running on its base.
         """
         others = ["trained", "original"] if self._has_both() else []
-        running, tokenizer = self._load()
-        rows, rows_are = _probes(self.source, tokenizer, self.say)
+        running, _ = self._load()
+        rows, rows_are = _probes(self.source, self.say)
         self.rows, self.expected = rows, _logits(running, rows)
         expected = self.expected
         self._build(onto, running)
@@ -232,7 +235,7 @@ class _Merger:
         Raises:
             VerificationError: less than ``min_survival`` in the median layer.
         """
-        options = ModelOptions(**self.config.holding())
+        options = ModelOptions(**{**self.config.holding(), "load_in_4bit": True})
         running, _ = self._load(**({} if onto == "trained" else {"load_in_4bit": False}))
         shares: dict[str, float] = {}
         layers = list(lora_layers(running))
@@ -312,17 +315,12 @@ def _merged(checkpoint: hub.Checkpoint, name: str, path: str, model: Any, onto: 
     module_name, _, attribute = path.rpartition(".")
     module = model.get_submodule(module_name) if attribute == "weight" else None
     weight = module.weight if module is not None else None
-    if stored:
-        assert isinstance(weight, NF4Tensor)
-        dtype = nf4.read_stored(checkpoint, name).dtype
-    else:
-        dtype = checkpoint.entries[name].dtype
-    if not isinstance(module, LoraLinear) and not (isinstance(weight, NF4Tensor) and onto == "trained"):
+    kept = nf4.read_stored(checkpoint, name) if stored else None
+    dtype = checkpoint.entries[name].dtype if kept is None else kept.dtype
+    rounded = weight if isinstance(weight, NF4Tensor) and onto == "trained" else kept
+    if not isinstance(module, LoraLinear) and rounded is None:
         return checkpoint.read(name)
-    if isinstance(weight, NF4Tensor) and (onto == "trained" or stored):
-        value = weight.dequantize(torch.float32)
-    else:
-        value = checkpoint.read(name).float()
+    value = checkpoint.read(name).float() if rounded is None else rounded.dequantize(torch.float32)
     if isinstance(module, LoraLinear):
         value = value + module.delta().to(value.device)
     return value.to("cpu", dtype)
@@ -344,27 +342,32 @@ def _write_config(base: Path, adapter: Path, target: Path) -> None:
 # --- verifying --------------------------------------------------------------------------------------------------------
 
 
-def _probes(source: Run, tokenizer: Any, say: Callable[[str], None]) -> tuple[list[Encoded], str]:
-    """Rows to compare on, and what they are: held out in training, else of its data, else sentences of our own."""
-    renderer, rows_are = Renderer(tokenizer, clock=source.clock()), "of the training data"
+def _probes(source: Run, say: Callable[[str], None]) -> tuple[list[Encoded], str]:
+    """Rows to compare on, with the masks of the training, and what they are: held out in it, else of its data, else
+    sentences of our own."""
+    config, info = source.config(), source.info()
+    renderer = run_renderer(source, config)
     try:
-        config = source.config()
         found = read_examples(
-            source.info()["data"]["source"],
+            info["data"]["source"],
             config=config.dataset_config,
             split=config.dataset_train_split,
             skip_bad=config.skip_bad,
         )
-        if config.eval_split:  # which rows were held out is a function of all of them
-            held_out = hold_out(renderer.encode(found.rows), config.eval_split, config.seed)[1]
-            return _cut(held_out), "held out"
-        examples = found.rows[:PROBE_ROWS]
+        same = source_digest(info["data"]["source"], found.rows) == info["data"]["sha256"]
+        if not same:
+            say("the data has changed since the training: the rows compared on may be others")
+        # which rows were held out is a function of all of them
+        chosen = found.rows if config.eval_split and same else found.rows[:PROBE_ROWS]
+        rows, _ = encode(chosen, renderer, skip_bad=config.skip_bad)
+        if config.eval_split and same:
+            return _cut(hold_out(rows, config.eval_split, config.seed)[1]), "held out"
+        return _cut(rows), "of the training data" if same else "of the data as it is now"
     except DataError as error:
-        say(f"the training data is gone ({error.what}): comparing on one built-in sentence instead")
+        say(f"the training data cannot be read ({error.what}): comparing on one built-in sentence instead")
         question = [{"role": "user", "content": "What is the capital of France, and why do people travel there?"}]
         examples = [Example("probe", [*question, {"role": "assistant", "content": "Paris. They like its museums."}])]
-        rows_are = "built in"
-    return _cut(renderer.encode(examples)), rows_are
+        return _cut(renderer.encode(examples)), "built in"
 
 
 def _cut(rows: list[Encoded]) -> list[Encoded]:
@@ -385,11 +388,12 @@ def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _loss(logits: list[Tensor], rows: list[Encoded]) -> float:
-    """Nats per supervised token; of every token where none is supervised."""
+    """Nats per supervised token; of every token where no row has a supervised one."""
     total, count = 0.0, 0
+    supervised = any(any(row.trained[1:]) for row in rows)
     for values, row in zip(logits, rows, strict=True):
         targets = torch.tensor(row.input_ids[1:])
-        chosen = torch.tensor(row.trained[1:]) if any(row.trained[1:]) else torch.ones(len(targets), dtype=torch.bool)
+        chosen = torch.tensor(row.trained[1:]) if supervised else torch.ones(len(targets), dtype=torch.bool)
         total += float(functional.cross_entropy(values[:-1][chosen], targets[chosen], reduction="sum"))
         count += int(chosen.sum())
     return total / max(count, 1)

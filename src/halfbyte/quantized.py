@@ -81,9 +81,10 @@ def write_quantized(path: Path, options: ModelOptions, directory: Path, progress
         pass
     if len(shards) > 1:
         hub.write_json(directory / hub.INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    hub.write_json(directory / "config.json", {**hub.read_json(path / "config.json"), **_quantization(options)})
+    said = hub.read_json(path / "config.json")  # of stored 4-bit weights it says what they are
+    hub.write_json(directory / "config.json", said if filler.stored_4bit else {**said, **_quantization(options)})
     report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records, filler.digest())
-    hub.write_json(directory / FACTS, {"digest": report.digest, "source": str(path), "tensors": report.tensors})
+    hub.write_json(directory / FACTS, {"digest": report.digest, "tensors": report.tensors})
     return report
 
 
@@ -154,12 +155,14 @@ def quantize(path: Path, options: ModelOptions, output_dir: str | Path, progress
     Raises:
         UsageError: output_dir is not empty. ModelError, StorageError: as `write_quantized`.
     """
-    target = Path(output_dir).expanduser()
+    target = Path(output_dir).expanduser().absolute()
+    if stored := nf4.quantized_names(set(hub.Checkpoint(path).entries)):
+        raise UsageError(f"{path} is in 4 bits already", found=f"{len(stored)} weights", ways_out=["use it as it is"])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    hub.check_writable(building)
     try:
+        hub.check_writable(building)
         report = write_quantized(path, options, building, progress)
         for pattern in hub.HUB_PATTERNS:
             for file in path.glob(pattern):
