@@ -127,6 +127,10 @@ class AdamW8bit(torch.optim.Optimizer):
         """Every byte of state, by name, for a checkpoint; the step count is `steps`."""
         return {f"group{i}.{name}": t for i, arena in enumerate(self.arenas) for name, t in arena.items()}
 
+    def resident_tensors(self) -> list[Tensor]:
+        """The tensors of state that take memory: all."""
+        return list(self.state_tensors().values())
+
     def state_dict(self) -> dict[str, Any]:
         """torch's own form: hyperparameters, the step count and the raw arenas."""
         return {**super().state_dict(), "steps": self.steps, "arenas": self.arenas}
@@ -148,34 +152,55 @@ def _grad(p: Tensor) -> Tensor:
 # --- paged ------------------------------------------------------------------------------------------------------------
 
 
-class PagedAdamW8bit(AdamW8bit):
+class _Paged:
+    """What paged optimizers share: the pages of their groups, and what of their state is in memory.
+
+    Attributes: ``paged``: whether the state lies elsewhere, now.
+    """
+
+    paged: bool
+    pages: list[Pages]
+
+    def _held(self) -> list[Tensor]:
+        """The state's tensors, where it is not paged."""
+        raise NotImplementedError
+
+    def _arrive(self) -> None:
+        """Wait for copies that are under way: before anything but a step reads or writes the state."""
+        for pages in self.pages:
+            pages.arrays()
+
+    def resident_tensors(self) -> list[Tensor]:
+        """The tensors of state that take memory (GPU: the card's)."""
+        return [t for pages in self.pages for t in pages.staging()] if self.paged else self._held()
+
+    def resident_bytes(self) -> int:
+        """Bytes of the state that are in memory (GPU: in the card's)."""
+        return sum(p.resident_bytes() for p in self.pages) if self.paged else sum(t.nbytes for t in self._held())
+
+    def release(self) -> None:
+        """Take no memory for what was touched from outside, by a save or a load."""
+        for pages in self.pages:
+            pages.release()
+
+
+class PagedAdamW8bit(_Paged, AdamW8bit):
     """`AdamW8bit` whose state takes memory only while it is used, bit for bit the same numbers.
 
     Args:
         as for `AdamW8bit`. paged: False keeps the state in memory until `page_out` is called. directory: where the file
             without a name goes that the state lies in (CPU); None: a temporary one.
 
-    Attributes: ``paged``: where the state is now.
-
     Raises:
         StorageError: the disk has no room for the state.
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        *,
-        min_8bit_size: int = MIN_8BIT_SIZE,
-        paged: bool = True,
-        directory: str | Path | None = None,
+        self, params: Any, *numbers: Any, paged: bool = True, directory: str | Path | None = None, **options: Any
     ) -> None:
         self.paged, self.directory = paged, None if directory is None else Path(directory)
-        self.pages: list[Pages] = []
-        super().__init__(params, lr, betas, eps, weight_decay, min_8bit_size=min_8bit_size)
+        self.pages = []
+        super().__init__(params, *numbers, **options)
 
     def _new_arena(self, params: list[Tensor]) -> dict[str, Tensor]:
         if not self.paged:
@@ -201,34 +226,19 @@ class PagedAdamW8bit(AdamW8bit):
         self.arenas = [each.arrays() for each in pages]
         self.paged = True
 
-    def resident_bytes(self) -> int:
-        """Bytes of the state that are in memory (GPU: in the card's)."""
-        if not self.paged:
-            return sum(t.nbytes for t in self.state_tensors().values())
-        return sum(pages.resident_bytes() for pages in self.pages)
-
-    def resident_tensors(self) -> list[Tensor]:
-        """The tensors that take memory."""
-        if not self.paged:
-            return list(self.state_tensors().values())
-        return [t for pages in self.pages for t in pages.staging()]
-
-    def release(self) -> None:
-        """Take no memory for what was touched from outside, by a save or a load."""
-        for pages in self.pages:
-            pages.release()
+    def _held(self) -> list[Tensor]:
+        return list(super().state_tensors().values())
 
     def state_tensors(self) -> dict[str, Tensor]:
-        for pages in self.pages:
-            pages.arrays()  # what is under way arrives
+        self._arrive()
         return super().state_tensors()
 
     def state_dict(self) -> dict[str, Any]:
-        self.state_tensors()  # what is under way arrives
+        self._arrive()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state_tensors()  # what is under way arrives, before it would overwrite what is loaded
+        self._arrive()
         super().load_state_dict(state_dict)
         self.release()
 
@@ -251,11 +261,12 @@ class PagedAdamW8bit(AdamW8bit):
                 self._update_small(group, small, window)
 
 
-class PagedAdamW(torch.optim.AdamW):
+class PagedAdamW(_Paged, torch.optim.AdamW):
     """`torch.optim.AdamW` whose fp32 state takes memory only while it is used, bit for bit the same numbers.
 
     Args:
-        as for `torch.optim.AdamW`. paged, directory: as for `PagedAdamW8bit`.
+        as for `torch.optim.AdamW`, without amsgrad, maximize, capturable, differentiable and fused. paged, directory:
+            as for `PagedAdamW8bit`.
 
     Raises:
         StorageError: the disk has no room for the state.
@@ -273,7 +284,7 @@ class PagedAdamW(torch.optim.AdamW):
         directory: str | Path | None = None,
     ) -> None:
         self.paged, self.directory = False, None if directory is None else Path(directory)
-        self.pages: list[Pages] = []
+        self.pages = []
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if paged:
             self.page_out()
@@ -315,10 +326,12 @@ class PagedAdamW(torch.optim.AdamW):
             found.update(_states(group["params"], each))
         return found
 
+    def _held(self) -> list[Tensor]:
+        return [t for state in self.state.values() for t in state.values()]
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of state, by the parameter's place and torch's name for it."""
-        for pages in self.pages:
-            pages.arrays()  # what is under way arrives
+        self._arrive()
         params = [p for group in self.param_groups for p in group["params"]]
         return {f"{i}.{key}": self.state[p][key] for i, p in enumerate(params) for key in ("exp_avg", "exp_avg_sq")}
 
@@ -327,26 +340,8 @@ class PagedAdamW(torch.optim.AdamW):
         for p in self.state:
             self.state[p]["step"] = torch.tensor(float(step))
 
-    def resident_bytes(self) -> int:
-        """Bytes of the state that are in memory (GPU: in the card's)."""
-        if not self.paged:
-            return sum(t.nbytes for t in self.resident_tensors())
-        return sum(pages.resident_bytes() for pages in self.pages)
-
-    def resident_tensors(self) -> list[Tensor]:
-        """The tensors that take memory."""
-        if not self.paged:
-            return [t for state in self.state.values() for t in state.values()]
-        return [t for pages in self.pages for t in pages.staging()]
-
-    def release(self) -> None:
-        """Take no memory for what was touched from outside, by a save or a load."""
-        for pages in self.pages:
-            pages.release()
-
     def state_dict(self) -> dict[str, Any]:
-        for pages in self.pages:
-            pages.arrays()  # what is under way arrives
+        self._arrive()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

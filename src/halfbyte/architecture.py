@@ -5,8 +5,9 @@ never run. Which of the weights are held in 4 bits, and what names they have on 
 planning and writing alike.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,22 @@ def read_config(path: Path) -> Any:
             ways_out=["update transformers, if the model is new"],
         )
     _check_ranges(raw, path)
-    try:
+    with refused_by_transformers(f"{path}/config.json is refused by transformers"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def refused_by_transformers(what: str) -> Iterator[None]:
+    """Within this block whatever a foreign file makes transformers raise becomes a ModelError that says ``what``."""
+    try:
+        yield
     except HalfbyteError:
         raise
-    except Exception as error:  # whatever a foreign config makes transformers raise
-        if is_exhaustion(error):
+    except Exception as error:
+        if is_exhaustion(error):  # a lack of memory says nothing about the file
             raise
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path}/config.json is refused by transformers", found=message) from error
+        raise ModelError(what, found=message[:300]) from error
 
 
 LARGEST = {
@@ -123,16 +131,9 @@ def build_empty(config: Any) -> Any:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except HalfbyteError:
-        raise
-    except Exception as error:  # whatever a foreign config makes transformers raise
-        if is_exhaustion(error):
-            raise
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError("transformers cannot build the model of this config.json", found=message[:300]) from error
+    refused = refused_by_transformers("transformers cannot build the model of this config.json")
+    with refused, init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def quantizable(model: Any) -> set[str]:

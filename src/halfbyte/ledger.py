@@ -73,8 +73,6 @@ def resident(learner: Learner) -> dict[str, list[Tensor]]:
     optimizer: Any = learner.optimizer
     if hasattr(optimizer, "resident_tensors"):
         parts["optimizer states"] = optimizer.resident_tensors()
-    elif hasattr(optimizer, "state_tensors"):
-        parts["optimizer states"] = list(optimizer.state_tensors().values())
     else:
         parts["optimizer states"] = [t for state in optimizer.state.values() for t in state.values()]
     return parts

@@ -12,9 +12,17 @@ import torch
 from torch import nn
 
 from . import hub
-from .architecture import Progress, build_empty, choose_device, choose_dtype, no_progress, read_config
+from .architecture import (
+    Progress,
+    build_empty,
+    choose_device,
+    choose_dtype,
+    no_progress,
+    read_config,
+    refused_by_transformers,
+)
 from .config import ModelOptions
-from .errors import HalfbyteError, ModelError, UsageError
+from .errors import ModelError, UsageError
 from .filler import Filler, QuantReport
 from .lora import load_adapter
 from .ops import cpu
@@ -106,13 +114,8 @@ def _load_generation_config(model: Any, path: Path) -> None:
     from transformers import GenerationConfig
 
     if (path / "generation_config.json").is_file():
-        try:
+        with refused_by_transformers(f"{path}/generation_config.json is refused by transformers"):
             model.generation_config = GenerationConfig.from_pretrained(path)
-        except HalfbyteError:
-            raise
-        except Exception as error:
-            message = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{path}/generation_config.json is refused by transformers", found=message) from error
 
 
 def _place_buffers(model: nn.Module, device: torch.device) -> None:

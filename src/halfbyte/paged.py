@@ -491,7 +491,9 @@ class Travel:
 
     def tensor(self, group: int, file: Path, start: int, nbytes: int) -> Tensor:
         """Bytes of a file as a member of a group, uint8 [nbytes], never to be written to."""
-        mapped = self._files.setdefault(file, Mapped(file)) if file not in self._files else self._files[file]
+        if file not in self._files:
+            self._files[file] = Mapped(file)
+        mapped = self._files[file]
         members = self._groups.setdefault(group, [])
         if members and members[-1][0] is mapped and members[-1][1] + members[-1][2] == start:
             mapped, first, before = members.pop()

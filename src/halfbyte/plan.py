@@ -606,18 +606,17 @@ class Planner:
         None of it changes a number but ``tokens_per_pass`` and ``tokens_per_tile``, which are last: they add in another
         order.
         """
-        plan, change = self.plan(), {}
-        for more in () if plan.fits else self._remedies():
+        kept: dict[str, Any] = {"kept_activations": "none"} if self.config.kept_activations == "auto" else {}
+        plan = self.plan()
+        if plan.fits:
+            return (self._most_layers({}, plan) if kept else None) or (kept, plan)
+        given, change = plan, kept
+        for more in self._remedies():
             change = {**change, **more}
             plan = self.plan(**change)
             if plan.fits:
-                break
-        else:
-            if self.config.kept_activations == "auto" and plan.fits:
-                kept = self._most_layers({}, plan)
-                return (kept[0], kept[1]) if kept else ({"kept_activations": "none"}, plan)
-            return {}, self.plan() if change else plan
-        return {**change, "kept_activations": "none"} if self.config.kept_activations == "auto" else change, plan
+                return change, plan
+        return {}, given
 
     def _remedies(self) -> Iterator[dict[str, Any]]:
         """Changes that a training may make by itself where it does not fit, the cheapest first."""
