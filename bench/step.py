@@ -34,6 +34,8 @@ CASES = {"0.4b-1x512": ("0.4b", 1, 512), "1b-1x512": ("1b", 1, 512), "1b-4x256":
 CONTESTANTS = [
     "halfbyte",
     "bitsandbytes_peft",
+    "bitsandbytes_peft_optimized",
+    "bitsandbytes_peft_optimized_with_our_optimizer",
     "halfbyte_kept_all",
     "halfbyte_no_dropout",
     "bitsandbytes_peft_tuned",
@@ -135,6 +137,8 @@ def _peer(path: Path, who: str) -> Callable[[Any, int], float]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    import halfbyte
+
     tuned = who.endswith("tuned")
     if who.startswith("bf16"):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -150,7 +154,10 @@ def _peer(path: Path, who: str) -> Callable[[Any, int], float]:
     model.enable_input_require_grads()
     model.config.use_cache = False
     model.train()
-    optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    if "optimized" in who:
+        model = halfbyte.optimize(model)
+    adamw = halfbyte.PagedAdamW8bit if who.endswith("optimizer") else bitsandbytes.optim.AdamW8bit
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
     def run(ids: Any, number: int) -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16):

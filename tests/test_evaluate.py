@@ -10,6 +10,7 @@ import torch
 
 import halfbyte
 from halfbyte import hub
+from halfbyte.adapter import adapter_off
 from halfbyte.chat import Renderer
 from halfbyte.cli import run as cli
 from halfbyte.config import DataOptions
@@ -17,7 +18,6 @@ from halfbyte.dataset import read_data
 from halfbyte.evaluate import exact_matches, mean_loss, score
 from halfbyte.generate import answer, answers
 from halfbyte.load import load
-from halfbyte.lora import adapter_off
 from halfbyte.run import Run
 
 EIGHT = [

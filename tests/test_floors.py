@@ -7,10 +7,10 @@ import halfbyte
 
 ROOT = Path(halfbyte.__file__ or "").parent
 FLOORS = {
-    0: ["codebooks", "config", "errors"],
+    0: ["codebooks", "config", "errors", "objects"],
     1: ["ops"],
     2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute", "memory", "paged"],
-    3: ["lora", "loss", "adamw8bit", "batches", "attention", "fuse"],
+    3: ["lora", "saved", "adapter", "loss", "adamw8bit", "batches", "attention", "fuse"],
     4: [
         "architecture",
         "card",
@@ -26,7 +26,7 @@ FLOORS = {
         "ledger",
     ],
     5: ["train", "evaluate", "generate", "rehearsal"],
-    6: ["cli", "__init__", "__main__"],
+    6: ["hf", "cli", "__init__", "__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -1,18 +1,12 @@
 """The adapter: gradients against an unquantized twin and autograd, dropout from counters, files against PEFT."""
 
-import copy
-import json
-from pathlib import Path
-from typing import Any
-
-import peft
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from halfbyte import lora, nf4, ops
-from halfbyte.errors import ModelError, UsageError
+from halfbyte.errors import UsageError
 from halfbyte.lora import AdapterConfig, DropoutClock, LoraLinear
 from halfbyte.ops import cpu
 
@@ -137,55 +131,6 @@ def test_masks_do_not_depend_on_how_much_is_asked_for():
     assert abs(both - share**2) < 0.002, "layers are independent"
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def test_rank_and_alpha_patterns_are_pefts_both_ways(tiny_llama: LlamaForCausalLM, tmp_path: Path):
-    """Layers of other ranks and alphas: read from PEFT's file, made from options, written for PEFT; its logits."""
-    patterns: dict[str, Any] = {
-        "rank_pattern": {"down_proj": 6, r"layers\.0\.self_attn\.q_proj": 2},
-        "alpha_pattern": {"v_proj": 5, "layers.1.mlp.down_proj": 9},
-    }
-    base = copy.deepcopy(tiny_llama)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **patterns)
-    theirs: Any = peft.get_peft_model(copy.deepcopy(base), config).eval()
-    torch.manual_seed(0)
-    for name, p in theirs.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = copy.deepcopy(base)
-    lora.load_adapter(ours, tmp_path / "theirs")
-    ids = torch.arange(15)[None]
-    expected = theirs(input_ids=ids).logits
-    torch.testing.assert_close(ours.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
-    lora.save_adapter(ours, tmp_path / "ours", "base")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
-    torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
-    made = copy.deepcopy(base)
-    lora.attach_lora(made, AdapterConfig(4, 8, **patterns))
-    shapes = {name: (layer.adapter.r, layer.adapter.alpha) for name, layer in lora.lora_layers(made)}
-    assert shapes == {name: (layer.adapter.r, layer.adapter.alpha) for name, layer in lora.lora_layers(ours)}
-    assert shapes["model.layers.1.mlp.down_proj"] == (6, 9) and shapes["model.layers.0.self_attn.q_proj"] == (2, 8)
-
-
-def test_adapter_files_are_pefts_both_ways(tiny_llama: LlamaForCausalLM, tmp_path: Path):
-    ours, twin = tiny_llama, copy.deepcopy(tiny_llama)
-    ids = torch.randint(0, 160, (1, 20))
-    lora.attach_lora(ours, AdapterConfig(4, 8), "all-linear")
-    for _, layer in lora.lora_layers(ours):
-        nn.init.normal_(layer.lora_B, std=0.1)
-    lora.save_adapter(ours, tmp_path / "ours", "base")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(twin), str(tmp_path / "ours")).eval()
-    with torch.no_grad():
-        expected = ours(input_ids=ids).logits
-        torch.testing.assert_close(theirs(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    lora.load_adapter(twin, tmp_path / "theirs")
-    with torch.no_grad():
-        assert torch.equal(twin(input_ids=ids).logits, expected)
-
-
 def test_targets(tiny_llama: LlamaForCausalLM):
     assert len(lora.target_names(tiny_llama, "all-linear")) == 14
     assert len(lora.target_names(tiny_llama, "q_proj, v_proj")) == 4
@@ -194,17 +139,3 @@ def test_targets(tiny_llama: LlamaForCausalLM):
     ]
     with pytest.raises(UsageError, match="qproj"):
         lora.target_names(tiny_llama, "q_proj,qproj")
-
-
-def test_misfits_are_listed_at_once(tiny_llama: LlamaForCausalLM, tmp_path: Path):
-    lora.attach_lora(tiny_llama, AdapterConfig(4, 8), "q_proj,v_proj")
-    lora.save_adapter(tiny_llama, tmp_path, "base")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
-    fresh = LlamaForCausalLM(tiny_llama.config)
-    with pytest.raises(ModelError) as caught:
-        lora.load_adapter(fresh, tmp_path)
-    assert caught.value.found.count("in the file") == 8
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(ModelError, match="DoRA"):
-        lora.load_adapter(fresh, tmp_path)

@@ -137,10 +137,10 @@ def test_without_attention_only_all_keeps_products(llama: LlamaForCausalLM, monk
 def test_a_layer_with_two_differentiable_inputs_is_pytorchs(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     """As in models that add a trained projection to every layer: replaying would go through its graph twice."""
     second = torch.ones(1, requires_grad=True)
-    honest = Recompute._run
+    honest = Recompute.run
     monkeypatch.setattr(
         Recompute,
-        "_run",
+        "run",
         lambda self, keep, function, hidden, *others: honest(self, keep, function, hidden, second, *others),
     )
     assert "by PyTorch" in checkpoint_layers(llama, "none", packing=True)[0]

@@ -300,7 +300,7 @@ def test_changes_are_refused_or_allowed_by_name_and_recorded(inputs: Path, tmp_p
     assert "weight_decay: 0.0 then, 0.1 now" in caught.value.found and "learning_rate" not in caught.value.found
     said: list[str] = []
     config = TrainConfig(**changed, allow_change="learning_rate,weight-decay")
-    run = halfbyte.train(config, Reporter(say=said.append))
+    run = halfbyte.train(config, reporter=Reporter(say=said.append))
     assert any("will not end as the unbroken run" in line and "weight_decay" in line for line in said)
     assert [c["step"] for c in run.info()["changes"]] == [3, 3]
     with pytest.raises(ModelError, match="another training") as caught:

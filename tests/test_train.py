@@ -145,7 +145,7 @@ def test_resumed_equals_unbroken(stories: Path, rows: Path, tmp_path: Path, chan
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        halfbyte.train(TrainConfig(**options(stories, rows, broken, **common)), Reporter(on_step=stop))
+        halfbyte.train(TrainConfig(**options(stories, rows, broken, **common)), reporter=Reporter(on_step=stop))
     again = options(stories, rows, broken, resume_from_checkpoint="auto", **common)
     resumed = halfbyte.train(**again)
     assert digest(straight) == digest(resumed)
@@ -211,7 +211,7 @@ def test_a_signal_saves_and_leaves(stories: Path, rows: Path, tmp_path: Path):
 
     config = TrainConfig(**options(stories, rows, tmp_path / "run", max_steps=6))
     with pytest.raises(Interrupted) as caught:
-        halfbyte.train(config, Reporter(on_step=hang_up))
+        halfbyte.train(config, reporter=Reporter(on_step=hang_up))
     assert caught.value.exit_code == 143
     found, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.step == 2

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adamw8bit import PagedAdamW8bit as PagedAdamW8bit
     from .config import TrainConfig as TrainConfig
     from .errors import DoesNotFit as DoesNotFit
+    from .hf import optimize as optimize
     from .load import load as load
     from .lora import attach_lora as attach_lora
     from .merge import merge as merge
@@ -37,6 +38,7 @@ _WHERE = {
     "attach_lora": "lora",
     "load": "load",
     "merge": "merge",
+    "optimize": "hf",
     "plan": "plan",
     "train": "train",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "load",
     "merge",
     "nf4",
+    "optimize",
     "plan",
     "train",
 ]

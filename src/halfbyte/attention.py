@@ -20,6 +20,8 @@ from .loss import ROW_MULTIPLE
 from .ops import cpu
 
 NAME = "halfbyte"
+CAUSAL = "halfbyte_causal"
+"""Name of transformers' own scaled dot product attention with `causal_attention` in its place where that serves."""
 
 
 def segment_attention(
@@ -62,6 +64,45 @@ def segment_attention(
     pieces = [_causal(q, k, v, scaling, dropout, sliding_window, softcap, s_aux) for q, k, v in rows]
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
     return joined.transpose(1, 2), None
+
+
+def causal_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of whole rows without padding, whose mask is therefore None, by the fused operation; all else by
+    transformers' own.
+
+    Args:
+        query: [B, heads, T, d]; key, value: [B, kv_heads, T, d].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    rows, _, length, _ = query.shape
+    plain = attention_mask is None and causal and not dropout and length == key.shape[2] and length > 1
+    q, k, v = (_end_to_end(t) for t in (query, key, value)) if plain else (query, key, value)
+    special = any(more.get(name) is not None for name in ("s_aux", "softcap", "position_bias", "cache"))
+    if not plain or special or not _is_fusable(q, k, v):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
+        )
+    bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    form = ops.Form(query.shape[3] ** -0.5 if scaling is None else scaling, 0, 0.0)
+    out: Tensor = _Attention.apply(q, k, v, bounds, form)  # pyright: ignore[reportAssignmentType]
+    return out.view(rows, length, *out.shape[2:]), None
+
+
+def _end_to_end(t: Tensor) -> Tensor:
+    """[B, heads, T, d] to [1, heads, B T, d]."""
+    return t if t.shape[0] == 1 else t.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
 
 
 def _is_fusable(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -138,12 +179,14 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def register() -> None:
-    """Make the name known to transformers; done once, on first use."""
+    """Make the names known to transformers; done once, on first use."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(NAME, segment_attention)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    AttentionInterface.register(CAUSAL, causal_attention)
+    AttentionMaskInterface.register(CAUSAL, sdpa_mask)
 
 
 @contextmanager

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from .adapter import WEIGHTS, restore_adapter, save_adapter
 from .errors import HalfbyteError, ModelError, StorageError, UsageError
 from .hub import json_bytes, read_header, read_json, read_tensor, sha256_file, sync, write_json, write_safetensors
-from .lora import WEIGHTS, lora_layers, restore_adapter, save_adapter
+from .lora import lora_layers
 from .memory import is_exhaustion
 
 SCHEMA = 2
@@ -297,6 +298,7 @@ _MAY_CHANGE = {
     "num_samples",
     "on_nonfinite",
     "skip_bad",
+    "allow_other_base",
     "model",
     "data",
 }
@@ -306,14 +308,30 @@ what computes, not what was asked)."""
 STATES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
 """Optimizers whose numbers and saved states are another one's."""
 
-_FIXED = {"lora_r", "rank_pattern", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"}
+_FIXED = {
+    *("lora_r", "rank_pattern", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"),
+    *("use_dora", "modules_to_save"),
+}
 """What the saved state has the shape of: no resume can change it."""
+
+
+_YOUNGER: dict[str, Any] = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_dora": False,
+    "modules_to_save": "",
+    "adapter_name_or_path": None,
+}
+"""Options that there were checkpoints before, and the values that are as good as none."""
 
 
 def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is compared apart."""
-    # an empty mapping is as good as none: there was a time before these options
-    settings = {key: value for key, value in info["config"].items() if key not in _MAY_CHANGE and value != {}}
+    settings = {
+        key: value
+        for key, value in info["config"].items()
+        if key not in _MAY_CHANGE and not (key in _YOUNGER and value == _YOUNGER[key])
+    }
     settings["optim"] = STATES.get(settings["optim"], settings["optim"])
     return {
         **settings,

@@ -46,6 +46,9 @@ RENAMED = {
     "datasets": "data",
     "train_on_responses_only": "assistant_only_loss",
     "optimizer": "optim",
+    "lora_model_dir": "adapter_name_or_path",
+    "peft_use_dora": "use_dora",
+    "lora_modules_to_save": "modules_to_save",
     "model_name_or_path": "model",
     "base_model": "model",
     "dataset_name": "data",
@@ -61,8 +64,6 @@ ADDING_TOKENS = (
 )
 REFUSED = {
     **dict.fromkeys(("resize_token_embeddings", "additional_special_tokens", "added_tokens"), ADDING_TOKENS),
-    "modules_to_save": "whole modules beside the adapter are not trained yet",
-    "use_dora": "DoRA is not trained yet",
     "trust_remote_code": "code that comes with a model is never run",
     "load_in_8bit": "bases are held in 4 bits, or unquantized with load_in_4bit false",
 }
@@ -140,6 +141,7 @@ class ModelOptions(KernelOptions, FourBitOptions):
         "auto", "compute dtype; auto is bfloat16 where the hardware multiplies it, else float32"
     )
     device: str = option("auto", "cpu, cuda or auto")
+    allow_other_base: bool = option(False, "use an adapter on another base than the one it was trained on")
     allow_low_coverage: bool = option(False, "accept a model of which under 90 % of the linear weights are in 4 bits")
     weight_streaming: Literal["auto", "always", "never"] = option(
         "auto",
@@ -195,6 +197,13 @@ class LoraOptions(Options):
         {}, 'other ranks for some layers: {"down_proj": 32}, regular expressions of paths'
     )
     alpha_pattern: dict[str, int] = option({}, "other alphas for some layers, likewise")
+    use_dora: bool = option(False, "train the norms of the weights' rows, too (DoRA)")
+    modules_to_save: str = option(
+        "", "modules trained whole beside the adapter (lm_head,embed_tokens): ends of paths, separated by commas"
+    )
+    adapter_name_or_path: str | None = option(
+        None, "begin with this adapter, of PEFT or a run: rank, alpha and layers are its own"
+    )
     full: bool = option(False, "train every parameter instead of an adapter; needs load_in_4bit false")
 
     @field_validator("rank_pattern", "alpha_pattern", mode="before")
@@ -343,6 +352,9 @@ class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions, FitOp
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
+        beside = [name for name in ("use_dora", "modules_to_save", "adapter_name_or_path") if getattr(self, name)]
+        if self.full and beside:
+            raise ValueError(f"full trains every parameter and no adapter: {', '.join(beside)} cannot go with it")
         if self.full and self.load_in_4bit:
             raise ValueError("full trains every parameter, which 4-bit weights cannot be: add --load_in_4bit false")
         if self.paging == "always" and not self.optim.startswith("paged_"):
@@ -540,8 +552,9 @@ def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> Op
     Raises:
         UsageError: naming every wrong value by the name the user typed.
     """
-    if isinstance(targets := values.get("target_modules"), list):
-        values = {**values, "target_modules": ",".join(map(str, targets))}
+    for name in ("target_modules", "modules_to_save"):
+        if isinstance(given := values.get(name), list):
+            values = {**values, name: ",".join(map(str, given))}
     try:
         return cls.model_validate(values)
     except ValidationError as error:

@@ -351,8 +351,10 @@ class FusedAttention(nn.Module):
         **more: Any,
     ) -> Any:
         config: Any = self.config
-        ours = config._attn_implementation == attention.NAME and past_key_values is None
-        if not ours or position_embeddings is None or hidden_states.shape[0] != 1:
+        attend = {attention.NAME: attention.segment_attention, attention.CAUSAL: attention.causal_attention}.get(
+            config._attn_implementation
+        )
+        if attend is None or past_key_values is not None or position_embeddings is None or hidden_states.shape[0] != 1:
             return super().forward(  # pyright: ignore[reportCallIssue]
                 hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **more
             )
@@ -369,9 +371,7 @@ class FusedAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         scaling = getattr(self, form.scaling)
-        out, weights = attention.segment_attention(
-            self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **more
-        )
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **more)
         return getattr(self, form.o)(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -421,12 +421,17 @@ Form = NormForm | MlpForm | AttentionForm
 _classes: dict[tuple[type, type], type] = {}
 
 
-def _become(module: nn.Module, kind: type, form: Form) -> None:
+def become(module: nn.Module, kind: type, name: str | None = None) -> None:
+    """Make a module, in place, of a class that is ``kind`` before what it was; called ``name``, or as it was."""
     own = type(module)
     key = (kind, own)
     if key not in _classes:
-        _classes[key] = type(f"Fused{own.__name__}", (kind, own), {})
+        _classes[key] = type(name or own.__name__, (kind, own), {})
     module.__class__ = _classes[key]
+
+
+def _fused(module: nn.Module, kind: type, form: Form) -> None:
+    become(module, kind, f"Fused{type(module).__name__}")
     module.form = form  # pyright: ignore[reportArgumentType]
 
 
@@ -440,6 +445,7 @@ def fuse(model: nn.Module) -> Fused:
     result = Fused()
     if not cpu.serves(next(model.parameters())):
         return result
+    dtype = compute_dtype(model)
     judged: dict[tuple[Any, ...], bool] = {}
     for module in list(model.modules()):
         own = type(module)
@@ -451,31 +457,38 @@ def fuse(model: nn.Module) -> Fused:
                 result.left.setdefault(own.__name__, "of a form not known here")
             continue
         kind = {NormForm: FusedNorm, MlpForm: FusedMLP, AttentionForm: FusedAttention}[type(form)]
-        width = getattr(module, form.q).in_features if isinstance(form, AttentionForm) else _width(module)
+        width = _width(module, form)
         key = (own, form, width)
         if key not in judged:
-            judged[key] = _agrees(module, kind, form, width)
+            own_dtype = next(module.parameters()).dtype if kind is FusedNorm else dtype
+            judged[key] = _agrees(module, kind, form, width, own_dtype)
         if not judged[key]:
             result.left.setdefault(own.__name__, "its own results differ")
             continue
-        _become(module, kind, form)
+        _fused(module, kind, form)
         result.norms += kind is FusedNorm
         result.mlps += kind is FusedMLP
         result.attentions += kind is FusedAttention
     return result
 
 
-def _width(module: nn.Module) -> int:
-    return next(module.parameters()).shape[-1]
+def _width(module: Any, form: Form) -> int:
+    if isinstance(form, NormForm):
+        return module.weight.shape[0]
+    return getattr(module, form.q if isinstance(form, AttentionForm) else form.gate).in_features
 
 
-def _agrees(module: nn.Module, kind: type, form: Form, width: int) -> bool:
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in: the type of its first frozen floating parameter (packed weights are of none)."""
+    floating = [p for p in model.parameters() if p.dtype in TOLERANCE]
+    return next((p.dtype for p in floating if not p.requires_grad), floating[0].dtype)
+
+
+def _agrees(module: nn.Module, kind: type, form: Form, width: int, dtype: torch.dtype) -> bool:
     """Whether results and gradients of the fused module are its own, up to rounding."""
-    first = next(module.parameters())
-    dtype = first.dtype
     if dtype not in TOLERANCE:
         return False
-    if first.is_meta:
+    if next(module.parameters()).is_meta:
         return True  # nothing to compare; a plan takes the forms' word for it
     generator = torch.Generator("cpu").manual_seed(0)
     attends = isinstance(form, AttentionForm)
@@ -491,7 +504,7 @@ def _agrees(module: nn.Module, kind: type, form: Form, width: int) -> bool:
             return y.detach(), torch.autograd.grad(y, given, weights)[0]
 
     expected = run()
-    _become(module, kind, form)
+    _fused(module, kind, form)
     try:
         found = run()
     finally:

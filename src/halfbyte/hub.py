@@ -76,26 +76,38 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
             f"no model directory at {model!r}",
             ways_out=["check the path", "or give a Hub id such as meta-llama/Llama-3.2-1B"],
         )
+    return _snapshot(model, revision, HUB_PATTERNS, ["original/*", *([] if weights else ["*.safetensors"])])
+
+
+def _snapshot(name: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=HUB_PATTERNS,
-                ignore_patterns=["original/*", *([] if weights else ["*.safetensors"])],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
     except HalfbyteError:
         raise
     except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{model!r} is neither a local directory nor a Hub model that can be reached",
+            f"{name!r} is neither a local directory nor a Hub model that can be reached",
             found=message,
             ways_out=["check the spelling and the network", "log in with `hf auth login` if the model is gated"],
         ) from error
+
+
+def resolve_adapter(name: str) -> Path:
+    """The local directory of an adapter: itself, a run's, or a snapshot of a Hub id.
+
+    Raises:
+        ModelError: no such directory and no such id, or the download failed.
+    """
+    path = Path(name).expanduser()
+    for directory in (path, path / "adapter"):
+        if (directory / "adapter_config.json").is_file():
+            return directory.resolve()
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(f"no adapter at {name!r}", expected="a directory with adapter_config.json, a run or a Hub id")
+    return _snapshot(name, None, ["adapter_config.json", "adapter_model.safetensors", "halfbyte.json"], [])
 
 
 def check_files(directory: Path) -> None:

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from .adapter import WEIGHTS, restore_adapter
 from .batches import MicroBatch
 from .config import TrainConfig
 from .errors import ModelError, UsageError
 from .fuse import tile_mlps
-from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora
+from .hub import read_header
+from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
 from .loss import output_head, sequence_loss
 from .memory import counted_as, hold_gradients
 from .paged import Slots
 from .recompute import Recompute, recompute_layers
+from .saved import save_modules
 from .selftest import Abilities, checkpoint_layers
 
 Note = Callable[[str, str], None]
@@ -80,15 +83,23 @@ class Learner:
 
     def _attach(self) -> DropoutClock:
         c = self.config
-        numbers = (c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.rank_pattern, c.alpha_pattern)
+        numbers = (c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.rank_pattern, c.alpha_pattern, c.use_dora)
         adapter = AdapterConfig(*numbers)
-        names = attach_lora(self.model, adapter, c.target_modules, seed=c.seed)
+        whole = [name.strip() for name in c.modules_to_save.split(",") if name.strip()]
+        names = target_names(self.model, c.target_modules)
+        if c.target_modules == "all-linear":
+            names = [name for name in names if not any(name.endswith(each) for each in whole)]
+        attach_lora(self.model, adapter, names, seed=c.seed)
+        save_modules(self.model, whole)
         for pattern in (*c.rank_pattern, *c.alpha_pattern):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                 raise UsageError(
                     f"rank_pattern or alpha_pattern has {pattern!r}, which matches no adapted layer",
                     expected=f"the end of a path such as {names[0]}",
                 )
+        if c.adapter_name_or_path and not next(self.model.parameters()).is_meta:
+            file = Path(c.adapter_name_or_path) / WEIGHTS
+            restore_adapter(self.model, read_header(file), file)
         first = self.model.get_submodule(names[0])
         assert isinstance(first, LoraLinear)
         return first.clock

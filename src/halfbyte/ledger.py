@@ -24,6 +24,7 @@ from .nf4 import NF4Tensor
 from .ops import cpu
 from .ops.arena import SMALLEST, Pieces
 from .ops.library import hearing_scratch
+from .saved import saved_modules
 
 RESIDENT = (
     "4-bit codes",
@@ -42,6 +43,7 @@ def weights_by_part(model: Any) -> dict[str, list[Tensor]]:
     parts: dict[str, list[Tensor]] = {part: [] for part in RESIDENT}
     embeddings = [e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
     seen: set[int] = set()
+    whole = {id(p) for _, module in saved_modules(model) for p in module.parameters()}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is None or id(p) in seen:
@@ -54,7 +56,7 @@ def weights_by_part(model: Any) -> dict[str, list[Tensor]]:
                     continue  # it stays in a file
                 parts["4-bit codes"].append(codes)
                 parts["scales"] += scales
-            elif isinstance(module, LoraLinear) and name in ("lora_A", "lora_B"):
+            elif (isinstance(module, LoraLinear) and name.startswith("lora_")) or (p.requires_grad and id(p) in whole):
                 parts["adapters"].append(data)
             elif any(module is e for e in embeddings) and name == "weight":
                 parts["embeddings and head"].append(data)

@@ -5,13 +5,15 @@ A model is loaded whole or not at all.
 """
 
 import hashlib
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from . import hub
+from .adapter import WEIGHTS, adapted_names, load_adapter, read_adapter_config
 from .architecture import (
     Progress,
     build_empty,
@@ -21,16 +23,18 @@ from .architecture import (
     read_config,
     refused_by_transformers,
 )
-from .config import ModelOptions
+from .config import ModelOptions, TrainConfig
 from .errors import ModelError, UsageError
 from .filler import Filler, QuantReport
-from .lora import load_adapter
+from .lora import target_names
+from .objects import options_of
 from .ops import cpu
 from .paged import Travel
 from .quantized import Kept, cached, check_quantization, remove
 from .run import ADAPTER_FACTS, Run, is_run
 
 MIN_COVERAGE = 0.9
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
 
 def load_base(path: Path, options: ModelOptions, progress: Progress = no_progress) -> tuple[Any, QuantReport]:
@@ -128,16 +132,17 @@ def _place_buffers(model: nn.Module, device: torch.device) -> None:
 # --- a model or a run -------------------------------------------------------------------------------------------------
 
 
-def load(model_or_run: str | Path, *, progress: Progress = no_progress, **changes: Any) -> tuple[Any, Any]:
+def load(model_or_run: str | Path, *objects: Any, progress: Progress = no_progress, **changes: Any) -> tuple[Any, Any]:
     """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run directory.
 
     Args:
-        model_or_run: Hub id, model directory or run directory. changes: fields of `config.ModelOptions`; a run's
-            base is held as it was in training unless changed here.
+        model_or_run: Hub id, model directory or run directory. objects: a ``BitsAndBytesConfig``. changes: fields of
+            `config.ModelOptions`, above it; a run's base is held as it was in training unless changed here.
 
     Raises:
         ModelError, UsageError: as `load_base` and `lora.load_adapter`.
     """
+    changes = {**options_of(objects, ()), **changes}
     if not is_run(model_or_run):
         path = hub.resolve(str(model_or_run), changes.get("revision"))
         model, _ = load_base(path, ModelOptions(**changes), progress)
@@ -151,11 +156,63 @@ def load(model_or_run: str | Path, *, progress: Progress = no_progress, **change
         model, _ = load_base(run.adapter, options, progress)
     else:
         model, report = load_base(hub.resolve(info["base"]["path"], options.revision), options, progress)
-        if options.held_as(trained):
+        if options.held_as(trained) and not changes.get("allow_other_base"):
             refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"])
         load_adapter(model, run.adapter)
         model.eval()
     return model, run_tokenizer(run)
+
+
+def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
+    """The configuration of a training that begins with an adapter: what the adapter is decides what is trained.
+
+    Raises:
+        ModelError: no adapter, or one that is not for this base. UsageError: an option says otherwise than it.
+    """
+    if config.adapter_name_or_path is None:
+        return config
+    path = hub.resolve_adapter(config.adapter_name_or_path)
+    raw, adapter = read_adapter_config(path)
+    names = adapted_names(hub.read_header(path / WEIGHTS))
+    wanted = {
+        "lora_r": adapter.r,
+        "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.use_rslora,
+        "rank_pattern": dict(adapter.rank_pattern),
+        "alpha_pattern": dict(adapter.alpha_pattern),
+        "use_dora": adapter.use_dora,
+        "modules_to_save": ",".join(raw.get("modules_to_save") or ()),
+    }
+    for name, value in wanted.items():
+        if name in config.model_fields_set and getattr(config, name) != value:
+            raise UsageError(
+                f"the adapter in {path} has {name} {value!r}, and {getattr(config, name)!r} was asked for",
+                ways_out=[f"without --{name}: the adapter's own is taken"],
+            )
+    if "lora_dropout" not in config.model_fields_set:
+        wanted["lora_dropout"] = adapter.dropout
+    wanted["target_modules"] = _selecting(build_empty(read_config(base)), names)
+    return config.model_copy(update={**wanted, "adapter_name_or_path": str(path)})
+
+
+def _selecting(model: Any, names: list[str]) -> str:
+    """What selects exactly these layers as target_modules: last names where they do, else a regular expression."""
+    last = ",".join(sorted({name.rpartition(".")[2] for name in names}))
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    strangers = [name for name in names if name not in linear]
+    if not names or strangers:
+        raise ModelError(
+            "the adapter does not fit this model",
+            found=f"adapts {', '.join(strangers[:5])}" if names else "no lora_A / lora_B tensors",
+        )
+    return last if set(target_names(model, last)) == set(names) else "|".join(re.escape(name) for name in names)
+
+
+def refuse_foreign_adapter(path: Path, digest: str, base: str) -> None:
+    """Raise ModelError if an adapter says that it was trained on another base than the one of this digest."""
+    facts = path / ADAPTER_FACTS
+    if facts.is_file():
+        refuse_other_base(digest, hub.read_json(facts).get("base_digest", digest), base)
 
 
 def run_tokenizer(run: Run) -> Any:
@@ -181,5 +238,9 @@ def refuse_other_base(found: str, expected: str, path: str) -> None:
             f"the base in {path} is not the one this adapter was trained on: its weights have changed since",
             found=f"digest {found[:16]}",
             expected=f"digest {expected[:16]}",
-            ways_out=["bring back the base of the training", "or train again on this one"],
+            ways_out=[
+                "bring back the base of the training",
+                "or train again on this one",
+                "or --allow_other_base true, if you know that it is as good",
+            ],
         )

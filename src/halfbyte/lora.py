@@ -13,19 +13,21 @@ The dropout mask is a function of (seed, step, micro-batch, layer) (`ops.Dropout
 the factor 1 / (1 - p) is folded into s, and s into B before B is rounded. A and B are fp32 masters; products run in
 the dtype of x, and the adapter's term joins the base's before the sum is rounded.
 
+DoRA (Liu et al. 2024, arXiv:2402.09353) scales each output to a trained magnitude m: y = (m / n) * (x W^T + s drop(x)
+A^T B^T) + b, where n, which takes no gradient, holds the norms of the rows of W + s B A. They are found without that
+matrix: n^2 = |W|^2 + 2 s B . (A W^T)^T + s^2 B A A^T . B, row by row, which costs a product with r tokens. With
+dropout PEFT drops the base's input in the changed part, too; here it is the adapter's alone, as in LoRA.
+
 `LoraLinear` is a `torch.nn.Linear` with two more parameters, made in place from one: the model keeps its module names
-and the checkpoint keeps its tensor names. Files are PEFT's. The road not taken is a wrapper module, which renames every
-weight below it.
+and the checkpoint keeps its tensor names. Files are PEFT's (`adapter`). The road not taken is a wrapper module, which
+renames every weight below it.
 """
 
-import contextlib
 import hashlib
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,12 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import ops, recompute
-from .errors import ModelError, UsageError
-from .hub import Entry, read_header, read_json, read_tensor, write_json, write_safetensors
+from .errors import UsageError
 from .nf4 import NF4Tensor
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -66,11 +64,12 @@ class AdapterConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int] = field(default_factory=dict)
+    use_dora: bool = False
 
     def of(self, name: str) -> "AdapterConfig":
         """What holds for one layer, by its path."""
         r, alpha = _by_pattern(self.rank_pattern, name, self.r), _by_pattern(self.alpha_pattern, name, self.alpha)
-        return AdapterConfig(r, alpha, self.dropout, self.use_rslora)
+        return replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     @property
     def scaling(self) -> float:
@@ -85,10 +84,16 @@ def _by_pattern(patterns: Mapping[str, int], name: str, default: int) -> int:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with an adapter. Made by `from_linear`; has ``lora_A`` [r, in] and ``lora_B`` [out, r] in fp32."""
+    """A linear layer with an adapter. Made by `from_linear`; has ``lora_A`` [r, in] and ``lora_B`` [out, r] in fp32.
+
+    With DoRA also ``lora_magnitude_vector`` [out] in fp32, else None; and ``weight_squares`` [out], the squared norms
+    of the weight's rows.
+    """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
+    weight_squares: Tensor
     adapter: AdapterConfig
     layer_index: int
     clock: DropoutClock
@@ -113,12 +118,58 @@ class LoraLinear(nn.Linear):
         linear.lora_A = nn.Parameter(a.to(device))
         linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, adapter.r, device=device))
         linear.adapter, linear.layer_index, linear.clock = adapter, layer_index, clock
+        linear.lora_magnitude_vector, linear._norms = None, None
+        if adapter.use_dora:
+            squares = linear._squares()
+            linear.register_buffer("weight_squares", squares, persistent=False)
+            linear.lora_magnitude_vector = nn.Parameter(squares.sqrt())
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return _LoraLinear.apply(  # pyright: ignore[reportReturnType]
-            input, self.weight, self.bias, self.lora_A, self.lora_B, self.adapter.scaling, self._dropout()
-        )
+        bias = self.bias if self.lora_magnitude_vector is None else None
+        y = lora_linear(input, self.weight, bias, self.lora_A, self.lora_B, self.adapter.scaling, self._dropout())
+        if self.lora_magnitude_vector is None:
+            return y
+        norms = recompute.remember(self.norms) if self.training else self._norms_at_rest()
+        y = (y * (self.lora_magnitude_vector / norms)).to(y.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters, by their names in PEFT's files."""
+        found = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        if self.lora_magnitude_vector is not None:
+            found["lora_magnitude_vector"] = self.lora_magnitude_vector
+        return found
+
+    @torch.no_grad()
+    def _squares(self) -> Tensor:
+        if self.weight.is_meta:
+            return torch.empty(self.out_features, dtype=torch.float32, device="meta")
+        return torch.cat([rows.float().square().sum(1) for rows in self.base_weight().split(1024)])
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """Norms of the rows of W + s B A, fp32 [out]."""
+        a, b, s = self.lora_A, self.lora_B, self.adapter.scaling
+        if isinstance(self.weight, NF4Tensor):
+            aw = ops.linear_4bit(a, self.weight.parts, self.out_features)
+        else:
+            aw = functional.linear(a.to(self.weight.dtype), self.weight).float()
+        squares = self.weight_squares + 2 * s * (b * aw.t()).sum(1) + s * s * ((b @ (a @ a.t())) * b).sum(1)
+        return squares.clamp(min=1e-30).sqrt()
+
+    _norms: tuple[tuple[int, int], Tensor] | None
+
+    def _norms_at_rest(self) -> Tensor:
+        """`norms`, computed once as long as nothing is trained."""
+        versions = (self.lora_A._version, self.lora_B._version)
+        if self._norms is None or self._norms[0] != versions:
+            self._norms = (versions, self.norms())
+        return self._norms[1]
+
+    def train(self, mode: bool = True) -> "LoraLinear":
+        self._norms = None
+        return super().train(mode)
 
     def _dropout(self) -> ops.Dropout:
         if not self.training or not self.adapter.dropout:
@@ -127,13 +178,29 @@ class LoraLinear(nn.Linear):
         first = clock.first * self.in_features
         return ops.Dropout(threshold, clock.seed, clock.step, clock.micro_batch, self.layer_index, first)
 
-    def delta(self) -> Tensor:
-        """s B A in fp32 [out, in]: what the adapter adds to the weight."""
-        return (self.lora_B.detach() @ self.lora_A.detach()) * self.adapter.scaling
+    def merged(self, weight: Tensor) -> Tensor:
+        """What the adapter makes of a weight, fp32 [out, in]: W + s B A, with DoRA its rows of the trained norms."""
+        a, b = (p.detach().to(weight.device) for p in (self.lora_A, self.lora_B))
+        total = weight.float() + (b @ a) * self.adapter.scaling
+        if self.lora_magnitude_vector is None:
+            return total
+        norms = total.norm(dim=1).clamp(min=1e-15)
+        return total * (self.lora_magnitude_vector.detach().to(weight.device) / norms).unsqueeze(1)
 
     def base_weight(self) -> Tensor:
         """The frozen weight as an ordinary tensor."""
         return self.weight.dequantize() if isinstance(self.weight, NF4Tensor) else self.weight.detach()
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, dropout: ops.Dropout
+) -> Tensor:
+    """x W^T + bias + scaling * drop(x) a^T b^T, [.., out], with gradients for all but the weight.
+
+    Args:
+        x: [.., in]. weight: [out, in], an `NF4Tensor` or a frozen one in the type of x. a: [r, in]. b: [out, r].
+    """
+    return _LoraLinear.apply(x, weight, bias, a, b, scaling, dropout)  # pyright: ignore[reportReturnType]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -193,19 +260,6 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
-@contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Within this block the model is its base: adapted layers are the linear layers they were made from."""
-    layers = [layer for _, layer in lora_layers(model)]
-    for layer in layers:
-        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.__class__ = LoraLinear
-
-
 def target_names(model: Any, target_modules: str) -> list[str]:
     """Paths of the linear layers that ``target_modules`` selects (all but the output embedding).
 
@@ -221,8 +275,8 @@ def target_names(model: Any, target_modules: str) -> list[str]:
         chosen, unmatched = linear, []
     elif re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", target_modules):
         suffixes = [part.strip() for part in target_modules.split(",")]
-        chosen = [name for name in linear if any(_ends_with(name, suffix) for suffix in suffixes)]
-        unmatched = [suffix for suffix in suffixes if not any(_ends_with(name, suffix) for name in linear)]
+        chosen = [name for name in linear if any(ends_with(name, suffix) for suffix in suffixes)]
+        unmatched = [suffix for suffix in suffixes if not any(ends_with(name, suffix) for name in linear)]
     else:
         try:
             pattern = re.compile(target_modules)
@@ -238,7 +292,8 @@ def target_names(model: Any, target_modules: str) -> list[str]:
     return chosen
 
 
-def _ends_with(name: str, suffix: str) -> bool:
+def ends_with(name: str, suffix: str) -> bool:
+    """Whether a module's path is this one, or ends with it after a dot."""
     return name == suffix or name.endswith("." + suffix)
 
 
@@ -260,135 +315,3 @@ def attach_lora(
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         LoraLinear.from_linear(model.get_submodule(name), adapter.of(name), index, clock, generator)
     return names
-
-
-# --- files, as PEFT reads and writes them -----------------------------------------------------------------------------
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter under PEFT's names, fp32 on the CPU."""
-    tensors = {}
-    for name, layer in lora_layers(model):
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu()
-    return tensors
-
-
-def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
-    """adapter_config.json for the model's adapter."""
-    layers = dict(lora_layers(model))
-    adapter = next(iter(layers.values())).adapter
-    ranks = Counter(layer.adapter.r for layer in layers.values())
-    alphas = Counter(layer.adapter.alpha for layer in layers.values())
-    r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.use_rslora,
-        "target_modules": _shortest_targets(model, list(layers)),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": {name: layer.adapter.r for name, layer in layers.items() if layer.adapter.r != r},
-        "alpha_pattern": {name: layer.adapter.alpha for name, layer in layers.items() if layer.adapter.alpha != alpha},
-        "use_dora": False,
-    }
-
-
-def _shortest_targets(model: Any, names: list[str]) -> list[str]:
-    """Last names where they select exactly these layers in PEFT (which matches by suffix), else whole paths."""
-    last = sorted({name.rpartition(".")[2] for name in names})
-    everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    matched = {name for name in everything if any(_ends_with(name, suffix) for suffix in last)}
-    return last if matched == set(names) else sorted(names)
-
-
-def save_adapter(model: Any, directory: Path, base_model: str) -> None:
-    """The adapter as PEFT writes it: adapter_model.safetensors and adapter_config.json."""
-    write_safetensors(directory / WEIGHTS, adapter_tensors(model))
-    write_json(directory / CONFIG, adapter_config(model, base_model))
-
-
-_UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "modules_to_save",
-    "layers_to_transform": "layers_to_transform",
-    "target_parameters": "target_parameters",
-    "lora_bias": "lora_bias",
-    "trainable_token_indices": "trainable_token_indices",
-}
-
-
-def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Put a PEFT adapter on a model, in place. Returns its configuration.
-
-    Raises:
-        ModelError: no LoRA adapter, a feature we do not have, or tensors that do not fit; all mismatches at once.
-    """
-    config = read_json(directory / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{directory} is not a LoRA adapter", found=f"peft_type {config.get('peft_type')!r}")
-    used = [label for key, label in _UNSUPPORTED.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append(f"bias={config['bias']}")
-    if used:
-        raise ModelError(f"the adapter in {directory} uses {', '.join(used)}, which is not supported here")
-    adapter = AdapterConfig(
-        config["r"],
-        config["lora_alpha"],
-        config.get("lora_dropout", 0.0),
-        bool(config.get("use_rslora")),
-        config.get("rank_pattern") or {},
-        config.get("alpha_pattern") or {},
-    )
-    entries = read_header(directory / WEIGHTS)
-    names = _adapted_names(entries)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    strangers = [name for name in names if name not in linear]
-    if not names or strangers:
-        raise ModelError(
-            f"the adapter in {directory} does not fit this model",
-            found=f"adapts {', '.join(strangers[:5])}" if names else "no lora_A / lora_B tensors",
-            expected="linear layers of the base model it was trained on",
-        )
-    attach_lora(model, adapter, names, seed=seed)
-    restore_adapter(model, entries, directory / WEIGHTS)
-    return config
-
-
-def _adapted_names(entries: dict[str, Entry]) -> list[str]:
-    pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB](\.default)?\.weight")
-    return sorted({match.group(1) for name in entries if (match := pattern.fullmatch(name))})
-
-
-def restore_adapter(model: nn.Module, entries: dict[str, Entry], file: Path) -> None:
-    """Copy an adapter file's tensors into the model's adapter.
-
-    Raises:
-        ModelError: missing, unexpected or misshapen tensors, all in one message.
-    """
-    wanted = {
-        f"{_PREFIX}{name}.{key}.weight": getattr(layer, key)
-        for name, layer in lora_layers(model)
-        for key in ("lora_A", "lora_B")
-    }
-    found = {name.replace(".default.weight", ".weight"): entry for name, entry in entries.items()}
-    problems = [f"missing: {name}" for name in wanted.keys() - found.keys()]
-    problems += [f"unexpected: {name}" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name}: {list(found[name].shape)} in the file, {list(parameter.shape)} in the model"
-        for name, parameter in wanted.items()
-        if name in found and found[name].shape != tuple(parameter.shape)
-    ]
-    if problems:
-        listed = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise ModelError(f"the adapter {file} does not fit this model", found=listed)
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(read_tensor(found[name], name))

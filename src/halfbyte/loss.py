@@ -96,6 +96,50 @@ def sequence_loss(
     return supervised_loss(hidden, labels, head, parameters, rows)
 
 
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = IGNORE,
+    shift_labels: Tensor | None = None,
+    **ignored: Any,
+) -> Tensor:
+    """transformers' loss of causal language models, of logits that its caller has made: fp32 [].
+
+    No fp32 copy of the logits is made; the gradient is computed with the loss, in the type of the logits.
+
+    Args:
+        logits: [.., vocab_size]. labels: [.., ], position t+1 is what t predicts; shift_labels: the same, shifted.
+        num_items_in_batch: what the sum is divided by; None: the number of positions whose label is not ignore_index.
+
+    Raises:
+        IndexError: a label that is not in the vocabulary.
+    """
+    if shift_labels is None:
+        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    counted = targets != ignore_index
+    if bool((counted & ((targets < 0) | (targets >= vocab_size))).any()):
+        raise IndexError(f"a label is not in the vocabulary of {vocab_size}")
+    total = _WholeLoss.apply(logits.reshape(-1, vocab_size), targets.where(counted, targets.new_full((), IGNORE)))
+    items = counted.sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (items.to(logits.device) if isinstance(items, Tensor) else items)  # pyright: ignore[reportOptionalOperand]
+
+
+class _WholeLoss(torch.autograd.Function):
+    """Summed loss of logits that are there anyway; its gradient is made with it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        losses, ctx.slope = ops.cross_entropy(logits, labels)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        return ctx.slope * upstream[0].to(ctx.slope.dtype), None
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients in one pass over chunks; backward scales them."""
 

@@ -38,6 +38,7 @@ from .lora import LoraLinear, lora_layers
 from .nf4 import NF4Tensor
 from .quantized import quantize
 from .run import ADAPTER_FACTS, Run
+from .saved import SavedModule
 
 FP32_LIMIT = 3_000_000_000
 """Models up to this many parameters are compared in fp32 arithmetic, larger ones in the run's compute dtype."""
@@ -270,7 +271,8 @@ def surviving_share(layer: LoraLinear, options: ModelOptions) -> float:
 
     W is as it lies in the base; where that is rounded already, Q(W) is W.
     """
-    weight, change = layer.base_weight().float(), layer.delta().float()
+    weight = layer.base_weight().float()
+    change = layer.merged(weight) - weight
     before = weight if isinstance(layer.weight, NF4Tensor) else quantize_as(weight, options).dequantize(torch.float32)
     after = quantize_as(weight + change, options).dequantize(torch.float32)
     power = float(change.double().square().sum())
@@ -313,16 +315,19 @@ def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) 
 def _merged(checkpoint: hub.Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool) -> Tensor:
     """One tensor of the merged model, in the dtype it has on disk."""
     module_name, _, attribute = path.rpartition(".")
-    module = model.get_submodule(module_name) if attribute == "weight" else None
-    weight = module.weight if module is not None else None
+    module = model.get_submodule(module_name)
+    weight = module.weight if attribute == "weight" else None
     kept = nf4.read_stored(checkpoint, name) if stored else None
     dtype = checkpoint.entries[name].dtype if kept is None else kept.dtype
+    if isinstance(module, SavedModule):
+        return module.trained()[attribute].detach().to("cpu", dtype)
     rounded = weight if isinstance(weight, NF4Tensor) and onto == "trained" else kept
-    if not isinstance(module, LoraLinear) and rounded is None:
+    adapted = module if isinstance(module, LoraLinear) and attribute == "weight" else None
+    if adapted is None and rounded is None:
         return checkpoint.read(name)
     value = checkpoint.read(name).float() if rounded is None else rounded.dequantize(torch.float32)
-    if isinstance(module, LoraLinear):
-        value = value + module.delta().to(value.device)
+    if adapted is not None:
+        value = adapted.merged(value)
     return value.to("cpu", dtype)
 
 

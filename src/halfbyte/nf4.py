@@ -160,6 +160,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise TypeError("a 4-bit tensor can only be the two-dimensional weight of F.linear, not its input or bias")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"input [..., {x.shape[-1]}] does not fit a weight {list(weight.shape)}")
+    return four_bit_linear(x, weight, bias)
+
+
+def four_bit_linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [.., out], for x [.., in] and a weight [out, in]."""
     return _FourBitLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
 
 

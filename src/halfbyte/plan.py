@@ -30,8 +30,10 @@ from .errors import DataError, DoesNotFit, HalfbyteError, ModelError, UsageError
 from .fuse import fuse
 from .learner import Learner
 from .ledger import RESIDENT, TensorBytes, elsewhere, resident, sizes, weights_by_part
+from .load import begin_with_adapter
 from .memory import PASSING, allocate_apart, available, held_now, is_exhaustion
 from .merge import FP32_LIMIT
+from .objects import config_of
 from .ops import cpu
 from .ops.library import planning_for
 from .selftest import Abilities
@@ -822,8 +824,7 @@ def timed(plan: MemoryPlan, dtype: torch.dtype) -> MemoryPlan:
 
 
 def plan(
-    config: TrainConfig | None = None,
-    *,
+    *config: Any,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
     **options: Any,
@@ -831,20 +832,23 @@ def plan(
     """Bytes and time of a training, without its weights.
 
     Args:
-        config: the options; or give them by name (model=..., data=..., fit_to="24GiB", ...). Without data, rows of
-            max_length are planned for.
+        config: a `TrainConfig`; or a model and, if there is one, a data file, then whatever there is of
+            ``BitsAndBytesConfig``, ``LoraConfig`` and ``SFTConfig`` or ``TrainingArguments``. options: by name
+            (fit_to="24GiB", ...), above all others. Without data, rows of max_length are planned for.
 
     Raises:
         HalfbyteError: the model or the data is refused. That it does not fit is no error here: see ``fits``, `check`.
     """
-    config = config or PlanConfig(**options)
-    with cpu.using(config.kernels) if "kernels" in config.model_fields_set else contextlib.nullcontext():
-        return _planned(config, say, progress)
+    given = config[0] if len(config) == 1 and isinstance(config[0], TrainConfig) else None
+    wanted = given or config_of(PlanConfig, config, options)
+    with cpu.using(wanted.kernels) if "kernels" in wanted.model_fields_set else contextlib.nullcontext():
+        return _planned(wanted, say, progress)
 
 
 def _planned(config: TrainConfig, say: Callable[[str], None], progress: Progress) -> MemoryPlan:
     allocate_apart(PASSING)
     path = hub.resolve(config.model, config.revision, weights=False)
+    config = begin_with_adapter(config, path)
     data = read_data(config.data, config, path, say=say, progress=progress) if config.data else None
     planner = Planner(path, config, data, progress)
     if config.fit_to:

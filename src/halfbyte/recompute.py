@@ -53,6 +53,7 @@ class _Tape:
     def __init__(self, keep: Keep) -> None:
         self.level = KEEPS.index(keep)
         self.results: list[Any] = []
+        self.remembered: list[Tensor] = []
         self.levels: list[int] = []  # the least level at which each is kept
         self.replaying = False
         self.after_attention = -1  # products since attention, or -1 before it
@@ -117,6 +118,17 @@ def as_one_product(compute: Callable[[], Tensor]) -> Tensor:
     return product(apart)
 
 
+def remember(compute: Callable[[], Tensor]) -> Tensor:
+    """A small result that is kept whatever else is, computed or at hand."""
+    tape: _Tape | None = getattr(_running, "tape", None)
+    if tape is None:
+        return compute()
+    if tape.replaying:
+        return tape.remembered.pop(0)
+    tape.remembered.append(compute())
+    return tape.remembered[-1]
+
+
 def pass_attention() -> None:
     """Attention happens here, but its result cannot be kept."""
     tape: _Tape | None = getattr(_running, "tape", None)
@@ -145,9 +157,18 @@ class Recompute:
         keep: what layers keep beside their input. layers: their number. kept_layers: that many keep it, the last ones,
             whose backward passes come first; the others keep their input alone. Negative: all. away: directory of the
             file that inputs wait in (on a GPU: pinned host memory); None: they wait where the model computes.
+        surroundings: layers find PyTorch's random state and autocast as they were, when they are run again.
     """
 
-    def __init__(self, keep: Keep = "none", layers: int = 0, kept_layers: int = -1, away: Path | None = None) -> None:
+    def __init__(
+        self,
+        keep: Keep = "none",
+        layers: int = 0,
+        kept_layers: int = -1,
+        away: Path | None = None,
+        surroundings: bool = False,
+    ) -> None:
+        self.surroundings = surroundings
         self.keep: Keep = keep if kept_layers else "none"
         self.layers = layers
         self.kept_layers = min(kept_layers, layers) if kept_layers >= 0 else layers
@@ -165,9 +186,10 @@ class Recompute:
     def layer(self, number: int) -> Callable[..., Tensor]:
         """What runs layer ``number``: `transformers` calls it as ``run(function, hidden_states, *others)``."""
         keeps = number >= self.layers - self.kept_layers
-        return functools.partial(self._run, self.keep if keeps else "none")
+        return functools.partial(self.run, self.keep if keeps else "none")
 
-    def _run(self, keep: Keep, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+    def run(self, keep: Keep, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+        """A layer's result; what ``keep`` says is kept of it."""
         if not torch.is_grad_enabled():
             return function(hidden, *others)
         given = [*others, *getattr(function, "keywords", {}).values()]
@@ -176,6 +198,27 @@ class Recompute:
         # the adapters inside need gradients even where the layer's input does not: the first layer's
         trigger = torch.empty(0, requires_grad=True)
         return _Layer.apply(self, keep, function, others, trigger, hidden)  # pyright: ignore[reportReturnType]
+
+
+class _Surroundings:
+    """PyTorch's random state and autocast on the CPU as they are now; within a block, as they were."""
+
+    def __init__(self) -> None:
+        self.random = torch.get_rng_state()
+        self.autocast = {
+            "dtype": torch.get_autocast_dtype("cpu"),
+            "enabled": torch.is_autocast_enabled("cpu"),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+
+    def __enter__(self) -> None:
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(torch.random.fork_rng(devices=[]))
+        self.stack.enter_context(torch.autocast("cpu", **self.autocast))
+        torch.set_rng_state(self.random)
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
 
 
 class _Layer(torch.autograd.Function):
@@ -192,6 +235,7 @@ class _Layer(torch.autograd.Function):
         hidden: Tensor,
     ) -> Tensor:
         ctx.tape = _Tape(keep)
+        ctx.surroundings = _Surroundings() if run.surroundings else contextlib.nullcontext()
         with _Playing(ctx.tape):
             out = function(hidden, *others)
         if not isinstance(out, Tensor):
@@ -203,7 +247,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden = ctx.input.take().detach().requires_grad_(ctx.needs_input_grad[5])
-        with torch.enable_grad(), _Playing(ctx.tape):
+        with torch.enable_grad(), _Playing(ctx.tape), ctx.surroundings:
             out = ctx.function(hidden, *ctx.others)
         ctx.tape = ctx.function = ctx.others = None
         if out.requires_grad:

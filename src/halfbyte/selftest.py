@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .attention import segments
 from .errors import HalfbyteError
-from .lora import lora_layers
 from .loss import output_head
 from .memory import is_exhaustion
 from .recompute import Keep, Recompute, recompute_layers
@@ -96,13 +95,19 @@ def _relative(value: Tensor, reference: Tensor) -> float:
 
 
 def checkpoint_layers(
-    model: Any, keep: Keep, packing: bool, kept_layers: int = -1, away: Path | None = None
+    model: Any,
+    keep: Keep,
+    packing: bool,
+    kept_layers: int = -1,
+    away: Path | None = None,
+    *,
+    surroundings: bool = False,
 ) -> tuple[str, Recompute | None]:
     """Have the layers of a model keep what ``keep`` says and compute the rest again, if that gives the same gradients.
 
     Args:
         model: in training mode, with its trained parameters. packing: it keeps rows apart (`Abilities.packing`).
-        kept_layers, away: as for `recompute.Recompute`.
+        kept_layers, away, surroundings: as for `recompute.Recompute`.
 
     Returns:
         A line that says what was found, and what runs the layers. Where they cannot be run again by `recompute`,
@@ -110,8 +115,8 @@ def checkpoint_layers(
     """
     # newer transformers renamed it, and warns at the older name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": False})
-    run = Recompute(keep, layers := recompute_layers(model, None), kept_layers, away)
+    enable({"use_reentrant": False, "preserve_rng_state": surroundings})
+    run = Recompute(keep, layers := recompute_layers(model, None), kept_layers, away, surroundings)
     if not layers:
         why = "this model's layers take no other function"
         return f"recomputed in the backward pass: whole layers (by PyTorch: {why})", None
@@ -121,7 +126,7 @@ def checkpoint_layers(
         recompute_layers(model, run)
         run.skip_last = run.skipped = True
         return recomputed_line(run), run
-    with _lively_adapter(model):
+    with _lively(model):
         expected = _gradients(model, packing)
         recompute_layers(model, run)
         # NaN where the result of each layer's last product would be: if it mattered, it would show
@@ -150,20 +155,20 @@ def recomputed_line(run: Recompute) -> str:
 
 
 @contextlib.contextmanager
-def _lively_adapter(model: Any) -> Iterator[None]:
-    """Within this block the adapters' B are not zero, so that every gradient depends on everything."""
-    layers = [layer for _, layer in lora_layers(model)]
-    # a new adapter's are zero, and need no copy
-    before = [layer.lora_B.detach().clone() if bool(layer.lora_B.any()) else None for layer in layers]
+def _lively(model: Any) -> Iterator[None]:
+    """Within this block trained parameters that are zero (a new adapter's B) are not, so that every gradient depends on
+    everything."""
+    zero = [p for p in model.parameters() if p.requires_grad and not bool(p.any())]
     generator = torch.Generator("cpu").manual_seed(0)
     try:
-        for layer in layers:
-            noise = torch.randn(layer.lora_B.shape, generator=generator, device="cpu", dtype=torch.float32)
-            layer.lora_B.data.copy_(noise * 0.01)
+        with torch.no_grad():
+            for p in zero:
+                p.copy_(torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32) * 0.01)
         yield
     finally:
-        for layer, values in zip(layers, before, strict=True):
-            layer.lora_B.data.zero_() if values is None else layer.lora_B.data.copy_(values)
+        with torch.no_grad():
+            for p in zero:
+                p.zero_()
 
 
 def _gradients(model: Any, packing: bool) -> str | None:
@@ -176,7 +181,9 @@ def _gradients(model: Any, packing: bool) -> str | None:
         bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
         inputs = {"input_ids": ids[None], "position_ids": position[None], "cu_seq_lens_q": bounds}
     try:
-        with segments(model) if packing else contextlib.nullcontext(), torch.enable_grad():
+        attention = segments(model) if packing else contextlib.nullcontext()
+        with attention, torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()
             weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device, dtype=torch.float32)
             (hidden.view(-1) * weights).sum().backward()

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import attention, checkpoint, hub
+from .adapter import save_adapter
 from .architecture import Progress, build_empty, choose_device, choose_dtype, no_progress, read_config
 from .batches import MicroBatch, collate
 from .card import CARD, adapter_card
@@ -51,9 +52,10 @@ from .fuse import fuse
 from .generate import answers
 from .learner import Learner
 from .ledger import Watch, resident, sizes
-from .load import load_base, refuse_other_base
-from .lora import lora_layers, save_adapter, target_names
+from .load import begin_with_adapter, load_base, refuse_foreign_adapter, refuse_other_base
+from .lora import lora_layers, target_names
 from .memory import LASTING, PASSING, allocate_apart, bounded, headroom, is_exhaustion, return_freed
+from .objects import config_of
 from .ops import cpu
 from .plan import (
     FITTED,
@@ -97,23 +99,23 @@ class Reporter:
     show_row: Callable[[list[tuple[str, str]]], None] = lambda pieces: None
 
 
-def train(config: TrainConfig | None = None, reporter: Reporter | None = None, **options: Any) -> Run:
+def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run:
     """Fine-tune a model as the configuration says; returns the run directory.
 
     Args:
-        config: the options; or give them by name (model=..., data=..., ...).
+        config: a `TrainConfig`; or a model and a data file, then whatever there is of ``BitsAndBytesConfig``,
+            ``LoraConfig`` and ``SFTConfig`` or ``TrainingArguments``. options: by name, above all others.
 
     Raises:
         HalfbyteError: with the exit code of the command line.
     """
-    config = config or TrainConfig(**options)
-    if "kernels" in config.model_fields_set:
-        cpu.use(config.kernels)  # the plan and the record are of what will compute
-    reporter = reporter or Reporter()
-    run = Run(Path(config.output_dir).expanduser())
+    wanted = config_of(TrainConfig, config, options)
+    if "kernels" in wanted.model_fields_set:
+        cpu.use(wanted.kernels)  # the plan and the record are of what will compute
+    run = Run(Path(wanted.output_dir).expanduser())
     hub.check_writable(run.path)
     with run.locked():
-        return Trainer(config, run, reporter).run_all()
+        return Trainer(wanted, run, reporter).run_all()
 
 
 class Trainer:
@@ -201,6 +203,7 @@ class Trainer:
         config, say = self.config, self.reporter.say
         resumed = self._find_checkpoint()
         base_path = hub.resolve(config.model, config.revision)
+        config = self.config = begin_with_adapter(config, base_path)
         # a template that asks for the time sees the run's, so that a resumed run has the same ids
         self.clock = self.run.clock() if resumed else datetime.now()
         self.read_data(base_path)
@@ -427,6 +430,8 @@ class Trainer:
         """Load, test, adapt: everything `step` needs."""
         allocate_apart(LASTING)
         model, report = load_base(base_path, self.config, self.reporter.progress)
+        if self.config.adapter_name_or_path and not self.config.allow_other_base:
+            refuse_foreign_adapter(Path(self.config.adapter_name_or_path), report.digest, str(base_path))
         self.reporter.say(_loaded_line(model, report.coverage, self.config.load_in_4bit))
         if next(model.parameters()).device.type == "cpu":
             self.reporter.say(f"kernels: {cpu.why()}")

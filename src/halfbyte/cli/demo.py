@@ -162,7 +162,7 @@ def _train(config: TrainConfig) -> Any:
     from ..train import Reporter, train
 
     with console.steps() as shown:
-        return train(config, Reporter(console.say, console.progress, shown.update, console.show_row))
+        return train(config, reporter=Reporter(console.say, console.progress, shown.update, console.show_row))
 
 
 def _compare(home: Path, seed: int, qlora: dict[str, Any]) -> dict[str, Any]:

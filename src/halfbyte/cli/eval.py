@@ -11,10 +11,10 @@ from .options import Verb
 def evaluate(record: EvalConfig) -> dict[str, Any]:
     """Loss, perplexity and exact match on held-out rows; for a run, its base beside it."""
     from .. import hub
+    from ..adapter import adapter_off
     from ..dataset import read_data, run_renderer
     from ..evaluate import score
     from ..load import load, load_base
-    from ..lora import adapter_off
     from ..selftest import self_test
     from ..train import data_lines
 

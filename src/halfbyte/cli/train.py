@@ -12,7 +12,7 @@ def train(record: TrainConfig) -> dict[str, Any]:
     from ..train import Reporter, train
 
     with console.steps() as shown:
-        run = train(record, Reporter(console.say, console.progress, shown.update, console.show_row))
+        run = train(record, reporter=Reporter(console.say, console.progress, shown.update, console.show_row))
     rows = run.metrics()
     finite = [row for row in rows if row["loss"] is not None]
     if len(finite) > 1:

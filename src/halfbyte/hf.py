@@ -1,0 +1,328 @@
+"""What plugs into transformers, PEFT and TRL: `optimize` for a model, `MemoryCallback` for a trainer.
+
+A script that loads a model with bitsandbytes and adapts it with PEFT computes, layer by layer, what `lora` computes in
+one operation. So `optimize` makes the modules at hand, in place, subclasses of their own classes: the 4-bit layers and
+PEFT's LoRA layers, norms, MLPs and attention of known forms, and the layers that are recomputed. Names, parameters,
+``state_dict``, merging and saving are theirs as before, and whatever a layer is asked for beyond the ordinary (several
+adapters, DoRA, merged or disabled ones) is answered by its own class.
+
+Dropout masks are drawn from PyTorch's generator, one number per layer and pass: the script's seed decides them, and a
+layer that is run again draws the same.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import attention, fuse, ops
+from .lora import lora_linear
+from .loss import causal_lm_loss
+from .memory import headroom
+from .nf4 import NF4Tensor, four_bit_linear
+from .ops import cpu
+from .plan import UNASKED_SHARE
+from .recompute import KEEPS, Keep, Recompute
+from .selftest import checkpoint_layers
+
+
+def to_stderr(line: str) -> None:
+    print(f"halfbyte: {line}", file=sys.stderr)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def stored_weight(weight: Tensor, dtype: torch.dtype) -> NF4Tensor | None:
+    """bitsandbytes' parameter as a tensor of ours in the same memory; None where it is not quantized yet."""
+    state: Any = getattr(weight, "quant_state", None)
+    if state is None:
+        return None
+    nested = state.state2 if state.nested else None
+    parts = ops.FourBit(
+        weight.data.view(torch.uint8).view(-1),
+        state.absmax.view(-1),
+        state.code,
+        nested.absmax.view(-1) if nested else None,
+        nested.code if nested else None,
+        state.offset if nested else None,
+        state.blocksize,
+        nested.blocksize if nested else 256,
+    )
+    return NF4Tensor(parts, torch.Size(state.shape), dtype, state.quant_type)
+
+
+class _FourBit(nn.Module):
+    """bitsandbytes' 4-bit layer, computed by `ops.linear_4bit`.
+
+    It never packs its weight anew for inference, after which the original's gradients are those of other weights.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = self
+        dtype = _computes_in(own, x)
+        weight = stored_weight(own.weight, dtype)
+        if weight is None:
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        bias = None if own.bias is None else own.bias.to(dtype)
+        with _exactly():
+            return four_bit_linear(x.to(dtype), weight, bias).to(x.dtype)
+
+
+def _computes_in(layer: Any, x: Tensor) -> torch.dtype:
+    """The type a layer of bitsandbytes computes in, by its own rule."""
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    return layer.compute_dtype or x.dtype
+
+
+def _exactly() -> Any:
+    """Within this block products run in the types they are given."""
+    return torch.autocast("cpu", enabled=False)
+
+
+class _Lora(nn.Module):
+    """PEFT's LoRA layer with one ordinary adapter, both branches at once (`lora.lora_linear`)."""
+
+    kept_dtype: torch.dtype | None
+    """The type the adapter had, which trainers may have changed since (TRL rounds adapters to bf16)."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own: Any = self
+        name, base = self._ordinary(args, kwargs), own.get_base_layer()
+        weight, dtype = (None, x.dtype) if name is None else _base_weight(base, x)
+        if name is None or weight is None:
+            return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        a, b = own.lora_A[name].weight, own.lora_B[name].weight
+        if a.dtype != self.kept_dtype and self.kept_dtype is not None and a.requires_grad:
+            for p in (a, b):
+                p.data = p.data.to(self.kept_dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        with _exactly():
+            y = lora_linear(x.to(dtype), weight, bias, a, b, own.scaling[name], self._dropout(own.lora_dropout[name]))
+        return y.to(x.dtype) if isinstance(weight, NF4Tensor) else y
+
+    def _ordinary(self, args: Any, kwargs: Any) -> str | None:
+        """The one adapter to compute with, if there is nothing else to it."""
+        own: Any = self
+        if args or kwargs or own.disable_adapters or own.merged or len(own.active_adapters) != 1:
+            return None
+        name = own.active_adapters[0]
+        if name not in own.lora_A or name in own.lora_variant or own.lora_bias.get(name):
+            return None
+        return name if isinstance(own.lora_dropout[name], nn.Dropout | nn.Identity) else None
+
+    def _dropout(self, module: nn.Module) -> ops.Dropout:
+        p = module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+        if not p:
+            return ops.NO_DROPOUT
+        return ops.Dropout(ops.drop_threshold(p), int(torch.randint(0, 1 << 62, ())), 0, 0, 0)
+
+
+def _base_weight(base: Any, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
+    """The frozen weight under an adapter and the type to compute in; None where PEFT has to."""
+    weight = base.weight
+    if isinstance(base, _FourBit):
+        dtype = _computes_in(base, x)
+        return stored_weight(weight, dtype), dtype
+    if isinstance(weight, NF4Tensor):
+        return weight, weight.dtype
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    usable = type(base) is nn.Linear and weight.dtype == dtype and not weight.requires_grad
+    return (weight if usable else None), dtype
+
+
+# --- layers that are run again ----------------------------------------------------------------------------------------
+
+
+class _Checkpointed(nn.Module):
+    """A decoder layer which, where a trainer has it checkpointed, is run again by `recompute` instead of by PyTorch."""
+
+    again: "_Again"
+    number: int
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        return self._run
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Any) -> None:
+        """Whatever a trainer would have run the layer by is not needed."""
+
+    def _run(self, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+        return self.again(self.number, function, hidden, *others)
+
+
+class _Again:
+    """Runs the layers of a model, and decides at the first of them what all keep."""
+
+    def __init__(self, run: Recompute, keep: str, bytes_per_token: int) -> None:
+        self.run, self.keep, self.bytes_per_token = run, keep, bytes_per_token
+        self.now: Keep = "none"
+
+    def __call__(self, number: int, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+        if number == 0:
+            self.now = self._choose(hidden)
+        return self.run.run(self.now, function, hidden, *others)
+
+    def _choose(self, hidden: Tensor) -> Keep:
+        """With auto: everything where it takes no more than half of the memory that is free."""
+        if self.keep != "auto":
+            return next(keep for keep in KEEPS if keep == self.keep)
+        left = headroom(hidden.device)
+        needed = self.bytes_per_token * hidden.numel() // hidden.shape[-1]
+        return "all" if left is not None and needed <= left * UNASKED_SHARE else "none"
+
+
+def _checkpoint(inner: Any, keep: str) -> str:
+    """Have checkpointed layers run by `recompute`; a line for people."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    before = [(layer.gradient_checkpointing, layer.__dict__.get("_gradient_checkpointing_func")) for layer in layers]
+    line, run = checkpoint_layers(inner, "none", packing=False, surroundings=True)
+    for layer, (on, function) in zip(layers, before, strict=True):
+        layer.gradient_checkpointing = on
+        if function is not None:
+            object.__setattr__(layer, "_gradient_checkpointing_func", function)
+    if run is None:
+        return line
+    outputs = sum(m.out_features for layer in layers for m in layer.modules() if isinstance(m, nn.Linear | _Lora))
+    again = _Again(run, keep, fuse.compute_dtype(inner).itemsize * outputs)
+    for number, layer in enumerate(layers):
+        layer.__dict__.pop("_gradient_checkpointing_func", None)
+        fuse.become(layer, _Checkpointed)
+        layer.__dict__.update(again=again, number=number)
+    return f"layers that are checkpointed keep their input{'' if keep == 'none' else f' (kept_activations {keep})'}"
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Done:
+    lora: int = 0
+    four_bit: int = 0
+    left: dict[str, int] = field(default_factory=dict)
+
+
+def optimize(
+    model: Any,
+    *,
+    kept_activations: str = "auto",
+    say: Callable[[str], None] = to_stderr,
+) -> Any:
+    """Make a transformers model with PEFT's adapters train faster and in less memory, in place.
+
+    Call it after ``get_peft_model``, before a trainer is made. 4-bit layers of bitsandbytes (or of ours), LoRA layers,
+    dropout, norms, MLPs and rotary embeddings compute with this package's operations; results and gradients are the
+    same up to rounding in the compute dtype, dropout masks are others. Frozen parameters that
+    ``prepare_model_for_kbit_training`` raised to fp32 go back to the compute dtype where that changes no value.
+    Adapters stay in the type they have now. PEFT, TRL, merging and saving go on as before.
+
+    Args:
+        model: a transformers model or a PEFT model of one. kept_activations: what checkpointed layers keep beside
+            their input: "none", "attention", "mlp_in", "all", or "auto": all, where it takes at most half of the
+            memory that is free. say: takes lines for people.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: kept_activations is none of these.
+    """
+    if kept_activations not in (*KEEPS, "auto"):
+        raise ValueError(f"kept_activations must be one of {', '.join((*KEEPS, 'auto'))}, not {kept_activations!r}")
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not cpu.serves(next(inner.parameters())):
+        on = next(inner.parameters()).device
+        why = cpu.why() if on.type == "cpu" else f"on {on.type} it would be no faster yet"
+        say(f"the model is left as it is: {why}")
+        return model
+    done = _replace_layers(inner)
+    narrowed = _undo_upcasts(inner)
+    if inner.config._attn_implementation == "sdpa":
+        attention.register()
+        inner.set_attn_implementation(attention.CAUSAL)
+    if getattr(inner, "loss_function", None) is LOSS_MAPPING["ForCausalLM"]:
+        inner.loss_function = causal_lm_loss
+    training = inner.training
+    inner.eval()
+    fused = fuse.fuse(inner)
+    inner.train()
+    line = _checkpoint(inner, kept_activations) if any(p.requires_grad for p in inner.parameters()) else ""
+    inner.train(training)
+    say(f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused.line()}")
+    for what, count in done.left.items():
+        say(f"left as they are: {count} {what}")
+    if narrowed:
+        say(f"back from fp32, losing nothing: {narrowed / 2**20:,.0f} MiB less")
+    if line:
+        say(line)
+    return model
+
+
+def _replace_layers(inner: Any) -> _Done:
+    done = _Done()
+    under: set[int] = set()
+    for module in list(inner.modules()):
+        kind = _kind(module)
+        if kind == "peft":
+            under.add(id(module.get_base_layer()))
+            plain = [name for name in module.lora_A if name not in module.lora_variant]
+            if not plain:
+                done.left["LoRA layers of other kinds (DoRA, ...)"] = (
+                    done.left.get("LoRA layers of other kinds (DoRA, ...)", 0) + 1
+                )
+            fuse.become(module, _Lora)
+            types = {module.lora_A[name].weight.dtype for name in plain}
+            module.kept_dtype = types.pop() if len(types) == 1 else None
+            done.lora += bool(plain)
+        elif kind == "bitsandbytes":
+            _unpack(module)
+            fuse.become(module, _FourBit)
+            done.four_bit += id(module) not in under
+    return done
+
+
+def _kind(module: nn.Module) -> str:
+    """ "peft": one of its LoRA layers on a linear one; "bitsandbytes": its 4-bit layer; "" for others and ours."""
+    if isinstance(module, _Lora | _FourBit):
+        return ""
+    if "bitsandbytes" in sys.modules and isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit):
+        return "bitsandbytes"
+    if "peft" in sys.modules and type(module).__module__.startswith("peft.tuners.lora."):
+        return "peft" if type(module).__name__ in ("Linear", "Linear4bit") else ""
+    return ""
+
+
+def _unpack(layer: Any) -> None:
+    """Undo what bitsandbytes does to a weight for inference on CPUs."""
+    state: Any = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+
+
+def _undo_upcasts(inner: Any) -> int:
+    """Frozen fp32 parameters into the type that the 4-bit layers compute in, where every value survives; bytes won."""
+    dtypes = {m.compute_dtype for m in inner.modules() if isinstance(m, _FourBit)} - {None, torch.float32}
+    if len(dtypes) != 1:
+        return 0
+    (dtype,), won = dtypes, 0
+    stays = tuple(getattr(inner, "_keep_in_fp32_modules", None) or ())
+    for name, p in inner.named_parameters():
+        if p.dtype != torch.float32 or p.requires_grad or "lora_" in name or any(part in name for part in stays):
+            continue
+        narrow = p.data.to(dtype)
+        if all(torch.equal(a.float(), b) for a, b in zip(narrow.split(1 << 12), p.data.split(1 << 12), strict=True)):
+            p.data = narrow
+            won += narrow.nbytes
+    return won
