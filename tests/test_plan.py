@@ -80,6 +80,9 @@ def tiny(draw: random.Random) -> tuple[Any, dict[str, Any]]:
         "max_length": draw.choice([16, 40, 200]),
         "allow_low_coverage": True,
     }
+    if not options["full"]:
+        options["use_dora"] = draw.random() < 0.3
+        options["modules_to_save"] = draw.choice(["", "", "norm", "lm_head,embed_tokens"])
     return config, options
 
 

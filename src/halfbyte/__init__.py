@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adamw8bit import PagedAdamW8bit as PagedAdamW8bit
     from .config import TrainConfig as TrainConfig
     from .errors import DoesNotFit as DoesNotFit
+    from .hf import MemoryCallback as MemoryCallback
     from .hf import optimize as optimize
     from .load import load as load
     from .lora import attach_lora as attach_lora
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "AdamW8bit": "adamw8bit",
     "DoesNotFit": "errors",
+    "MemoryCallback": "hf",
     "MemoryPlan": "plan",
     "NF4Tensor": "nf4",
     "PagedAdamW": "adamw8bit",
@@ -46,6 +48,7 @@ _WHERE = {
 __all__ = [
     "AdamW8bit",
     "DoesNotFit",
+    "MemoryCallback",
     "MemoryPlan",
     "NF4Tensor",
     "PagedAdamW",

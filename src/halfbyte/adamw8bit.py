@@ -65,7 +65,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _new_arena(self, params: list[Tensor]) -> dict[str, Tensor]:
         """The group's whole state, as named tensors: what a checkpoint stores."""
         arrays = self._arrays(params).items()
-        return {name: torch.zeros(count, dtype=dtype, device=params[0].device) for name, (count, dtype) in arrays}
+        return {name: torch.zeros(count, dtype=dtype, device=_device(params)) for name, (count, dtype) in arrays}
 
     def _arrays(self, params: list[Tensor]) -> dict[str, tuple[int, torch.dtype]]:
         """Elements and dtype of each tensor of a group's state."""
@@ -145,6 +145,11 @@ class AdamW8bit(torch.optim.Optimizer):
                 tensor.copy_(theirs[name])
 
 
+def _device(params: list[Tensor]) -> torch.device:
+    """Where a group lies; some trainers make groups of nothing."""
+    return params[0].device if params else torch.device("cpu")
+
+
 def _grad(p: Tensor) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
 
@@ -210,7 +215,7 @@ class PagedAdamW8bit(_Paged, AdamW8bit):
 
     def _new_pages(self, params: list[Tensor]) -> Pages:
         _refuse_strided(params)
-        return Pages(self._arrays(params), params[0].device, self.directory)
+        return Pages(self._arrays(params), _device(params), self.directory)
 
     def page_out(self) -> None:
         """Move the state out of memory, from now on."""
@@ -430,7 +435,7 @@ Piece = tuple[int, int, int]
 
 
 def _window(params: list[Tensor]) -> int:
-    return WINDOW[device_type(params[0])]
+    return WINDOW[device_type(params[0]) if params else "cpu"]
 
 
 def _windows(sizes: Sequence[int], grain: int, most: int) -> Iterator[tuple[list[Piece], int, int]]:

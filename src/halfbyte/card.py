@@ -62,9 +62,13 @@ def _is_public(name: str) -> bool:
 
 
 def _name(info: dict[str, Any]) -> str:
-    """The base's name: a Hub id, or the last part of a path."""
-    name = info["base"]["name"]
-    return name if _is_public(name) else Path(name).name or "a local model"
+    """The base's name."""
+    return _name_of(info["base"]["name"]) or "a local model"
+
+
+def _name_of(name: str) -> str:
+    """A Hub id, or the last part of a path."""
+    return name if _is_public(name) else Path(name).name
 
 
 def _load_adapter(info: dict[str, Any]) -> str:
@@ -115,6 +119,9 @@ def _training(run: Run, info: dict[str, Any]) -> str:
     ]
     if not c["full"]:
         adapter = f"r {c['lora_r']}, alpha {c['lora_alpha']}, dropout {c['lora_dropout']:g}, {c['target_modules']}"
+        adapter += ", DoRA" if c.get("use_dora") else ", rsLoRA" if c["use_rslora"] else ""
+        adapter += f", trained whole: {c['modules_to_save']}" if c.get("modules_to_save") else ""
+        adapter += f", begun with {_name_of(c['adapter_name_or_path'])}" if c.get("adapter_name_or_path") else ""
         for name in ("rank_pattern", "alpha_pattern"):
             adapter += f", {name} {json.dumps(c[name])}" if c.get(name) else ""
         rows.insert(0, ("adapter", adapter))

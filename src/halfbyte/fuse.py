@@ -426,7 +426,7 @@ def become(module: nn.Module, kind: type, name: str | None = None) -> None:
     own = type(module)
     key = (kind, own)
     if key not in _classes:
-        _classes[key] = type(name or own.__name__, (kind, own), {})
+        _classes[key] = type(name or own.__name__, (kind, own), {"__module__": own.__module__})
     module.__class__ = _classes[key]
 
 

@@ -10,22 +10,27 @@ Dropout masks are drawn from PyTorch's generator, one number per layer and pass:
 layer that is run again draws the same.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from . import attention, fuse, ops
+from .ledger import Watch
 from .lora import lora_linear
 from .loss import causal_lm_loss
 from .memory import headroom
 from .nf4 import NF4Tensor, four_bit_linear
 from .ops import cpu
-from .plan import UNASKED_SHARE
+from .plan import UNASKED_SHARE, MemoryPlan
 from .recompute import KEEPS, Keep, Recompute
+from .run import MEMORY
 from .selftest import checkpoint_layers
 
 
@@ -207,6 +212,7 @@ def _checkpoint(inner: Any, keep: str) -> str:
 class _Done:
     lora: int = 0
     four_bit: int = 0
+    packed: int = 0
     left: dict[str, int] = field(default_factory=dict)
 
 
@@ -261,6 +267,8 @@ def optimize(
     say(f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused.line()}")
     for what, count in done.left.items():
         say(f"left as they are: {count} {what}")
+    if done.packed:
+        say(f"{done.packed} layers had been evaluated before: bitsandbytes has rounded their scales to bf16")
     if narrowed:
         say(f"back from fp32, losing nothing: {narrowed / 2**20:,.0f} MiB less")
     if line:
@@ -285,7 +293,7 @@ def _replace_layers(inner: Any) -> _Done:
             module.kept_dtype = types.pop() if len(types) == 1 else None
             done.lora += bool(plain)
         elif kind == "bitsandbytes":
-            _unpack(module)
+            done.packed += _unpack(module)
             fuse.become(module, _FourBit)
             done.four_bit += id(module) not in under
     return done
@@ -302,27 +310,98 @@ def _kind(module: nn.Module) -> str:
     return ""
 
 
-def _unpack(layer: Any) -> None:
-    """Undo what bitsandbytes does to a weight for inference on CPUs."""
-    state: Any = getattr(layer.weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+def _unpack(layer: Any) -> bool:
+    """Undo what bitsandbytes does to a weight for inference on CPUs, as far as it can be; whether it had been done.
 
-        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    The codes come back as they were; the scales were rounded to bf16.
+    """
+    state: Any = getattr(layer.weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return False
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    layer.weight.data, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    if state.nested:
+        state.offset = state.offset.float()
+    else:
+        state.absmax = state.absmax.T.reshape(-1).float()
+    layer.weight.quant_state = state
+    return True
 
 
 def _undo_upcasts(inner: Any) -> int:
-    """Frozen fp32 parameters into the type that the 4-bit layers compute in, where every value survives; bytes won."""
+    """Frozen fp32 parameters into the type that the 4-bit layers compute in, if every value survives; bytes won."""
     dtypes = {m.compute_dtype for m in inner.modules() if isinstance(m, _FourBit)} - {None, torch.float32}
     if len(dtypes) != 1:
         return 0
-    (dtype,), won = dtypes, 0
+    (dtype,) = dtypes
     stays = tuple(getattr(inner, "_keep_in_fp32_modules", None) or ())
-    for name, p in inner.named_parameters():
-        if p.dtype != torch.float32 or p.requires_grad or "lora_" in name or any(part in name for part in stays):
-            continue
-        narrow = p.data.to(dtype)
-        if all(torch.equal(a.float(), b) for a, b in zip(narrow.split(1 << 12), p.data.split(1 << 12), strict=True)):
-            p.data = narrow
-            won += narrow.nbytes
-    return won
+    wide = [
+        p
+        for name, p in inner.named_parameters()
+        if p.dtype == torch.float32 and not p.requires_grad and "lora_" not in name
+        if not any(part in name for part in stays)
+    ]
+    # all or none: where two types meet without autocast, PyTorch refuses
+    if not all(_survives(p.data, dtype) for p in wide):
+        return 0
+    for p in wide:
+        p.data = p.data.to(dtype)
+    return sum(p.data.nbytes for p in wide)
+
+
+def _survives(values: Tensor, dtype: torch.dtype) -> bool:
+    return all(torch.equal(rows.to(dtype).float(), rows) for rows in values.split(1 << 12))
+
+
+# --- a trainer --------------------------------------------------------------------------------------------------------
+
+
+class MemoryCallback(TrainerCallback):
+    """Measures a trainer's memory beside the plan: ``memory.jsonl`` in its output directory, and a line at the end.
+
+    In ``callbacks=[MemoryCallback(plan)]`` it comes after what reports to trackers; `first_in` puts it before, and
+    then ``memory_bytes`` and ``memory_planned_bytes`` are in what they log.
+
+    Args:
+        plan: from `halfbyte.plan`, of the same training by halfbyte's own trainer; None: measured only.
+        say: takes lines for people: more than was planned, and the last.
+    """
+
+    def __init__(self, plan: MemoryPlan | None = None, say: Callable[[str], None] = to_stderr) -> None:
+        self.plan, self.say = plan, say
+        self.watch: Watch | None = None
+
+    def first_in(self, trainer: Any) -> "MemoryCallback":
+        """Before every other callback of a trainer."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(each for each in callbacks if each is not self)]
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        file = Path(args.output_dir) / MEMORY
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+        def append(row: dict[str, Any]) -> None:
+            with file.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+        self.watch = Watch(
+            torch.device(args.device), {} if self.plan is None else self.plan.measurable(), append, self.say
+        )
+        self.watch.peak.restart()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self.watch is not None:
+            self.watch.note("step", state.global_step, self.watch.peak.bytes())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        if self.watch is not None and logs is not None:
+            logs["memory_bytes"] = self.watch.peak.bytes()
+            if planned := self.watch.planned.get("step"):
+                logs["memory_planned_bytes"] = planned
+            self.watch.peak.restart()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self.watch is not None and (line := self.watch.line()):
+            self.say(line)

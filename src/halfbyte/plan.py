@@ -180,6 +180,11 @@ class MemoryPlan:
     def bytes_of(self, *parts: str) -> int:
         return sum(part.bytes for part in self.ledger if part.part in parts)
 
+    def measurable(self) -> dict[str, int]:
+        """``phases`` as they would be measured: what a GPU holds outside of PyTorch's allocator left out."""
+        outside = self.bytes_of("GPU context") if self.device == "cuda" else 0
+        return {phase: size - outside for phase, size in self.phases.items()}
+
     def as_dict(self) -> dict[str, Any]:
         extra = {"peak_bytes": self.peak_bytes, "fits": self.fits, "reserve_bytes": self.reserve_bytes}
         choices = [{**asdict(choice), "flags": choice.flags()} for choice in self.choices]

@@ -315,8 +315,7 @@ class Trainer:
         """This plan is the one that is measured against."""
         self.plan = plan
         hub.write_json(self.run.path / PLAN_JSON, plan.as_dict())
-        outside = plan.bytes_of("GPU context") if plan.device == "cuda" else 0
-        self.watch.planned = {phase: size - outside for phase, size in plan.phases.items()}
+        self.watch.planned = plan.measurable()
 
     def _cut_as_before(self, cut: dict[str, dict[str, int]] | None) -> None:
         """How passes were cut at the checkpoint, unless the command asks for something else than it did then: what
