@@ -26,7 +26,7 @@ FLOORS = {
         "ledger",
     ],
     5: ["train", "evaluate", "generate", "rehearsal"],
-    6: ["hf", "cli", "__init__", "__main__"],
+    6: ["hf", "quantizer", "cli", "__init__", "__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

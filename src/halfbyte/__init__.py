@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from .nf4 import NF4Tensor as NF4Tensor
     from .plan import MemoryPlan as MemoryPlan
     from .plan import plan as plan
+    from .quantizer import BitsAndBytesConfig as BitsAndBytesConfig
     from .run import Run as Run
     from .train import train as train
 
 _WHERE = {
     "AdamW8bit": "adamw8bit",
+    "BitsAndBytesConfig": "quantizer",
     "DoesNotFit": "errors",
     "MemoryCallback": "hf",
     "MemoryPlan": "plan",
@@ -47,6 +49,7 @@ _WHERE = {
 
 __all__ = [
     "AdamW8bit",
+    "BitsAndBytesConfig",
     "DoesNotFit",
     "MemoryCallback",
     "MemoryPlan",

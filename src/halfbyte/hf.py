@@ -12,7 +12,7 @@ layer that is run again draws the same.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,13 +196,21 @@ def _checkpoint(inner: Any, keep: str) -> str:
             object.__setattr__(layer, "_gradient_checkpointing_func", function)
     if run is None:
         return line
-    outputs = sum(m.out_features for layer in layers for m in layer.modules() if isinstance(m, nn.Linear | _Lora))
+    outputs = sum(_output_widths(layers))
     again = _Again(run, keep, fuse.compute_dtype(inner).itemsize * outputs)
     for number, layer in enumerate(layers):
         layer.__dict__.pop("_gradient_checkpointing_func", None)
         fuse.become(layer, _Checkpointed)
         layer.__dict__.update(again=again, number=number)
     return f"layers that are checkpointed keep their input{'' if keep == 'none' else f' (kept_activations {keep})'}"
+
+
+def _output_widths(layers: list[Any]) -> Iterator[int]:
+    """Of the products whose results layers may keep."""
+    modules = [m for layer in layers for m in layer.modules()]
+    inside = {id(inner) for m in modules if isinstance(m, _Lora) for inner in m.modules() if inner is not m}
+    chosen: list[Any] = [m for m in modules if isinstance(m, nn.Linear | _Lora) and id(m) not in inside]
+    yield from (m.out_features for m in chosen)
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
@@ -270,7 +278,7 @@ def optimize(
     if done.packed:
         say(f"{done.packed} layers had been evaluated before: bitsandbytes has rounded their scales to bf16")
     if narrowed:
-        say(f"back from fp32, losing nothing: {narrowed / 2**20:,.0f} MiB less")
+        say(f"back from fp32, losing nothing: {narrowed / 2**20:,.1f} MiB less")
     if line:
         say(line)
     return model
@@ -303,9 +311,10 @@ def _kind(module: nn.Module) -> str:
     """ "peft": one of its LoRA layers on a linear one; "bitsandbytes": its 4-bit layer; "" for others and ours."""
     if isinstance(module, _Lora | _FourBit):
         return ""
-    if "bitsandbytes" in sys.modules and isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit):
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit):
         return "bitsandbytes"
-    if "peft" in sys.modules and type(module).__module__.startswith("peft.tuners.lora."):
+    if type(module).__module__.startswith("peft.tuners.lora."):
         return "peft" if type(module).__name__ in ("Linear", "Linear4bit") else ""
     return ""
 
@@ -331,7 +340,9 @@ def _unpack(layer: Any) -> bool:
 
 def _undo_upcasts(inner: Any) -> int:
     """Frozen fp32 parameters into the type that the 4-bit layers compute in, if every value survives; bytes won."""
-    dtypes = {m.compute_dtype for m in inner.modules() if isinstance(m, _FourBit)} - {None, torch.float32}
+    modules: list[Any] = [m for m in inner.modules() if isinstance(m, _FourBit)]
+    dtypes = {m.compute_dtype for m in modules} | {p.dtype for p in inner.parameters() if isinstance(p, NF4Tensor)}
+    dtypes -= {None, torch.float32}
     if len(dtypes) != 1:
         return 0
     (dtype,) = dtypes
@@ -339,7 +350,7 @@ def _undo_upcasts(inner: Any) -> int:
     wide = [
         p
         for name, p in inner.named_parameters()
-        if p.dtype == torch.float32 and not p.requires_grad and "lora_" not in name
+        if p.dtype == torch.float32 and not p.requires_grad and "lora_" not in name and not isinstance(p, NF4Tensor)
         if not any(part in name for part in stays)
     ]
     # all or none: where two types meet without autocast, PyTorch refuses

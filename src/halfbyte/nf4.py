@@ -118,11 +118,11 @@ class NF4Tensor(Tensor):
 
     def with_dtype(self, dtype: torch.dtype) -> "NF4Tensor":
         """The same bytes presenting another compute dtype."""
-        return NF4Tensor(self._parts, self.shape, dtype, self.quant_type, self.stop)
+        return type(self)(self._parts, self.shape, dtype, self.quant_type, self.stop)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "NF4Tensor":
         parts = self._parts._replace(**{n: change(t) for n in _TENSORS if (t := getattr(self, n)) is not None})
-        return NF4Tensor(parts, self.shape, self.dtype, self.quant_type)
+        return type(self)(parts, self.shape, self.dtype, self.quant_type)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         nested = ", double quantized" if self.nested_absmax is not None else ""
@@ -185,7 +185,7 @@ class _FourBitLinear(torch.autograd.Function):
 
 
 def _detach(tensor: NF4Tensor) -> NF4Tensor:
-    return NF4Tensor(tensor._parts, tensor.shape, tensor.dtype, tensor.quant_type, tensor.stop)
+    return type(tensor)(tensor._parts, tensor.shape, tensor.dtype, tensor.quant_type, tensor.stop)
 
 
 def _clone(tensor: NF4Tensor, *, memory_format: Any = None) -> NF4Tensor:
