@@ -14,6 +14,9 @@ FLOORS = {
     4: [
         "architecture",
         "card",
+        "export",
+        "publish",
+        "trackers",
         "filler",
         "quantized",
         "load",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adamw8bit import PagedAdamW8bit as PagedAdamW8bit
     from .config import TrainConfig as TrainConfig
     from .errors import DoesNotFit as DoesNotFit
+    from .export import export as export
     from .hf import MemoryCallback as MemoryCallback
     from .hf import optimize as optimize
     from .load import load as load
@@ -40,6 +41,7 @@ _WHERE = {
     "Run": "run",
     "TrainConfig": "config",
     "attach_lora": "lora",
+    "export": "export",
     "load": "load",
     "merge": "merge",
     "optimize": "hf",
@@ -59,6 +61,7 @@ __all__ = [
     "Run",
     "TrainConfig",
     "attach_lora",
+    "export",
     "load",
     "merge",
     "nf4",

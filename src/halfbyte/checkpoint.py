@@ -299,6 +299,10 @@ _MAY_CHANGE = {
     "on_nonfinite",
     "skip_bad",
     "allow_other_base",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
     "model",
     "data",
 }

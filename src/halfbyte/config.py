@@ -73,7 +73,7 @@ SWITCHES = {"bf16": {"dtype": "bfloat16"}, "fp16": {"dtype": "float16"}}
 """Switches of other tools and what they mean here when they are on."""
 
 LEFT_OUT = {
-    *("save_strategy", "eval_strategy", "evaluation_strategy", "logging_strategy", "report_to", "overwrite_output_dir"),
+    *("save_strategy", "eval_strategy", "evaluation_strategy", "logging_strategy", "overwrite_output_dir"),
     *(
         "load_best_model_at_end",
         "dataloader_num_workers",
@@ -85,7 +85,6 @@ LEFT_OUT = {
     *("bias", "flash_attention", "gradient_checkpointing_kwargs", "tf32", "inference_mode", "do_train", "do_eval"),
     *(
         "run_name",
-        "push_to_hub",
         "logging_dir",
         "lora_target_linear",
         "wandb_project",
@@ -298,6 +297,7 @@ class TrainingOptions(Options):
     )
     logging_steps: int = option(1, "a line of metrics.jsonl every so many steps", ge=1)
     save_steps: int = option(100, "a checkpoint every so many steps, and one at the end", ge=1)
+    report_to: str = option("none", "also log to: tensorboard, wandb, trackio (separated by commas)")
     eval_steps: int = option(0, "with eval_split: evaluate every so many steps; 0: before and after only", ge=0)
     num_samples: int = option(3, "rows whose question is answered before and after training; 0: none", ge=0)
     save_total_limit: int = option(2, "newest checkpoints kept, beside the best one (lowest held-out loss)", ge=2)
@@ -333,6 +333,20 @@ class TrainingOptions(Options):
         return value
 
 
+class PublishOptions(Options):
+    """Where the result goes besides this machine."""
+
+    push_to_hub: bool = option(False, "also upload the result, with its card, to the Hugging Face Hub")
+    hub_model_id: str | None = option(None, "its name there: owner/name")
+    hub_private_repo: bool = option(True, "a new repository is private")
+
+    @model_validator(mode="after")
+    def _named(self) -> "PublishOptions":
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub needs a name: --hub_model_id owner/name")
+        return self
+
+
 class FitOptions(Options):
     """What it has to fit into."""
 
@@ -343,7 +357,7 @@ class FitOptions(Options):
     )
 
 
-class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions, FitOptions):
+class TrainConfig(ModelOptions, LoraOptions, DataOptions, TrainingOptions, PublishOptions, FitOptions):
     """Everything ``halfbyte train`` reads."""
 
     model: str = option(..., "a Hub id, a local directory, or `demo` for the built-in model")
@@ -445,7 +459,7 @@ class QuantizeConfig(KernelOptions, FourBitOptions):
     revision: str | None = option(None, "revision of a Hub model")
 
 
-class MergeConfig(KernelOptions):
+class MergeConfig(KernelOptions, PublishOptions):
     """Everything ``halfbyte merge`` reads."""
 
     run: str = option(..., "a run directory")
@@ -468,6 +482,18 @@ class MergeConfig(KernelOptions):
         return known_device(value)
 
 
+class ExportConfig(KernelOptions, PublishOptions):
+    """Everything ``halfbyte export`` reads."""
+
+    run: str = option(..., "a run directory")
+    to: Literal["peft", "hf", "bnb-4bit"] = option(
+        ...,
+        "peft: the adapter; hf: one verified model in 16 bits; bnb-4bit: the base in the 4 bits of the training, and "
+        "the adapter beside it",
+    )
+    output_dir: str = option(..., "where it goes")
+
+
 VERBS: dict[str, type[Options]] = {
     "demo": DemoConfig,
     "doctor": DoctorConfig,
@@ -476,6 +502,7 @@ VERBS: dict[str, type[Options]] = {
     "chat": ChatConfig,
     "eval": EvalConfig,
     "merge": MergeConfig,
+    "export": ExportConfig,
     "quantize": QuantizeConfig,
     "data check": DataCheckConfig,
     "checkpoint list": CheckpointConfig,
@@ -552,7 +579,7 @@ def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> Op
     Raises:
         UsageError: naming every wrong value by the name the user typed.
     """
-    for name in ("target_modules", "modules_to_save"):
+    for name in ("target_modules", "modules_to_save", "report_to"):
         if isinstance(given := values.get(name), list):
             values = {**values, name: ",".join(map(str, given))}
     try:

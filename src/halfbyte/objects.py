@@ -156,6 +156,11 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
     warmup = thing.warmup_steps or 0
     ratio = warmup if 0 < warmup < 1 else getattr(thing, "warmup_ratio", None) or 0.0
     found.update(warmup_steps=0 if warmup < 1 else int(warmup), warmup_ratio=ratio)
+    reports = getattr(thing, "report_to", None) or []
+    found["report_to"] = ",".join(name for name in reports if name in ("tensorboard", "wandb", "trackio")) or "none"
+    if getattr(thing, "push_to_hub", False):
+        private = getattr(thing, "hub_private_repo", None)
+        found.update(push_to_hub=True, hub_model_id=thing.hub_model_id, hub_private_repo=private is not False)
     if thing.bf16 or thing.fp16:
         found["dtype"] = "bfloat16" if thing.bf16 else "float16"
     if getattr(thing, "use_cpu", False):

@@ -69,9 +69,11 @@ from .plan import (
     settled_in_words,
     ways_in_words,
 )
+from .publish import publish, reserve
 from .rehearsal import DIRECTORY, rehearse
 from .run import ADAPTER_FACTS, EVALS, MEMORY, METRICS, NONFINITE, PLAN_JSON, SAMPLES, Run
 from .selftest import recomputed_line, self_test
+from .trackers import Trackers, tracker_names
 
 Say = Callable[[str], None]
 NOTHING_LOST = (
@@ -135,6 +137,8 @@ class Trainer:
         self.info: dict[str, Any] = {}
         self.given = {name: getattr(config, name) for name in MAY_CHANGE_BITS}
         self.foresees = True
+        self.repository = ""
+        self.trackers = Trackers([], run.path, self.reporter.say)
 
     def run_all(self) -> Run:
         """The whole training.
@@ -145,7 +149,10 @@ class Trainer:
         try:
             # not on a GPU: its driver maps host memory for purposes of its own
             with bounded() if choose_device(self.config.device).type == "cpu" else contextlib.nullcontext():
-                return self._run_all()
+                try:
+                    return self._run_all()
+                finally:
+                    self.trackers.close()
         except Exception as error:
             if not is_exhaustion(error):
                 raise
@@ -171,6 +178,7 @@ class Trainer:
                 self._save_result()
                 if not any(row["step"] == self.total_steps for row in self.run.read(SAMPLES)):
                     self._sample(self.total_steps)
+        self._publish()
         if line := self.watch.line():
             self.reporter.say(line)
         return self.run
@@ -201,7 +209,10 @@ class Trainer:
     def _set_up(self) -> int:
         """Everything before the first step, in the order in which it can fail; returns the steps already done."""
         config, say = self.config, self.reporter.say
+        self.trackers = Trackers(tracker_names(config.report_to), self.run.path, say)
         resumed = self._find_checkpoint()
+        if config.push_to_hub:
+            self.repository = reserve(config.hub_model_id, config.hub_private_repo)
         base_path = hub.resolve(config.model, config.revision)
         config = self.config = begin_with_adapter(config, base_path)
         # a template that asks for the time sees the run's, so that a resumed run has the same ids
@@ -253,6 +264,7 @@ class Trainer:
             self.run.append(MEMORY, row)
         self.watch.append = lambda row: self.run.append(MEMORY, row)
         self.done = self.saved = start
+        self.trackers.start(info["config"], start)
         return start
 
     def _make_plan(self, base_path: Path, resumed: checkpoint.Found | None) -> None:
@@ -451,6 +463,13 @@ class Trainer:
         self.reporter.say(line)
         self.found[what] = line
 
+    def _publish(self) -> None:
+        if self.config.push_to_hub:
+            name, step = self.config.hub_model_id, self.total_steps
+            again = f"halfbyte export {self.run.path} --to peft -o DIR --push_to_hub --hub_model_id {name}"
+            where = publish(self.run.adapter, self.repository, f"{step} steps with halfbyte", again)
+            self.reporter.say(f"published: {where}")
+
     # --- the loop ---
 
     def _loop(self, start: int) -> None:
@@ -492,6 +511,7 @@ class Trainer:
         done, config = row["step"], self.config
         if done % config.logging_steps == 0 or done == self.total_steps:
             self.run.append(METRICS, row)
+            self.trackers.log(row)
         self.reporter.on_step(row, self.total_steps)
         if self._is_evaluated(done):
             with self.interrupts.immediate(""):
@@ -678,7 +698,9 @@ class Trainer:
             loss, tokens = mean_loss(learner.model, rows, packed=learner.abilities.packing, progress=show)
         perplexity = math.exp(min(loss, 700)) if math.isfinite(loss) else None
         finite = loss if perplexity is not None else None
-        self.run.append(EVALS, {"step": step, "loss": finite, "perplexity": perplexity, "tokens": tokens})
+        row = {"step": step, "loss": finite, "perplexity": perplexity, "tokens": tokens}
+        self.run.append(EVALS, row)
+        self.trackers.log(row, "eval")
         shown = "not finite" if perplexity is None else f"loss {loss:.3f}, perplexity {perplexity:.1f}"
         self.reporter.say(f"held out: {shown} after {step} steps")
 

@@ -22,6 +22,7 @@ VERBS = {
     "chat": "talk to a model or a run; --prompt for one answer",
     "eval": "loss, perplexity and exact match; a run's base beside it",
     "merge": "add a run's adapter into the weights, verified",
+    "export": "a run for other tools: peft, hf, bnb-4bit",
     "quantize": "a model's weights in 4 bits, as transformers and bitsandbytes open them",
     "data": "data check: what will be trained, token by token",
     "checkpoint": "checkpoint list | verify: what a run can be resumed from",

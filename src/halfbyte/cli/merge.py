@@ -1,5 +1,6 @@
 """``halfbyte merge RUN --onto trained|original -o DIR``."""
 
+from pathlib import Path
 from typing import Any
 
 from ..config import MergeConfig
@@ -10,7 +11,9 @@ from .options import Verb
 def merge(record: MergeConfig) -> dict[str, Any]:
     """Add the adapter of RUN into the weights, write a model every tool loads, and verify it."""
     from ..merge import merge
+    from ..publish import publish, reserve
 
+    repository = reserve(record.hub_model_id, record.hub_private_repo) if record.push_to_hub else ""
     receipt = merge(
         record.run,
         record.output_dir,
@@ -36,6 +39,9 @@ def merge(record: MergeConfig) -> dict[str, Any]:
     if receipt.recommended != receipt.onto:
         console.say(f"--onto {receipt.recommended} is nearer to the model that was trained")
     console.say(f"the merged model is in {record.output_dir}")
+    if repository:
+        again = f"hf upload {repository} {record.output_dir}"
+        console.say(f"published: {publish(Path(record.output_dir), repository, 'merged with halfbyte', again)}")
     held = "" if record.requantize else " --load_in_4bit false"
     console.say(f'next: halfbyte chat {record.output_dir}{held} --prompt "..."')
     return {"output_dir": record.output_dir, **receipt.as_dict()}

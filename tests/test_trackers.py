@@ -1,0 +1,102 @@
+"""Rows of a training in trackers: TensorBoard's files read back by TensorBoard; the others by stand-ins of theirs."""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import halfbyte
+from halfbyte.errors import UsageError
+from halfbyte.train import Reporter
+
+
+def train(stories: Path, home: Path, reporter: Reporter | None = None, **options: Any) -> halfbyte.Run:
+    data = home / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{i} is", "completion": f" number {i}"}) for i in range(8)))
+    settings = {"max_steps": 4, "num_samples": 0, "eval_split": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
+    return halfbyte.train(
+        str(stories), data, output_dir=str(home / "run"), reporter=reporter, **{**settings, **options}
+    )
+
+
+def test_tensorboard_holds_every_row_once_also_after_a_resume(stories: Path, tmp_path: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def stop(row: dict[str, Any], total: int) -> None:
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stories, tmp_path, Reporter(on_step=stop), report_to="tensorboard")
+    run = train(stories, tmp_path, report_to="tensorboard", resume_from_checkpoint="auto")
+    events = accumulator.EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    rows = run.read("metrics.jsonl")
+    for key in ("loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes"):
+        logged = events.Scalars(f"train/{key}")
+        assert [event.step for event in logged] == [row["step"] for row in rows] == [1, 2, 3, 4]
+        for event, row in zip(logged, rows, strict=True):
+            assert event.value == pytest.approx(row[key], rel=1e-6)
+    evaluated = run.read("eval.jsonl")
+    assert [event.step for event in events.Scalars("eval/loss")] == [row["step"] for row in evaluated]
+
+
+class Stand:
+    """Records what is asked of wandb or trackio."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.fails = fails
+
+    def module(self, name: str) -> types.ModuleType:
+        module = types.ModuleType(name)
+        module.init = self.init  # pyright: ignore[reportAttributeAccessIssue]
+        return module
+
+    def init(self, **settings: Any) -> "Stand":
+        self.asked.append(("init", settings))
+        return self
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        if self.fails:
+            raise ConnectionError("no server")
+        self.asked.append(("log", (step, numbers)))
+
+    def finish(self) -> None:
+        self.asked.append(("finish", None))
+
+
+def test_wandb_and_trackio_get_the_rows(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stands = {"wandb": Stand(), "trackio": Stand()}
+    for name, stand in stands.items():
+        monkeypatch.setitem(sys.modules, name, stand.module(name))
+    run = train(stories, tmp_path, report_to="wandb, trackio")
+    for stand in stands.values():
+        assert stand.asked[0][0] == "init" and stand.asked[-1][0] == "finish"
+        assert stand.asked[0][1]["name"] == "run" and stand.asked[0][1]["config"]["lora_r"] == 16
+        logged = {step: numbers for what, (step, numbers) in stand.asked[1:-1] if "train/loss" in numbers}
+        assert {step: numbers["train/loss"] for step, numbers in logged.items()} == {
+            row["step"]: row["loss"] for row in run.read("metrics.jsonl")
+        }
+
+
+def test_a_tracker_that_fails_does_not_fail_the_training(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", Stand(fails=True).module("wandb"))
+    said: list[str] = []
+    run = train(stories, tmp_path, Reporter(say=said.append), report_to="wandb")
+    assert len(run.read("metrics.jsonl")) == 4
+    assert sum("no server" in line and "goes on without it" in line for line in said) == 1
+
+
+def test_what_is_not_there_is_known_at_once(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="not installed"):
+        train(stories, tmp_path, report_to="wandb")
+    with pytest.raises(UsageError, match="tensorbord"):
+        train(stories, tmp_path, report_to="tensorbord")
+    assert not (tmp_path / "run" / "checkpoints").exists()
