@@ -223,8 +223,10 @@ def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert record("--val_set_size", "0.1")["eval_split"] == 0.1
     assert run(["train", "--packing", "m", "--data", "d", "--dry-run"]) == 0, "a switch does not eat the model"
     capsys.readouterr()
-    assert run([*common, "--use_dora"]) == 2
-    assert "DoRA is not trained yet" in capsys.readouterr().err
+    assert run([*common, "--load_in_8bit"]) == 2
+    assert "bases are held in 4 bits" in capsys.readouterr().err
+    assert record("--use_dora")["use_dora"] is True
+    assert record("--lora_modules_to_save", "lm_head")["modules_to_save"] == "lm_head"
     assert run([*common, "--num_train_epochs", "inf"]) == 2
     capsys.readouterr()
     assert run([*common, "--adapter", "qlora", "--save_strategy", "steps"]) == 0

@@ -269,6 +269,50 @@ def test_the_loss_is_transformers(dtype: torch.dtype):
         causal_lm_loss(torch.zeros(1, 3, 50), torch.tensor([[1, 2, 50]]), 50)
 
 
+@needs_library
+@pytest.mark.slow
+def test_a_hundred_steps_learn_as_the_script_does():
+    """The built-in model on the demo's orders, dropout 0.05, bf16 autocast, 8-bit AdamW of bitsandbytes: the loss, ten
+    steps at a time, is as far from the script's as the script's own is with another seed."""
+    import bitsandbytes
+
+    from halfbyte.cli import orders
+    from halfbyte.hub import load_tokenizer, resolve
+
+    path = resolve("demo")
+    rows, _ = orders.rows(42, 400, 0)
+    tokenizer = load_tokenizer(path)
+    texts = [" ".join(turn["content"] for turn in row["messages"]) for row in rows]
+    ids = [torch.tensor(tokenizer(text)["input_ids"][:64]) for text in texts]
+
+    def losses(seed: int, optimized: bool) -> Tensor:
+        model = adapted(path, torch.bfloat16, prepare=True, r=8, lora_alpha=16, lora_dropout=0.05).train()
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.zeros_(p)
+        if optimized:
+            halfbyte.optimize(model, say=lambda line: None)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        torch.manual_seed(seed)
+        found = []
+        for step in range(100):
+            batch = nn.utils.rnn.pad_sequence(ids[4 * step : 4 * step + 4], True, 0)
+            labels = batch.masked_fill(batch == 0, -100)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=batch, attention_mask=(batch != 0).long(), labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return torch.tensor(found).view(10, 10).mean(1)
+
+    theirs, other_seed, ours = losses(1, False), losses(2, False), losses(1, True)
+    assert theirs[-1] < 0.7 * theirs[0]
+    noise = float((theirs - other_seed).abs().max())
+    assert float((ours - theirs).abs().max()) < 2 * noise + 0.01 * float(theirs[-1]), (theirs, other_seed, ours)
+
+
 def trainer_of(model: Any, output: Path, rows: int = 8, **settings: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 

@@ -690,7 +690,7 @@ def test_a_step_is_split_where_nothing_else_is_left_and_the_run_says_so(
         "rehearse": False,
         "save_steps": 2,
     }
-    train_config(TrainConfig(**options), Reporter(said.append))
+    train_config(TrainConfig(**options), reporter=Reporter(said.append))
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[0]["passes"] == 1 < rows[1]["passes"]
@@ -730,7 +730,7 @@ def test_a_resume_from_before_a_split_runs_whole_steps_again(
         shutil.rmtree(out / "checkpoints" / later)
     shutil.rmtree(out / "adapter")
     said: list[str] = []
-    train_config(TrainConfig(**options, resume_from_checkpoint="auto"), Reporter(said.append))
+    train_config(TrainConfig(**options, resume_from_checkpoint="auto"), reporter=Reporter(said.append))
     assert any("it will end with the same bytes as an unbroken run" in line for line in said)
     info = json.loads((out / "run.json").read_text())
     assert not info["changes"] and not info["config"]["tokens_per_pass"]

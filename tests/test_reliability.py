@@ -168,7 +168,7 @@ def test_the_best_of_those_that_exist_is_kept_and_strangers_are_left_alone(
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
         config = TrainConfig(**options(inputs, out, eval_split=6, eval_steps=1, max_steps=10, save_steps=2))
-        halfbyte.train(config, stopped_after(8))
+        halfbyte.train(config, reporter=stopped_after(8))
     names = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000006", "step-00000008"], "2 is the best that was saved"
     shutil.copytree(out / "checkpoints/step-00000002", out / "checkpoints/step-00000002.bak")
@@ -221,7 +221,7 @@ def stop_and_resume(inputs: Path, out: Path, steps: list[int], **changes: Any) -
     for step in steps:
         with pytest.raises(Interrupted) as caught:
             config = TrainConfig(**options(inputs, out, resume_from_checkpoint="auto", **changes))
-            halfbyte.train(config, stopped_after(step))
+            halfbyte.train(config, reporter=stopped_after(step))
         assert caught.value.exit_code == 143 and f"after step {step}" in str(caught.value)
     return halfbyte.train(**options(inputs, out, resume_from_checkpoint="auto", **changes))
 
@@ -268,7 +268,7 @@ def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: P
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(Interrupted):
-        halfbyte.train(TrainConfig(**options(inputs, tmp_path / "run")), stopped_after(4))
+        halfbyte.train(TrainConfig(**options(inputs, tmp_path / "run")), reporter=stopped_after(4))
     path = tmp_path / "run/checkpoints/step-00000004"
     if item == "updates":
         state = hub.read_json(path / "state.json")
@@ -293,7 +293,7 @@ def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: P
 def test_changes_are_refused_or_allowed_by_name_and_recorded(inputs: Path, tmp_path: Path):
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        halfbyte.train(TrainConfig(**options(inputs, out)), stopped_after(3))
+        halfbyte.train(TrainConfig(**options(inputs, out)), reporter=stopped_after(3))
     changed = options(inputs, out, resume_from_checkpoint="auto", learning_rate=2e-2, weight_decay=0.1)
     with pytest.raises(ModelError, match="another training") as caught:
         halfbyte.train(**changed, allow_change="learning_rate")

@@ -298,8 +298,8 @@ def test_merged_models_give_our_logits(trained: Run, tmp_path: Path, onto: str):
 def test_a_spoiled_merge_is_refused(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from halfbyte.lora import LoraLinear
 
-    honest = LoraLinear.delta
-    monkeypatch.setattr(LoraLinear, "delta", lambda self: -honest(self))
+    honest = LoraLinear.merged
+    monkeypatch.setattr(LoraLinear, "merged", lambda self, weight: 2 * weight - honest(self, weight))
     with pytest.raises(VerificationError, match="not the model that was trained"):
         halfbyte.merge(trained.path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
