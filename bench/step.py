@@ -1,10 +1,11 @@
 """One optimizer step of QLoRA on this CPU, beside its peers: same work, one run, alternating, medians and ratios.
 
-    python bench/step.py [--only 0.4b-1x512|1b-1x512|1b-4x256] [--rounds 3] [--json]
+    python bench/step.py [--only 0.4b-1x512|1b-1x512|1b-4x256|optimize-0.4b-1x512] [--rounds 3] [--json]
 
 Llamas with random weights, r=16 on all linear layers, alpha 32, gradient checkpointing for all. ``halfbyte`` and
 ``bitsandbytes_peft`` are the article's recipe (dropout 0.05; for the peer ``prepare_model_for_kbit_training``).
-``tuned`` peers are at their best: no upcast, no dropout, LoRA in bf16; beside them ``halfbyte_no_dropout``.
+``optimized`` is ``bitsandbytes_peft`` after `halfbyte.optimize`, then also with our 8-bit AdamW. ``tuned`` peers are at
+their best: no upcast, no dropout, LoRA in bf16; beside them ``halfbyte_no_dropout``.
 ``kept_all`` keeps the results of all products instead of computing them twice (``--kept_activations all``). Memory is
 the peak of anonymous memory over that of the process with everything imported; peers keep what they do not quantize
 (embeddings and head, 125 MiB at 0.4b; all weights in bf16) mapped from the file, which is not in it, ours holds them.
@@ -30,12 +31,22 @@ from cpu import (
     print_report,
 )
 
-CASES = {"0.4b-1x512": ("0.4b", 1, 512), "1b-1x512": ("1b", 1, 512), "1b-4x256": ("1b", 4, 256)}
+CASES = {
+    "0.4b-1x512": ("0.4b", 1, 512),
+    "1b-1x512": ("1b", 1, 512),
+    "1b-4x256": ("1b", 4, 256),
+    "optimize-0.4b-1x512": ("0.4b", 1, 512),
+}
+OPTIMIZE = [
+    "bitsandbytes_peft",
+    "bitsandbytes_peft_optimized",
+    "bitsandbytes_peft_optimized_keeping_nothing",
+    "bitsandbytes_peft_optimized_with_our_optimizer",
+    "halfbyte_kept_all",
+]
 CONTESTANTS = [
     "halfbyte",
     "bitsandbytes_peft",
-    "bitsandbytes_peft_optimized",
-    "bitsandbytes_peft_optimized_with_our_optimizer",
     "halfbyte_kept_all",
     "halfbyte_no_dropout",
     "bitsandbytes_peft_tuned",
@@ -155,7 +166,7 @@ def _peer(path: Path, who: str) -> Callable[[Any, int], float]:
     model.config.use_cache = False
     model.train()
     if "optimized" in who:
-        model = halfbyte.optimize(model)
+        model = halfbyte.optimize(model, kept_activations="none" if who.endswith("nothing") else "auto")
     adamw = halfbyte.PagedAdamW8bit if who.endswith("optimizer") else bitsandbytes.optim.AdamW8bit
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
@@ -180,13 +191,18 @@ def main() -> None:
         home = arguments.home or Path(temporary)
         report: dict[str, Any] = {}
         for case in [arguments.only] if arguments.only else CASES:
-            found = contest(__file__, case, CONTESTANTS, arguments.rounds, home)
-            for who, peer in (("halfbyte", "bitsandbytes_peft"), ("halfbyte_kept_all", "bitsandbytes_peft")):
-                found[who]["times_bitsandbytes_peft"] = found[who]["tokens_per_s"] / found[peer]["tokens_per_s"]
+            contestants = OPTIMIZE if case.startswith("optimize") else CONTESTANTS
+            found = contest(__file__, case, contestants, arguments.rounds, home)
+            for who in ("halfbyte", *OPTIMIZE[1:]):
+                if who in found:
+                    peer = found["bitsandbytes_peft"]
+                    found[who]["times_bitsandbytes_peft"] = found[who]["tokens_per_s"] / peer["tokens_per_s"]
+            report[case] = found
+            if contestants is OPTIMIZE:
+                continue
             for who in ("halfbyte_no_dropout", "halfbyte_no_dropout_kept_all"):
                 for peer in ("bitsandbytes_peft_tuned", "bf16_peft_tuned"):
                     found[who][f"times_{peer}"] = found[who]["tokens_per_s"] / found[peer]["tokens_per_s"]
-            report[case] = found
     report["machine"] = machine()
     print_report(report, arguments.json)
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import cpu
+from .. import codebooks
+from . import cpu, gpu
 from .library import define, scratch
 from .nearest import rank
 
@@ -170,3 +171,21 @@ define(
     _adamw_8bit_step_shapes,
 )
 cpu.spell("adamw_8bit_step", _adamw_8bit_step, cpu._adamw_8bit_step)
+
+
+def _case(device: torch.device) -> tuple:
+    """Three tensors and their state before a second step."""
+    params = [gpu.sample(device, *shape, wide=True, seed=i) for i, shape in enumerate([(300,), (16, 33), (1,)])]
+    grads = [gpu.sample(device, *p.shape, wide=True, seed=9 + i) for i, p in enumerate(params)]
+    arena = sum(padded_size(p.numel()) for p in params)
+    codes = [torch.zeros(arena, dtype=torch.uint8, device=device) for _ in range(2)]
+    absmax = [torch.zeros(arena // BLOCK, device=device) for _ in range(2)]
+    signs = (True, False)
+    maps = [torch.tensor(codebooks.dynamic_map(signed=s), dtype=torch.float32, device=device) for s in signs]
+    numbers = (1e-2, 0.9, 0.999, 1e-8, 0.1)
+    arguments: list = [params, grads, *codes, *absmax, *maps, *numbers]
+    _adamw_8bit_step(*arguments, step=1)
+    return *arguments, 2
+
+
+gpu.spell("adamw_8bit_step", _adamw_8bit_step, gpu.adamw_8bit_step, _case)

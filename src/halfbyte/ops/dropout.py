@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, gpu
 from .library import define
 
 DROPOUT_RESOLUTION = 65536
@@ -136,3 +136,12 @@ def _dropout_mask_shapes(*args) -> None:
 
 define("dropout_mask(Tensor(a!) out, int[] dropout) -> ()", _dropout_mask, _dropout_mask_shapes)
 cpu.spell("dropout_mask", _dropout_mask, cpu._dropout_mask)
+
+
+def example(device: torch.device) -> tuple:
+    """The small case by which a GPU is judged."""
+    numbers = Dropout(drop_threshold(0.4), (1 << 61) + 7, 1, 3, 1 << 31, 13)
+    return torch.zeros(1001, dtype=torch.bool, device=device), list(numbers)
+
+
+gpu.spell("dropout_mask", _dropout_mask, gpu.dropout_mask, example)

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import cpu
+from .. import codebooks
+from . import cpu, gpu
 from .dropout import NO_DROPOUT, Dropout, dropped
 from .library import CHUNK, define, scratch
 from .nearest import rank
 
 TINY = 1e-38
+NESTED = 256
 MIN_BLOCK, MAX_BLOCK = 32, 4096
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -282,7 +284,7 @@ def _dequantized(q: FourBit, rows: int, columns: int, dtype: torch.dtype) -> Ten
     if buffer is None or buffer.numel() < n:
         with torch.inference_mode(False):  # a buffer made while generating must serve training, too
             buffer = _scratch[device, dtype] = torch.empty(n, dtype=dtype, device=device)
-    _dequantize(*q, buffer[:n])
+    torch.ops.halfbyte.dequantize_4bit(*q, buffer[:n])
     return buffer[:n].view(rows, columns)
 
 
@@ -408,3 +410,65 @@ cpu.spell("quantize_absmax", _quantize_absmax, cpu._quantize_absmax)
 cpu.spell("dequantize_4bit", _dequantize, cpu._dequantize)
 cpu.spell("linear_4bit", _linear, cpu._linear)
 cpu.spell("linear_4bit_input_grad", _input_grad, cpu._input_grad)
+
+
+# --- on a GPU ---
+
+
+def quantize_absmax_by_triton(absmax: Tensor, nested_quant_map: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = absmax.numel()
+    offset = tree_sum(absmax) / blocks if blocks else absmax.new_zeros(())
+    return *gpu.quantize_scales(absmax, offset, nested_quant_map, group), offset.clone()
+
+
+def linear_by_triton(x: Tensor, *args) -> Tensor:
+    """A few tokens are multiplied with weights as they are read; for more the weight is dequantized first."""
+    *parts, rows, bias, u, b = args
+    flat = x.reshape(-1, x.shape[-1])
+    if not 0 < flat.shape[0] <= gpu.MATVEC_TOKENS or x.shape[-1] % 2:
+        return _linear(x, *args)
+    y = gpu.matvec(flat.contiguous(), tuple(parts), rows)
+    if bias is not None:
+        y += bias.to(y.dtype)
+    if u is not None:
+        y.addmm_(u.reshape(-1, u.shape[-1]).to(y.dtype), b.to(y.dtype).t())
+    return y.view(*x.shape[:-1], rows)
+
+
+# the small cases by which it is judged
+
+
+def _weight_case(device: torch.device) -> tuple:
+    levels = torch.tensor(codebooks.levels("nf4"), dtype=torch.float32, device=device)
+    return gpu.sample(device, 37, 45), levels, 64
+
+
+def _scales_case(device: torch.device) -> tuple:
+    table = torch.tensor(codebooks.dynamic_map(signed=True), dtype=torch.float32, device=device)
+    return gpu.sample(device, 700, wide=True).abs(), table, NESTED
+
+
+def _stored_case(device: torch.device, rows: int = 37, columns: int = 46) -> tuple:
+    weight, levels, block_size = _weight_case(device)
+    weight = weight.reshape(-1).repeat(2)[: rows * columns]
+    packed, absmax = _quantize(weight, levels, block_size)
+    _, table, group = _scales_case(device)
+    return packed, *_quantize_absmax(absmax, table, group), levels, table, block_size
+
+
+def _dequantize_case(device: torch.device) -> tuple:
+    packed, codes, nested, offset, levels, table, block_size = _stored_case(device)
+    out = torch.empty(37 * 46, dtype=gpu.sample(device, 1).dtype, device=device)
+    return packed, codes, levels, nested, table, offset, block_size, NESTED, out
+
+
+def _linear_case(device: torch.device) -> tuple:
+    *parts, _ = _dequantize_case(device)
+    x, bias = gpu.sample(device, 2, 46, seed=1), gpu.sample(device, 37, seed=2)
+    return x, *parts, 37, bias, gpu.sample(device, 2, 4, seed=3), gpu.sample(device, 37, 4, seed=4)
+
+
+gpu.spell("quantize_4bit", _quantize, gpu.quantize_4bit, _weight_case)
+gpu.spell("quantize_absmax", _quantize_absmax, quantize_absmax_by_triton, _scales_case)
+gpu.spell("dequantize_4bit", _dequantize, gpu.dequantize_4bit, _dequantize_case)
+gpu.spell("linear_4bit", _linear, linear_by_triton, _linear_case)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import cpu
+from . import cpu, gpu
 from .fourbit import FLOATS
 from .library import as_wide, define, scratch
 
@@ -205,3 +205,35 @@ for _name, _schema, _meaning, _shapes, _cpp in (
 ):
     define(_name + _schema, _meaning, _shapes)
     cpu.spell(_name, _meaning, _cpp)
+
+
+# --- the small cases by which a GPU is judged ---
+
+
+def _norm_case(device: torch.device) -> tuple:
+    return gpu.sample(device, 3, 50), gpu.sample(device, 50, seed=1), 1e-6, 0.0, True
+
+
+def _norm_grad_case(device: torch.device) -> tuple:
+    x, weight, eps, offset, cast_first = _norm_case(device)
+    return gpu.sample(device, 3, 50, seed=2), x, weight, _rms_norm(x, weight, eps, offset, cast_first)[1], offset
+
+
+def gated_example(device: torch.device) -> tuple:
+    return gpu.sample(device, 3, 50), gpu.sample(device, 3, 50, seed=1), 0
+
+
+def _gated_grad_case(device: torch.device) -> tuple:
+    return gpu.sample(device, 3, 50, seed=2), *gated_example(device)
+
+
+def _cross_entropy_case(device: torch.device) -> tuple:
+    logits = gpu.sample(device, 4, 5000)
+    return logits, torch.tensor([0, 4999, -100, 17], device=device), torch.empty_like(logits)
+
+
+gpu.spell("rms_norm", _rms_norm, gpu.rms_norm, _norm_case)
+gpu.spell("rms_norm_grad", _rms_norm_grad, gpu.rms_norm_grad, _norm_grad_case)
+gpu.spell("gated", _gated, gpu.gated, gated_example)
+gpu.spell("gated_grad", _gated_grad, gpu.gated_grad, _gated_grad_case)
+gpu.spell("cross_entropy", _cross_entropy, gpu.cross_entropy, _cross_entropy_case)

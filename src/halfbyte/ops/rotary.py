@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, gpu
 from .fourbit import FLOATS
 from .library import as_wide, define
 
@@ -35,3 +35,11 @@ def _rotate_shapes(x: Tensor, *args) -> Tensor:
 
 define("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _rotate, _rotate_shapes)
 cpu.spell("rotate", _rotate, cpu._rotate)
+
+
+def _case(device: torch.device) -> tuple:
+    x, cos, sin = (gpu.sample(device, *shape, seed=i) for i, shape in enumerate([(5, 3, 24), (5, 24), (5, 24)]))
+    return x, cos, sin, False
+
+
+gpu.spell("rotate", _rotate, gpu.rotate, _case)

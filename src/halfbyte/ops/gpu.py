@@ -1,0 +1,321 @@
+"""Triton on GPUs: found, tried, called.
+
+An operation's Triton spelling serves tensors on a GPU where Triton is installed. Before it is used for the first time
+in a process it computes a small case beside the plain-PyTorch meaning; if it raises or differs, the meaning computes
+from then on, and `why` says so. (The tests run the same kernels in Triton's interpreter, on a CPU.)
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import LIBRARY
+
+TINY = 1e-38
+Case = Callable[[torch.device], tuple[Any, ...]]
+SPELLINGS: dict[str, tuple[Callable, Callable, Case]] = {}
+"""Operation to its meaning, its Triton spelling and the small case they are compared on."""
+_failed: dict[str, str] = {}
+_trusted: set[str] = set()
+
+
+@cache
+def _kernels() -> Any:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+@cache
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def wanted() -> bool:
+    """Whether Triton is there and was not switched off (HALFBYTE_TRITON=0)."""
+    return installed() and os.environ.get("HALFBYTE_TRITON", "1") != "0"
+
+
+def why() -> str:
+    """What computes on a GPU, and the reason."""
+    if not wanted():
+        return "plain PyTorch: " + ("HALFBYTE_TRITON is 0" if installed() else "Triton is not installed")
+    if _failed:
+        return "Triton, but plain PyTorch for " + "; ".join(f"{name} ({reason})" for name, reason in _failed.items())
+    return "Triton"
+
+
+def spell(name: str, meaning: Callable, ours: Callable, case: Case) -> None:
+    """On GPUs, compute an operation by Triton where it is there and its first case agrees with the meaning.
+
+    Args:
+        case: arguments of a small call on a device; tensors that are written are filled anew for each side.
+    """
+
+    SPELLINGS[name] = (meaning, ours, case)
+
+    def on_gpu(*args: Any) -> Any:
+        return ours(*args) if serves(name) else meaning(*args)
+
+    LIBRARY.impl(name, on_gpu, "CUDA")
+
+
+def serves(name: str) -> bool:
+    """Whether Triton computes an operation on GPUs, tried where it was not yet."""
+    if name in _trusted:
+        return True
+    if name in _failed or not wanted():
+        return False
+    device = torch.device("cuda", torch.cuda.current_device())
+    meaning, ours, case = SPELLINGS[name]
+    if reason := disagreement(meaning, ours, case, device):
+        _failed[name] = reason
+        return False
+    _trusted.add(name)
+    return True
+
+
+def sample(device: torch.device, *shape: int, wide: bool = False, seed: int = 0) -> Tensor:
+    """Random numbers for a small case: in the type that is computed in there, or in fp32."""
+    values = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu", dtype=torch.float32)
+    narrow = torch.bfloat16 if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    return values.to(device, torch.float32 if wide else narrow)
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+
+
+def disagreement(meaning: Callable, ours: Callable, case: Case, device: torch.device) -> str:
+    """What is wrong with a kernel on its small case, "" if nothing: integers must be equal, floats near."""
+    outcomes = []
+    for function in (meaning, ours):
+        arguments = case(device)
+        try:
+            returned = function(*arguments)
+        except Exception as error:  # a compiler's or a driver's
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        written = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+        results = [returned] if isinstance(returned, Tensor) else list(returned or [])
+        outcomes.append([*results, *written])
+    for mine, theirs in zip(outcomes[1], outcomes[0], strict=True):
+        if mine.dtype not in TOLERANCE:
+            if not torch.equal(mine, theirs):
+                return f"{int((mine != theirs).sum())} of {mine.numel()} {mine.dtype} values differ"
+        elif mine.numel() and not _near(mine, theirs):
+            return f"{mine.dtype} values differ"
+    return ""
+
+
+def _near(mine: Tensor, theirs: Tensor) -> bool:
+    difference, size = (mine.float() - theirs.float()).norm(), theirs.float().norm()
+    return bool(difference <= TOLERANCE[mine.dtype] * size)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
+    """Products and sums stay apart: contracted ones round once where the meaning rounds twice."""
+    kernel[grid](*args, num_warps=warps, enable_fp_fusion=False, **constants)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# --- the operations ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def _sorted_levels(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbouring levels, fp32 [15], and the code of each rank, uint8 [16]."""
+    table = torch.tensor(levels, dtype=torch.float32, device=device)
+    ordered, codes = torch.sort(table, stable=True)
+    return (ordered[1:] + ordered[:-1]) / 2, codes.to(torch.uint8)
+
+
+def quantize_4bit(weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    flat = weight.reshape(-1)
+    n = flat.numel()
+    blocks = -(-n // block_size)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
+    if n:
+        bounds, codes = _sorted_levels(tuple(quant_map.tolist()), flat.device)
+        rows = max(1, 2048 // block_size)
+        sizes = {"BLOCK": block_size, "ROWS": rows, "TINY": TINY}
+        _launch(_kernels().quantize, (-(-blocks // rows),), flat, bounds, codes, packed, absmax, n, blocks, **sizes)
+    return packed, absmax
+
+
+def quantize_scales(absmax: Tensor, offset: Tensor, table: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes and absolute maxima of groups of scales less their mean."""
+    blocks = absmax.numel()
+    groups = -(-blocks // group)
+    codes = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
+    nested = torch.empty(groups, dtype=torch.float32, device=absmax.device)
+    if blocks:
+        bounds = (table[1:] + table[:-1]) / 2
+        sizes = {"GROUP": group, "TINY": TINY}
+        _launch(_kernels().quantize_scales, (groups,), absmax, offset, bounds, codes, nested, blocks, **sizes)
+    return codes, nested
+
+
+def _stored(parts: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Pointers and constants that every reader of 4-bit weights takes."""
+    packed, absmax, levels, nested, nested_map, offset, _, group = parts
+    double = nested is not None
+    tables = (nested_map, nested, offset) if double else (levels, levels, levels)
+    return (packed, absmax, levels, *tables), {"GROUP": group, "NESTED": double}
+
+
+def dequantize_4bit(*args: Any) -> None:
+    *parts, out = args
+    n, block_size = out.numel(), parts[6]
+    if not n:
+        return
+    tensors, constants = _stored(tuple(parts))
+    blocks = -(-n // block_size)
+    rows = max(1, 4096 // block_size)
+    grid = (-(-blocks // rows),)
+    _launch(_kernels().dequantize, grid, *tensors, out, n, blocks, BLOCK=block_size, ROWS=rows, **constants)
+
+
+MATVEC_TOKENS = 8
+"""Up to so many tokens weights are multiplied as they are read (a guess, until bench/gpu.py has measured it)."""
+
+
+def matvec(x: Tensor, parts: tuple[Any, ...], rows: int) -> Tensor:
+    """x W^T, [tokens, rows], for a few tokens [tokens, columns], columns even."""
+    tokens, columns = x.shape
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    tensors, constants = _stored(parts)
+    sizes = {"BLOCK": parts[6], "ROWS": 4, "BYTES": min(512, _power_of_two(columns // 2))}
+    _launch(_kernels().matvec, (-(-rows // 4), tokens), x, *tensors, y, rows, columns, **sizes, **constants)
+    return y
+
+
+_places: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+
+def _blocks_of(params: list[Tensor], grads: list[Tensor], block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Per block of the arena: the addresses of its parameters and gradients, and how many there are."""
+    key = tuple(t.data_ptr() for t in (*params, *grads))
+    if key not in _places:
+        device = params[0].device
+        addresses, counts = [], []
+        for tensors in (params, grads):
+            each = [
+                torch.arange(t.data_ptr(), t.data_ptr() + 4 * max(t.numel(), 1), 4 * block, dtype=torch.int64)
+                for t in tensors
+                if t.numel()
+            ]
+            addresses.append(torch.cat(each).to(device))
+        for t in params:
+            whole, rest = divmod(t.numel(), block)
+            counts += [
+                torch.full((whole,), block, dtype=torch.int32),
+                torch.tensor([rest] if rest else [], dtype=torch.int32),
+            ]
+        _places.clear()  # of one optimizer at a time
+        _places[key] = (*addresses, torch.cat(counts).to(device))
+    return _places[key]
+
+
+def adamw_8bit_step(params: list[Tensor], grads: list[Tensor], *args: Any) -> None:
+    m_codes, v_codes, m_absmax, v_absmax, m_map, v_map, lr, beta1, beta2, eps, decay, step = args
+    if not m_codes.numel():
+        return
+    together = [g if g.is_contiguous() else g.contiguous() for g in grads]
+    if any(not p.is_contiguous() for p in params):
+        raise ValueError("parameters must be contiguous")
+    correction2 = (1 - beta2**step) ** 0.5
+    numbers = [beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * decay]
+    numbers += [lr * correction2 / (1 - beta1**step), eps * correction2]
+    places = _blocks_of(params, together, 256)
+    on_device = torch.tensor(numbers, dtype=torch.float32).to(m_codes.device)
+    bounds = ((m_map[1:] + m_map[:-1]) / 2, (v_map[1:] + v_map[:-1]) / 2)
+    tensors = (*places, m_codes, v_codes, m_absmax, v_absmax, m_map, v_map, *bounds, on_device)
+    _launch(_kernels().adamw_8bit, (m_codes.numel() // 256,), *tensors, BLOCK=256, TINY=TINY)
+
+
+def dropout_mask(out: Tensor, dropout: list[int]) -> None:
+    threshold, seed, step, micro_batch, layer, first = dropout
+    seed &= 0x7FFFFFFFFFFFFFFF
+    counters = -(-(first % 8 + out.numel()) // 8)
+    if counters:
+        numbers = (first, threshold, layer, micro_batch, step, seed & 0xFFFFFFFF, seed >> 32)
+        grid = (-(-counters // 256),)
+        _launch(_kernels().dropout_mask, grid, out.view(torch.int8), out.numel(), *numbers, COUNTERS=256)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    width, rows = x.shape[-1], x.numel() // max(x.shape[-1], 1)
+    y = torch.empty_like(x)
+    inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if x.numel():
+        sizes = {"CAST_FIRST": cast_first, "WIDTH": _power_of_two(width)}
+        _launch(_kernels().rms_norm, (rows,), x, weight, y, inverse, width, eps, offset, warps=8, **sizes)
+    return y, inverse
+
+
+def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+    dy, x = dy.contiguous(), x.contiguous()
+    width, rows = x.shape[-1], x.numel() // max(x.shape[-1], 1)
+    dx = torch.empty_like(x)
+    if x.numel():
+        tensors = (dy, x, weight, inverse.contiguous(), dx)
+        _launch(_kernels().rms_norm_grad, (rows,), *tensors, width, offset, warps=8, WIDTH=_power_of_two(width))
+    return dx
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[rows, width], elements of a row side by side."""
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def gated(gate: Tensor, up: Tensor, activation: int) -> Tensor:
+    g, u = _rows(gate), _rows(up)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel():
+        grid = (g.shape[0], -(-g.shape[1] // 1024))
+        numbers = (g.shape[1], g.stride(0), u.stride(0))
+        _launch(_kernels().gated, grid, g, u, y, *numbers, ACTIVATION=activation, WIDTH=1024)
+    return y
+
+
+def gated_grad(dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+    d, g, u = dy.contiguous(), _rows(gate), _rows(up)
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    if d.numel():
+        grid = (g.shape[0], -(-g.shape[1] // 1024))
+        numbers = (g.shape[1], g.stride(0), u.stride(0))
+        _launch(_kernels().gated_grad, grid, d, g, u, dgate, dup, *numbers, ACTIVATION=activation, WIDTH=1024)
+    return dgate, dup
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
+    logits = _rows(logits)
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if logits.numel():
+        vocabulary = logits.shape[1]
+        tensors = (logits, labels.contiguous(), losses, grad)
+        piece = min(4096, _power_of_two(vocabulary))
+        numbers = (vocabulary, logits.stride(0))
+        _launch(_kernels().cross_entropy, (logits.shape[0],), *tensors, *numbers, warps=8, PIECE=piece)
+    return losses
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    tokens, heads, width = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        tensors = (x, cos.contiguous(), sin.contiguous(), y)
+        numbers = (heads, width // 2, x.stride(0), x.stride(1))
+        _launch(_kernels().rotate, (tokens, heads), *tensors, *numbers, BACK=back, HALF=_power_of_two(width // 2))
+    return y

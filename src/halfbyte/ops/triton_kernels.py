@@ -1,0 +1,388 @@
+"""Triton kernels: each operation in one pass over memory, for GPUs of any vendor Triton compiles for.
+
+The arithmetic is the plain-PyTorch meaning's, operation by operation, so the results are the same bits where that is
+exact: quotients and roots are IEEE's (``div_rn``, ``sqrt_rn``), products and sums are not contracted
+(`gpu.launch` says so to the compiler). Indices are 64 bits wide: weights may have more than 2^31 elements.
+
+The functions here see pointers and sizes only; `gpu` checks shapes and chooses grids.
+"""
+
+# Triton compiles these functions from their source: annotations of constexpr arguments are its own.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rank_of(values, bounds_ptr, COUNT: tl.constexpr, STEPS: tl.constexpr):
+    """How many of COUNT ascending bounds lie strictly below each value (int32): STEPS halvings."""
+    low = tl.zeros_like(values).to(tl.int32)
+    high = low + COUNT
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        inside = low < high
+        bound = tl.load(bounds_ptr + tl.minimum(middle, COUNT - 1))
+        below = bound < values
+        low = tl.where(inside & below, middle + 1, low)
+        high = tl.where(inside & ~below, middle, high)
+    return low
+
+
+@triton.jit
+def quantize(
+    weight_ptr,
+    bounds_ptr,
+    codes_ptr,
+    packed_ptr,
+    absmax_ptr,
+    n,
+    blocks,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TINY: tl.constexpr,
+):
+    """ROWS blocks of BLOCK weights: absolute maxima, and codes packed two to a byte, the even weight's high."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight_ptr + index, mask=index < n, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(w), 1)
+    # a comparison may drop a NaN, which the caller has to see
+    broken = tl.max((w != w).to(tl.int32), 1) > 0
+    absmax = tl.where(broken, float("nan"), absmax)
+    short = (row + 1) * BLOCK > n
+    floor = tl.maximum(absmax, TINY)
+    absmax = tl.where(short & ~broken, floor, absmax)
+    tl.store(absmax_ptr + row, absmax, mask=row < blocks)
+    one = tl.full([ROWS], 1.0, tl.float32)
+    whole = w * tl.div_rn(one, floor)[:, None]
+    tail = tl.div_rn(w, tl.broadcast_to(floor[:, None], [ROWS, BLOCK]))
+    scaled = tl.where(short[:, None], tail, whole)
+    rank = rank_of(scaled, bounds_ptr, 15, 4)
+    code = tl.load(codes_ptr + rank).to(tl.int32)
+    high, low = tl.split(tl.reshape(code, [ROWS, BLOCK // 2, 2]))
+    byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    tl.store(packed_ptr + byte, ((high << 4) | low).to(tl.uint8), mask=byte < (n + 1) // 2)
+
+
+@triton.jit
+def quantize_scales(
+    absmax_ptr, offset_ptr, bounds_ptr, codes_ptr, nested_ptr, blocks, GROUP: tl.constexpr, TINY: tl.constexpr
+):
+    """One group of GROUP scales, less their mean: its absolute maximum, and 8-bit codes."""
+    group = tl.program_id(0).to(tl.int64)
+    index = group * GROUP + tl.arange(0, GROUP)
+    inside = index < blocks
+    centred = tl.load(absmax_ptr + index, mask=inside, other=0.0) - tl.load(offset_ptr)
+    centred = tl.where(inside, centred, 0.0)
+    nested = tl.max(tl.abs(centred), 0)
+    tl.store(nested_ptr + group, nested)
+    one = tl.full([GROUP], 1.0, tl.float32)
+    scaled = centred * tl.div_rn(one, tl.zeros_like(one) + tl.maximum(nested, TINY))
+    tl.store(codes_ptr + index, rank_of(scaled, bounds_ptr, 255, 8).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def scales_of(block, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP: tl.constexpr, NESTED: tl.constexpr):
+    """fp32 scales of these blocks."""
+    if NESTED:
+        code = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        value = tl.load(map_ptr + code, mask=inside, other=0.0)
+        value = value * tl.load(nested_ptr + block // GROUP, mask=inside, other=0.0)
+        return value + tl.load(offset_ptr)
+    return tl.load(absmax_ptr + block, mask=inside, other=0.0)
+
+
+@triton.jit
+def dequantize(
+    packed_ptr,
+    absmax_ptr,
+    levels_ptr,
+    map_ptr,
+    nested_ptr,
+    offset_ptr,
+    out_ptr,
+    n,
+    blocks,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """ROWS blocks: level times scale, scales decoded on the way, each weight written once."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    pair = tl.load(packed_ptr + byte, mask=byte < (n + 1) // 2, other=0).to(tl.int32)
+    scale = scales_of(row, row < blocks, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)[:, None]
+    even = tl.load(levels_ptr + (pair >> 4)) * scale
+    odd = tl.load(levels_ptr + (pair & 15)) * scale
+    values = tl.reshape(tl.join(even, odd), [ROWS, BLOCK])
+    index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptr + index, values.to(out_ptr.dtype.element_ty), mask=index < n)
+
+
+@triton.jit
+def matvec(
+    x_ptr,
+    packed_ptr,
+    absmax_ptr,
+    levels_ptr,
+    map_ptr,
+    nested_ptr,
+    offset_ptr,
+    y_ptr,
+    rows,
+    columns,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """ROWS outputs of one token: the weights go from memory into the sum, in fp32, and are written nowhere."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, columns // 2, BYTES):
+        within = start + tl.arange(0, BYTES)
+        there = within < columns // 2
+        inside = (row < rows)[:, None] & there[None, :]
+        byte = row[:, None] * (columns // 2) + within[None, :]
+        pair = tl.load(packed_ptr + byte, mask=inside, other=0).to(tl.int32)
+        scale = scales_of((2 * byte) // BLOCK, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)
+        x_even = tl.load(x_ptr + token * columns + 2 * within, mask=there, other=0.0).to(tl.float32)
+        x_odd = tl.load(x_ptr + token * columns + 2 * within + 1, mask=there, other=0.0).to(tl.float32)
+        even, odd = tl.load(levels_ptr + (pair >> 4)), tl.load(levels_ptr + (pair & 15))
+        total += tl.sum((even * x_even[None, :] + odd * x_odd[None, :]) * scale, 1)
+    tl.store(y_ptr + token * rows + row, total.to(y_ptr.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def adamw_8bit(
+    params_ptr,
+    grads_ptr,
+    counts_ptr,
+    m_codes_ptr,
+    v_codes_ptr,
+    m_absmax_ptr,
+    v_absmax_ptr,
+    m_map_ptr,
+    v_map_ptr,
+    m_bounds_ptr,
+    v_bounds_ptr,
+    numbers_ptr,
+    BLOCK: tl.constexpr,
+    TINY: tl.constexpr,
+):
+    """One block of one tensor: moments decoded, updated and encoded, the parameter updated, all in one pass.
+
+    params, grads: addresses of the block's first elements; counts: elements of it that exist.
+    numbers: beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * decay, step size, corrected eps.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    exists = lane < tl.load(counts_ptr + block)
+    p_ptr = tl.load(params_ptr + block).to(tl.pointer_type(tl.float32)) + lane
+    g_ptr = tl.load(grads_ptr + block).to(tl.pointer_type(tl.float32)) + lane
+    p = tl.load(p_ptr, mask=exists, other=0.0)
+    g = tl.load(g_ptr, mask=exists, other=0.0)
+    place = block * BLOCK + lane
+    m = tl.load(m_map_ptr + tl.load(m_codes_ptr + place).to(tl.int32)) * tl.load(m_absmax_ptr + block)
+    v = tl.load(v_map_ptr + tl.load(v_codes_ptr + place).to(tl.int32)) * tl.load(v_absmax_ptr + block)
+    m = m * tl.load(numbers_ptr) + g * tl.load(numbers_ptr + 1)
+    v = v * tl.load(numbers_ptr + 2) + (g * g) * tl.load(numbers_ptr + 3)
+    step = tl.div_rn(m * tl.load(numbers_ptr + 5), tl.sqrt_rn(v) + tl.load(numbers_ptr + 6))
+    p = p * tl.load(numbers_ptr + 4) - step
+    tl.store(p_ptr, p, mask=exists)
+    store_moment(m, m_codes_ptr + place, m_absmax_ptr + block, m_bounds_ptr, BLOCK, TINY)
+    store_moment(v, v_codes_ptr + place, v_absmax_ptr + block, v_bounds_ptr, BLOCK, TINY)
+
+
+@triton.jit
+def store_moment(values, codes_ptr, absmax_ptr, bounds_ptr, BLOCK: tl.constexpr, TINY: tl.constexpr):
+    """A block of a moment as its absolute maximum and the nearest codes."""
+    absmax = tl.max(tl.abs(values), 0)
+    tl.store(absmax_ptr, absmax)
+    one = tl.full([BLOCK], 1.0, tl.float32)
+    scaled = values * tl.div_rn(one, tl.zeros_like(one) + tl.maximum(absmax, TINY))
+    tl.store(codes_ptr, rank_of(scaled, bounds_ptr, 255, 8).to(tl.uint8))
+
+
+@triton.jit
+def philox(counter, layer, micro_batch, step, key0, key1):
+    """Four 32-bit words of Philox4x32-7."""
+    c0 = counter
+    c1 = tl.zeros_like(counter) + layer
+    c2 = tl.zeros_like(counter) + micro_batch
+    c3 = tl.zeros_like(counter) + step
+    k0 = tl.zeros_like(counter) + key0
+    k1 = tl.zeros_like(counter) + key1
+    for _ in tl.static_range(7):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        n0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        n2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        c0, c2 = n0, n2
+        k0 = k0 + tl.full([1], 0x9E3779B9, tl.uint32)
+        k1 = k1 + tl.full([1], 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit(do_not_specialize=["first", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
+def dropout_mask(out_ptr, n, first, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
+    """True where an element is kept: two elements from each 32-bit word, the low half first."""
+    begin = first // 8
+    counter = tl.program_id(0).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS) + begin
+    zero = tl.zeros([COUNTERS], tl.uint32)
+    words = philox(
+        counter.to(tl.uint32),
+        zero + layer.to(tl.uint32),
+        zero + micro_batch.to(tl.uint32),
+        zero + step.to(tl.uint32),
+        zero + key0.to(tl.uint32),
+        zero + key1.to(tl.uint32),
+    )
+    for word in tl.static_range(4):
+        for half in tl.static_range(2):
+            bits = (words[word] >> (16 * half)) & 0xFFFF
+            index = counter * 8 + (2 * word + half) - first
+            kept = bits.to(tl.int32) >= threshold
+            tl.store(out_ptr + index, kept.to(tl.int8), mask=(index >= 0) & (index < n))
+
+
+@triton.jit
+def rms_norm(x_ptr, weight_ptr, y_ptr, inverse_ptr, width, eps, offset, CAST_FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """One row: x / rms(x) * (offset + weight), rounded where the model rounds."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    inside = lane < width
+    x = tl.load(x_ptr + row * width + lane, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32) + offset
+    mean = tl.sum(x * x, 0) / width
+    inverse = tl.div_rn(tl.full([1], 1.0, tl.float32), tl.sqrt_rn(tl.zeros([1], tl.float32) + mean + eps))
+    tl.store(inverse_ptr + row + tl.zeros([1], tl.int32), inverse)
+    normed = x * inverse
+    if CAST_FIRST:
+        normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + row * width + lane, (normed * w).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_grad(dy_ptr, x_ptr, weight_ptr, inverse_ptr, dx_ptr, width, offset, WIDTH: tl.constexpr):
+    """One row of the gradient with respect to x: r (g - x r^2 mean(g x)) with g = dy (offset + w)."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    inside = lane < width
+    x = tl.load(x_ptr + row * width + lane, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32) + offset
+    g = tl.load(dy_ptr + row * width + lane, mask=inside, other=0.0).to(tl.float32) * w
+    inverse = tl.load(inverse_ptr + row)
+    mean = tl.sum(g * x, 0) / width
+    dx = (g - x * (inverse * inverse * mean)) * inverse
+    tl.store(dx_ptr + row * width + lane, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """silu, gelu by tanh, or gelu of x (`passes.ACTIVATIONS`), and its derivative."""
+    if ACTIVATION == 0:
+        s = 1 / (1 + tl.exp(-x))
+        return x * s, s * (1 + x * (1 - s))
+    if ACTIVATION == 1:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        t = 2 / (1 + tl.exp(-2 * inner)) - 1
+        slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+        return 0.5 * x * (1 + t), slope
+    half = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    return x * half, half + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def gated(gate_ptr, up_ptr, y_ptr, width, gate_stride, up_stride, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr):
+    """activation(gate) * up of a piece of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = lane < width
+    gate = tl.load(gate_ptr + row * gate_stride + lane, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + lane, mask=inside, other=0.0).to(tl.float32)
+    value, _ = activate(gate, ACTIVATION)
+    tl.store(y_ptr + row * width + lane, (value * up).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_grad(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    width,
+    gate_stride,
+    up_stride,
+    ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Both gradients of a piece of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = lane < width
+    dy = tl.load(dy_ptr + row * width + lane, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + lane, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + lane, mask=inside, other=0.0).to(tl.float32)
+    value, slope = activate(gate, ACTIVATION)
+    tl.store(dgate_ptr + row * width + lane, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(dup_ptr + row * width + lane, (dy * value).to(dup_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def cross_entropy(logits_ptr, labels_ptr, losses_ptr, grad_ptr, vocabulary, stride, PIECE: tl.constexpr):
+    """One row: its loss and softmax(logits) - onehot(label); logits are read twice, nothing else is written."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, PIECE)
+    label = tl.load(labels_ptr + row)
+    counted = (label >= 0) & (label < vocabulary)
+    most = tl.full([PIECE], float("-inf"), tl.float32)
+    total = tl.zeros([PIECE], tl.float32)
+    for start in range(0, vocabulary, PIECE):
+        inside = start + lane < vocabulary
+        x = tl.load(logits_ptr + row * stride + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(most, x)
+        # a lane that has seen nothing yet stays at zero
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(tl.where(most == float("-inf"), shift, most) - shift) + tl.exp(x - shift)
+        most = higher
+    top = tl.max(most, 0)
+    log_sum = top + tl.log(tl.sum(total * tl.exp(most - top), 0))
+    own = tl.load(logits_ptr + row * stride + tl.where(counted, label, 0)).to(tl.float32)
+    tl.store(losses_ptr + row, tl.where(counted, log_sum - own, 0.0))
+    for start in range(0, vocabulary, PIECE):
+        inside = start + lane < vocabulary
+        x = tl.load(logits_ptr + row * stride + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
+        slope = tl.exp(x - log_sum) - tl.where(start + lane == label, 1.0, 0.0)
+        slope = tl.where(counted, slope, 0.0)
+        tl.store(grad_ptr + row * vocabulary + start + lane, slope.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, heads, half, token_stride, head_stride, BACK: tl.constexpr, HALF: tl.constexpr
+):
+    """One head of one token: its halves rotated."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, HALF)
+    inside = lane < half
+    x = x_ptr + token * token_stride + head * head_stride + lane
+    a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + half, mask=inside, other=0.0).to(tl.float32)
+    angle = token * 2 * half + lane
+    c1 = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+    c2 = tl.load(cos_ptr + angle + half, mask=inside, other=0.0).to(tl.float32)
+    s1 = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+    s2 = tl.load(sin_ptr + angle + half, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        first, second = a * c1 + b * s2, b * c2 - a * s1
+    else:
+        first, second = a * c1 - b * s1, b * c2 + a * s2
+    y = y_ptr + (token * heads + head) * 2 * half + lane
+    tl.store(y, first.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y + half, second.to(y_ptr.dtype.element_ty), mask=inside)
