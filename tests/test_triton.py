@@ -1,7 +1,11 @@
 """Triton's kernels in Triton's interpreter, on this CPU, beside the plain-PyTorch meaning: fp32 and fp16, every bit
 where the meaning is exact. (The interpreter gets bf16 wrong; bench/gpu.py proves that on a card.)"""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,3 +188,14 @@ def test_every_spelling_agrees_with_its_meaning_on_its_own_case():
     assert len(gpu.SPELLINGS) == 12
     for name, (meaning, ours, case) in gpu.SPELLINGS.items():
         assert gpu.disagreement(meaning, ours, case, torch.device("cpu")) == "", name
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_to_its_end():
+    """Every line of bench/gpu.py, tiny, on this CPU: what is measured on a card must not die of a slip."""
+    script = Path(__file__).parent.parent / "bench" / "gpu.py"
+    done = subprocess.run([sys.executable, script, "--rehearse", "--json"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert all(report[name] for name in ("limits", "check", "kernels", "optimizer", "steps", "70b", "context"))
+    assert "failed" not in done.stdout and "DIFFERS" not in done.stdout

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import attention, ops, recompute
-from .ops import cpu
+from .ops import cpu, gpu
+from .ops.library import device_type
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """Relative difference (norm over norm) that a few roundings more or less can cause: four units of the last place.
@@ -441,9 +442,9 @@ def _revert(module: nn.Module) -> None:
 
 
 def fuse(model: nn.Module) -> Fused:
-    """Fuse what is known of a model on the CPU, in place; nothing without the C++ library: it would be no faster."""
+    """Fuse what is known of a model, in place; nothing without the C++ library or Triton: it would be no faster."""
     result = Fused()
-    if not cpu.serves(next(model.parameters())):
+    if not _is_served(next(model.parameters())):
         return result
     dtype = compute_dtype(model)
     judged: dict[tuple[Any, ...], bool] = {}
@@ -472,6 +473,12 @@ def fuse(model: nn.Module) -> Fused:
     return result
 
 
+def _is_served(tensor: Tensor) -> bool:
+    """Whether fused passes compute on the device of a tensor, or on the one it stands for."""
+    on_gpu = device_type(tensor) == "cuda" and (tensor.is_meta or gpu.wanted())
+    return on_gpu or cpu.serves(tensor)
+
+
 def _width(module: Any, form: Form) -> int:
     if isinstance(form, NormForm):
         return module.weight.shape[0]
@@ -493,14 +500,15 @@ def _agrees(module: nn.Module, kind: type, form: Form, width: int, dtype: torch.
     generator = torch.Generator("cpu").manual_seed(0)
     attends = isinstance(form, AttentionForm)
     shape = (1, 5, width) if attends else (5, width)
-    x = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(dtype)
+    device = next(module.parameters()).device
+    x = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
     call = functools.partial(_attend, module) if attends else module
 
     def run() -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             given = x.clone().requires_grad_()
             y = call(given)
-            weights = torch.linspace(-1, 1, y.numel(), device="cpu", dtype=torch.float32).view_as(y).to(dtype)
+            weights = torch.linspace(-1, 1, y.numel(), device=device, dtype=torch.float32).view_as(y).to(dtype)
             return y.detach(), torch.autograd.grad(y, given, weights)[0]
 
     expected = run()
@@ -516,7 +524,7 @@ def _attend(module: Any, hidden: Tensor) -> Tensor:
     """An attention's result for two rows of two and three tokens, at angles of no model."""
     tokens = torch.arange(5, device="cpu", dtype=torch.float32)
     angles = torch.outer(tokens, torch.linspace(1, 0.01, module.head_dim // 2, device="cpu", dtype=torch.float32))
-    both = torch.cat((angles, angles), 1)[None]
+    both = torch.cat((angles, angles), 1)[None].to(hidden.device)
     rotation = (both.cos().to(hidden.dtype), both.sin().to(hidden.dtype))
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device="cpu")
     attention.register()

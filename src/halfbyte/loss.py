@@ -19,12 +19,14 @@ from torch.nn import functional
 
 from . import ops
 from .memory import counted_as
+from .ops.library import device_type
 
 IGNORE = -100
 ROW_MULTIPLE = 16
 """Numbers of rows are rounded up to this, so that matrix libraries meet few shapes."""
-CHUNK_BYTES = 16 << 20
-"""fp32 logits held at once, bytes: small enough that the allocator reuses the memory instead of faulting it in anew."""
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+"""fp32 logits held at once, bytes. On a CPU small enough that the allocator reuses the memory instead of faulting it in
+anew; on a GPU enough rows for a product with a head of 128,000 (a guess, until bench/gpu.py has measured it)."""
 
 
 class _HiddenStates(nn.Module):
@@ -48,9 +50,9 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Positions per chunk."""
-    rows = CHUNK_BYTES // (4 * vocabulary)
+def chunk_rows(vocabulary: int, device: str = "cpu") -> int:
+    """Positions per chunk on this kind of device."""
+    rows = CHUNK_BYTES[device] // (4 * vocabulary)
     return max(ROW_MULTIPLE, rows - rows % ROW_MULTIPLE)
 
 
@@ -92,7 +94,8 @@ def sequence_loss(
     if bounds is not None:
         inputs["cu_seq_lens_q"] = bounds
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
-    rows = chunk_rows(model.get_output_embeddings().weight.shape[0])
+    embedding = model.get_output_embeddings().weight
+    rows = chunk_rows(embedding.shape[0], device_type(embedding))
     return supervised_loss(hidden, labels, head, parameters, rows)
 
 

@@ -56,7 +56,7 @@ from .load import begin_with_adapter, load_base, refuse_foreign_adapter, refuse_
 from .lora import lora_layers, target_names
 from .memory import LASTING, PASSING, allocate_apart, bounded, headroom, is_exhaustion, return_freed
 from .objects import config_of
-from .ops import cpu
+from .ops import cpu, gpu
 from .plan import (
     FITTED,
     TILE,
@@ -431,7 +431,7 @@ class Trainer:
                 if device.type == "cuda"
                 else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
                 "threads": torch.get_num_threads(),
-                "kernel_path": cpu.path_in_use() if device.type == "cpu" else "torch",
+                "kernel_path": cpu.path_in_use() if device.type == "cpu" else gpu.path_in_use(),
             },
         }
 
@@ -444,10 +444,11 @@ class Trainer:
         if self.config.adapter_name_or_path and not self.config.allow_other_base:
             refuse_foreign_adapter(Path(self.config.adapter_name_or_path), report.digest, str(base_path))
         self.reporter.say(_loaded_line(model, report.coverage, self.config.load_in_4bit))
-        if next(model.parameters()).device.type == "cpu":
-            self.reporter.say(f"kernels: {cpu.why()}")
-            if cpu.active() is not None:
-                self._note("fused", fuse(model).line())
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        fused = fuse(model).line() if on_gpu or cpu.active() is not None else ""
+        self.reporter.say(f"kernels: {gpu.why() if on_gpu else cpu.why()}")
+        if fused:
+            self._note("fused", fused)
         abilities = self_test(model)
         if not abilities.packing:
             self.reporter.say("rows are run one at a time: this model does not keep rows of one sequence apart")

@@ -101,7 +101,7 @@ def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
     from ..architecture import choose_device, choose_dtype
-    from ..ops import cpu
+    from ..ops import cpu, gpu
 
     device = choose_device("auto")
     dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
@@ -126,14 +126,14 @@ def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
         {"path": "C++ kernels", "on": cpu.active() is not None, "why": cpu.why()},
         {
             "path": "fused passes",
-            "on": cpu.active() is not None and device.type == "cpu",
-            "why": "norms, gated MLPs, rotary embeddings, attention, LoRA, cross-entropy: with the C++ kernels, on the "
-            "CPU, where a model's own are of a known form (a training says which)",
+            "on": gpu.wanted() if device.type == "cuda" else cpu.active() is not None,
+            "why": "norms, gated MLPs, rotary embeddings, cross-entropy; on CPUs also attention and LoRA: where a "
+            "model's own are of a known form (a training says which)",
         },
         {
             "path": "Triton kernels",
-            "on": False,
-            "why": "this version computes in plain PyTorch on GPUs; they are not written yet",
+            "on": device.type == "cuda" and gpu.wanted(),
+            "why": gpu.try_all() if device.type == "cuda" else "there is no GPU",
         },
     ]
 

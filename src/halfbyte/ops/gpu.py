@@ -41,6 +41,18 @@ def wanted() -> bool:
     return installed() and os.environ.get("HALFBYTE_TRITON", "1") != "0"
 
 
+def path_in_use() -> str:
+    """For a run's record."""
+    return "triton" if wanted() else "torch"
+
+
+def try_all() -> str:
+    """Try every operation on the GPU that is there; `why` afterwards."""
+    for name in SPELLINGS:
+        serves(name)
+    return why()
+
+
 def why() -> str:
     """What computes on a GPU, and the reason."""
     if not wanted():

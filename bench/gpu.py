@@ -1,0 +1,533 @@
+"""What a GPU does: kernels checked and timed, training steps, 70B on one card, planned against measured. One call.
+
+    python bench/gpu.py [--only limits|check|kernels|optimizer|steps|70b|context] [--json] [--minutes 9] [--rehearse]
+
+Correctness comes first, on the card itself and in bf16: every operation beside its plain-PyTorch meaning. Then what the
+card can do (a copy, a matrix product, host to device), and what is ours and bitsandbytes' (where it is installed) in
+turns, medians. Models are of the true geometry with random packed weights. What does not fit in the minutes is left
+out and said. ``--rehearse`` runs every line on this machine's CPU, tiny: it proves the script, and measures nothing.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GIB = 2**30
+GEOMETRY = {
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-2-70b": (8192, 28672, 80, 64, 8, 32000),
+    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256),
+    "tiny": (64, 128, 2, 4, 2, 512),
+}
+"""Width, width of the MLP, layers, heads, key-value heads, vocabulary."""
+SECTIONS = ("limits", "check", "kernels", "optimizer", "steps", "70b", "context")
+_tiny = False
+
+
+def device() -> torch.device:
+    return torch.device("cpu" if _tiny else "cuda")
+
+
+def wait() -> None:
+    if not _tiny:
+        torch.cuda.synchronize()
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
+    """Median of the times of one call, by the device's own clock."""
+    repeats = 2 if _tiny else repeats
+    work()
+    work()
+    times = []
+    for _ in range(repeats):
+        if _tiny:
+            began = time.perf_counter()
+            work()
+            times.append(1e3 * (time.perf_counter() - began))
+        else:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def in_turns(works: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
+    """Medians of several works, one after the other, again and again."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(1 if _tiny else rounds):
+        for name, work in works.items():
+            found[name].append(milliseconds(work, 10))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def bitsandbytes() -> Any:
+    """The package, None where it is not there (or not for this device)."""
+    try:
+        import bitsandbytes as found
+    except ImportError:
+        return None
+    return found
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def limits() -> dict[str, float]:
+    """Rates to measure against: copy (read and written), bf16 product, pinned host memory to device."""
+    n = 1 << (16 if _tiny else 30)
+    source = torch.randint(0, 255, (n,), dtype=torch.uint8, device=device())
+    target = torch.empty_like(source)
+    copy = milliseconds(lambda: target.copy_(source))
+    side = 64 if _tiny else 8192
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device()) for _ in range(2))
+    product = milliseconds(lambda: a @ b)
+    host = torch.empty(n // 4, dtype=torch.uint8, pin_memory=not _tiny)
+    up = milliseconds(lambda: target[: n // 4].copy_(host, non_blocking=True))
+    down = milliseconds(lambda: host.copy_(target[: n // 4], non_blocking=True))
+    return {
+        "copy_gb_per_s": 2 * n / copy / 1e6,
+        "bf16_tflop_per_s": 2 * side**3 / product / 1e9,
+        "host_to_device_gb_per_s": n / 4 / up / 1e6,
+        "device_to_host_gb_per_s": n / 4 / down / 1e6,
+    }
+
+
+# --- correctness ------------------------------------------------------------------------------------------------------
+
+
+def check() -> dict[str, Any]:
+    """Every operation on its small case; 4-bit codes and 8-bit AdamW bit for bit on large ones; past 2^31 elements."""
+    from halfbyte import nf4
+    from halfbyte.ops import fourbit, gpu
+
+    found: dict[str, Any] = {}
+    for name, (meaning, ours, case) in gpu.SPELLINGS.items():
+        found[name] = gpu.disagreement(meaning, ours, case, device()) or "agrees"
+    generator = torch.Generator(device()).manual_seed(0)
+    narrow = torch.float16 if _tiny else torch.bfloat16
+    for shape in [(64, 48)] if _tiny else [(4096, 11008), (3, 1000, 777), (1, 12345677)]:
+        weight = torch.randn(shape, generator=generator, device=device()).to(narrow)
+        stored, levels = nf4.quantize(weight), nf4._level_table("nf4", device())
+        packed, absmax = fourbit._quantize(weight, levels, 64)
+        codes, nested, _ = fourbit._quantize_absmax(absmax, nf4._scale_table(device()), 256)
+        assert stored.nested_absmax is not None
+        same = torch.equal(stored.packed, packed) and torch.equal(stored.absmax, codes)
+        same = same and torch.equal(stored.nested_absmax, nested)
+        plain = torch.empty(weight.numel(), dtype=narrow, device=device())
+        fourbit._dequantize(*stored.parts, plain)
+        same = same and torch.equal(stored.dequantize().view(-1), plain)
+        on_cpu = nf4.quantize(weight.cpu())
+        for mine, theirs in zip(stored.stored_tensors(), on_cpu.stored_tensors(), strict=True):
+            same = same and torch.equal(mine.cpu(), theirs)
+        found[f"4 bits of {list(shape)}"] = "the same bits as plain PyTorch and the CPU" if same else "DIFFERS"
+        del weight, stored, plain
+    if not _tiny and torch.cuda.mem_get_info()[0] > 16 * GIB:
+        many = 2**31 + 4096
+        row = torch.randn(4096, generator=generator, device=device()).to(narrow)
+        weight = row.repeat(many // 4096)
+        stored = nf4.quantize(weight)
+        last = stored.dequantize()[-4096:]
+        found["beyond 2^31 elements"] = (
+            "right"
+            if torch.equal(last, nf4.quantize(row).dequantize())
+            else ("near" if float((last - row).norm() / row.norm()) < 0.12 else "WRONG")
+        )
+        del weight, stored, last
+    return found
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
+    """Dequantize and quantize by shape, matvec by tokens, beside bitsandbytes and a copy."""
+    from halfbyte import nf4
+
+    bnb, found = bitsandbytes(), {}
+    for shape in [(64, 128)] if _tiny else [(4096, 4096), (14336, 4096), (28672, 8192)]:
+        weight = (torch.randn(shape, device=device()) * 0.02).to(torch.bfloat16 if not _tiny else torch.float32)
+        stored, out = nf4.quantize(weight), torch.empty(weight.numel(), dtype=weight.dtype, device=device())
+        n, parts = weight.numel(), stored.parts
+        works: dict[str, Callable[[], object]] = {
+            "ours": lambda parts=parts, out=out: torch.ops.halfbyte.dequantize_4bit(*parts, out),
+            "copy": lambda out=out, weight=weight: out.copy_(weight.view(-1)),
+        }
+        if bnb is not None and not _tiny:
+            codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            works["bitsandbytes"] = lambda codes=codes, state=state: bnb.functional.dequantize_4bit(codes, state)
+        times = in_turns(works)
+        row: dict[str, float] = {f"{who}_ms": value for who, value in times.items()}
+        row["bandwidth_of_copy"] = 2.516 * n / times["ours"] / 1e6 / ceilings["copy_gb_per_s"]
+        if "bitsandbytes" in times:
+            row["times_bitsandbytes"] = times["bitsandbytes"] / times["ours"]
+        row["quantize_ms"] = milliseconds(lambda weight=weight: nf4.quantize(weight), 5)
+        for tokens in (1, 4, 8, 16, 64):
+            x = torch.randn(tokens, shape[1], device=device()).to(weight.dtype)
+            both = in_turns(
+                {
+                    "ours": lambda x=x, parts=parts, shape=shape: torch.ops.halfbyte.linear_4bit(
+                        x, *parts, shape[0], None, None, None
+                    ),
+                    "unquantized": lambda x=x, weight=weight: x @ weight.t(),
+                },
+                rounds=1,
+            )
+            row[f"linear_{tokens}_tokens_of_unquantized"] = both["ours"] / both["unquantized"]
+        found["x".join(map(str, shape))] = row
+    return found
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+
+
+def optimizer() -> dict[str, Any]:
+    """8-bit AdamW over the adapter of a 70B (1,120 tensors, 207 M parameters), resident and from the host."""
+    import halfbyte
+
+    width, mlp, layers, _, _, _ = GEOMETRY["tiny" if _tiny else "llama-2-70b"]
+    kv = width // 8
+    shapes = [(width, width), (width, kv), (width, kv), (width, width), (width, mlp), (width, mlp), (mlp, width)]
+    sizes = [size for inner, outer in shapes for size in ((16, inner), (outer, 16))] * layers
+
+    def tensors() -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter(torch.randn(size, device=device()) * 0.01) for size in sizes]
+        for p in made:
+            p.grad = torch.randn_like(p) * 1e-3
+        return made
+
+    count = sum(a * b for a, b in sizes)
+    found: dict[str, Any] = {"parameters": count, "tensors": len(sizes)}
+    makers: dict[str, Callable[[list], Any]] = {
+        "resident": lambda params: halfbyte.AdamW8bit(params, lr=1e-4),
+        "from_host": lambda params: halfbyte.PagedAdamW8bit(params, lr=1e-4),
+    }
+    if (bnb := bitsandbytes()) is not None and not _tiny:
+        makers["bitsandbytes"] = lambda params: bnb.optim.AdamW8bit(params, lr=1e-4)
+    for who, make in makers.items():
+        made = make(tensors())
+        found[f"{who}_ms"] = milliseconds(made.step, 10)
+        del made
+        empty()
+    if "bitsandbytes_ms" in found:
+        found["times_bitsandbytes"] = found["bitsandbytes_ms"] / found["resident_ms"]
+    return found
+
+
+def empty() -> None:
+    gc.collect()
+    if not _tiny:
+        torch.cuda.empty_cache()
+
+
+# --- training steps ---------------------------------------------------------------------------------------------------
+
+
+def configuration(name: str) -> Any:
+    from transformers import LlamaConfig
+
+    width, mlp, layers, heads, kv_heads, vocabulary = GEOMETRY["tiny" if _tiny else name]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
+
+def random_model(name: str, options: Any) -> Any:
+    """A frozen model of the true geometry on the device, 4-bit weights random bytes, in seconds."""
+    from halfbyte.architecture import empty_base
+
+    model = empty_base(configuration(name), options, torch.bfloat16)
+    generator = torch.Generator(device()).manual_seed(0)
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                module._parameters[key] = torch.nn.Parameter(_random(p, generator), requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device())
+    return model
+
+
+def _random(p: Tensor, generator: torch.Generator) -> Tensor:
+    from halfbyte import nf4
+    from halfbyte.nf4 import NF4Tensor
+
+    if not isinstance(p, NF4Tensor):
+        if p.dim() == 1:
+            return torch.ones(p.shape, dtype=p.dtype, device=device())
+        return torch.empty(p.shape, dtype=p.dtype, device=device()).normal_(0, 0.02, generator=generator)
+    parts: dict[str, Any] = p.parts._asdict()
+    for name in ("packed", "absmax"):
+        size = parts[name].shape
+        parts[name] = torch.randint(0, 256, size, dtype=torch.uint8, device=device(), generator=generator)
+    parts["nested_absmax"] = torch.full_like(parts["nested_absmax"], 0.01, device=device())
+    parts["nested_offset"] = torch.full((), 0.05, device=device())
+    parts["quant_map"] = nf4._level_table(p.quant_type, device())
+    parts["nested_quant_map"] = nf4._scale_table(device())
+    return NF4Tensor(type(p.parts)(**parts), p.shape, p.dtype, p.quant_type)
+
+
+def options_for(tokens: int, **more: Any) -> Any:
+    from halfbyte.config import TrainConfig
+
+    given = {
+        "model": "random",
+        "data": "none",
+        "dtype": "bfloat16",
+        "max_length": tokens,
+        "gradient_accumulation_steps": 1,
+        "kept_activations": "none",
+        "lora_dropout": 0.05,
+        "output_dir": "gpu-bench",
+        "device": device().type,
+    }
+    return TrainConfig(**{**given, **more})
+
+
+def training(name: str, tokens: int, steps: int = 4, **more: Any) -> dict[str, Any]:
+    """Seconds and peak of a step, and what was planned."""
+    from halfbyte import attention
+    from halfbyte.batches import collate
+    from halfbyte.chat import Encoded
+    from halfbyte.fuse import fuse
+    from halfbyte.learner import Learner
+    from halfbyte.plan import plan_memory, work_of
+    from halfbyte.selftest import self_test
+
+    tokens = 32 if _tiny else tokens
+    options = options_for(tokens, **more)
+    planned = plan_memory(
+        configuration(name), options, work_of(options, None), device=device().type, dtype=torch.bfloat16
+    )
+    empty()
+    if not _tiny:
+        torch.cuda.reset_peak_memory_stats()
+    model = random_model(name, options)
+    fused = fuse(model).line()
+    learner = Learner(model, options, self_test(model), lambda what, line: None)
+    empty()
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    seconds, loss = [], 0.0
+    with attention.segments(model):
+        for step in range(2 if _tiny else steps):
+            ids = torch.randint(4, vocabulary, (tokens,), generator=generator).tolist()
+            batch = collate([Encoded("bench", ids, [True] * tokens)], [0])
+            if step == 1 and not _tiny:
+                torch.cuda.reset_peak_memory_stats()
+            wait()
+            began = time.perf_counter()
+            loss = float(sum(learner.accumulate(batch, batch.supervised, step, 0)) / batch.supervised)
+            learner.clip()
+            learner.update(1e-4)
+            learner.forget()
+            wait()
+            seconds.append(time.perf_counter() - began)
+    each = statistics.median(seconds[1:])
+    found: dict[str, Any] = {"step_s": each, "tokens_per_s": tokens / each, "loss": loss, "fused": fused}
+    outside = planned.bytes_of("GPU context") if planned.device == "cuda" else 0
+    found["planned_gb"] = (planned.phases["step"] - outside) / 1e9
+    if not _tiny:
+        found["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        found["allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        found["planned_over_reserved"] = found["planned_gb"] / found["reserved_gb"]
+    del model, learner
+    empty()
+    return found
+
+
+def peer(name: str, tokens: int) -> dict[str, Any]:
+    """The same step by bitsandbytes and PEFT: the article's recipe with checkpointing, weights random, too."""
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import replace_with_bnb_linear
+
+    bnb = bitsandbytes()
+    config = configuration(name)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=settings)
+    for module in model.modules():
+        for key, p in list(module._parameters.items()):
+            if p is None:
+                continue
+            shape = (module.out_features, module.in_features) if isinstance(module, bnb.nn.Linear4bit) else p.shape
+            values = torch.randn(shape, device=device(), dtype=torch.bfloat16) * 0.02
+            if isinstance(module, bnb.nn.Linear4bit) and key == "weight":
+                module.weight = bnb.nn.Params4bit(
+                    values.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                ).to(device())
+            else:
+                module._parameters[key] = torch.nn.Parameter(values, requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device())
+    model.is_loaded_in_4bit = True
+    model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora).train()
+    optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    empty()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(4):
+        ids = torch.randint(4, config.vocab_size, (1, tokens), device=device())
+        wait()
+        began = time.perf_counter()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait()
+        seconds.append(time.perf_counter() - began)
+    each = statistics.median(seconds[1:])
+    found = {
+        "step_s": each,
+        "tokens_per_s": tokens / each,
+        "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+    }
+    del model, optimizer
+    empty()
+    return found
+
+
+def steps(left: Callable[[], float]) -> dict[str, Any]:
+    """Llama-3-8B: ours in 4 bits, ours in bf16, bitsandbytes + PEFT."""
+    found: dict[str, Any] = {}
+    for tokens in (1024, 4096, 8192):
+        if left() < 60:
+            found[f"{tokens}"] = "left out: no time"
+            continue
+        four = training("llama-3-8b", tokens)
+        kept = training("llama-3-8b", tokens, kept_activations="all")
+        bf16 = training("llama-3-8b", tokens, load_in_4bit=False)
+        row: dict[str, Any] = {"halfbyte": four, "halfbyte_kept_all": kept, "halfbyte_bf16_lora": bf16}
+        row["over_bf16_lora"] = four["step_s"] / bf16["step_s"]
+        if tokens == 4096 and bitsandbytes() is not None and not _tiny:
+            row["bitsandbytes_peft"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens))
+            if "step_s" in row["bitsandbytes_peft"]:
+                row["times_bitsandbytes_peft"] = row["bitsandbytes_peft"]["step_s"] / four["step_s"]
+                row["memory_of_bitsandbytes_peft"] = four["reserved_gb"] / row["bitsandbytes_peft"]["reserved_gb"]
+        found[f"{tokens}"] = row
+    return found
+
+
+def seventy(left: Callable[[], float]) -> dict[str, Any]:
+    """Llama-2-70B, batch 1: peak and speed by length."""
+    found: dict[str, Any] = {}
+    for tokens in (512, 2048, 4096, 8192):
+        if left() < 45:
+            found[f"{tokens}"] = "left out: no time"
+            continue
+        found[f"{tokens}"] = attempt(lambda tokens=tokens: training("llama-2-70b", tokens, steps=3))
+    return found
+
+
+def context(left: Callable[[], float]) -> dict[str, Any]:
+    """Llama-3-70B, r=32: the longest row in 48 GiB, of which what is outside of PyTorch is left out."""
+    found: dict[str, Any] = {}
+    if not _tiny:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (48 * GIB - 0.7e9) / total))
+    for tokens in (24576, 36864, 45056):
+        if left() < 90:
+            found[f"{tokens}"] = "left out: no time"
+            continue
+        more = {"lora_r": 32, "activation_offloading": "always", "paging": "always", "tokens_per_tile": 4096}
+        found[f"{tokens}"] = attempt(lambda tokens=tokens, more=more: training("llama-3-70b", tokens, 2, **more))
+    return found
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """A result, or why there is none."""
+    try:
+        return work()
+    except Exception as error:  # a card that is too small is a result
+        message = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        traceback.clear_frames(error.__traceback__)
+        del error
+        empty()
+        return {"failed": message, "at": f"{Path(where.filename).name}:{where.lineno}"}
+
+
+def main() -> None:
+    global _tiny
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SECTIONS)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--minutes", type=float, default=9.0, help="what takes longer is left out")
+    parser.add_argument("--rehearse", action="store_true", help="every line on the CPU, tiny")
+    arguments = parser.parse_args()
+    _tiny = arguments.rehearse
+    if not _tiny and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU; --rehearse runs the script without one")
+    began = time.perf_counter()
+
+    def left() -> float:
+        return 1e9 if _tiny else 60 * arguments.minutes - (time.perf_counter() - began)
+
+    report: dict[str, Any] = {"machine": machine()}
+    ceilings = report["limits"] = limits()
+    sections: dict[str, Callable[[], Any]] = {
+        "check": check,
+        "kernels": lambda: kernels(ceilings),
+        "optimizer": optimizer,
+        "steps": lambda: steps(left),
+        "70b": lambda: seventy(left),
+        "context": lambda: context(left),
+    }
+    for name, section in sections.items():
+        if arguments.only in (None, name):
+            report[name] = section() if _tiny else attempt(section)
+            # what is found is shown at once: a call that is cut off has said what it knew
+            print(
+                f"{name} ({time.perf_counter() - began:.0f} s): {json.dumps(report[name])}", file=sys.stderr, flush=True
+            )
+    if arguments.json:
+        print(json.dumps(report))
+
+
+def machine() -> dict[str, Any]:
+    import subprocess
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    names = {"torch": torch.__version__, "commit": commit}
+    if _tiny:
+        return {**names, "card": "none: a rehearsal"}
+    card = torch.cuda.get_device_properties(0)
+    from halfbyte.ops import gpu
+
+    return {**names, "card": card.name, "memory_gib": card.total_memory / GIB, "kernels": gpu.why()}
+
+
+if __name__ == "__main__":
+    main()
