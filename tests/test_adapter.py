@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import halfbyte
-from halfbyte import adapter, lora, nf4
+from halfbyte import adapter, hub, lora, nf4
 from halfbyte.adapter import adapter_off
 from halfbyte.errors import ModelError, UsageError
 from halfbyte.lora import AdapterConfig
@@ -273,6 +274,8 @@ def test_training_goes_on_from_an_adapter_of_peft_and_peft_from_ours(stories: Pa
     given = {"adapter_name_or_path": str(tmp_path / "theirs"), "load_in_4bit": False, "dtype": "float32"}
     with pytest.raises(UsageError, match="lora_r"):
         trained(stories, tmp_path, "no", max_steps=1, lora_r=4, **given)
+    with pytest.raises(UsageError, match="target_modules"):
+        trained(stories, tmp_path, "no", max_steps=1, lora_r=3, target_modules="all-linear", **given)
     data = tmp_path / "rows.jsonl"
     settings = {"max_steps": 1, "num_samples": 0, "learning_rate": 1e-30, **given}
     still = halfbyte.train(str(stories), data, output_dir=str(tmp_path / "still"), **settings)
@@ -288,6 +291,52 @@ def test_training_goes_on_from_an_adapter_of_peft_and_peft_from_ours(stories: Pa
     )
     torch.testing.assert_close(onward(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     assert any(p.requires_grad for p in onward.parameters())
+
+
+def test_a_resume_needs_the_adapter_no_more(stories: Path, tmp_path: Path):
+    first = trained(stories, tmp_path, "first", max_steps=1, modules_to_save="lm_head,embed_tokens")
+    begun = {"adapter_name_or_path": str(first.path), "modules_to_save": "embed_tokens, lm_head"}
+    whole = trained(stories, tmp_path, "whole", max_steps=4, save_steps=2, **begun)
+    cut = trained(stories, tmp_path, "cut", max_steps=4, save_steps=2, **begun)
+    shutil.rmtree(cut.path / "checkpoints" / "step-00000004")
+    shutil.rmtree(cut.adapter)
+    first.path.rename(tmp_path / "gone")
+    trained(stories, tmp_path, "cut", max_steps=4, save_steps=2, resume_from_checkpoint="auto", **begun)
+    files = [run.adapter / "adapter_model.safetensors" for run in (whole, cut)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "key,value", [("r", None), ("lora_alpha", 2.5), ("rank_pattern", {"(": 2}), ("lora_dropout", "x")]
+)
+def test_numbers_no_adapter_has_are_refused_by_name(tiny_llama: LlamaForCausalLM, tmp_path: Path, key: str, value: Any):
+    lora.attach_lora(tiny_llama, AdapterConfig(4, 8), "q_proj")
+    adapter.save_adapter(tiny_llama, tmp_path, "base")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ModelError) as caught:
+        adapter.read_adapter_config(tmp_path)
+    assert key in caught.value.found
+
+
+def test_composite_modules_and_older_checkpoints_are_merged(stories: Path, tmp_path: Path):
+    """An MLP trained whole is in the merge; a buffer that models compute today is carried along."""
+    base = tmp_path / "base"
+    shutil.copytree(stories, base)
+    entries = hub.Checkpoint(base)
+    tensors = {name: entries.read(name) for name in entries}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    hub.write_safetensors(base / "model.safetensors", tensors)
+    options = {"load_in_4bit": False, "target_modules": "q_proj", "modules_to_save": "mlp", "learning_rate": 1e-1}
+    run = trained(base, tmp_path, "run", max_steps=2, **options)
+    receipt = halfbyte.merge(run.path, tmp_path / "merged")
+    assert receipt.greedy_agreement == 1.0
+    merged = hub.Checkpoint(tmp_path / "merged")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(merged.read(name), tensors[name])
+    assert torch.equal(merged.read("model.layers.0.self_attn.rotary_emb.inv_freq"), torch.ones(4))
 
 
 def test_an_adapter_of_another_base_is_refused_unless_said_so(stories: Path, tmp_path: Path):

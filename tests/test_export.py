@@ -15,10 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import halfbyte
+from halfbyte import hub as hub_files
 from halfbyte import publish
 from halfbyte.adapter import load_adapter
+from halfbyte.architecture import no_progress
 from halfbyte.cli import run as command
-from halfbyte.errors import StorageError, UsageError
+from halfbyte.config import ModelOptions
+from halfbyte.errors import ModelError, StorageError, UsageError
+from halfbyte.quantized import quantize
 
 ROWS = [{"prompt": f"{word} is", "completion": f" a word of {len(word)} letters"} for word in "one three seven".split()]
 
@@ -89,7 +93,7 @@ def test_every_export_runs_in_its_tool_with_our_logits(run: halfbyte.Run, home: 
     with_adapter = peft.PeftModel.from_pretrained(theirs, str(home / "4bit" / "adapter")).train()
     torch.testing.assert_close(logits(with_adapter), ours, rtol=0, atol=1e-2 * size)
     named = json.loads((home / "4bit" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert Path(named) == home / "4bit"
+    assert named == ".."
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run: halfbyte.Run, home: Path):
@@ -98,6 +102,38 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run: halfbyte.Run
     with pytest.raises(UsageError, match="gguf"):
         halfbyte.export(run.path, home / "no", "gguf")
     assert not (home / "no").exists() and not list(home.glob(".no*"))
+
+
+def test_a_base_that_has_changed_is_not_exported(base: Path, data: Path, tmp_path: Path):
+    """Also one that was in 4 bits before."""
+    quantize(base, ModelOptions(), tmp_path / "q", no_progress)
+    run = halfbyte.train(str(tmp_path / "q"), data, output_dir=str(tmp_path / "run"), max_steps=1, num_samples=0)
+    found = halfbyte.export(run.path, tmp_path / "out", "bnb-4bit")
+    assert found["digest"] == run.info()["base"]["digest"]
+    assert (tmp_path / "out" / "README.md").read_bytes() == (run.adapter / "README.md").read_bytes()
+    held = hub_files.Checkpoint(tmp_path / "q")
+    tensors = {name: held.read(name) for name in held}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    hub_files.write_safetensors(next((tmp_path / "q").glob("*.safetensors")), tensors)
+    with pytest.raises(ModelError, match="changed since"):
+        halfbyte.export(run.path, tmp_path / "no", "bnb-4bit")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_full_fine_tuning_is_exported_as_a_model(base: Path, data: Path, tmp_path: Path):
+    options: dict[str, Any] = {
+        "full": True,
+        "load_in_4bit": False,
+        "max_steps": 1,
+        "num_samples": 0,
+        "dtype": "float32",
+    }
+    run = halfbyte.train(str(base), data, output_dir=str(tmp_path / "run"), **options)
+    halfbyte.export(run.path, tmp_path / "model", "hf")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(model), logits(halfbyte.load(run.path)[0]), rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="no adapter"):
+        halfbyte.export(run.path, tmp_path / "no", "peft")
 
 
 # --- a Hub on this machine --------------------------------------------------------------------------------------------
@@ -197,7 +233,12 @@ def test_an_adapter_is_published_with_its_card(stories: Path, data: Path, tmp_pa
     assert hub.created[0].get("private") or hub.created[0].get("visibility") == "private"
     files = {file.name: file.read_bytes() for file in run.adapter.iterdir()}
     assert hub.files.keys() == files.keys() and "README.md" in files
+    described = json.loads(hub.files.pop("adapter_config.json"))
+    assert described["base_model_name_or_path"] == stories.name, "no path of this machine"
+    assert not any(str(stories.parent).encode() in content for content in hub.files.values())
     for name, content in files.items():
+        if name == "adapter_config.json":
+            continue
         assert hashlib.sha256(hub.files[name]).digest() == hashlib.sha256(content).digest(), name
 
 

@@ -18,6 +18,7 @@ import halfbyte
 from halfbyte import hf
 from halfbyte.adapter import load_adapter
 from halfbyte.config import ModelOptions
+from halfbyte.errors import ModelError
 from halfbyte.load import load_base
 from halfbyte.lora import lora_layers
 from halfbyte.loss import causal_lm_loss
@@ -195,6 +196,68 @@ def test_what_peft_does_with_a_model_goes_on(checkpoint: Path, tmp_path: Path):
     saved = [tmp_path / name / "adapter_model.safetensors" for name in ("True", "False")]
     assert saved[0].read_bytes() == saved[1].read_bytes()
     both(lambda each: each.base_model.merge_and_unload() if each is not model else each.merge_adapter())
+
+
+@needs_library
+def test_what_is_added_after_optimizing_is_not_skipped(checkpoint: Path):
+    """A layer's last product is not computed again where nothing depends on it; a DoRA adapter, an adapter that was not
+    there, or a hook added later depend on it."""
+
+    def with_more(model: Any) -> Any:
+        torch.manual_seed(4)
+        model.add_adapter("more", peft.LoraConfig(r=2, target_modules=["down_proj"], use_dora=True))
+        for name, p in model.named_parameters():
+            if "lora_B.more" in name:
+                nn.init.normal_(p, std=0.05)
+        model.set_adapter("more")
+        layer = model.get_base_model().model.layers[0].mlp.down_proj
+        scale = nn.Parameter(torch.full((128,), 1.5))
+        layer.register_parameter("hooked", scale)
+        layer.register_forward_hook(lambda module, given, out: out * scale)
+        return model.train()
+
+    exact = with_more(adapted(checkpoint, torch.float32, target_modules=["q_proj"]))
+    _, expected = outcome(exact)
+    model = halfbyte.optimize(adapted(checkpoint, torch.float32, target_modules=["q_proj"]), say=lambda line: None)
+    model = with_more(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    _, grads = outcome(model)
+    assert grads.keys() == expected.keys() and any("magnitude" in name for name in grads)
+    assert all(difference(grads[name], expected[name]) < 1e-4 for name in grads)
+
+
+@needs_library
+def test_optimizing_leaves_no_trace_and_can_be_repeated(checkpoint: Path):
+    model = adapted(checkpoint, torch.float32, prepare=True).train()
+    inner = model.get_base_model()
+    inner.gradient_checkpointing_disable()
+    inner.model.layers[1].eval()
+    before = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in inner.modules()]
+    hooked = hasattr(inner, "_require_grads_hook") or hasattr(inner, "_require_grads_hooks")
+    halfbyte.optimize(model, say=lambda line: None)
+    assert [(m.training, getattr(m, "gradient_checkpointing", None)) for m in inner.modules()] == before
+    assert (hasattr(inner, "_require_grads_hook") or hasattr(inner, "_require_grads_hooks")) == hooked
+    logits, grads = outcome(model.train())
+    said: list[str] = []
+    again, again_grads = outcome(halfbyte.optimize(model, kept_activations="none", say=said.append))
+    assert torch.equal(again, logits) and all(torch.equal(again_grads[name], grads[name]) for name in grads)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(ModelError, match="one backward pass"):
+        loss.backward()
+
+
+@needs_library
+def test_a_prepared_script_runs_in_its_compute_type(checkpoint: Path):
+    """As the same script without `prepare_model_for_kbit_training`; with a head that is trained whole, fp32 stays."""
+    exact, _ = outcome(adapted(checkpoint, torch.float32).train())
+    unprepared, _ = outcome(adapted(checkpoint, torch.bfloat16).train())
+    prepared = halfbyte.optimize(adapted(checkpoint, torch.bfloat16, prepare=True).train(), say=lambda line: None)
+    found, _ = outcome(prepared)
+    assert difference(found, exact) < 1.2 * difference(unprepared, exact) + 2**-9
+    whole = adapted(checkpoint, torch.bfloat16, prepare=True, modules_to_save=["lm_head"]).train()
+    outcome(halfbyte.optimize(whole, say=lambda line: None))
 
 
 @needs_library

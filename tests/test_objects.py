@@ -78,6 +78,8 @@ def test_every_setting_is_taken_or_refused():
     found = options_of((args,), ())
     assert (found["warmup_ratio"], found["lr_scheduler_type"], found["optim"]) == (0.1, "cosine", "adamw_torch")
     assert "save_steps" not in found and found["max_steps"] == 7
+    found = options_of((sft(max_length=None, lr_scheduler_type="constant", warmup_steps=9),), ())
+    assert found["max_length"] > 10**6 and (found["warmup_steps"], found["warmup_ratio"]) == (0, 0.0)
     for things, what in (
         ((peft.LoraConfig(target_modules="all-linear", bias="all"),), "bias"),
         ((peft.LoraConfig(target_modules="all-linear", init_lora_weights="pissa"),), "pissa"),
@@ -86,6 +88,9 @@ def test_every_setting_is_taken_or_refused():
         ((sft(optim="sgd"),), "sgd"),
         ((four_bit(llm_int8_skip_modules=["q_proj"]),), "q_proj"),
         ((peft.LoHaConfig(),), "LoHaConfig"),
+        ((peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"),), "SEQ_CLS"),
+        ((trl.RewardConfig("out", use_cpu=True, report_to=[]),), "RewardConfig"),
+        ((sft(model_init_kwargs={"revision": "x"}),), "model_init_kwargs"),
         (("a", "b", "c"), "one name too many"),
     ):
         with pytest.raises(UsageError) as caught:
@@ -104,5 +109,10 @@ def test_plan_train_and_load_take_them(stories: Path, tmp_path: Path):
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
     run = halfbyte.train(stories, rows, four_bit(), lora, args, num_samples=0)
     assert (run.config().lora_r, run.config().dtype, run.config().bnb_4bit_use_double_quant) == (2, "bfloat16", False)
+    ours = TrainConfig(model=str(stories), data="", max_length=256)
+    assert halfbyte.plan(ours).fits and not halfbyte.plan(ours, fit_to="1MiB").fits
+    assert config_of(TrainConfig, (ours, lora), {"max_steps": 3}).lora_r == 2
+    with pytest.raises(UsageError, match="BitsAndBytesConfig"):
+        halfbyte.load(stories, lora)
     model, _ = halfbyte.load(stories, four_bit(bnb_4bit_quant_type="fp4"))
     assert model.model.layers[0].mlp.up_proj.weight.quant_type == "fp4"

@@ -52,6 +52,14 @@ def test_from_pretrained_holds_our_bytes_and_writes_bitsandbytes(checkpoint: Pat
         expected = theirs.train()(input_ids=ids).logits.float()
         found = model(input_ids=ids).logits.float()
     assert float((found - expected).norm() / expected.norm()) < 0.02
+    seen: list[torch.dtype] = []
+    wide = halfbyte.BitsAndBytesConfig(bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch.float32)
+    in_fp32: Any = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=wide, dtype=torch.bfloat16)
+    honest = nf4.ops.linear_4bit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nf4.ops, "linear_4bit", lambda x, *rest: (seen.append(x.dtype), honest(x, *rest))[1])
+        assert in_fp32(input_ids=ids).logits.dtype == torch.bfloat16
+    assert set(seen) == {torch.float32}, "the type that is asked for computes"
     with pytest.raises(ValueError, match="4bit"):
         halfbyte.BitsAndBytesConfig(load_in_8bit=True, load_in_4bit=False)
     with pytest.raises(ValueError, match="nf4-article"):

@@ -1,6 +1,8 @@
 """Rows of a training in trackers: TensorBoard's files read back by TensorBoard; the others by stand-ins of theirs."""
 
 import json
+import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 
 import halfbyte
-from halfbyte.errors import UsageError
+from halfbyte.errors import Interrupted, UsageError
+from halfbyte.trackers import Trackers
 from halfbyte.train import Reporter
 
 
@@ -76,7 +79,7 @@ def test_wandb_and_trackio_get_the_rows(stories: Path, tmp_path: Path, monkeypat
     run = train(stories, tmp_path, report_to="wandb, trackio")
     for stand in stands.values():
         assert stand.asked[0][0] == "init" and stand.asked[-1][0] == "finish"
-        assert stand.asked[0][1]["name"] == "run" and stand.asked[0][1]["config"]["lora_r"] == 16
+        assert stand.asked[0][1]["name"].startswith("run-") and stand.asked[0][1]["config"]["lora_r"] == 16
         logged = {step: numbers for what, (step, numbers) in stand.asked[1:-1] if "train/loss" in numbers}
         assert {step: numbers["train/loss"] for step, numbers in logged.items()} == {
             row["step"]: row["loss"] for row in run.read("metrics.jsonl")
@@ -91,6 +94,29 @@ def test_a_tracker_that_fails_does_not_fail_the_training(
     run = train(stories, tmp_path, Reporter(say=said.append), report_to="wandb")
     assert len(run.read("metrics.jsonl")) == 4
     assert sum("no server" in line and "goes on without it" in line for line in said) == 1
+
+
+def test_a_resumed_run_is_the_same_one_there(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also when a signal comes while a tracker is at work."""
+    stand = Stand()
+    monkeypatch.setitem(sys.modules, "wandb", stand.module("wandb"))
+
+    def stop(row: dict[str, Any], total: int) -> None:
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(stories, tmp_path, Reporter(on_step=stop), report_to="wandb")
+    train(stories, tmp_path, report_to="wandb", resume_from_checkpoint="auto")
+    first, second = (settings for what, settings in stand.asked if what == "init")
+    assert first["id"] == second["id"] and second["resume"] == "allow"
+    trackers = Trackers([], tmp_path, lambda line: None)
+
+    def interrupted() -> None:
+        raise Interrupted("now", signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        trackers._guarded("wandb", interrupted)
 
 
 def test_what_is_not_there_is_known_at_once(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

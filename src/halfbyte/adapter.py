@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
+from .errors import ModelError, UsageError
 from .hub import Entry, read_header, read_json, read_tensor, write_json, write_safetensors
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
 from .saved import save_modules, saved_modules
@@ -32,6 +32,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         found[name] = p.detach().cpu().clone() if id(p) in seen else p.detach().cpu()
         seen.add(id(p))
     return found
+
+
+def adapter_bytes(model: nn.Module) -> int:
+    """Of what `adapter_tensors` gives."""
+    return sum(p.nbytes for p in _parameters(model).values())
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -127,7 +132,10 @@ def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any
             expected="linear layers of the base model it was trained on",
         )
     attach_lora(model, adapter, names, seed=seed)
-    save_modules(model, config.get("modules_to_save") or [], keep_originals=True)
+    try:
+        save_modules(model, config.get("modules_to_save") or [], keep_originals=True)
+    except UsageError as error:
+        raise ModelError(f"the adapter in {directory} does not fit this model", found=error.what) from error
     restore_adapter(model, entries, directory / WEIGHTS)
     return config
 
@@ -147,15 +155,37 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]
     if used:
         raise ModelError(f"the adapter in {directory} uses {', '.join(used)}, which is not supported here")
     adapter = AdapterConfig(
-        config["r"],
-        config["lora_alpha"],
-        config.get("lora_dropout", 0.0),
+        config.get("r", 8),
+        config.get("lora_alpha", 8),
+        config.get("lora_dropout") or 0.0,
         bool(config.get("use_rslora")),
         config.get("rank_pattern") or {},
         config.get("alpha_pattern") or {},
         bool(config.get("use_dora")),
     )
+    _check_numbers(adapter, directory / CONFIG)
     return config, adapter
+
+
+def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
+    """Raise ModelError, naming the key, if a number of an adapter is none that PEFT writes."""
+    wrong = {}
+    for name, value in (("r", adapter.r), ("lora_alpha", adapter.alpha)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            wrong[name] = value
+    if not isinstance(adapter.dropout, int | float) or not 0 <= adapter.dropout < 1:
+        wrong["lora_dropout"] = adapter.dropout
+    for name, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else [(str(patterns), 0)]:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError):
+                value = 0
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                wrong[f"{name}[{pattern!r}]"] = value
+    if wrong:
+        found = ", ".join(f"{name} = {value!r}"[:100] for name, value in wrong.items())
+        raise ModelError(f"{file} has values that are not taken", found=found, expected="whole numbers from 1 on")
 
 
 def adapted_names(entries: dict[str, Entry]) -> list[str]:

@@ -50,13 +50,13 @@ def _metadata(info: dict[str, Any], library: str) -> str:
     name, c = info["base"]["name"], info["config"]
     tags = ["halfbyte", *(["full-fine-tuning"] if c["full"] else ["lora"]), *(["qlora"] if c["load_in_4bit"] else [])]
     lines = ["---"]
-    if _is_public(name):
+    if is_public(name):
         lines.append(f"base_model: {json.dumps(name)}")
     lines += [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}", "---"]
     return "\n".join(lines)
 
 
-def _is_public(name: str) -> bool:
+def is_public(name: str) -> bool:
     """Whether a name is a Hub id; a path means nothing elsewhere, and is nobody's business."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
 
@@ -68,11 +68,11 @@ def _name(info: dict[str, Any]) -> str:
 
 def _name_of(name: str) -> str:
     """A Hub id, or the last part of a path."""
-    return name if _is_public(name) else Path(name).name
+    return name if is_public(name) else Path(name).name
 
 
 def _load_adapter(info: dict[str, Any]) -> str:
-    base = info["base"]["name"] if _is_public(info["base"]["name"]) else "path/to/the/base"
+    base = info["base"]["name"] if is_public(info["base"]["name"]) else "path/to/the/base"
     held = (
         "The adapter corrected its base as it is in 4 bits: load that (`quantization_config`, or halfbyte on the run) "
         "for exactly\nthe model that was trained. "
@@ -119,14 +119,16 @@ def _training(run: Run, info: dict[str, Any]) -> str:
     ]
     if not c["full"]:
         adapter = f"r {c['lora_r']}, alpha {c['lora_alpha']}, dropout {c['lora_dropout']:g}, {c['target_modules']}"
-        adapter += ", DoRA" if c.get("use_dora") else ", rsLoRA" if c["use_rslora"] else ""
+        adapter += (", DoRA" if c.get("use_dora") else "") + (", rsLoRA" if c["use_rslora"] else "")
         adapter += f", trained whole: {c['modules_to_save']}" if c.get("modules_to_save") else ""
         adapter += f", begun with {_name_of(c['adapter_name_or_path'])}" if c.get("adapter_name_or_path") else ""
         for name in ("rank_pattern", "alpha_pattern"):
             adapter += f", {name} {json.dumps(c[name])}" if c.get(name) else ""
         rows.insert(0, ("adapter", adapter))
     for change in info.get("changes", []):
-        rows.append((f"changed at step {change['step']}", change["change"]))
+        key = change["change"].partition(":")[0]
+        line = f"{key}: another path" if key in ("adapter_name_or_path", "chat_template") else change["change"]
+        rows.append((f"changed at step {change['step']}", line))
     return "## Training\n\n" + _table(["", ""], rows)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
-from .adapter import WEIGHTS, restore_adapter, save_adapter
+from .adapter import WEIGHTS, adapter_bytes, restore_adapter, save_adapter
 from .errors import HalfbyteError, ModelError, StorageError, UsageError
 from .hub import json_bytes, read_header, read_json, read_tensor, sha256_file, sync, write_json, write_safetensors
 from .lora import lora_layers
@@ -172,7 +172,7 @@ def newest(directory: Path) -> tuple[Found | None, list[str]]:
 
 def bytes_needed(model: Any, optimizer: torch.optim.Optimizer) -> int:
     """What one checkpoint takes on disk (64 KiB of names and numbers on top)."""
-    trained = sum(t.nbytes for t in trained_tensors(model).values())
+    trained = adapter_bytes(model) or sum(t.nbytes for t in trained_tensors(model).values())
     return trained + (state_bytes(optimizer) or 2 * trained) + (1 << 16)
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from . import hub, nf4
-from .adapter import CONFIG
+from .adapter import CONFIG, WEIGHTS
 from .architecture import Progress, no_progress
 from .config import ModelOptions
 from .errors import ModelError, StorageError, UsageError
-from .load import refuse_other_base
+from .load import load_base, refuse_other_base
 from .merge import merge
 from .quantized import quantize
-from .run import Run
+from .run import ADAPTER_FACTS, Run
 
 FORMS = ("peft", "hf", "bnb-4bit")
 
@@ -54,13 +54,14 @@ def export(
         raise UsageError("a full fine-tuning has no adapter", ways_out=[f"its model is in {source.adapter}"])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
-    if to == "hf":
+    if to == "hf" and not source.config().full:
         receipt = merge(source.path, target, progress=progress, say=say)
         return {"to": to, "output_dir": str(target), **receipt.as_dict()}
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         hub.check_writable(building)
-        facts = _adapter(source, building) if to == "peft" else _base_and_adapter(source, building, target, progress)
+        whole = to != "bnb-4bit"  # the adapter, or what a full fine-tuning has in its place: the model
+        facts = _result(source, building) if whole else _base_and_adapter(source, building, progress)
         hub.sync(building)
         building.replace(target)
     except OSError as error:
@@ -70,15 +71,16 @@ def export(
     return {"to": to, "output_dir": str(target), **facts}
 
 
-def _adapter(source: Run, target: Path) -> dict[str, Any]:
-    if not (source.adapter / CONFIG).is_file():
-        raise ModelError(f"{source.path} has no adapter yet", ways_out=["finish the training"])
+def _result(source: Run, target: Path) -> dict[str, Any]:
+    if not source.adapter.is_dir():
+        raise ModelError(f"{source.path} has no result yet", ways_out=["finish the training"])
     shutil.copytree(source.adapter, target, dirs_exist_ok=True)
     return {"bytes": sum(file.stat().st_size for file in target.iterdir())}
 
 
-def _base_and_adapter(source: Run, target: Path, final: Path, progress: Progress) -> dict[str, Any]:
-    """The base in its 4 bits, and in ``adapter/`` the adapter, which names it.
+def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str, Any]:
+    """The base in its 4 bits, with the tokenizer and the card of the run; and in ``adapter/`` the adapter, which names
+    the directory above it.
 
     (In one directory transformers would take the adapter's file for the model's own.)
     """
@@ -88,12 +90,17 @@ def _base_and_adapter(source: Run, target: Path, final: Path, progress: Progress
     options = ModelOptions(**config.holding())
     base = hub.resolve(info["base"]["path"], config.revision)
     if nf4.quantized_names(set(hub.Checkpoint(base).entries)):
-        shutil.copytree(base, target, dirs_exist_ok=True)
-        digest = info["base"]["digest"]
+        for file in {file for pattern in hub.HUB_PATTERNS for file in base.glob(pattern)}:
+            shutil.copyfile(file, target / file.name)
     else:
-        digest = quantize(base, options, target, progress).digest
+        quantize(base, options, target, progress)
+    options.weight_streaming = "never"
+    digest = load_base(target, options, progress)[1].digest
     refuse_other_base(digest, info["base"]["digest"], info["base"]["path"])
-    facts = _adapter(source, target / "adapter")
+    facts = _result(source, target / "adapter")
     described = hub.read_json(target / "adapter" / CONFIG)
-    hub.write_json(target / "adapter" / CONFIG, {**described, "base_model_name_or_path": str(final)})
+    hub.write_json(target / "adapter" / CONFIG, {**described, "base_model_name_or_path": ".."})
+    for file in (target / "adapter").iterdir():
+        if file.name not in (CONFIG, WEIGHTS, ADAPTER_FACTS):
+            shutil.copyfile(file, target / file.name)
     return {**facts, "digest": digest}

@@ -425,6 +425,8 @@ _classes: dict[tuple[type, type], type] = {}
 def become(module: nn.Module, kind: type, name: str | None = None) -> None:
     """Make a module, in place, of a class that is ``kind`` before what it was; called ``name``, or as it was."""
     own = type(module)
+    if issubclass(own, kind):
+        return
     key = (kind, own)
     if key not in _classes:
         _classes[key] = type(name or own.__name__, (kind, own), {"__module__": own.__module__})

@@ -11,6 +11,7 @@ layer that is run again draws the same.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -93,8 +94,8 @@ def _exactly() -> Any:
 class _Lora(nn.Module):
     """PEFT's LoRA layer with one ordinary adapter, both branches at once (`lora.lora_linear`)."""
 
-    kept_dtype: torch.dtype | None
-    """The type the adapter had, which trainers may have changed since (TRL rounds adapters to bf16)."""
+    kept_dtypes: dict[str, torch.dtype]
+    """The types that adapters had, which trainers may have changed since (TRL rounds adapters to bf16)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own: Any = self
@@ -103,13 +104,19 @@ class _Lora(nn.Module):
         if name is None or weight is None:
             return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         a, b = own.lora_A[name].weight, own.lora_B[name].weight
-        if a.dtype != self.kept_dtype and self.kept_dtype is not None and a.requires_grad:
+        kept = self.kept_dtypes.get(name, a.dtype)
+        if a.dtype != kept and a.requires_grad:
             for p in (a, b):
-                p.data = p.data.to(self.kept_dtype)
+                p.data = p.data.to(kept)
         bias = None if base.bias is None else base.bias.to(dtype)
         with _exactly():
             y = lora_linear(x.to(dtype), weight, bias, a, b, own.scaling[name], self._dropout(own.lora_dropout[name]))
         return y.to(x.dtype) if isinstance(weight, NF4Tensor) else y
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether nothing but this layer's product is its output."""
+        return self._ordinary((), {}) is not None
 
     def _ordinary(self, args: Any, kwargs: Any) -> str | None:
         """The one adapter to compute with, if there is nothing else to it."""
@@ -159,7 +166,16 @@ class _Checkpointed(nn.Module):
         """Whatever a trainer would have run the layer by is not needed."""
 
     def _run(self, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
-        return self.again(self.number, function, hidden, *others)
+        # what was found out about the layer's last product holds for modules that only do what they did then
+        plain = all(not m._forward_hooks and _is_plain(m) for m in self.modules())
+        return self.again(self.number, plain, function, hidden, *others)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's output is no more than it was when its layer was tried."""
+    if isinstance(module, _Lora):
+        return module.is_ordinary
+    return not (type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"))
 
 
 class _Again:
@@ -167,11 +183,16 @@ class _Again:
 
     def __init__(self, run: Recompute, keep: str, bytes_per_token: int) -> None:
         self.run, self.keep, self.bytes_per_token = run, keep, bytes_per_token
+        self.skips = run.skip_last
         self.now: Keep = "none"
+        run.fill = math.nan  # if a result that is skipped did matter, it would show
 
-    def __call__(self, number: int, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+    def __call__(
+        self, number: int, plain: bool, function: Callable[..., Tensor], hidden: Tensor, *others: Any
+    ) -> Tensor:
         if number == 0:
             self.now = self._choose(hidden)
+        self.run.skip_last = self.skips and plain
         return self.run.run(self.now, function, hidden, *others)
 
     def _choose(self, hidden: Tensor) -> Keep:
@@ -187,13 +208,20 @@ def _checkpoint(inner: Any, keep: str) -> str:
     """Have checkpointed layers run by `recompute`; a line for people."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
-    before = [(layer.gradient_checkpointing, layer.__dict__.get("_gradient_checkpointing_func")) for layer in layers]
+    layers: list[Any] = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if layers and isinstance(layers[0], _Checkpointed):  # optimized before
+        layers[0].again.keep = keep
+        return ""
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [(m, {name: m.__dict__[name] for name in names if name in m.__dict__}) for m in inner.modules()]
+    hooked = hasattr(inner, "_require_grads_hook") or hasattr(inner, "_require_grads_hooks")
     line, run = checkpoint_layers(inner, "none", packing=False, surroundings=True)
-    for layer, (on, function) in zip(layers, before, strict=True):
-        layer.gradient_checkpointing = on
-        if function is not None:
-            object.__setattr__(layer, "_gradient_checkpointing_func", function)
+    for module, values in before:
+        for name in names:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(values)
+    if hooked:
+        inner.enable_input_require_grads()
     if run is None:
         return line
     outputs = sum(_output_widths(layers))
@@ -235,7 +263,9 @@ def optimize(
     Call it after ``get_peft_model``, before a trainer is made. 4-bit layers of bitsandbytes (or of ours), LoRA layers,
     dropout, norms, MLPs and rotary embeddings compute with this package's operations; results and gradients are the
     same up to rounding in the compute dtype, dropout masks are others. Frozen parameters that
-    ``prepare_model_for_kbit_training`` raised to fp32 go back to the compute dtype where that changes no value.
+    ``prepare_model_for_kbit_training`` raised to fp32 go back to the compute dtype where that changes no value; hidden
+    states and logits are then in that type, too, as in a model that was never prepared. Where checkpointing is on, a
+    backward pass runs once (no ``retain_graph``).
     Adapters stay in the type they have now. PEFT, TRL, merging and saving go on as before.
 
     Args:
@@ -266,12 +296,13 @@ def optimize(
         inner.set_attn_implementation(attention.CAUSAL)
     if getattr(inner, "loss_function", None) is LOSS_MAPPING["ForCausalLM"]:
         inner.loss_function = causal_lm_loss
-    training = inner.training
+    modes = [(module, module.training) for module in inner.modules()]
     inner.eval()
     fused = fuse.fuse(inner)
     inner.train()
     line = _checkpoint(inner, kept_activations) if any(p.requires_grad for p in inner.parameters()) else ""
-    inner.train(training)
+    for module, training in modes:
+        module.training = training
     say(f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused.line()}")
     for what, count in done.left.items():
         say(f"left as they are: {count} {what}")
@@ -297,8 +328,7 @@ def _replace_layers(inner: Any) -> _Done:
                     done.left.get("LoRA layers of other kinds (DoRA, ...)", 0) + 1
                 )
             fuse.become(module, _Lora)
-            types = {module.lora_A[name].weight.dtype for name in plain}
-            module.kept_dtype = types.pop() if len(types) == 1 else None
+            module.kept_dtypes = {name: module.lora_A[name].weight.dtype for name in plain}
             done.lora += bool(plain)
         elif kind == "bitsandbytes":
             done.packed += _unpack(module)
@@ -354,7 +384,10 @@ def _undo_upcasts(inner: Any) -> int:
         if not any(part in name for part in stays)
     ]
     # all or none: where two types meet without autocast, PyTorch refuses
-    if not all(_survives(p.data, dtype) for p in wide):
+    trained_wide = any(
+        p.dtype == torch.float32 and p.requires_grad and "lora_" not in name for name, p in inner.named_parameters()
+    )
+    if trained_wide or not all(_survives(p.data, dtype) for p in wide):
         return 0
     for p in wide:
         p.data = p.data.to(dtype)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
-from .adapter import WEIGHTS, restore_adapter
 from .batches import MicroBatch
 from .config import TrainConfig
 from .errors import ModelError, UsageError
 from .fuse import tile_mlps
-from .hub import read_header
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
 from .loss import output_head, sequence_loss
 from .memory import counted_as, hold_gradients
@@ -97,9 +95,6 @@ class Learner:
                     f"rank_pattern or alpha_pattern has {pattern!r}, which matches no adapted layer",
                     expected=f"the end of a path such as {names[0]}",
                 )
-        if c.adapter_name_or_path and not next(self.model.parameters()).is_meta:
-            file = Path(c.adapter_name_or_path) / WEIGHTS
-            restore_adapter(self.model, read_header(file), file)
         first = self.model.get_submodule(names[0])
         assert isinstance(first, LoraLinear)
         return first.clock

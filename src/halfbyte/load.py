@@ -142,7 +142,10 @@ def load(model_or_run: str | Path, *objects: Any, progress: Progress = no_progre
     Raises:
         ModelError, UsageError: as `load_base` and `lora.load_adapter`.
     """
-    changes = {**options_of(objects, ()), **changes}
+    given = options_of(objects, ())
+    if unfit := sorted(given.keys() - ModelOptions.model_fields.keys()):
+        raise UsageError("only a BitsAndBytesConfig says how a model is held", found=f"{', '.join(unfit[:5])}, ...")
+    changes = {**given, **changes}
     if not is_run(model_or_run):
         path = hub.resolve(str(model_or_run), changes.get("revision"))
         model, _ = load_base(path, ModelOptions(**changes), progress)
@@ -157,7 +160,8 @@ def load(model_or_run: str | Path, *objects: Any, progress: Progress = no_progre
     else:
         model, report = load_base(hub.resolve(info["base"]["path"], options.revision), options, progress)
         if options.held_as(trained) and not changes.get("allow_other_base"):
-            refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"])
+            way = "allow_other_base, where this is an option"
+            refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"], way)
         load_adapter(model, run.adapter)
         model.eval()
     return model, run_tokenizer(run)
@@ -171,7 +175,8 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
     """
     if config.adapter_name_or_path is None:
         return config
-    path = hub.resolve_adapter(config.adapter_name_or_path)
+    given = config.adapter_name_or_path
+    path = hub.resolve_adapter(given)
     raw, adapter = read_adapter_config(path)
     names = adapted_names(hub.read_header(path / WEIGHTS))
     wanted = {
@@ -183,16 +188,28 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
         "use_dora": adapter.use_dora,
         "modules_to_save": ",".join(raw.get("modules_to_save") or ()),
     }
+    model = build_empty(read_config(base))
+    wanted["target_modules"] = _selecting(model, names)
     for name, value in wanted.items():
-        if name in config.model_fields_set and getattr(config, name) != value:
+        if name in config.model_fields_set and not _is_same(name, getattr(config, name), value, model):
             raise UsageError(
                 f"the adapter in {path} has {name} {value!r}, and {getattr(config, name)!r} was asked for",
                 ways_out=[f"without --{name}: the adapter's own is taken"],
             )
     if "lora_dropout" not in config.model_fields_set:
         wanted["lora_dropout"] = adapter.dropout
-    wanted["target_modules"] = _selecting(build_empty(read_config(base)), names)
-    return config.model_copy(update={**wanted, "adapter_name_or_path": str(path)})
+    there = Path(given).expanduser()
+    wanted["adapter_name_or_path"] = str(there.resolve()) if there.exists() else given
+    return config.model_copy(update=wanted)
+
+
+def _is_same(name: str, asked: Any, value: Any, model: Any) -> bool:
+    """Whether an option asks for what an adapter has."""
+    if name == "target_modules":
+        return set(target_names(model, asked)) == set(target_names(model, value))
+    if name == "modules_to_save":
+        return {part.strip() for part in asked.split(",")} == set(value.split(","))
+    return asked == value
 
 
 def _selecting(model: Any, names: list[str]) -> str:
@@ -212,7 +229,8 @@ def refuse_foreign_adapter(path: Path, digest: str, base: str) -> None:
     """Raise ModelError if an adapter says that it was trained on another base than the one of this digest."""
     facts = path / ADAPTER_FACTS
     if facts.is_file():
-        refuse_other_base(digest, hub.read_json(facts).get("base_digest", digest), base)
+        before = hub.read_json(facts).get("base_digest", digest)
+        refuse_other_base(digest, before, base, "--allow_other_base true")
 
 
 def run_tokenizer(run: Run) -> Any:
@@ -231,8 +249,9 @@ def run_tokenizer(run: Run) -> Any:
     return tokenizer
 
 
-def refuse_other_base(found: str, expected: str, path: str) -> None:
-    """Raise ModelError if the base is not the one an adapter was trained on."""
+def refuse_other_base(found: str, expected: str, path: str, allow: str = "") -> None:
+    """Raise ModelError if the base is not the one an adapter was trained on. allow: how the caller is told that it is
+    as good, if it can be."""
     if found != expected:
         raise ModelError(
             f"the base in {path} is not the one this adapter was trained on: its weights have changed since",
@@ -241,6 +260,6 @@ def refuse_other_base(found: str, expected: str, path: str) -> None:
             ways_out=[
                 "bring back the base of the training",
                 "or train again on this one",
-                "or --allow_other_base true, if you know that it is as good",
+                *([f"or {allow}, if you know that it is as good"] if allow else []),
             ],
         )

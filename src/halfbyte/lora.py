@@ -164,7 +164,8 @@ class LoraLinear(nn.Linear):
         """`norms`, computed once as long as nothing is trained."""
         versions = (self.lora_A._version, self.lora_B._version)
         if self._norms is None or self._norms[0] != versions:
-            self._norms = (versions, self.norms())
+            with torch.inference_mode(False):  # what is kept has to serve training, too
+                self._norms = (versions, self.norms())
         return self._norms[1]
 
     def train(self, mode: bool = True) -> "LoraLinear":

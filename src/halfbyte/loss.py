@@ -96,6 +96,8 @@ def sequence_loss(
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
     embedding = model.get_output_embeddings().weight
     rows = chunk_rows(embedding.shape[0], device_type(embedding))
+    if parameters:  # each chunk makes a gradient of the whole head
+        rows *= 8
     return supervised_loss(hidden, labels, head, parameters, rows)
 
 

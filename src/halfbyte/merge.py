@@ -38,7 +38,7 @@ from .lora import LoraLinear, lora_layers
 from .nf4 import NF4Tensor
 from .quantized import quantize
 from .run import ADAPTER_FACTS, Run
-from .saved import SavedModule
+from .saved import trained_whole
 
 FP32_LIMIT = 3_000_000_000
 """Models up to this many parameters are compared in fp32 arithmetic, larger ones in the run's compute dtype."""
@@ -314,13 +314,16 @@ def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) 
 
 def _merged(checkpoint: hub.Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool) -> Tensor:
     """One tensor of the merged model, in the dtype it has on disk."""
+    if (whole := trained_whole(model).get(path)) is not None:
+        return whole.detach().to("cpu", checkpoint.entries[name].dtype)
     module_name, _, attribute = path.rpartition(".")
-    module = model.get_submodule(module_name)
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:  # older checkpoints hold buffers that models compute today
+        return checkpoint.read(name)
     weight = module.weight if attribute == "weight" else None
     kept = nf4.read_stored(checkpoint, name) if stored else None
     dtype = checkpoint.entries[name].dtype if kept is None else kept.dtype
-    if isinstance(module, SavedModule):
-        return module.trained()[attribute].detach().to("cpu", dtype)
     rounded = weight if isinstance(weight, NF4Tensor) and onto == "trained" else kept
     adapted = module if isinstance(module, LoraLinear) and attribute == "weight" else None
     if adapted is None and rounded is None:

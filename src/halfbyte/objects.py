@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from .config import OptionsT, build
+from .config import Options, OptionsT, build
 from .errors import UsageError
 
 _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
@@ -17,6 +17,7 @@ _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "LoraConfig": {
         "bias": ("none",),
         "init_lora_weights": (True,),
+        "task_type": (None, "CAUSAL_LM"),
         "fan_in_fan_out": (False,),
         **dict.fromkeys(
             (
@@ -41,10 +42,15 @@ _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
             ("neftune_noise_alpha", "lr_scheduler_kwargs", "optim_args", "optim_target_modules", "data_seed"),
             (None, {}, ""),
         ),
-        **dict.fromkeys(("deepspeed", "fsdp", "eos_token", "chat_template_path"), (None, [], "", False)),
+        **dict.fromkeys(
+            ("deepspeed", "fsdp", "eos_token", "chat_template_path", "model_init_kwargs"), (None, [], {}, "", False)
+        ),
     },
 }
 """Settings that would change what is trained and have no counterpart here: the values that change nothing."""
+
+WHOLE_ROWS = 1 << 30
+"""Longer than any model's context, to which rows are cut in any case."""
 
 _SAME = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -81,7 +87,10 @@ def options_of(things: tuple[Any, ...], names: tuple[str, ...] = ("model", "data
                 raise UsageError(f"{thing!r} is one name too many", expected=", ".join(names) or "none")
             options[left.pop(0)] = str(thing)
             continue
-        kind = next((name for name in _NEUTRAL if any(c.__name__ == name for c in type(thing).__mro__)), None)
+        classes = [c.__name__ for c in type(thing).__mro__]
+        kind = next((name for name in _NEUTRAL if name in classes), None)
+        if kind == "TrainingArguments" and classes[0] != kind and "SFTConfig" not in classes:
+            kind = None  # of a trainer for something else
         if kind is None:
             raise UsageError(f"a {type(thing).__name__} says nothing here", expected=", ".join(_NEUTRAL))
         _refuse_unknown(kind, thing)
@@ -93,10 +102,14 @@ def options_of(things: tuple[Any, ...], names: tuple[str, ...] = ("model", "data
 
 def config_of(cls: type[OptionsT], things: tuple[Any, ...], options: dict[str, Any]) -> OptionsT:
     """A configuration: one that is given as it is, or one of positional arguments and options by name."""
-    if len(things) == 1 and isinstance(things[0], cls) and not options:
-        return things[0]
-    given = options_of(tuple(thing for thing in things if thing is not None))
-    return build(cls, {**given, **options})
+    ours = [thing for thing in things if isinstance(thing, Options)]
+    others = tuple(thing for thing in things if thing is not None and not isinstance(thing, Options))
+    if len(ours) == 1 and isinstance(ours[0], cls) and not others and not options:
+        return ours[0]
+    given: dict[str, Any] = {}
+    for thing in ours:
+        given.update(thing.model_dump(exclude_unset=True))
+    return build(cls, {**given, **options_of(others), **options})
 
 
 def _refuse_unknown(kind: str, thing: Any) -> None:
@@ -142,6 +155,8 @@ def _of_lora(thing: Any) -> dict[str, Any]:
 
 def _of_trainer(thing: Any) -> dict[str, Any]:
     found = {name: value for name in _SAME if (value := getattr(thing, name, None)) is not None}
+    if getattr(thing, "max_length", 0) is None:
+        found["max_length"] = WHOLE_ROWS
     if "save_total_limit" in found:
         found["save_total_limit"] = max(2, found["save_total_limit"])
     for name in ("logging_steps", "save_steps"):
@@ -154,6 +169,8 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
             raise UsageError(f"{name} {value} has no counterpart here", expected=", ".join(sorted(set(known.values()))))
         found[name] = known[value]
     warmup = thing.warmup_steps or 0
+    if getattr(thing.lr_scheduler_type, "value", thing.lr_scheduler_type) == "constant":
+        warmup = 0  # transformers' has no warm-up
     ratio = warmup if 0 < warmup < 1 else getattr(thing, "warmup_ratio", None) or 0.0
     found.update(warmup_steps=0 if warmup < 1 else int(warmup), warmup_ratio=ratio)
     reports = getattr(thing, "report_to", None) or []

@@ -844,8 +844,8 @@ def plan(
     Raises:
         HalfbyteError: the model or the data is refused. That it does not fit is no error here: see ``fits``, `check`.
     """
-    given = config[0] if len(config) == 1 and isinstance(config[0], TrainConfig) else None
-    wanted = given or config_of(PlanConfig, config, options)
+    kind = TrainConfig if any(type(thing) is TrainConfig for thing in config) else PlanConfig
+    wanted = config_of(kind, config, options)
     with cpu.using(wanted.kernels) if "kernels" in wanted.model_fields_set else contextlib.nullcontext():
         return _planned(wanted, say, progress)
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from .card import is_public
 from .errors import StorageError, UsageError
+from .hub import json_bytes, read_json
 
 
 def reserve(repo_id: str | None, private: bool) -> str:
@@ -20,8 +22,12 @@ def reserve(repo_id: str | None, private: bool) -> str:
         raise _refused(repo_id, error, "before anything was done", ["without --push_to_hub"]) from error
 
 
+PATHS = {"adapter_config.json": "base_model_name_or_path", "config.json": "_name_or_path"}
+"""Files and their keys that may hold a path of this machine, which means nothing elsewhere."""
+
+
 def publish(directory: Path, repo_id: str, message: str, again: str) -> str:
-    """Upload a directory's files; the address of the commit.
+    """Upload a directory's files; the address of the commit. Paths of this machine are left out of them.
 
     Args:
         again: the command that would do it again.
@@ -30,12 +36,27 @@ def publish(directory: Path, repo_id: str, message: str, again: str) -> str:
         StorageError: it failed; the directory is as it was.
     """
     try:
-        found: Any = _api().upload_folder(
-            repo_id=repo_id, folder_path=directory, commit_message=message, ignore_patterns=[".*"]
-        )
+        found: Any = _api().create_commit(repo_id, operations=_operations(directory), commit_message=message)
         return str(found.commit_url)
     except Exception as error:
         raise _refused(repo_id, error, f"{directory} is complete on this machine", [again]) from error
+
+
+def _operations(directory: Path) -> list[Any]:
+    from huggingface_hub import CommitOperationAdd
+
+    found = []
+    for file in sorted(directory.rglob("*")):
+        place = file.relative_to(directory)
+        if file.is_file() and not any(part.startswith(".") for part in place.parts):
+            content: Any = file
+            if (key := PATHS.get(file.name)) is not None:
+                described = read_json(file)
+                named = str(described.get(key) or "")
+                if key in described and named != ".." and not is_public(named):
+                    content = json_bytes({**described, key: Path(named).name or None})
+            found.append(CommitOperationAdd(place.as_posix(), content))
+    return found
 
 
 def _api() -> Any:

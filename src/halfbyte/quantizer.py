@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -61,7 +62,18 @@ class BitsAndBytesConfig(_Config):
 
 class Params4bit(NF4Tensor):
     """An `NF4Tensor` under the name of bitsandbytes' parameter, by which PEFT leaves a weight as it is when it raises
-    all others to fp32."""
+    all others to fp32. It computes in its own type, ``bnb_4bit_compute_dtype``, whatever that of the input is."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            x, weight, bias = given["input"], given["weight"], given.get("bias")
+            if isinstance(weight, NF4Tensor) and x.dtype != weight.dtype:
+                bias = None if bias is None else bias.to(weight.dtype)
+                return nf4.four_bit_linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _parameter(tensor: NF4Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -82,7 +94,7 @@ class _Quantize(_Operation):
             made = nf4.quantize(
                 value, double_quant=settings.bnb_4bit_use_double_quant, quant_type=settings.bnb_4bit_quant_type
             )
-            result[name] = _parameter(made, self.quantizer.dtype or value.dtype)
+            result[name] = _parameter(made, settings.bnb_4bit_compute_dtype or value.dtype)
             _is_there(model, name)
         return result
 
@@ -102,7 +114,8 @@ class _Deserialize(_Operation):
         stored = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         tensor = nf4.from_components("weight", stored)
         _is_there(model, full_layer_name or "")
-        return {"weight": _parameter(tensor, self.quantizer.dtype or tensor.dtype)}
+        dtype = self.quantizer.quantization_config.bnb_4bit_compute_dtype or tensor.dtype
+        return {"weight": _parameter(tensor, dtype)}
 
 
 def _is_there(model: Any, name: str) -> None:
@@ -126,16 +139,11 @@ class FourBitQuantizer(_Quantizer):
 
     def __init__(self, quantization_config: Any, **others: Any) -> None:
         super().__init__(quantization_config, **others)
-        self.dtype: torch.dtype | None = None
         self.names: set[str] = set()
 
     @property
     def quantized_element_size(self) -> float:
         return 0.5
-
-    def update_dtype(self, dtype: Any) -> Any:
-        self.dtype = dtype
-        return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> Any:
         # by transformers' own rule, so that bitsandbytes holds the same layers when it reads what is written

@@ -246,6 +246,10 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if ctx.input is None:
+            raise ModelError(
+                "a layer that is run again for its gradients has one backward pass, not two (retain_graph)"
+            )
         hidden = ctx.input.take().detach().requires_grad_(ctx.needs_input_grad[5])
         with torch.enable_grad(), _Playing(ctx.tape), ctx.surroundings:
             out = ctx.function(hidden, *ctx.others)

@@ -26,6 +26,7 @@ class SavedModule(nn.Module):
     called: str
     computes_in: torch.dtype
     originals: dict[str, Tensor] | None
+    cast: dict[str, tuple[int, Tensor]]
     off: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,7 +37,7 @@ class SavedModule(nn.Module):
             return own.forward(*args, **kwargs)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return dict(self.named_parameters())
+        return dict(self.named_parameters(remove_duplicate=False))
 
     @contextlib.contextmanager
     def _parameters_as_given(self) -> Iterator[None]:
@@ -50,12 +51,24 @@ class SavedModule(nn.Module):
                 place, _, name = path.rpartition(".")
                 module = self.get_submodule(place)
                 # an attribute is found before a parameter of its name
-                module.__dict__[name] = value if value.dtype == self.computes_in else value.to(self.computes_in)
+                module.__dict__[name] = self._cast(path, value)
                 shadowed.append((module, name))
             yield
         finally:
             for module, name in shadowed:
                 del module.__dict__[name]
+
+    def _cast(self, path: str, value: Tensor) -> Tensor:
+        """A parameter in the type to compute in; at rest it is cast once."""
+        if value.dtype == self.computes_in:
+            return value
+        if self.training or torch.is_grad_enabled():
+            self.cast.pop(path, None)
+            return value.to(self.computes_in)
+        if path not in self.cast or self.cast[path][0] != value._version:
+            with torch.inference_mode(False):
+                self.cast[path] = (value._version, value.detach().to(self.computes_in))
+        return self.cast[path][1]
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
@@ -63,6 +76,14 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
     for name, module in model.named_modules():
         if isinstance(module, SavedModule):
             yield name, module
+
+
+def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of whole modules, by their paths in the model; tied ones under each."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in saved_modules(model):
+        found.update({f"{path}.{name}": p for name, p in module.trained().items()})
+    return found
 
 
 def save_modules(model: Any, names: list[str], *, keep_originals: bool = False) -> list[str]:
@@ -126,5 +147,5 @@ def _train_whole(
                 inner._parameters[name] = masters[p]
     become(module, SavedModule)
     module.called, module.computes_in = called, dtype  # pyright: ignore[reportArgumentType]
-    object.__setattr__(module, "originals", originals if keep_originals else None)
+    module.__dict__.update(originals=originals if keep_originals else None, cast={})
     module.off = False  # pyright: ignore[reportArgumentType]

@@ -5,24 +5,27 @@ before anything else is done, so that a missing one is known at once. A tracker 
 (a network, a server) is given up with a line, and the training goes on.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import Interrupted, UsageError
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 PROJECT = "halfbyte"
 
 
 def tracker_names(report_to: str) -> list[str]:
-    """The trackers that an option names; "none" and "" are no tracker.
+    """The trackers that an option names; "none" and "" are no tracker, "all" those that are installed.
 
     Raises:
         UsageError: one that is not known.
     """
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    if names == ["all"]:
+        return [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
     if unknown := [name for name in names if name not in PACKAGES]:
         raise UsageError(f"report_to names {unknown[0]!r}", expected=f"none, or some of {', '.join(PACKAGES)}")
     return names
@@ -43,26 +46,29 @@ class Trackers:
         self.modules = {name: _imported(name) for name in names}
         self.open: dict[str, Any] = {}
 
-    def start(self, config: dict[str, Any], step: int) -> None:
-        """Open them; rows from ``step`` on will follow, and what was logged of them by a run before is void."""
+    def start(self, config: dict[str, Any], step: int, identity: str) -> None:
+        """Open them; rows from ``step`` on will follow, and what was logged of them by a run before is void.
+
+        Args:
+            identity: of the run, the same when it is resumed.
+        """
         flat = {
             key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in config.items()
         }
         for name, module in self.modules.items():
-            self._guarded(name, lambda name=name, module=module: self._start(name, module, flat, step))
+            self._guarded(name, lambda name=name, module=module: self._start(name, module, flat, step, identity))
 
-    def _start(self, name: str, module: Any, config: dict[str, Any], step: int) -> None:
+    def _start(self, name: str, module: Any, config: dict[str, Any], step: int, identity: str) -> None:
+        title = f"{self.run.name}-{identity}"
         if name == "tensorboard":
             writer = module.SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1 if step else None)
             writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in config.items()), step)
             self.open[name] = writer
         elif name == "wandb":
-            same = {"id": self.run.name, "resume": "allow"} if step else {}
-            self.open[name] = module.init(project=PROJECT, name=self.run.name, dir=str(self.run), config=config, **same)
+            where = {"dir": str(self.run), "id": identity, "resume": "allow"}
+            self.open[name] = module.init(project=PROJECT, name=title, config=config, **where)
         else:
-            self.open[name] = module.init(
-                project=PROJECT, name=self.run.name, config=config, resume="allow" if step else "never"
-            )
+            self.open[name] = module.init(project=PROJECT, name=title, config=config, resume="allow")
 
     def log(self, row: dict[str, Any], prefix: str = "train") -> None:
         """A row with its ``step``; what is no number is left out."""
@@ -90,6 +96,8 @@ class Trackers:
         """A tracker is not worth a training."""
         try:
             work()
+        except Interrupted:
+            raise
         except Exception as error:
             self.open.pop(name, None)
             self.say(f"{name} failed ({str(error)[:200] or type(error).__name__}): the training goes on without it")
@@ -97,7 +105,7 @@ class Trackers:
 
 def _imported(name: str) -> Any:
     try:
-        return import_module(PACKAGES[name])
+        return importlib.import_module(PACKAGES[name])
     except ImportError as error:
         raise UsageError(
             f"report_to {name} needs the package {name}, which is not installed",

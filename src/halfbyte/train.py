@@ -19,6 +19,7 @@ import signal
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,7 +31,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import attention, checkpoint, hub
-from .adapter import save_adapter
+from .adapter import WEIGHTS, restore_adapter, save_adapter
 from .architecture import Progress, build_empty, choose_device, choose_dtype, no_progress, read_config
 from .batches import MicroBatch, collate
 from .card import CARD, adapter_card
@@ -84,6 +85,11 @@ ONLY_THE_RESULT = (
     "Repeat the command with --resume_from_checkpoint auto to write the adapter"
 )
 LEAST_TILE = 32
+OF_ADAPTER = (
+    *("adapter_name_or_path", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("use_dora", "modules_to_save", "target_modules"),
+)
+"""Options that an adapter decides which a training begins with."""
 MAY_CHANGE_BITS = {"tokens_per_pass", "tokens_per_tile"}
 """Options by which sums are added in another order."""
 Result = TypeVar("Result")
@@ -111,7 +117,9 @@ def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run
     Raises:
         HalfbyteError: with the exit code of the command line.
     """
-    wanted = config_of(TrainConfig, config, options)
+    # the reporter was the second argument once
+    reporter = reporter or next((thing for thing in config if isinstance(thing, Reporter)), None)
+    wanted = config_of(TrainConfig, tuple(thing for thing in config if not isinstance(thing, Reporter)), options)
     if "kernels" in wanted.model_fields_set:
         cpu.use(wanted.kernels)  # the plan and the record are of what will compute
     run = Run(Path(wanted.output_dir).expanduser())
@@ -214,7 +222,11 @@ class Trainer:
         if config.push_to_hub:
             self.repository = reserve(config.hub_model_id, config.hub_private_repo)
         base_path = hub.resolve(config.model, config.revision)
-        config = self.config = begin_with_adapter(config, base_path)
+        if resumed is None:
+            config = self.config = begin_with_adapter(config, base_path)
+        elif config.adapter_name_or_path:  # what the run was begun with need not be there any more
+            before = self.run.config()
+            config = self.config = config.model_copy(update={name: getattr(before, name) for name in OF_ADAPTER})
         # a template that asks for the time sees the run's, so that a resumed run has the same ids
         self.clock = self.run.clock() if resumed else datetime.now()
         self.read_data(base_path)
@@ -235,13 +247,16 @@ class Trainer:
                 if was[name] != (now := getattr(config, name)):
                     changes.append(f"{name}: {was[name]} then, {now} now")
         with self.watch.phase("load", start):
-            report = self.build_model(base_path)
+            report = self.build_model(base_path, begin=resumed is None)
         self.watch.learner = self.learner
         info["base"]["digest"], info["found"] = report.digest, self.found
+        # of the run, for trackers; none of its numbers depends on it
+        earlier = self.run.info() if resumed is not None else {}
+        info["identity"] = earlier.get("identity") or uuid.uuid4().hex[:8]
         if resumed is not None:
             before = checkpoint.read_state(resumed)["base_digest"]
             if "base" not in allowed:
-                refuse_other_base(report.digest, before, str(base_path))
+                refuse_other_base(report.digest, before, str(base_path), "--allow_change base")
             elif before != report.digest:
                 changes.append(f"base: digest {before[:16]} then, {report.digest[:16]} now")
             self.learner.updates = checkpoint.restore(resumed, self.learner.model, self.learner.optimizer)
@@ -264,7 +279,7 @@ class Trainer:
             self.run.append(MEMORY, row)
         self.watch.append = lambda row: self.run.append(MEMORY, row)
         self.done = self.saved = start
-        self.trackers.start(info["config"], start)
+        self.trackers.start(info["config"], start, info["identity"])
         return start
 
     def _make_plan(self, base_path: Path, resumed: checkpoint.Found | None) -> None:
@@ -437,12 +452,13 @@ class Trainer:
 
     # --- the model ---
 
-    def build_model(self, base_path: Path) -> QuantReport:
-        """Load, test, adapt: everything `step` needs."""
+    def build_model(self, base_path: Path, begin: bool = True) -> QuantReport:
+        """Load, test, adapt: everything `step` needs. begin: with the adapter that is named, if one is."""
         allocate_apart(LASTING)
         model, report = load_base(base_path, self.config, self.reporter.progress)
-        if self.config.adapter_name_or_path and not self.config.allow_other_base:
-            refuse_foreign_adapter(Path(self.config.adapter_name_or_path), report.digest, str(base_path))
+        adapter = self.config.adapter_name_or_path if begin else None
+        if adapter and not self.config.allow_other_base:
+            refuse_foreign_adapter(hub.resolve_adapter(adapter), report.digest, str(base_path))
         self.reporter.say(_loaded_line(model, report.coverage, self.config.load_in_4bit))
         on_gpu = next(model.parameters()).device.type == "cuda"
         fused = fuse(model).line() if on_gpu or cpu.active() is not None else ""
@@ -453,6 +469,9 @@ class Trainer:
         if not abilities.packing:
             self.reporter.say("rows are run one at a time: this model does not keep rows of one sequence apart")
         self.learner = Learner(model, self.config, abilities, self._note)
+        if adapter:
+            file = hub.resolve_adapter(adapter) / WEIGHTS
+            restore_adapter(model, hub.read_header(file), file)
         count = sum(p.numel() for p in self.learner.trained)
         self.reporter.say(f"training {count:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
         return_freed()
@@ -467,7 +486,8 @@ class Trainer:
     def _publish(self) -> None:
         if self.config.push_to_hub:
             name, step = self.config.hub_model_id, self.total_steps
-            again = f"halfbyte export {self.run.path} --to peft -o DIR --push_to_hub --hub_model_id {name}"
+            to = "hf" if self.config.full else "peft"
+            again = f"halfbyte export {self.run.path} --to {to} -o DIR --push_to_hub --hub_model_id {name}"
             where = publish(self.run.adapter, self.repository, f"{step} steps with halfbyte", again)
             self.reporter.say(f"published: {where}")
 

@@ -89,7 +89,10 @@ class Verb(click.Command):
                 ours, notice = config.translate(key, value, config.all_keys(), path)
                 if notice:
                     console.say(notice)
-                values.update({k: v for k, v in ours.items() if k in self.declaration.model_fields})
+                fields = self.declaration.model_fields.keys()
+                if self.name in ("merge", "export"):  # a file's repository is the training's: theirs is named with them
+                    fields = fields - config.PublishOptions.model_fields.keys()
+                values.update({k: v for k, v in ours.items() if k in fields})
         values.update({name: value for name, value in given.items() if value is not None})
         record = config.build(self.declaration, values, where=path or "")
         if isinstance(record, config.KernelOptions) and not dry_run:
