@@ -1,7 +1,9 @@
 """The main job in process: splits, checkpointing, packing and resume change nothing; other tools load the results."""
 
+import copy
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import halfbyte
-from halfbyte import checkpoint, hub, nf4
+from halfbyte import attention, checkpoint, hub, nf4
 from halfbyte.config import ModelOptions, TrainConfig
 from halfbyte.errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageError, VerificationError
 from halfbyte.load import load_base
@@ -430,3 +432,60 @@ def test_train_evaluate_train(stories: Path, rows: Path, tmp_path: Path):
         model(input_ids=ids)
     after = gradients()
     assert len(before) == 35 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# --- fp16 -------------------------------------------------------------------------------------------------------------
+
+
+def test_fp16_keeps_small_gradients_and_loses_no_step(stories: Path, rows: Path, tmp_path: Path):
+    """As on a card without bf16: a scale too large is halved for the same rows, and is in the log; a resume goes on
+    with it, to the same bytes; the losses are those of fp32."""
+    from halfbyte.learner import LossScale
+
+    common: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.1, "num_samples": 0}
+    exact = halfbyte.train(**options(stories, rows, tmp_path / "fp32", dtype="float32", **common))
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossScale.__init__, "__defaults__", (2.0**24, 0))
+        settings = options(stories, rows, tmp_path / "fp16", dtype="float16", **common)
+        run = halfbyte.train(TrainConfig(**settings), Reporter(say=said.append))
+    lines = run.read("metrics.jsonl")
+    assert [row["step"] for row in lines] == [1, 2, 3, 4, 5, 6]
+    scales = [row["loss_scale"] for row in lines]
+    assert scales[0] < 2**24 and sum("overflow in fp16" in line for line in said) == round(
+        math.log2(2**24 / scales[-1])
+    )
+    for mine, theirs in zip(lines, exact.read("metrics.jsonl"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=5e-3)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-2)
+        assert "loss_scale" not in theirs
+    before = digest(run)
+    shutil.rmtree(run.path / "checkpoints" / "step-00000006")
+    shutil.rmtree(run.adapter)
+    again = halfbyte.train(TrainConfig(**settings, resume_from_checkpoint="auto"))
+    assert digest(again) == before
+    assert [row["loss_scale"] for row in again.read("metrics.jsonl")] == scales
+
+
+def test_scaled_gradients_are_nearer_than_unscaled_ones(tiny_llama: Any):
+    """Gradients so small that fp16 has no number for them, of a loss that is divided by many tokens."""
+    from halfbyte.batches import collate
+    from halfbyte.chat import Encoded
+    from halfbyte.learner import Learner
+    from halfbyte.selftest import Abilities
+
+    found = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 1.0), (torch.float16, 65536.0)):
+        model = copy.deepcopy(tiny_llama).to(dtype)
+        model.config.dtype = dtype
+        config = TrainConfig(model="m", data="d", load_in_4bit=False, lora_dropout=0.0, gradient_checkpointing=False)
+        learner = Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
+        learner.scale.value = scale
+        batch = collate([Encoded("row", list(range(20)), [True] * 20)], [0])
+        with attention.segments(model):
+            learner.accumulate(batch, 3_000_000, 0, 0)
+        learner.config = config.model_copy(update={"max_grad_norm": 0.0})
+        learner.clip()
+        found.append(torch.cat([buffer.double() for buffer in learner.gradients]))
+    exact, unscaled, scaled = found
+    assert (scaled - exact).norm() < 0.01 * exact.norm() < 0.2 * (unscaled - exact).norm()

@@ -6,17 +6,18 @@ lines run on shapes alone: what a plan promises is what these lines allocate.
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import fuse
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from .batches import MicroBatch
 from .config import TrainConfig
 from .errors import ModelError, UsageError
-from .fuse import tile_mlps
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
 from .loss import output_head, sequence_loss
 from .memory import counted_as, hold_gradients
@@ -26,6 +27,35 @@ from .saved import save_modules
 from .selftest import Abilities, checkpoint_layers
 
 Note = Callable[[str, str], None]
+
+
+@dataclass
+class LossScale:
+    """What a loss is multiplied by before its backward pass, so that gradients in fp16 do not round to zero.
+
+    A power of two (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2): gradients are divided by it exactly. It is
+    halved until a step's gradients are finite, for the same rows, and doubled after so many steps in which they were.
+    """
+
+    active: bool
+    value: float = 65536.0
+    good: int = 0
+
+    def lower(self) -> bool:
+        """Halve it; False where there is nothing to halve."""
+        if not self.active or self.value <= 1:
+            return False
+        self.value, self.good = self.value / 2, 0
+        return True
+
+    def stay(self) -> None:
+        """A step went well."""
+        self.good += 1
+        if self.good == GROWTH_STEPS:
+            self.value, self.good = min(self.value * 2, LARGEST_SCALE), 0
+
+
+GROWTH_STEPS, LARGEST_SCALE = 500, 2.0**24
 
 
 class Learner:
@@ -56,6 +86,7 @@ class Learner:
         self.tokens_per_pass, self.tokens_per_tile = config.tokens_per_pass, 0
         if config.tokens_per_tile and not self.tile(config.tokens_per_tile):
             note("tiles", "MLPs run on all tokens at once: none is of a form that is fused here")
+        self.scale = LossScale(fuse.compute_dtype(model) == torch.float16)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.head = output_head(model)
         embedding = model.get_output_embeddings()
@@ -161,7 +192,7 @@ class Learner:
 
     def tile(self, tokens: int) -> bool:
         """Run MLPs on so many tokens at a time; False where no MLP can be."""
-        if not tile_mlps(self.model, tokens):
+        if not fuse.tile_mlps(self.model, tokens):
             return False
         self.tokens_per_tile = tokens
         return True
@@ -193,7 +224,8 @@ class Learner:
         for first, part in self.parts(batch):
             self.clock.step, self.clock.micro_batch, self.clock.first = step, number, first
             loss = self.loss(part.to(self.device))
-            (loss / supervised).backward()
+            mean = loss / supervised
+            (mean * self.scale.value if self.scale.active else mean).backward()
             losses.append(loss.detach())
         self.clock.first = 0
         return losses
@@ -208,7 +240,10 @@ class Learner:
         return batch.split(most if self.abilities.packing else 1)
 
     def clip(self) -> Tensor:
-        """The gradients' norm, before they are scaled down to max_grad_norm."""
+        """The gradients' norm, before they are scaled down to max_grad_norm; not finite where they are not."""
+        if self.scale.active:
+            for buffer in self.gradients:
+                buffer.mul_(1 / self.scale.value)
         grads = [p.grad for p in self.trained if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         if self.config.max_grad_norm:

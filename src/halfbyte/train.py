@@ -260,6 +260,8 @@ class Trainer:
             elif before != report.digest:
                 changes.append(f"base: digest {before[:16]} then, {report.digest[:16]} now")
             self.learner.updates = checkpoint.restore(resumed, self.learner.model, self.learner.optimizer)
+            scale = self.learner.scale
+            scale.value, scale.good = checkpoint.read_state(resumed).get("loss_scale", (scale.value, scale.good))
             start = resumed.step
             # of what memory made of the run, what came after this checkpoint is undone with its steps
             earlier = [c for c in self.run.info().get("changes", []) if c["step"] < start or not c.get("by_memory")]
@@ -551,17 +553,23 @@ class Trainer:
         supervised = sum(batch.supervised for batch in batches)
         learner = self.learner
         with self.interrupts.immediate(""):  # nothing but gradients changes in here, and they are thrown away
-            losses = self._with_less(step, batches, lambda: self._gradients(step, batches, supervised))
-            total = torch.zeros((), device=learner.device)
-            for loss in losses:
-                total += loss
-            mean_loss = float(total) / supervised
-            norm = float(learner.clip())
+            while True:
+                losses = self._with_less(step, batches, lambda: self._gradients(step, batches, supervised))
+                total = torch.zeros((), device=learner.device)
+                for loss in losses:
+                    total += loss
+                mean_loss = float(total) / supervised
+                norm = float(learner.clip())
+                if math.isfinite(norm) or not math.isfinite(mean_loss) or not learner.scale.lower():
+                    break
+                self.reporter.say(f"step {step + 1}: gradients overflow in fp16; loss scale {learner.scale.value:g}")
+                learner.forget()  # and the same rows again
         rate = learning_rate(self.config, step, self.total_steps)
         if finite := self._is_finite(step, mean_loss, norm, batches):
             self.updating = True
             learner.update(rate)
             self.updating = False
+            learner.scale.stay()
         learner.forget()
         peak = self.watch.peak.bytes()
         self.watch.note(phase, step + 1, peak)
@@ -574,6 +582,7 @@ class Trainer:
             "loss": mean_loss if finite else None,
             "lr": rate,
             "grad_norm": norm if finite else None,
+            **({"loss_scale": learner.scale.value} if learner.scale.active else {}),
             "tokens": tokens,
             "supervised_tokens": supervised,
             "tokens_per_s": round(tokens / seconds, 2),
@@ -748,6 +757,7 @@ class Trainer:
         state = {
             "total_steps": self.total_steps,
             "updates": self.learner.updates,
+            "loss_scale": [self.learner.scale.value, self.learner.scale.good],
             "cut": {"given": self.given, "now": {name: getattr(self.config, name) for name in MAY_CHANGE_BITS}},
             "base_digest": self.info["base"]["digest"],
             "fingerprint": checkpoint.fingerprint(self.info),
