@@ -403,7 +403,7 @@ def test_drift_is_said_aloud():
     [
         {"packing": True, "max_length": 1600, "eval_split": 0.3},
         {"load_in_4bit": False, "full": True, "optim": "adamw_torch", "eval_split": 4},
-        {"fit_to": "1.0GiB", "max_length": 2048},
+        pytest.param({"fit_to": "1.0GiB", "max_length": 2048}, marks=pytest.mark.slow),
     ],
     ids=["packed and evaluated", "every parameter", "fitted"],
 )
