@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plans
 import torch
 from torch import Tensor
 
@@ -236,20 +237,9 @@ def empty() -> None:
 
 
 def configuration(name: str) -> Any:
-    from transformers import LlamaConfig
-
-    width, mlp, layers, heads, kv_heads, vocabulary = GEOMETRY["tiny" if _tiny else name]
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=131072,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    config = plans.shape("Llama", *GEOMETRY["tiny" if _tiny else name])
+    config.use_cache = False
+    return config
 
 
 def random_model(name: str, options: Any) -> Any:

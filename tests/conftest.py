@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 if not Path("/dev/nvidiactl").exists():  # before anything imports Triton, whose own functions are interpreted, too
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -41,18 +42,24 @@ def shared(path: str) -> Path:
     return SHARED / path
 
 
+def small_config(**changes: Any) -> LlamaConfig:
+    """A Llama with grouped-query attention and biases, of next to no size."""
+    sizes = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "attention_bias": True,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
 @pytest.fixture
 def tiny_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=112,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attention_bias=True,
-    )
+    return small_config()
 
 
 @pytest.fixture

@@ -241,6 +241,21 @@ def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["prompt"] == "--packing is what?"
 
 
+def test_a_files_repository_is_the_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One YAML serves every verb; a merge must not go over the adapter that the training published."""
+    config = tmp_path / "c.yaml"
+    config.write_text("push_to_hub: true\nhub_model_id: me/adapter\n")
+
+    def record(*arguments: str) -> dict:
+        assert run([*arguments, "--config", str(config), "--dry-run", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert record("train", "m", "--data", "d")["hub_model_id"] == "me/adapter"
+    assert record("merge", "r", "-o", "o")["push_to_hub"] is False
+    named = record("export", "r", "--to", "peft", "-o", "o", "--push_to_hub", "true", "--hub_model_id", "me/export")
+    assert named["push_to_hub"] and named["hub_model_id"] == "me/export"
+
+
 def test_help_does_not_import_torch():
     code = "import sys, halfbyte.cli as c; c.run(['--help']); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from conftest import small_config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
 from halfbyte import hub as hub_files
@@ -43,9 +44,7 @@ def data(home: Path) -> Path:
 def base(stories: Path, home: Path) -> Path:
     """Of widths that are multiples of a block: bitsandbytes 0.50 dequantizes others wrongly on CPUs."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
-    )
+    config = small_config(vocab_size=512, intermediate_size=128, max_position_embeddings=512)
     LlamaForCausalLM(config).save_pretrained(home / "base")
     for file in stories.iterdir():
         if "token" in file.name:

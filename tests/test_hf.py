@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, small_config
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
 from halfbyte import hf
@@ -35,16 +35,7 @@ needs_library = pytest.mark.skipif(cpu.active() is None, reason="without the C++
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=160,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attention_bias=True,
-    )
+    config = small_config(hidden_size=128, intermediate_size=192)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     for p in model.parameters():
         nn.init.normal_(p, std=0.08)

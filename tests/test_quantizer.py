@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from conftest import small_config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
 from halfbyte import nf4
@@ -21,9 +22,7 @@ SETTINGS: dict[str, Any] = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = small_config(vocab_size=96, intermediate_size=128, num_hidden_layers=1, attention_bias=False)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
     return path
 

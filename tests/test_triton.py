@@ -116,6 +116,20 @@ def test_adamw_bit_for_bit_over_many_tensors_and_steps():
             equal(a, b)
 
 
+def test_adamw_tells_windows_that_begin_at_one_address_apart():
+    """As a paged optimizer's do, and the whole tensor before it was paged."""
+    maps = [torch.tensor(codebooks.dynamic_map(signed=signed), dtype=torch.float32) for signed in (True, False)]
+    mine, grad = torch.randn(1024), torch.randn(1024)
+    theirs = mine.clone()
+    for size in (1024, 300, 600):
+        for meaning, values in ((False, mine), (True, theirs)):
+            arena = adamw8bit.padded_size(size)
+            codes, scales = torch.zeros(2, arena, dtype=torch.uint8), torch.zeros(2, arena // 256)
+            step = adamw8bit._adamw_8bit_step if meaning else gpu.adamw_8bit_step
+            step([values[:size]], [grad[:size]], *codes, *scales, *maps, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1)
+        equal(mine, theirs)
+
+
 @pytest.mark.parametrize("first,numel", [(0, 1), (0, 3000), (5, 777), (8, 64), (2**32 + 3, 40)])
 def test_dropout_masks_bit_for_bit(first: int, numel: int):
     for seed in (1, 0, 2**62 + 12345, 2**33 - 1):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, UsageError
-from .hub import Entry, read_header, read_json, read_tensor, write_json, write_safetensors
+from .hub import read_header, read_json, read_tensor, write_json, write_safetensors
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
 from .saved import save_modules, saved_modules
 
@@ -80,7 +80,7 @@ def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.use_rslora,
-        "target_modules": _shortest_targets(model, list(layers)),
+        "target_modules": shortest_targets(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -92,7 +92,7 @@ def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
     }
 
 
-def _shortest_targets(model: Any, names: list[str]) -> list[str]:
+def shortest_targets(model: Any, names: list[str]) -> list[str]:
     """Last names where they select exactly these layers in PEFT (which matches by suffix), else whole paths."""
     last = sorted({name.rpartition(".")[2] for name in names})
     everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -106,12 +106,7 @@ def save_adapter(model: Any, directory: Path, base_model: str) -> None:
     write_json(directory / CONFIG, adapter_config(model, base_model))
 
 
-_UNSUPPORTED = {
-    "layers_to_transform": "layers_to_transform",
-    "target_parameters": "target_parameters",
-    "lora_bias": "lora_bias",
-    "trainable_token_indices": "trainable_token_indices",
-}
+_UNSUPPORTED = ("layers_to_transform", "target_parameters", "lora_bias", "trainable_token_indices")
 
 
 def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any]:
@@ -121,22 +116,12 @@ def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any
         ModelError: no LoRA adapter, a feature we do not have, or tensors that do not fit; all mismatches at once.
     """
     config, adapter = read_adapter_config(directory)
-    entries = read_header(directory / WEIGHTS)
-    names = adapted_names(entries)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    strangers = [name for name in names if name not in linear]
-    if not names or strangers:
-        raise ModelError(
-            f"the adapter in {directory} does not fit this model",
-            found=f"adapts {', '.join(strangers[:5])}" if names else "no lora_A / lora_B tensors",
-            expected="linear layers of the base model it was trained on",
-        )
-    attach_lora(model, adapter, names, seed=seed)
+    attach_lora(model, adapter, adapted_layers(model, directory), seed=seed)
     try:
         save_modules(model, config.get("modules_to_save") or [], keep_originals=True)
     except UsageError as error:
         raise ModelError(f"the adapter in {directory} does not fit this model", found=error.what) from error
-    restore_adapter(model, entries, directory / WEIGHTS)
+    restore_adapter(model, directory)
     return config
 
 
@@ -149,7 +134,7 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]
     config = read_json(directory / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{directory} is not a LoRA adapter", found=f"peft_type {config.get('peft_type')!r}")
-    used = [label for key, label in _UNSUPPORTED.items() if config.get(key)]
+    used = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         used.append(f"bias={config['bias']}")
     if used:
@@ -188,18 +173,34 @@ def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
         raise ModelError(f"{file} has values that are not taken", found=found, expected="whole numbers from 1 on")
 
 
-def adapted_names(entries: dict[str, Entry]) -> list[str]:
-    """Paths of the layers that an adapter file adapts."""
+def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
+    """Paths of the model's layers that an adapter adapts.
+
+    Raises:
+        ModelError: none, or something that is no linear layer of the model.
+    """
     pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB](\.default)?\.weight")
-    return sorted({match.group(1) for name in entries if (match := pattern.fullmatch(name))})
+    entries = read_header(directory / WEIGHTS)
+    names = sorted({match.group(1) for name in entries if (match := pattern.fullmatch(name))})
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    strangers = [name for name in names if name not in linear]
+    if not names or strangers:
+        raise ModelError(
+            f"the adapter in {directory} does not fit this model",
+            found=f"adapts {', '.join(strangers[:5])}" if names else "no lora_A / lora_B tensors",
+            expected="linear layers of the base model it was trained on",
+        )
+    return names
 
 
-def restore_adapter(model: nn.Module, entries: dict[str, Entry], file: Path) -> None:
-    """Copy an adapter file's tensors into the model's adapter.
+def restore_adapter(model: nn.Module, directory: Path) -> None:
+    """Copy the tensors of an adapter's file into the model's adapter.
 
     Raises:
         ModelError: missing, unexpected or misshapen tensors, all in one message.
     """
+    file = directory / WEIGHTS
+    entries = read_header(file)
     wanted = _parameters(model)
     found = {name.replace(".default.weight", ".weight"): entry for name, entry in entries.items()}
     problems = [f"missing: {name}" for name in wanted.keys() - found.keys()]

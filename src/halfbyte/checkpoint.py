@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
-from .adapter import WEIGHTS, adapter_bytes, restore_adapter, save_adapter
+from .adapter import adapter_bytes, restore_adapter, save_adapter
 from .errors import HalfbyteError, ModelError, StorageError, UsageError
 from .hub import json_bytes, read_header, read_json, read_tensor, sha256_file, sync, write_json, write_safetensors
 from .lora import lora_layers
@@ -200,7 +200,7 @@ def read_state(found: Found) -> dict[str, Any]:
 def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
     """Bring model and optimizer to a checkpoint's state, bit for bit; returns the updates made until then."""
     if any(True for _ in lora_layers(model)):
-        restore_adapter(model, read_header(found.path / WEIGHTS), found.path / WEIGHTS)
+        restore_adapter(model, found.path)
     else:
         _copy_all(trained_tensors(model), found.path / FULL_WEIGHTS)
     updates = read_state(found)["updates"]

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .ledger import Watch
 from .lora import lora_linear
 from .loss import causal_lm_loss
 from .memory import headroom
-from .nf4 import NF4Tensor, four_bit_linear
+from .nf4 import NESTED_BLOCK_SIZE, NF4Tensor, four_bit_linear
 from .ops import cpu
 from .plan import UNASKED_SHARE, MemoryPlan
 from .recompute import KEEPS, Keep, Recompute
@@ -56,7 +56,7 @@ def stored_weight(weight: Tensor, dtype: torch.dtype) -> NF4Tensor | None:
         nested.code if nested else None,
         state.offset if nested else None,
         state.blocksize,
-        nested.blocksize if nested else 256,
+        nested.blocksize if nested else NESTED_BLOCK_SIZE,
     )
     return NF4Tensor(parts, torch.Size(state.shape), dtype, state.quant_type)
 
@@ -249,7 +249,7 @@ class _Done:
     lora: int = 0
     four_bit: int = 0
     packed: int = 0
-    left: dict[str, int] = field(default_factory=dict)
+    other: int = 0
 
 
 def optimize(
@@ -304,8 +304,8 @@ def optimize(
     for module, training in modes:
         module.training = training
     say(f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused.line()}")
-    for what, count in done.left.items():
-        say(f"left as they are: {count} {what}")
+    if done.other:
+        say(f"left as they are: {done.other} LoRA layers of other kinds (DoRA, ...)")
     if done.packed:
         say(f"{done.packed} layers had been evaluated before: bitsandbytes has rounded their scales to bf16")
     if narrowed:
@@ -323,10 +323,7 @@ def _replace_layers(inner: Any) -> _Done:
         if kind == "peft":
             under.add(id(module.get_base_layer()))
             plain = [name for name in module.lora_A if name not in module.lora_variant]
-            if not plain:
-                done.left["LoRA layers of other kinds (DoRA, ...)"] = (
-                    done.left.get("LoRA layers of other kinds (DoRA, ...)", 0) + 1
-                )
+            done.other += not plain
             fuse.become(module, _Lora)
             module.kept_dtypes = {name: module.lora_A[name].weight.dtype for name in plain}
             done.lora += bool(plain)

@@ -5,7 +5,6 @@ A model is loaded whole or not at all.
 """
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from . import hub
-from .adapter import WEIGHTS, adapted_names, load_adapter, read_adapter_config
+from .adapter import adapted_layers, load_adapter, read_adapter_config, shortest_targets
 from .architecture import (
     Progress,
     build_empty,
@@ -178,7 +177,6 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
     given = config.adapter_name_or_path
     path = hub.resolve_adapter(given)
     raw, adapter = read_adapter_config(path)
-    names = adapted_names(hub.read_header(path / WEIGHTS))
     wanted = {
         "lora_r": adapter.r,
         "lora_alpha": adapter.alpha,
@@ -189,7 +187,7 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
         "modules_to_save": ",".join(raw.get("modules_to_save") or ()),
     }
     model = build_empty(read_config(base))
-    wanted["target_modules"] = _selecting(model, names)
+    wanted["target_modules"] = ",".join(shortest_targets(model, adapted_layers(model, path)))
     for name, value in wanted.items():
         if name in config.model_fields_set and not _is_same(name, getattr(config, name), value, model):
             raise UsageError(
@@ -210,19 +208,6 @@ def _is_same(name: str, asked: Any, value: Any, model: Any) -> bool:
     if name == "modules_to_save":
         return {part.strip() for part in asked.split(",")} == set(value.split(","))
     return asked == value
-
-
-def _selecting(model: Any, names: list[str]) -> str:
-    """What selects exactly these layers as target_modules: last names where they do, else a regular expression."""
-    last = ",".join(sorted({name.rpartition(".")[2] for name in names}))
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    strangers = [name for name in names if name not in linear]
-    if not names or strangers:
-        raise ModelError(
-            "the adapter does not fit this model",
-            found=f"adapts {', '.join(strangers[:5])}" if names else "no lora_A / lora_B tensors",
-        )
-    return last if set(target_names(model, last)) == set(names) else "|".join(re.escape(name) for name in names)
 
 
 def refuse_foreign_adapter(path: Path, digest: str, base: str) -> None:

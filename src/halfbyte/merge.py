@@ -301,14 +301,19 @@ def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) 
             ways_out=["merge --onto trained"],
         )
     names = [name for name in checkpoint if not any(name.startswith(f"{q}.") for q in stored)]
-    targets = checkpoint_names(model, names)
+    targets, whole = checkpoint_names(model, names), trained_whole(model)
     weight_map: dict[str, str] = {}
     shards: dict[str, list[str]] = {}
     for name in names:
         shards.setdefault(checkpoint.entries[name].file.name, []).append(name)
     total = 0
     for file in progress(list(shards), len(shards), "merging"):
-        tensors = {name: _merged(checkpoint, name, targets[name], model, onto, name in stored) for name in shards[file]}
+        tensors = {
+            name: _whole(checkpoint, name, whole[targets[name]])
+            if targets[name] in whole
+            else _merged(checkpoint, name, targets[name], model, onto, name in stored)
+            for name in shards[file]
+        }
         hub.write_safetensors(target / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(t.nbytes for t in tensors.values())
@@ -316,10 +321,13 @@ def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) 
         hub.write_json(target / hub.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def _whole(checkpoint: hub.Checkpoint, name: str, trained: Tensor) -> Tensor:
+    """A parameter that was trained itself, in the dtype it has on disk."""
+    return trained.detach().to("cpu", checkpoint.entries[name].dtype)
+
+
 def _merged(checkpoint: hub.Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool) -> Tensor:
     """One tensor of the merged model, in the dtype it has on disk."""
-    if (whole := trained_whole(model).get(path)) is not None:
-        return whole.detach().to("cpu", checkpoint.entries[name].dtype)
     module_name, _, attribute = path.rpartition(".")
     try:
         module = model.get_submodule(module_name)

@@ -86,8 +86,8 @@ def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def save_modules(model: Any, names: list[str], *, keep_originals: bool = False) -> list[str]:
-    """Have modules trained whole, in place. Returns their paths.
+def save_modules(model: Any, names: list[str], *, keep_originals: bool = False) -> None:
+    """Have modules trained whole, in place.
 
     Args:
         names: ends of paths, as PEFT takes them ("norm" is every layer's, "model.norm" the last). keep_originals: for
@@ -116,7 +116,6 @@ def save_modules(model: Any, names: list[str], *, keep_originals: bool = False) 
     masters: dict[nn.Parameter, nn.Parameter] = {}
     for path, called in found.items():
         _train_whole(model.get_submodule(path), path, called, keep_originals, masters)
-    return list(found)
 
 
 def _sharing(model: nn.Module, inside: set[int], paths: set[str]) -> str | None:

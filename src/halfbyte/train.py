@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import attention, checkpoint, hub
-from .adapter import WEIGHTS, restore_adapter, save_adapter
+from .adapter import restore_adapter, save_adapter
 from .architecture import Progress, build_empty, choose_device, choose_dtype, no_progress, read_config
 from .batches import MicroBatch, collate
 from .card import CARD, adapter_card
@@ -250,23 +250,14 @@ class Trainer:
             report = self.build_model(base_path, begin=resumed is None)
         self.watch.learner = self.learner
         info["base"]["digest"], info["found"] = report.digest, self.found
-        # of the run, for trackers; none of its numbers depends on it
-        earlier = self.run.info() if resumed is not None else {}
-        info["identity"] = earlier.get("identity") or uuid.uuid4().hex[:8]
+        info["identity"] = uuid.uuid4().hex[:8]  # of the run, for trackers; none of its numbers depends on it
         if resumed is not None:
             before = checkpoint.read_state(resumed)["base_digest"]
             if "base" not in allowed:
                 refuse_other_base(report.digest, before, str(base_path), "--allow_change base")
             elif before != report.digest:
                 changes.append(f"base: digest {before[:16]} then, {report.digest[:16]} now")
-            self.learner.updates = checkpoint.restore(resumed, self.learner.model, self.learner.optimizer)
-            scale = self.learner.scale
-            scale.value, scale.good = checkpoint.read_state(resumed).get("loss_scale", (scale.value, scale.good))
-            start = resumed.step
-            # of what memory made of the run, what came after this checkpoint is undone with its steps
-            earlier = [c for c in self.run.info().get("changes", []) if c["step"] < start or not c.get("by_memory")]
-            info["changes"] = earlier + [{"step": start, "change": line} for line in changes]
-            say(f"resumed from step {start} ({resumed.path}): {self._exactness(changes, earlier)}")
+            start = self._go_on(resumed, info, changes)
         one = checkpoint.bytes_needed(self.learner.model, self.learner.optimizer)
         checkpoint.refuse_full_disk(self.run.checkpoints, one, config.save_total_limit + bool(self.data.held_out))
         self.info = info
@@ -282,6 +273,19 @@ class Trainer:
         self.watch.append = lambda row: self.run.append(MEMORY, row)
         self.done = self.saved = start
         self.trackers.start(info["config"], start, info["identity"])
+        return start
+
+    def _go_on(self, resumed: checkpoint.Found, info: dict[str, Any], changes: list[str]) -> int:
+        """Bring the learner to a checkpoint's state, and into ``info`` what the run has been; the steps it has done."""
+        state, was, scale = checkpoint.read_state(resumed), self.run.info(), self.learner.scale
+        self.learner.updates = checkpoint.restore(resumed, self.learner.model, self.learner.optimizer)
+        scale.value, scale.good = state.get("loss_scale", (scale.value, scale.good))
+        start = resumed.step
+        # of what memory made of the run, what came after this checkpoint is undone with its steps
+        earlier = [c for c in was.get("changes", []) if c["step"] < start or not c.get("by_memory")]
+        info["changes"] = earlier + [{"step": start, "change": line} for line in changes]
+        info["identity"] = was.get("identity", info["identity"])
+        self.reporter.say(f"resumed from step {start} ({resumed.path}): {self._exactness(changes, earlier)}")
         return start
 
     def _make_plan(self, base_path: Path, resumed: checkpoint.Found | None) -> None:
@@ -458,9 +462,10 @@ class Trainer:
         """Load, test, adapt: everything `step` needs. begin: with the adapter that is named, if one is."""
         allocate_apart(LASTING)
         model, report = load_base(base_path, self.config, self.reporter.progress)
-        adapter = self.config.adapter_name_or_path if begin else None
-        if adapter and not self.config.allow_other_base:
-            refuse_foreign_adapter(hub.resolve_adapter(adapter), report.digest, str(base_path))
+        named = self.config.adapter_name_or_path if begin else None
+        adapter = None if named is None else hub.resolve_adapter(named)
+        if adapter is not None and not self.config.allow_other_base:
+            refuse_foreign_adapter(adapter, report.digest, str(base_path))
         self.reporter.say(_loaded_line(model, report.coverage, self.config.load_in_4bit))
         on_gpu = next(model.parameters()).device.type == "cuda"
         fused = fuse(model).line() if on_gpu or cpu.active() is not None else ""
@@ -471,9 +476,8 @@ class Trainer:
         if not abilities.packing:
             self.reporter.say("rows are run one at a time: this model does not keep rows of one sequence apart")
         self.learner = Learner(model, self.config, abilities, self._note)
-        if adapter:
-            file = hub.resolve_adapter(adapter) / WEIGHTS
-            restore_adapter(model, hub.read_header(file), file)
+        if adapter is not None:
+            restore_adapter(model, adapter)
         count = sum(p.numel() for p in self.learner.trained)
         self.reporter.say(f"training {count:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
         return_freed()

@@ -209,12 +209,15 @@ def matvec(x: Tensor, parts: tuple[Any, ...], rows: int) -> Tensor:
     return y
 
 
+MOST_PLACES = 64
+"""Tables kept: of an optimizer's groups and, where it is paged, of their windows."""
 _places: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
 
 def _blocks_of(params: list[Tensor], grads: list[Tensor], block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Per block of the arena: the addresses of its parameters and gradients, and how many there are."""
-    key = tuple(t.data_ptr() for t in (*params, *grads))
+    # an address says nothing of a size: a window of a tensor may begin where the whole does
+    key = tuple(number for t in (*params, *grads) for number in (t.data_ptr(), t.numel()))
     if key not in _places:
         device = params[0].device
         addresses, counts = [], []
@@ -231,7 +234,8 @@ def _blocks_of(params: list[Tensor], grads: list[Tensor], block: int) -> tuple[T
                 torch.full((whole,), block, dtype=torch.int32),
                 torch.tensor([rest] if rest else [], dtype=torch.int32),
             ]
-        _places.clear()  # of one optimizer at a time
+        if len(_places) == MOST_PLACES:
+            del _places[next(iter(_places))]
         _places[key] = (*addresses, torch.cat(counts).to(device))
     return _places[key]
 
