@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
-from halfbyte import hf
+from halfbyte import fuse, hf
 from halfbyte.adapter import load_adapter
 from halfbyte.config import ModelOptions
 from halfbyte.errors import ModelError
@@ -187,6 +187,30 @@ def test_what_peft_does_with_a_model_goes_on(checkpoint: Path, tmp_path: Path):
     saved = [tmp_path / name / "adapter_model.safetensors" for name in ("True", "False")]
     assert saved[0].read_bytes() == saved[1].read_bytes()
     both(lambda each: each.base_model.merge_and_unload() if each is not model else each.merge_adapter())
+
+
+@needs_library
+def test_modules_that_something_else_runs_are_left_and_counted(checkpoint: Path):
+    """accelerate's hooks put a forward of their own on a module: another class would change nothing."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = adapted(checkpoint, torch.float32).train()
+    hooked = [m for m in model.modules() if type(m).__name__ in ("LlamaRMSNorm", "LlamaMLP")]
+    for module in hooked:
+        add_hook_to_module(module, ModelHook())
+    _, expected = outcome(model)
+    said: list[str] = []
+    halfbyte.optimize(model, say=said.append)
+    assert any(f"left as they are: {len(hooked)} modules" in line for line in said)
+    assert "fused: 2 rotary embeddings" in said[0] and not any(isinstance(m, fuse.FusedNorm) for m in hooked)
+    _, found = outcome(model)
+    assert all(difference(found[name], grad) < 1e-4 for name, grad in expected.items())
+
+
+def test_a_gpu_without_triton_leaves_the_model_and_says_why(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HALFBYTE_TRITON", "0")
+    assert hf._unserved(torch.device("cuda")) == "plain PyTorch: HALFBYTE_TRITON is 0"
+    assert "mps" in hf._unserved(torch.device("mps"))
 
 
 @needs_library

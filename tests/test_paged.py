@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from streams import Stream, watched
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -97,6 +98,30 @@ def test_slots_elsewhere_give_back_what_they_were_given(tmp_path: Path, staged: 
     assert len(slots.free) == 3
     larger = slots.put(torch.ones(40))
     assert torch.equal(larger.take(), torch.ones(40))
+
+
+@pytest.mark.parametrize("forgotten", [None, "wait_event", "wait_stream"])
+def test_copies_of_windows_and_slots_race_with_nothing(
+    tmp_path: Path, forgotten: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a GPU, with a stream of their own; without its waits the watch finds races."""
+    if forgotten is not None:
+        monkeypatch.setattr(Stream, forgotten, lambda self, other: None)
+    with watched() as watch:
+        pages = Pages({"a": (1000, torch.float32)}, torch.device("cpu"), staged=True)
+        pages._stream = torch.cuda.Stream()
+        cuts = [{"a": (first, first + 250)} for first in range(0, 1000, 250)]
+        for _ in range(2):
+            for window in pages.windows(cuts):
+                window["a"].add_(1)
+        assert pages.arrays()["a"].eq(2).all()
+        slots = Slots(3, tmp_path, staged=True)
+        slots._stream = torch.cuda.Stream()
+        for _ in range(2):
+            held = [slots.put(torch.full((4, 5), float(i))) for i in range(3)]
+            while held:
+                assert held.pop().take().mul(2).eq(2 * len(held)).all()
+    assert bool(watch.races) == (forgotten is not None), watch.races
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------

@@ -295,6 +295,12 @@ class TrainingOptions(Options):
         "is too short",
         ge=0,
     )
+    dequantized_weights: Literal["product", "ahead", "layer"] = option(
+        "product",
+        "where products cannot read 4-bit weights (on a GPU): how long a dequantized one stays. product: for one "
+        "product; ahead: likewise, and the next one is made meanwhile, in a second buffer; layer: from a layer's "
+        "recomputation through its backward pass. The numbers are the same",
+    )
     logging_steps: int = option(1, "a line of metrics.jsonl every so many steps", ge=1)
     save_steps: int = option(100, "a checkpoint every so many steps, and one at the end", ge=1)
     report_to: str = option("none", "also log to: tensorboard, wandb, trackio (separated by commas)")

@@ -433,6 +433,11 @@ def become(module: nn.Module, kind: type, name: str | None = None) -> None:
     module.__class__ = _classes[key]
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a module has a ``forward`` of its own, so that its class's does not run (hooks of accelerate)."""
+    return "forward" in vars(module)
+
+
 def _fused(module: nn.Module, kind: type, form: Form) -> None:
     become(module, kind, f"Fused{type(module).__name__}")
     module.form = form  # pyright: ignore[reportArgumentType]
@@ -452,7 +457,7 @@ def fuse(model: nn.Module) -> Fused:
     judged: dict[tuple[Any, ...], bool] = {}
     for module in list(model.modules()):
         own = type(module)
-        if isinstance(module, FusedNorm | FusedMLP | FusedAttention):
+        if isinstance(module, FusedNorm | FusedMLP | FusedAttention) or is_wrapped(module):
             continue
         form = (mlp_form(module) or attention_form(module)) if list(module.children()) else norm_form(module)
         if form is None:

@@ -28,7 +28,7 @@ from .lora import lora_linear
 from .loss import causal_lm_loss
 from .memory import headroom
 from .nf4 import NESTED_BLOCK_SIZE, NF4Tensor, four_bit_linear
-from .ops import cpu
+from .ops import cpu, gpu
 from .plan import UNASKED_SHARE, MemoryPlan
 from .recompute import KEEPS, Keep, Recompute
 from .run import MEMORY
@@ -74,7 +74,7 @@ class _FourBit(nn.Module):
         if weight is None:
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         bias = None if own.bias is None else own.bias.to(dtype)
-        with _exactly():
+        with _exactly(x):
             return four_bit_linear(x.to(dtype), weight, bias).to(x.dtype)
 
 
@@ -86,9 +86,9 @@ def _computes_in(layer: Any, x: Tensor) -> torch.dtype:
     return layer.compute_dtype or x.dtype
 
 
-def _exactly() -> Any:
-    """Within this block products run in the types they are given."""
-    return torch.autocast("cpu", enabled=False)
+def _exactly(x: Tensor) -> Any:
+    """Within this block products on the device of x run in the types they are given."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class _Lora(nn.Module):
@@ -109,7 +109,7 @@ class _Lora(nn.Module):
             for p in (a, b):
                 p.data = p.data.to(kept)
         bias = None if base.bias is None else base.bias.to(dtype)
-        with _exactly():
+        with _exactly(x):
             y = lora_linear(x.to(dtype), weight, bias, a, b, own.scaling[name], self._dropout(own.lora_dropout[name]))
         return y.to(x.dtype) if isinstance(weight, NF4Tensor) else y
 
@@ -143,7 +143,8 @@ def _base_weight(base: Any, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
         return stored_weight(weight, dtype), dtype
     if isinstance(weight, NF4Tensor):
         return weight, weight.dtype
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     usable = type(base) is nn.Linear and weight.dtype == dtype and not weight.requires_grad
     return (weight if usable else None), dtype
 
@@ -250,6 +251,7 @@ class _Done:
     four_bit: int = 0
     packed: int = 0
     other: int = 0
+    wrapped: int = 0
 
 
 def optimize(
@@ -284,14 +286,12 @@ def optimize(
     from transformers.loss.loss_utils import LOSS_MAPPING
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not cpu.serves(next(inner.parameters())):
-        on = next(inner.parameters()).device
-        why = cpu.why() if on.type == "cpu" else f"on {on.type} it would be no faster yet"
+    if why := _unserved(next(inner.parameters()).device):
         say(f"the model is left as it is: {why}")
         return model
     done = _replace_layers(inner)
     narrowed = _undo_upcasts(inner)
-    if inner.config._attn_implementation == "sdpa":
+    if inner.config._attn_implementation == "sdpa" and cpu.serves(next(inner.parameters())):
         attention.register()
         inner.set_attn_implementation(attention.CAUSAL)
     if getattr(inner, "loss_function", None) is LOSS_MAPPING["ForCausalLM"]:
@@ -306,6 +306,8 @@ def optimize(
     say(f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused.line()}")
     if done.other:
         say(f"left as they are: {done.other} LoRA layers of other kinds (DoRA, ...)")
+    if done.wrapped:
+        say(f"left as they are: {done.wrapped} modules whose forward something else has replaced (accelerate's hooks)")
     if done.packed:
         say(f"{done.packed} layers had been evaluated before: bitsandbytes has rounded their scales to bf16")
     if narrowed:
@@ -315,10 +317,22 @@ def optimize(
     return model
 
 
+def _unserved(device: torch.device) -> str:
+    """Why nothing would be faster on a device, "" where it would."""
+    if device.type == "cpu":
+        return cpu.why() if cpu.active() is None else ""
+    if device.type == "cuda":
+        return "" if gpu.wanted() and gpu.serves("dequantize_4bit") else gpu.why()
+    return f"there is nothing faster for {device.type} yet"
+
+
 def _replace_layers(inner: Any) -> _Done:
     done = _Done()
     under: set[int] = set()
     for module in list(inner.modules()):
+        if fuse.is_wrapped(module):
+            done.wrapped += 1
+            continue
         kind = _kind(module)
         if kind == "peft":
             under.add(id(module.get_base_layer()))

@@ -21,6 +21,9 @@ from .errors import ModelError, UsageError
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
 from .loss import output_head, sequence_loss
 from .memory import counted_as, hold_gradients
+from .ops import cpu
+from .ops.dequantized import DESKS
+from .ops.library import device_type
 from .paged import Slots
 from .recompute import Recompute, recompute_layers
 from .saved import save_modules
@@ -93,6 +96,7 @@ class Learner:
         self.head_parameters = [p for p in embedding.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
         self.gradients = hold_gradients(self.trained)
+        self.desk = DESKS[config.dequantized_weights]()
         self.updates = 0
 
     def _refuse_unable(self) -> None:
@@ -103,11 +107,33 @@ class Learner:
                 found=f"logits differ by {abilities.head_error:.2g} (relative)",
                 expected="differences within rounding",
             )
+        self._refuse_idle_desk()
         if self.config.packing and not abilities.packing:
             raise ModelError(
                 "this model lets packed rows see each other",
                 found=f"logits differ by {abilities.packing_error:.2g} (relative) from those of separate rows",
                 ways_out=["train without --packing"],
+            )
+
+    def _refuse_idle_desk(self) -> None:
+        """Raise UsageError where ``dequantized_weights`` could change nothing."""
+        c, weight = self.config, self.model.get_input_embeddings().weight
+        if c.dequantized_weights == "product":
+            return
+        on, why = device_type(weight), ""
+        if not c.load_in_4bit:
+            why = "no weight is in 4 bits"
+        elif cpu.serves(weight):
+            why = "the C++ library reads 4-bit weights as it multiplies"
+        elif c.dequantized_weights == "ahead" and on != "cuda":
+            why = "there is no second stream to dequantize in"
+        elif c.dequantized_weights == "layer" and not c.gradient_checkpointing:
+            why = "no layer is run again"
+        if why:
+            raise UsageError(
+                f"--dequantized_weights {c.dequantized_weights} has no use here: {why}",
+                found=f"device {on}",
+                ways_out=["--dequantized_weights product"],
             )
 
     def _attach(self) -> DropoutClock:
@@ -223,9 +249,10 @@ class Learner:
         losses = []
         for first, part in self.parts(batch):
             self.clock.step, self.clock.micro_batch, self.clock.first = step, number, first
-            loss = self.loss(part.to(self.device))
-            mean = loss / supervised
-            (mean * self.scale.value if self.scale.active else mean).backward()
+            with self.desk.in_use():
+                loss = self.loss(part.to(self.device))
+                mean = loss / supervised
+                (mean * self.scale.value if self.scale.active else mean).backward()
             losses.append(loss.detach())
         self.clock.first = 0
         return losses

@@ -173,8 +173,8 @@ class MemoryPlan:
 
     def live_bytes(self, tokens: int) -> int:
         """What a pass of so many tokens takes beside what stays from step to step, at most."""
-        fixed = self.bytes_of("logits chunk")
-        live = self.tensor_bytes - self.bytes_of(*RESIDENT, "kernel scratch")
+        fixed = self.bytes_of("logits chunk", "dequantized weights of a layer")
+        live = self.tensor_bytes - self.bytes_of(*RESIDENT, "kernel scratch", "dequantized weight")
         return int(fixed + max(live - fixed, 0) * tokens / self.tokens)
 
     def bytes_of(self, *parts: str) -> int:

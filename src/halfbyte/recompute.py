@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .errors import ModelError
 from .memory import counted_as
+from .ops import dequantized
 from .paged import Slots
 
 Keep = Literal["none", "attention", "mlp_in", "all"]
@@ -201,21 +202,31 @@ class Recompute:
 
 
 class _Surroundings:
-    """PyTorch's random state and autocast on the CPU as they are now; within a block, as they were."""
+    """PyTorch's random state and autocast, of the CPU and of the device at hand, as they are now; within a block, as
+    they were."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.random = torch.get_rng_state()
-        self.autocast = {
-            "dtype": torch.get_autocast_dtype("cpu"),
-            "enabled": torch.is_autocast_enabled("cpu"),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
+        self.gpu = device if device.type == "cuda" else None
+        self.gpu_random = None if self.gpu is None else torch.cuda.get_rng_state(self.gpu)
+        self.autocast = [
+            {
+                "device_type": kind,
+                "dtype": torch.get_autocast_dtype(kind),
+                "enabled": torch.is_autocast_enabled(kind),
+                "cache_enabled": torch.is_autocast_cache_enabled(),
+            }
+            for kind in sorted({"cpu", device.type})
+        ]
 
     def __enter__(self) -> None:
         self.stack = contextlib.ExitStack()
-        self.stack.enter_context(torch.random.fork_rng(devices=[]))
-        self.stack.enter_context(torch.autocast("cpu", **self.autocast))
+        self.stack.enter_context(torch.random.fork_rng(devices=[] if self.gpu is None else [self.gpu]))
+        for settings in self.autocast:
+            self.stack.enter_context(torch.autocast(**settings))
         torch.set_rng_state(self.random)
+        if self.gpu is not None and self.gpu_random is not None:
+            torch.cuda.set_rng_state(self.gpu_random, self.gpu)
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()
@@ -235,7 +246,7 @@ class _Layer(torch.autograd.Function):
         hidden: Tensor,
     ) -> Tensor:
         ctx.tape = _Tape(keep)
-        ctx.surroundings = _Surroundings() if run.surroundings else contextlib.nullcontext()
+        ctx.surroundings = _Surroundings(hidden.device) if run.surroundings else contextlib.nullcontext()
         with _Playing(ctx.tape):
             out = function(hidden, *others)
         if not isinstance(out, Tensor):
@@ -251,11 +262,12 @@ class _Layer(torch.autograd.Function):
                 "a layer that is run again for its gradients has one backward pass, not two (retain_graph)"
             )
         hidden = ctx.input.take().detach().requires_grad_(ctx.needs_input_grad[5])
-        with torch.enable_grad(), _Playing(ctx.tape), ctx.surroundings:
-            out = ctx.function(hidden, *ctx.others)
-        ctx.tape = ctx.function = ctx.others = None
-        if out.requires_grad:
-            torch.autograd.backward(out, grads[0])
+        with dequantized.layer():
+            with torch.enable_grad(), _Playing(ctx.tape), ctx.surroundings:
+                out = ctx.function(hidden, *ctx.others)
+            ctx.tape = ctx.function = ctx.others = None
+            if out.requires_grad:
+                torch.autograd.backward(out, grads[0])
         ctx.input = None  # its place may be taken from here on
         return None, None, None, None, None, hidden.grad
 

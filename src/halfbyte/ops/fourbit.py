@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import codebooks
-from . import cpu, gpu
+from . import cpu, dequantized, gpu
 from .dropout import NO_DROPOUT, Dropout, dropped
-from .library import CHUNK, define, scratch
+from .library import CHUNK, define, device_type, scratch
 from .nearest import rank
 
 TINY = 1e-38
@@ -274,19 +274,6 @@ def _dequantize_shapes(*args) -> None:
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-
-def _dequantized(q: FourBit, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weight as [rows, columns], in a buffer reused by every call on this device: valid until the next one."""
-    device, n = q.packed.device, rows * columns
-    buffer = _scratch.get((device, dtype))
-    if buffer is None or buffer.numel() < n:
-        with torch.inference_mode(False):  # a buffer made while generating must serve training, too
-            buffer = _scratch[device, dtype] = torch.empty(n, dtype=dtype, device=device)
-    torch.ops.halfbyte.dequantize_4bit(*q, buffer[:n])
-    return buffer[:n].view(rows, columns)
-
 
 def _plan_product(x: Tensor, parts: tuple, columns: int) -> None:
     """What a product takes beside its result: where the library does not compute, a whole dequantized weight."""
@@ -294,8 +281,9 @@ def _plan_product(x: Tensor, parts: tuple, columns: int) -> None:
     if cpu.serves(x):
         cpu.plan_product(x, width)
         return
-    scratch("dequantized weight", width * columns * x.element_size(), kept=True)
-    scratch("dequantized weight", 3 * 4 * blocks_of(width * columns, parts[6]))  # scales, and what they are made of
+    dequantized.plan(parts, width * columns, x.dtype)
+    if device_type(x) != "cuda":
+        scratch("dequantized weight", 3 * 4 * blocks_of(width * columns, parts[6]))  # in fp32, and what they are made of
 
 
 def linear_4bit(
@@ -331,7 +319,7 @@ def _check_low_rank(x: Tensor, u: Tensor | None, weight: Tensor | None, shape: t
 
 def _linear(x: Tensor, *args) -> Tensor:
     *parts, out_features, bias, u, b = args
-    weight = _dequantized(FourBit(*parts), out_features, x.shape[-1], x.dtype)
+    weight = dequantized.weight(tuple(parts), out_features, x.shape[-1], x.dtype, back=False)
     y = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if u is not None:
         y.view(-1, out_features).addmm_(u.reshape(-1, u.shape[-1]).to(x.dtype), b.to(x.dtype).t())
@@ -376,7 +364,7 @@ def add_low_rank(dx: Tensor, du: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
 
 def _input_grad(grad: Tensor, *args) -> Tensor:
     *parts, in_features, du, a, dropout = args
-    weight = _dequantized(FourBit(*parts), grad.shape[-1], in_features, grad.dtype)
+    weight = dequantized.weight(tuple(parts), grad.shape[-1], in_features, grad.dtype, back=True)
     dx = torch.matmul(grad, weight)
     return dx if du is None else add_low_rank(dx, du, a, Dropout(*dropout))
 

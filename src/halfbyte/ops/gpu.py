@@ -5,6 +5,7 @@ in a process it computes a small case beside the plain-PyTorch meaning; if it ra
 from then on, and `why` says so. (The tests run the same kernels in Triton's interpreter, on a CPU.)
 """
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -129,8 +130,14 @@ def _near(mine: Tensor, theirs: Tensor) -> bool:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Products and sums stay apart: contracted ones round once where the meaning rounds twice."""
-    kernel[grid](*args, num_warps=warps, enable_fp_fusion=False, **constants)
+    """Products and sums stay apart: contracted ones round once where the meaning rounds twice.
+
+    Triton launches on the current GPU, which need not be the one the tensors lie on.
+    """
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](*args, num_warps=warps, enable_fp_fusion=False, **constants)
 
 
 def _power_of_two(n: int) -> int:

@@ -1,0 +1,224 @@
+"""Where a 4-bit weight lies while a product reads it, where it has to be dequantized first.
+
+(The C++ library and the product with a few tokens read weights as they multiply: nothing of this is for them.) How long
+a dequantized weight stays is a trade of memory for time, and changes no number:
+
+    product   until another is needed: one buffer, of the size of the largest weight
+    ahead     two such buffers: while a product reads one, a stream of its own fills the other with the weight that
+              came next the last time
+    layer     in a layer that is run again for its gradients, until its backward pass is over: the products of that
+              pass read weights that are there. Beside the one buffer, a layer's weights
+
+A desk is one of these; `weight` goes to the one that is in use (`Desk.in_use`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .library import scratch
+
+Parts = tuple[Any, ...]
+"""`fourbit.FourBit`, as operations take it."""
+Key = tuple[int, int, int]
+
+
+def _key(parts: Parts, count: int) -> Key:
+    """Tells a weight from others as long as both are there (also on ``meta``, where all addresses are 0)."""
+    packed: Tensor = parts[0]
+    return packed.untyped_storage()._cdata, int(packed.storage_offset()), count
+
+
+def _dequantize(parts: Parts, out: Tensor) -> Tensor:
+    torch.ops.halfbyte.dequantize_4bit(*parts, out)
+    return out
+
+
+def _room(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is made while generating must serve training, too
+        return torch.empty(count, dtype=dtype, device=device)
+
+
+_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+class Desk:
+    """One weight at a time, in a buffer that all desks share and that the next weight overwrites."""
+
+    def weight(self, parts: Parts, count: int, dtype: torch.dtype, back: bool) -> Tensor:
+        """The values of a stored weight, [count], to be read by one product, on the current stream.
+
+        Args:
+            back: the product is one of the backward pass.
+        """
+        device = parts[0].device
+        buffer = _buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < count:
+            buffer = _buffers[device, dtype] = _room(count, dtype, device)
+        return _dequantize(parts, buffer[:count])
+
+    def plan(self, parts: Parts, count: int, dtype: torch.dtype) -> None:
+        """Say, on the ``meta`` device, what `weight` would take."""
+        scratch("dequantized weight", count * dtype.itemsize, kept=True)
+
+    @contextlib.contextmanager
+    def layer(self) -> Iterator[None]:
+        """Within this block a layer is run again and its gradients are computed."""
+        yield
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within this block products, of all threads, read their weights from here."""
+        global _now
+        before, _now = _now, self
+        try:
+            yield
+        finally:
+            _now = before
+
+
+class _Written(NamedTuple):
+    """What a buffer holds, and the event after which it does (None: written by the stream that reads it)."""
+
+    key: Key
+    event: Any
+
+
+@dataclass
+class _Lane:
+    """Two buffers of one type on one GPU, and the stream that fills them."""
+
+    stream: Any
+    buffers: list[Tensor] = field(default_factory=list)
+    holds: list[_Written | None] = field(default_factory=lambda: [None, None])
+    at: int = 0
+    """The buffer that was handed out last."""
+    before: tuple[Key, bool] | None = None
+    followers: dict[tuple[Key, bool], tuple[Key, Parts]] = field(default_factory=dict)
+    """Of a weight and a direction, the weight that came next the last time."""
+
+
+class Ahead(Desk):
+    """Two buffers of its own: the next weight is written to one while a product reads the other.
+
+    The order of products is learned as they come; a wrong guess costs a weight that is dequantized for nothing. Three
+    orders keep it right: a buffer is filled by the side stream after every product that was launched before (one
+    of them may read it); a product waits for the event behind the filling; and where a weight is written by the
+    computing stream itself, that waits for whatever the side stream was writing there.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: dict[tuple[torch.device, torch.dtype], _Lane] = {}
+
+    def weight(self, parts: Parts, count: int, dtype: torch.dtype, back: bool) -> Tensor:
+        device, key = parts[0].device, _key(parts, count)
+        lane = self._lanes.get((device, dtype))
+        if lane is None:
+            lane = self._lanes[device, dtype] = _Lane(torch.cuda.Stream(device))
+        here = torch.cuda.current_stream(device)
+        self._make_room(lane, count, dtype, device, here)
+        if not self._is_there(lane, lane.at, key):
+            lane.at = 1 - lane.at
+            held = lane.holds[lane.at]
+            if held is not None and held.event is not None:
+                here.wait_event(held.event)
+            if not self._is_there(lane, lane.at, key):
+                _dequantize(parts, lane.buffers[lane.at][:count])
+            lane.holds[lane.at] = _Written(key, None)
+        if lane.before is not None:
+            lane.followers[lane.before] = (key, parts)
+        lane.before = (key, back)
+        if (follower := lane.followers.get(lane.before)) is not None:
+            self._begin(lane, *follower, here)
+        return lane.buffers[lane.at][:count]
+
+    @staticmethod
+    def _is_there(lane: _Lane, place: int, key: Key) -> bool:
+        held = lane.holds[place]
+        return held is not None and held.key == key
+
+    def _begin(self, lane: _Lane, key: Key, parts: Parts, here: Any) -> None:
+        """Have a weight written to the buffer that the coming product does not read."""
+        place = 1 - lane.at
+        if self._is_there(lane, lane.at, key) or self._is_there(lane, place, key):
+            return
+        lane.stream.wait_event(here.record_event())
+        with torch.cuda.stream(lane.stream):
+            _dequantize(parts, lane.buffers[place][: key[2]])
+            lane.holds[place] = _Written(key, lane.stream.record_event())
+
+    @staticmethod
+    def _make_room(lane: _Lane, count: int, dtype: torch.dtype, device: torch.device, here: Any) -> None:
+        if lane.buffers and lane.buffers[0].numel() >= count:
+            return
+        here.wait_stream(lane.stream)  # whoever is given this memory next computes here
+        lane.buffers, lane.holds = [], [None, None]
+        lane.buffers = [_room(count, dtype, device) for _ in range(2)]
+
+    def plan(self, parts: Parts, count: int, dtype: torch.dtype) -> None:
+        scratch("dequantized weight", 2 * count * dtype.itemsize, kept=True)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        try:
+            with super().in_use():
+                yield
+        finally:  # a weight nobody came for may still be on its way to memory that is given back
+            for (device, _), lane in self._lanes.items():
+                torch.cuda.current_stream(device).wait_stream(lane.stream)
+
+
+class PerLayer(Desk):
+    """One weight at a time, but for a layer that is run again: what it dequantizes stays until `layer` is over."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Key, torch.dtype], tuple[Parts, Tensor]] | None = None
+        self._planned: dict[tuple[Key, torch.dtype], Parts] = {}
+
+    def weight(self, parts: Parts, count: int, dtype: torch.dtype, back: bool) -> Tensor:
+        if self._kept is None:
+            return super().weight(parts, count, dtype, back)
+        key = _key(parts, count), dtype
+        if key not in self._kept:
+            self._kept[key] = parts, _dequantize(parts, _room(count, dtype, parts[0].device))
+        return self._kept[key][1]
+
+    def plan(self, parts: Parts, count: int, dtype: torch.dtype) -> None:
+        if self._kept is None:
+            super().plan(parts, count, dtype)
+            return
+        self._planned[_key(parts, count), dtype] = parts
+        total = sum(key[2] * kept.itemsize for key, kept in self._planned)
+        scratch("dequantized weights of a layer", total, kept=True)
+
+    @contextlib.contextmanager
+    def layer(self) -> Iterator[None]:
+        before, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = before
+            self._planned.clear()
+
+
+DESKS: dict[str, Callable[[], Desk]] = {"product": Desk, "ahead": Ahead, "layer": PerLayer}
+_now = Desk()
+
+
+def weight(parts: Parts, rows: int, columns: int, dtype: torch.dtype, *, back: bool) -> Tensor:
+    """A stored weight as [rows, columns], to be read by one product: the next call may overwrite it."""
+    return _now.weight(parts, rows * columns, dtype, back).view(rows, columns)
+
+
+def plan(parts: Parts, count: int, dtype: torch.dtype) -> None:
+    """Say, in a shape function, what a product's weight takes."""
+    _now.plan(parts, count, dtype)
+
+
+def layer() -> contextlib.AbstractContextManager[None]:
+    """Within this block a layer is run again and its gradients are computed."""
+    return _now.layer()

@@ -1,0 +1,145 @@
+"""How long dequantized weights stay changes no bit, and streams that fill buffers ahead never race."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+from streams import COMPUTING, Stream, watched
+from test_recompute import adapted, gradients
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from halfbyte import nf4, ops
+from halfbyte.config import TrainConfig
+from halfbyte.errors import UsageError
+from halfbyte.learner import Learner
+from halfbyte.ops import cpu
+from halfbyte.ops.dequantized import DESKS, Ahead, Desk, PerLayer
+from halfbyte.selftest import Abilities, checkpoint_layers
+
+SHAPES = [(48, 64), (32, 64), (96, 48), (64, 96)]
+
+
+def passes(desk: Desk, weights: list[nf4.NF4Tensor], steps: int = 3) -> list[Tensor]:
+    """Forward through all weights, then back, again and again; the second weight is used twice in a row."""
+    found = []
+    with desk.in_use(), cpu.using("torch"):
+        for step in range(steps):
+            for weight in [weights[0], weights[1], weights[1], *weights[2:]]:
+                x = torch.full((3, weight.shape[1]), 1.0 + step)
+                found.append(ops.linear_4bit(x, weight.parts, weight.shape[0]))
+            for weight in reversed(weights):
+                dy = torch.full((3, weight.shape[0]), 2.0 + step)
+                found.append(ops.linear_4bit_input_grad(dy, weight.parts, weight.shape[1]))
+    return found
+
+
+@pytest.fixture
+def weights() -> list[nf4.NF4Tensor]:
+    torch.manual_seed(0)
+    return [nf4.quantize(torch.randn(shape)) for shape in SHAPES]
+
+
+class Spelled(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lets a `streams.Watch` around it see what an operation's meaning does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        meaning = {"linear_4bit": "_linear", "linear_4bit_input_grad": "_input_grad"}.get(func.__name__.split(".")[0])
+        return getattr(ops.fourbit, meaning)(*args) if meaning else func(*args, **(kwargs or {}))
+
+
+def test_weights_come_ahead_and_nothing_races(weights: list[nf4.NF4Tensor]):
+    with cpu.using("torch"):
+        expected = passes(Desk(), weights)
+    with watched() as watch, Spelled():
+        found = passes(Ahead(), weights)
+    assert watch.races == []
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    here, ahead = (sum(call == ("dequantize_4bit", stream) for call in watch.calls) for stream in (0, 1))
+    # of a step's 9 products 4 need a weight that neither buffer holds; in the first, which learns, they grow, too
+    assert (here, ahead) == (7, 2 * 4)
+
+
+@pytest.mark.parametrize("forgetful", ["computing", "side"])
+def test_without_an_event_there_are_races(
+    weights: list[nf4.NF4Tensor], forgetful: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The watch finds them, and no wait is there for nothing."""
+    original = Stream.wait_event
+
+    def sometimes(self: Stream, event: Any) -> None:
+        if (self.number == COMPUTING) != (forgetful == "computing"):
+            original(self, event)
+
+    monkeypatch.setattr(Stream, "wait_event", sometimes)
+    with watched() as watch, Spelled():
+        passes(Ahead(), weights)
+    assert watch.races
+
+
+@pytest.mark.parametrize("ending", ["larger buffers", "the end"])
+@pytest.mark.parametrize("waits", [True, False])
+def test_memory_is_given_back_when_nothing_is_on_its_way_to_it(
+    weights: list[nf4.NF4Tensor], ending: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if not waits:
+        monkeypatch.setattr(Stream, "wait_stream", lambda self, other: None)
+    with watched() as watch, Spelled(), cpu.using("torch"):
+        desk = Ahead()
+        with desk.in_use():
+            # the last one begins to bring another
+            for number in [2, 0, 1, 2, 0, *([3] if ending == "larger buffers" else [])]:
+                weight = weights[number]
+                ops.linear_4bit(torch.ones(1, weight.shape[1]), weight.parts, weight.shape[0])
+        del desk
+    assert bool(watch.races) != waits
+
+
+@pytest.mark.parametrize("kind", ["ahead", "layer"])
+def test_a_model_learns_the_same_bits(kind: str):
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(small_config())
+    for module in list(model.model.modules()):
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(nf4.quantize(module.weight.data), requires_grad=False)
+    adapted(model)
+    layers = 2
+    counts = {}
+    with cpu.using("torch"):
+        checkpoint_layers(model, "none", packing=True)
+        expected = gradients(model)
+        for name in ("product", kind):
+            desk = DESKS[name]()
+            with watched() as watch, Spelled():
+                for _ in range(2):
+                    with desk.in_use():
+                        found = gradients(model)
+                    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert watch.races == []
+            counts[name] = [sum(c == ("dequantize_4bit", stream) for c in watch.calls) for stream in (0, 1)]
+    # forward 7, again 6 (the last is not needed), backward 7, but the first layer's first three need no gradient
+    assert counts["product"] == [2 * (20 * layers - 3), 0]
+    if kind == "layer":
+        assert counts["layer"] == [2 * 14 * layers, 0]
+    else:
+        assert counts["ahead"][1] > 0.45 * counts["product"][0] > counts["ahead"][0] * 0.8
+
+
+def test_where_it_has_no_use_it_is_refused():
+    def learner(**options: Any) -> Learner:
+        model: Any = LlamaForCausalLM(small_config())
+        config = TrainConfig(model="none", data="none", **options)
+        return Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda name, line: None)
+
+    with cpu.using("torch"):
+        assert isinstance(learner(dequantized_weights="layer").desk, PerLayer)
+        with pytest.raises(UsageError, match="no second stream"):
+            learner(dequantized_weights="ahead")
+        with pytest.raises(UsageError, match="no layer is run again"):
+            learner(dequantized_weights="layer", gradient_checkpointing=False)
+        with pytest.raises(UsageError, match="no weight is in 4 bits"):
+            learner(dequantized_weights="layer", load_in_4bit=False)
+    if cpu.active() is not None:
+        with pytest.raises(UsageError, match="as it multiplies"):
+            learner(dequantized_weights="layer")
