@@ -10,7 +10,7 @@ FLOORS = {
     0: ["codebooks", "config", "errors", "objects"],
     1: ["ops"],
     2: ["nf4", "hub", "chat", "template", "rows", "forms", "run", "recompute", "memory", "paged"],
-    3: ["lora", "saved", "adapter", "loss", "adamw8bit", "batches", "attention", "fuse"],
+    3: ["lora", "saved", "adapter", "loss", "adamw8bit", "batches", "attention", "fuse", "embedding"],
     4: [
         "architecture",
         "card",

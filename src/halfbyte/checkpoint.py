@@ -283,6 +283,8 @@ _MAY_CHANGE = {
     "kept_activations",
     "kept_layers",
     "activation_offloading",
+    "embedding_offloading",
+    "dequantized_weights",
     "paging",
     "weight_streaming",
     "tokens_per_pass",

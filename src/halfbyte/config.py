@@ -283,6 +283,11 @@ class TrainingOptions(Options):
         "with gradient_checkpointing: layer inputs wait for the backward pass in a file (on a GPU: in host memory); "
         "auto: where the plan does not fit otherwise",
     )
+    embedding_offloading: Literal["auto", "always", "never"] = option(
+        "auto",
+        "on a GPU: the frozen embedding table lies in host memory, and the rows of a batch are copied; auto: where the "
+        "plan does not fit otherwise. The numbers are the same",
+    )
     tokens_per_pass: int = option(
         0,
         "a micro-batch of more tokens goes forward and backward in parts of whole rows, for the same gradients; 0: "
@@ -326,7 +331,7 @@ class TrainingOptions(Options):
             raise ValueError('must be "auto": the newest valid checkpoint of output_dir is taken')
         return value
 
-    @field_validator("activation_offloading", mode="before")
+    @field_validator("activation_offloading", "embedding_offloading", mode="before")
     @classmethod
     def _switch_offloading(cls, value: Any) -> Any:
         return as_policy(value)

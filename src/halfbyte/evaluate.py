@@ -65,7 +65,7 @@ def mean_loss(
     model: Any, rows: Sequence[Encoded], *, packed: bool, progress: Progress = no_progress
 ) -> tuple[float, int]:
     """(nats per supervised token, supervised tokens); a model in training is left as it was."""
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     head, total, tokens = output_head(model), 0.0, 0
     groups = list(_groups(list(range(len(rows))), [len(row.input_ids) for row in rows] if packed else None))
     was_training = model.training

@@ -92,7 +92,7 @@ def _generate(
     """Prompts are padded on the left, where nothing attends to them; a model in training is left as it was."""
     from transformers import GenerationConfig
 
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     stops = renderer.stop_ids()
     width = max(map(len, prompts))
     ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=device)

@@ -17,6 +17,7 @@ from . import fuse
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from .batches import MicroBatch
 from .config import TrainConfig
+from .embedding import keep_on_host, why_not
 from .errors import ModelError, UsageError
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
 from .loss import output_head, sequence_loss
@@ -81,6 +82,13 @@ class Learner:
             self.clock = DropoutClock(config.seed)
         else:
             self.clock = self._attach()
+        if config.embedding_offloading == "always":
+            if why := why_not(model):
+                raise UsageError(
+                    f"--embedding_offloading always cannot move the embedding table: {why}",
+                    ways_out=["--embedding_offloading auto"],
+                )
+            keep_on_host(model)
         model.config.use_cache = False
         model.train()
         self.recompute: Recompute | None = None
@@ -216,6 +224,13 @@ class Learner:
         run.inputs = slots
         return True
 
+    def offload_embedding(self) -> bool:
+        """Move the embedding table to host memory; False where it is, or cannot be."""
+        if self.config.embedding_offloading == "never" or why_not(self.model):
+            return False
+        keep_on_host(self.model)
+        return True
+
     def tile(self, tokens: int) -> bool:
         """Run MLPs on so many tokens at a time; False where no MLP can be."""
         if not fuse.tile_mlps(self.model, tokens):
@@ -226,7 +241,7 @@ class Learner:
     @property
     def device(self) -> torch.device:
         """Where a batch has to lie. A model on the ``meta`` device takes real ids: they decide what is computed."""
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device
         return torch.device("cpu") if device.type == "meta" else device
 
     def loss(self, batch: MicroBatch) -> Tensor:

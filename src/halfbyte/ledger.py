@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .adamw8bit import is_paged
+from .embedding import host_table
 from .learner import Learner
 from .lora import LoraLinear
 from .memory import Peak, current_part
@@ -84,6 +85,8 @@ def elsewhere(learner: Learner) -> list[Tensor]:
     """Tensors of states and weights that take no memory of the device: mapped files, pinned host memory."""
     optimizer: Any = learner.optimizer
     found = list(optimizer.state_tensors().values()) if is_paged(optimizer) else []
+    if (table := host_table(learner.model)) is not None:
+        found.append(table)
     for p in learner.model.parameters():
         data = p if isinstance(p, NF4Tensor) else p.data
         if isinstance(data, NF4Tensor) and data.stop is not None:

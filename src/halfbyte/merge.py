@@ -397,7 +397,7 @@ def _cut(rows: list[Encoded]) -> list[Encoded]:
 
 @torch.inference_mode()
 def _logits(model: Any, rows: list[Encoded]) -> list[Tensor]:
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     ids = (torch.tensor([row.input_ids], device=device) for row in rows)
     return [model(input_ids=each, use_cache=False).logits[0].float().cpu() for each in ids]
 

@@ -26,6 +26,7 @@ from .batches import EVAL_TOKENS, MicroBatch, Schedule, collate, prepare
 from .chat import Encoded
 from .config import PlanConfig, TrainConfig
 from .dataset import Data, read_data
+from .embedding import host_table
 from .errors import DataError, DoesNotFit, HalfbyteError, ModelError, UsageError
 from .fuse import fuse
 from .learner import Learner
@@ -82,6 +83,13 @@ UNASKED_SHARE = 0.5
 """Of the memory that is free, what a training may take for speed alone without being told what to fit into."""
 TILE = 512
 """Tokens that MLPs run on at a time where nothing else fits."""
+MOVED = {
+    "paging": "optimizer states",
+    "embedding_offloading": "the embedding table",
+    "activation_offloading": "layer inputs",
+    "weight_streaming": "weights",
+}
+"""Options that have something lie elsewhere than in the memory that is computed in, and what."""
 FITTED = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -208,8 +216,7 @@ def in_words(plan: MemoryPlan) -> list[str]:
 
 def settled_in_words(change: dict[str, Any]) -> Iterator[str]:
     """What `Planner.settle` decided, where it is worth a line."""
-    moved = {"paging": "the optimizer's states", "activation_offloading": "layer inputs", "weight_streaming": "weights"}
-    if away := [what for name, what in moved.items() if change.get(name) == "always"]:
+    if away := [what for name, what in MOVED.items() if change.get(name) == "always"]:
         yield f"it does not fit otherwise: {', '.join(away)} stay out of memory and come when they are used"
     if tokens := change.get("tokens_per_pass"):
         yield f"it does not fit otherwise: micro-batches go through the model in parts of at most {tokens:,} tokens"
@@ -391,7 +398,8 @@ def _plan_memory(
         if peak is not None:
             slack = int(GPU_SLACK * (peak.tensors - sum(held.values()))) if on_gpu else PROCESS_GROWTH
             phases[name] = runtime_bytes + slack + (peak.tensors if on_gpu else peak.process)
-    parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
+    table = host_table(model)
+    parameters = sum({id(p): p.numel() for p in model.parameters()}.values()) + (0 if table is None else table.numel())
     reading = _reading_bytes(stored, largest, dtype)
     # while it is loaded, and when what is trained has its gradients and the self-test has been (with one set of them)
     states = held["optimizer states"] if config.optim in ("adamw_8bit", "paged_adamw_8bit") else 0
@@ -448,9 +456,10 @@ STREAMED = ("4-bit codes", "scales")
 
 def _away(learner: Learner, streamed: int) -> dict[str, int]:
     """Bytes that lie outside of the memory that is computed in, by part."""
-    optimizer, run = learner.optimizer, learner.recompute
+    optimizer, run, table = learner.optimizer, learner.recompute, host_table(learner.model)
     return {
         "streamed weights": streamed,
+        "embedding table": 0 if table is None else table.nbytes,
         "paged optimizer states": checkpoint.state_bytes(optimizer) if is_paged(optimizer) else 0,
         "offloaded layer inputs": 0 if run is None or run.inputs.away is None else run.inputs.nbytes,
     }
@@ -630,6 +639,8 @@ class Planner:
         c = self.config
         if c.optim in checkpoint.STATES and c.paging == "auto":
             yield {"paging": "always"}
+        if c.embedding_offloading == "auto" and self._may_move_embedding():
+            yield {"embedding_offloading": "always"}
         if c.gradient_checkpointing and c.activation_offloading == "auto":
             yield {"activation_offloading": "always"}
         if self.budget.device == "cpu" and c.load_in_4bit and c.weight_streaming == "auto":
@@ -641,6 +652,12 @@ class Planner:
             yield {"tokens_per_pass": longest}
         if not c.tokens_per_tile and longest > 2 * TILE:
             yield {"tokens_per_tile": TILE}
+
+    def _may_move_embedding(self) -> bool:
+        """Whether the embedding table could lie in host memory: beside a GPU, frozen, and read by nothing else."""
+        trained = self.config.full or "embed" in self.config.modules_to_save
+        tied = getattr(self.model_config.get_text_config(), "tie_word_embeddings", False)
+        return self.budget.device == "cuda" and not trained and not tied
 
     def _most_layers(self, change: dict[str, Any], least: MemoryPlan) -> tuple[dict[str, Any], MemoryPlan] | None:
         """The plan in which as many layers keep all of their activations as there is room for; None if none do."""
@@ -704,6 +721,8 @@ class Planner:
             yield "scales are rounded to 8 bits", {"bnb_4bit_use_double_quant": True}
         if c.optim in checkpoint.STATES and c.paging == "auto":
             yield "", {"paging": "always"}
+        if c.embedding_offloading != "always" and self._may_move_embedding():
+            yield "", {"embedding_offloading": "always"}
         if c.gradient_checkpointing and c.activation_offloading != "always":
             yield "", {"activation_offloading": "always"}
         if self.budget.device == "cpu" and c.load_in_4bit and c.weight_streaming != "always":

@@ -79,9 +79,9 @@ def _pass_on(error: Exception) -> None:
 
 def _tokens(model: Any) -> tuple[Tensor, Tensor, int]:
     """Ids [2 n] of two rows, their positions, and n."""
-    embedding, length = model.get_input_embeddings().weight, 12
-    ids = (torch.arange(2 * length, device=embedding.device) * 7919 + 13) % embedding.shape[0]
-    return ids, torch.arange(length, device=embedding.device).repeat(2), length
+    vocabulary, device, length = model.get_input_embeddings().weight.shape[0], model.device, 12
+    ids = (torch.arange(2 * length, device=device) * 7919 + 13) % vocabulary
+    return ids, torch.arange(length, device=device).repeat(2), length
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:

@@ -65,6 +65,7 @@ from .plan import (
     MemoryPlan,
     Planner,
     gib,
+    in_words,
     largest_pass,
     schedule_of,
     settled_in_words,
@@ -138,6 +139,7 @@ class Trainer:
         self.clock: datetime | None = None
         self.planner: Planner | None = None
         self.plan: MemoryPlan | None = None
+        self.forced: MemoryPlan | None = None
         self.watch = Watch(torch.device("cpu"), {}, lambda row: None, self.reporter.say)
         self.settled = self.updating = False
         self.done = self.saved = 0
@@ -205,6 +207,9 @@ class Trainer:
         held = {} if learner is None else sizes(resident(learner))
         largest = sorted(held.items(), key=lambda item: -item[1])[:4]
         ways = [] if self.plan is None or self.planner is None else ways_in_words(self.plan, self.planner)
+        if not ways and self.forced is not None:  # there may be no memory to plan in: what is left of the first ways
+            left = [c for c in self.forced.choices if any(getattr(self.config, k) != v for k, v in c.change.items())]
+            ways = in_words(replace(self.forced, choices=tuple(left)))
         found = f"{message}; held: {', '.join(f'{part} {gib(size)}' for part, size in largest)}" if held else message
         return DoesNotFit(
             f"out of memory in this phase: {phase}; {state}",
@@ -339,6 +344,7 @@ class Trainer:
             plan = plan if plan.choices else replace(plan, choices=planner.ways_out(plan))
             if not config.force:
                 plan.check()
+            self.forced = plan
             say("the plan does not fit, and is forced")
         there = f" of {gib(plan.budget_bytes)}" if plan.budget_bytes else ""
         say(f"the plan: {gib(plan.peak_bytes)}{there} at the peak, {plan.tokens:,} tokens in the largest pass")
@@ -650,6 +656,8 @@ class Trainer:
         change: dict[str, Any]
         if self._if_the_disk_lets(learner.page_out):
             change, now = {"paging": "always"}, "the optimizer's states leave memory"
+        elif learner.offload_embedding():
+            change, now = {"embedding_offloading": "always"}, "the embedding table lies in host memory"
         elif learner.keep_less():
             change, now = {"kept_activations": "none"}, "layers keep their inputs alone"
         elif self._if_the_disk_lets(learner.offload):

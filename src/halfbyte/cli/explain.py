@@ -469,6 +469,8 @@ def _effect(name: str) -> str:
         "bnb_4bit_use_double_quant": [("on", {}), ("off", {"bnb_4bit_use_double_quant": False})],
         "optim": [("adamw_8bit", {}), ("adamw_torch", {"optim": "adamw_torch"})],
         "paging": [("in memory", {}), ("always", {"paging": "always"})],
+        "embedding_offloading": [("never", {}), ("always", {"embedding_offloading": "always"})],
+        "dequantized_weights": [(stay, {"dequantized_weights": stay}) for stay in ("product", "ahead", "layer")],
         "activation_offloading": [("never", {}), ("always", {"activation_offloading": "always"})],
         "gradient_checkpointing": [("on", {}), ("off", {"gradient_checkpointing": False})],
         "kept_activations": [(keep, {"kept_activations": keep}) for keep in ("none", "attention", "mlp_in", "all")],

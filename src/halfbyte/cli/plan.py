@@ -100,8 +100,9 @@ def _show_search(plan: "MemoryPlan") -> None:
 
 def _moved(change: dict[str, Any]) -> str:
     """What of a plan does not lie in memory, and how it is cut."""
-    moved = {"paging": "states", "activation_offloading": "layer inputs", "weight_streaming": "weights"}
-    words = [what for name, what in moved.items() if change.get(name) == "always"]
+    from ..plan import MOVED
+
+    words = [what for name, what in MOVED.items() if change.get(name) == "always"]
     tiled = f"MLPs {change['tokens_per_tile']} tokens at a time" if change.get("tokens_per_tile") else ""
     return "; ".join(filter(None, [f"out of memory: {', '.join(words)}" if words else "", tiled]))
 

@@ -283,7 +283,8 @@ def _plan_product(x: Tensor, parts: tuple, columns: int) -> None:
         return
     dequantized.plan(parts, width * columns, x.dtype)
     if device_type(x) != "cuda":
-        scratch("dequantized weight", 3 * 4 * blocks_of(width * columns, parts[6]))  # in fp32, and what they are made of
+        # its scales in fp32, and what they are made of
+        scratch("dequantized weight", 3 * 4 * blocks_of(width * columns, parts[6]))
 
 
 def linear_4bit(
