@@ -138,6 +138,14 @@ def test_dropout_masks_bit_for_bit(first: int, numel: int):
         gpu.dropout_mask(mine, list(numbers))
         dropout._dropout_mask(theirs, list(numbers))
         equal(mine, theirs)
+        for dtype in (torch.float32, torch.float16):
+            x, total = torch.randn(2, numel).to(dtype)
+            x[0], expected, given = -torch.inf, total.clone(), list(numbers)
+            torch.testing.assert_close(gpu.drop(x, given), dropout._drop(x, given), rtol=0, atol=0, equal_nan=True)
+            x[0] = -0.5
+            dropout._add_dropped(expected, x, given)
+            gpu.add_dropped(total, x, given)
+            equal(total, expected)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.float16, 2.0**-10)])
@@ -199,7 +207,7 @@ def test_a_kernel_that_differs_or_dies_gives_way(monkeypatch: pytest.MonkeyPatch
 
 def test_every_spelling_agrees_with_its_meaning_on_its_own_case():
     """The cases by which a GPU decides, run here."""
-    assert len(gpu.SPELLINGS) == 12
+    assert len(gpu.SPELLINGS) == 14
     for name, (meaning, ours, case) in gpu.SPELLINGS.items():
         assert gpu.disagreement(meaning, ours, case, torch.device("cpu")) == "", name
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from . import attention, ops, recompute
 from .ops import cpu, gpu
-from .ops.library import device_type
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """Relative difference (norm over norm) that a few roundings more or less can cause: four units of the last place.
@@ -482,8 +481,7 @@ def fuse(model: nn.Module) -> Fused:
 
 def _is_served(tensor: Tensor) -> bool:
     """Whether fused passes compute on the device of a tensor, or on the one it stands for."""
-    on_gpu = device_type(tensor) == "cuda" and (tensor.is_meta or gpu.wanted())
-    return on_gpu or cpu.serves(tensor)
+    return gpu.computes(tensor) or cpu.serves(tensor)
 
 
 def _width(module: Any, form: Form) -> int:

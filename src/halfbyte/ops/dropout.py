@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, gpu
-from .library import define
+from .library import define, scratch
 
 DROPOUT_RESOLUTION = 65536
 ROUNDS = 7
@@ -62,22 +62,52 @@ def dropout_mask(numel: int, dropout: Dropout, device: torch.device) -> Tensor:
     Raises:
         ValueError: a counter that does not fit in 32 bits, or an element beyond 2^35.
     """
+    _check(numel, dropout)
+    out = torch.empty(numel, dtype=torch.bool, device=device)
+    torch.ops.halfbyte.dropout_mask(out, list(dropout))
+    return out
+
+
+def _check(numel: int, dropout: Dropout) -> None:
     if dropout.first < 0 or dropout.first + numel > 1 << 35:
         raise ValueError(f"a mask has elements 0 to 2^35, got {numel} from {dropout.first} on")
     for name in ("step", "micro_batch", "layer"):
         value = getattr(dropout, name)
         if not 0 <= value <= _MASK:
             raise ValueError(f"{name} must fit in 32 bits, got {value}")
-    out = torch.empty(numel, dtype=torch.bool, device=device)
-    torch.ops.halfbyte.dropout_mask(out, list(dropout))
-    return out
 
 
 def dropped(x: Tensor, dropout: Dropout) -> Tensor:
-    """x, zero where an element is dropped."""
+    """x times its mask: zero where an element is dropped.
+
+    Raises:
+        ValueError: as `dropout_mask`.
+    """
     if not dropout.threshold:
         return x
-    return x * dropout_mask(x.numel(), dropout, x.device).view_as(x)
+    _check(x.numel(), dropout)
+    return torch.ops.halfbyte.drop(x, list(dropout))
+
+
+def add_dropped(total: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+    """total += x times its mask, in place.
+
+    Args:
+        total: contiguous, of the shape and dtype of x.
+
+    Raises:
+        ValueError: as `dropout_mask`, or an unfit total.
+    """
+    _check(x.numel(), dropout)
+    if total.shape != x.shape or total.dtype != x.dtype or not total.is_contiguous():
+        raise ValueError(f"total must be contiguous {x.dtype} {list(x.shape)}, got {total.dtype} {list(total.shape)}")
+    torch.ops.halfbyte.add_dropped(total, x, list(dropout))
+    return total
+
+
+def plan_dropping(x: Tensor) -> None:
+    """Say, in a shape function, what x without its dropped elements takes for a moment: without Triton its mask, too."""
+    scratch("live layer", x.numel() * (x.element_size() + (not gpu.computes(x))))
 
 
 def philox(counter0: Tensor, counters: tuple[int, int, int], key: tuple[int, int]) -> list[Tensor]:
@@ -130,11 +160,25 @@ def _dropout_mask(out: Tensor, dropout: list[int]) -> None:
         torch.ge(halves.bitwise_xor_(-32768), d.threshold - 32768, out=out[start:stop])
 
 
-def _dropout_mask_shapes(*args) -> None:
+def _drop(x: Tensor, dropout: list[int]) -> Tensor:
+    return x * dropout_mask(x.numel(), Dropout(*dropout), x.device).view_as(x)
+
+
+def _add_dropped(total: Tensor, x: Tensor, dropout: list[int]) -> None:
+    total.add_(_drop(x, dropout))
+
+
+def _nothing(*args) -> None:
     return None
 
 
-define("dropout_mask(Tensor(a!) out, int[] dropout) -> ()", _dropout_mask, _dropout_mask_shapes)
+def _drop_shapes(x: Tensor, dropout: list[int]) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+define("dropout_mask(Tensor(a!) out, int[] dropout) -> ()", _dropout_mask, _nothing)
+define("drop(Tensor x, int[] dropout) -> Tensor", _drop, _drop_shapes)
+define("add_dropped(Tensor(a!) total, Tensor x, int[] dropout) -> ()", _add_dropped, _nothing)
 cpu.spell("dropout_mask", _dropout_mask, cpu._dropout_mask)
 
 
@@ -144,4 +188,15 @@ def example(device: torch.device) -> tuple:
     return torch.zeros(1001, dtype=torch.bool, device=device), list(numbers)
 
 
+def _drop_case(device: torch.device) -> tuple:
+    return gpu.sample(device, 13, 77), example(device)[1]
+
+
+def _add_case(device: torch.device) -> tuple:
+    x, numbers = _drop_case(device)
+    return gpu.sample(device, 13, 77, seed=1), x, numbers
+
+
 gpu.spell("dropout_mask", _dropout_mask, gpu.dropout_mask, example)
+gpu.spell("drop", _drop, gpu.drop, _drop_case)
+gpu.spell("add_dropped", _add_dropped, gpu.add_dropped, _add_case)

@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from .. import codebooks
 from . import cpu, dequantized, gpu
-from .dropout import NO_DROPOUT, Dropout, dropped
-from .library import CHUNK, define, device_type, scratch
+from .dropout import NO_DROPOUT, Dropout, add_dropped, plan_dropping
+from .library import CHUNK, define, scratch
 from .nearest import rank
 
 TINY = 1e-38
@@ -282,7 +282,7 @@ def _plan_product(x: Tensor, parts: tuple, columns: int) -> None:
         cpu.plan_product(x, width)
         return
     dequantized.plan(parts, width * columns, x.dtype)
-    if device_type(x) != "cuda":
+    if not gpu.computes(x):
         # its scales in fp32, and what they are made of
         scratch("dequantized weight", 3 * 4 * blocks_of(width * columns, parts[6]))
 
@@ -357,7 +357,7 @@ def add_low_rank(dx: Tensor, du: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
     """dx [..., in_features] += drop(du a), in place."""
     flat, du = dx.view(-1, dx.shape[-1]), du.reshape(-1, du.shape[-1]).to(dx.dtype)
     if dropout.threshold:
-        flat.add_(dropped(du @ a.to(dx.dtype), dropout))
+        add_dropped(flat, du @ a.to(dx.dtype), dropout)
     else:
         flat.addmm_(du, a.to(dx.dtype))
     return dx
@@ -372,7 +372,12 @@ def _input_grad(grad: Tensor, *args) -> Tensor:
 
 def _input_grad_shapes(grad: Tensor, *args) -> Tensor:
     _plan_product(grad, args[:8], args[-4])
-    return grad.new_empty((*grad.shape[:-1], args[-4]))
+    dx = grad.new_empty((*grad.shape[:-1], args[-4]))
+    if args[-1][0] and args[-3] is not None and not cpu.serves(grad):
+        plan_dropping(dx)
+        if not gpu.computes(grad):
+            scratch("live layer", dx.nbytes)  # LoRA's term, with what is dropped and without
+    return dx
 
 
 define(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import LIBRARY
+from .library import LIBRARY, device_type
 
 TINY = 1e-38
 Case = Callable[[torch.device], tuple[Any, ...]]
@@ -40,6 +40,14 @@ def installed() -> bool:
 def wanted() -> bool:
     """Whether Triton is there and was not switched off (HALFBYTE_TRITON=0)."""
     return installed() and os.environ.get("HALFBYTE_TRITON", "1") != "0"
+
+
+def computes(tensor: Tensor) -> bool:
+    """Whether Triton computes on this tensor (or, on the ``meta`` device, would on the one it stands for).
+
+    A plan for a GPU that is not there takes Triton to be there with it.
+    """
+    return device_type(tensor) == "cuda" and (wanted() or not torch.cuda.is_available())
 
 
 def path_in_use() -> str:
@@ -264,14 +272,28 @@ def adamw_8bit_step(params: list[Tensor], grads: list[Tensor], *args: Any) -> No
     _launch(_kernels().adamw_8bit, (m_codes.numel() // 256,), *tensors, BLOCK=256, TINY=TINY)
 
 
-def dropout_mask(out: Tensor, dropout: list[int]) -> None:
+def _dropping(kernel: Any, tensors: tuple[Tensor, ...], dropout: list[int], **constants: Any) -> None:
     threshold, seed, step, micro_batch, layer, first = dropout
     seed &= 0x7FFFFFFFFFFFFFFF
-    counters = -(-(first % 8 + out.numel()) // 8)
-    if counters:
+    n = tensors[0].numel()
+    counters = -(-(first % 8 + n) // 8)
+    if n:
         numbers = (first, threshold, layer, micro_batch, step, seed & 0xFFFFFFFF, seed >> 32)
-        grid = (-(-counters // 256),)
-        _launch(_kernels().dropout_mask, grid, out.view(torch.int8), out.numel(), *numbers, COUNTERS=256)
+        _launch(kernel, (-(-counters // 256),), *tensors, n, *numbers, COUNTERS=256, **constants)
+
+
+def dropout_mask(out: Tensor, dropout: list[int]) -> None:
+    _dropping(_kernels().dropout_mask, (out.view(torch.int8),), dropout)
+
+
+def drop(x: Tensor, dropout: list[int]) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _dropping(_kernels().drop, (x.contiguous(), out), dropout, ADD=False)
+    return out
+
+
+def add_dropped(total: Tensor, x: Tensor, dropout: list[int]) -> None:
+    _dropping(_kernels().drop, (x.contiguous(), total), dropout, ADD=True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> tuple[Tensor, Tensor]:

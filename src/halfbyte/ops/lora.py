@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .dropout import NO_DROPOUT, Dropout, dropped
+from .dropout import NO_DROPOUT, Dropout, dropped, plan_dropping
 from .fourbit import FLOATS
-from .library import define, scratch
+from .library import define
 
 
 def lora_input(x: Tensor, a: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
@@ -54,7 +54,7 @@ def _lora_input(x: Tensor, a: Tensor, dropout: list[int]) -> Tensor:
 
 def _lora_input_shapes(x: Tensor, a: Tensor, dropout: list[int]) -> Tensor:
     if dropout[0] and not cpu.serves(x):
-        scratch("live layer", x.numel() * (1 + x.element_size()))  # the mask, and x without what is dropped
+        plan_dropping(x)
     return x.new_empty((*x.shape[:-1], a.shape[0]))
 
 
@@ -71,6 +71,8 @@ def _lora_grads(
 def _lora_grads_shapes(
     dy: Tensor, x: Tensor, u: Tensor, b: Tensor, scale: float, dropout: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if dropout[0] and not cpu.serves(x):
+        plan_dropping(x)
     rank = u.shape[-1]
     fp32 = torch.float32
     return u.new_empty(u.shape), x.new_empty((rank, x.shape[-1]), dtype=fp32), dy.new_empty(b.shape, dtype=fp32)

@@ -167,7 +167,7 @@ def _two_like_second(dy: Tensor, x: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 def _loss_shapes(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
-    if not cpu.serves(logits):
+    if not (cpu.serves(logits) or gpu.computes(logits)):
         scratch("logits chunk", 2 * 4 * logits.numel())  # in fp32, and their logarithms
     return logits.new_empty(labels.shape, dtype=torch.float32)
 

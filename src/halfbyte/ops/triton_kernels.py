@@ -227,13 +227,13 @@ def philox(counter, layer, micro_batch, step, key0, key1):
     return c0, c1, c2, c3
 
 
-@triton.jit(do_not_specialize=["first", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
-def dropout_mask(out_ptr, n, first, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
-    """True where an element is kept: two elements from each 32-bit word, the low half first."""
-    begin = first // 8
-    counter = tl.program_id(0).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS) + begin
+@triton.jit
+def kept_elements(first, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
+    """This program's 8 COUNTERS elements: their indices (from -7 on), and which are kept. Two elements come from each
+    32-bit word, the low half first."""
+    counter = tl.program_id(0).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS) + first // 8
     zero = tl.zeros([COUNTERS], tl.uint32)
-    words = philox(
+    w0, w1, w2, w3 = philox(
         counter.to(tl.uint32),
         zero + layer.to(tl.uint32),
         zero + micro_batch.to(tl.uint32),
@@ -241,12 +241,41 @@ def dropout_mask(out_ptr, n, first, threshold, layer, micro_batch, step, key0, k
         zero + key0.to(tl.uint32),
         zero + key1.to(tl.uint32),
     )
-    for word in tl.static_range(4):
-        for half in tl.static_range(2):
-            bits = (words[word] >> (16 * half)) & 0xFFFF
-            index = counter * 8 + (2 * word + half) - first
-            kept = bits.to(tl.int32) >= threshold
-            tl.store(out_ptr + index, kept.to(tl.int8), mask=(index >= 0) & (index < n))
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [8 * COUNTERS])
+    begin = tl.program_id(0).to(tl.int64) * COUNTERS * 8 + (first // 8) * 8 - first
+    return begin + tl.arange(0, 8 * COUNTERS), halves.to(tl.int32) >= threshold
+
+
+@triton.jit(do_not_specialize=["first", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
+def dropout_mask(out_ptr, n, first, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
+    """True where an element is kept."""
+    index, kept = kept_elements(first, threshold, layer, micro_batch, step, key0, key1, COUNTERS)
+    tl.store(out_ptr + index, kept.to(tl.int8), mask=(index >= 0) & (index < n))
+
+
+@triton.jit(do_not_specialize=["first", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
+def drop(
+    x_ptr,
+    out_ptr,
+    n,
+    first,
+    threshold,
+    layer,
+    micro_batch,
+    step,
+    key0,
+    key1,
+    ADD: tl.constexpr,
+    COUNTERS: tl.constexpr,
+):
+    """x times its mask, which is written nowhere: stored, or with ADD added to what is there."""
+    index, kept = kept_elements(first, threshold, layer, micro_batch, step, key0, key1, COUNTERS)
+    inside = (index >= 0) & (index < n)
+    x = tl.load(x_ptr + index, mask=inside, other=0.0).to(tl.float32) * kept.to(tl.float32)
+    if ADD:
+        x += tl.load(out_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + index, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
