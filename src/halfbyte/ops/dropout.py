@@ -106,7 +106,7 @@ def add_dropped(total: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
 
 
 def plan_dropping(x: Tensor) -> None:
-    """Say, in a shape function, what x without its dropped elements takes for a moment: without Triton its mask, too."""
+    """Say, in a shape function, what x without its dropped elements takes: without Triton its mask, too."""
     scratch("live layer", x.numel() * (x.element_size() + (not gpu.computes(x))))
 
 
