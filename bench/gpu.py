@@ -318,7 +318,7 @@ def training(name: str, tokens: int, steps: int = 4, **more: Any) -> dict[str, A
     empty()
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
-    seconds, loss = [], 0.0
+    seconds, losses = [], []
     with attention.segments(model):
         for step in range(2 if _tiny else steps):
             ids = torch.randint(4, vocabulary, (tokens,), generator=generator).tolist()
@@ -327,14 +327,14 @@ def training(name: str, tokens: int, steps: int = 4, **more: Any) -> dict[str, A
                 torch.cuda.reset_peak_memory_stats()
             wait()
             began = time.perf_counter()
-            loss = float(sum(learner.accumulate(batch, batch.supervised, step, 0)) / batch.supervised)
+            losses.append(float(sum(learner.accumulate(batch, batch.supervised, step, 0)) / batch.supervised))
             learner.clip()
             learner.update(1e-4)
             learner.forget()
             wait()
             seconds.append(time.perf_counter() - began)
     each = statistics.median(seconds[1:])
-    found: dict[str, Any] = {"step_s": each, "tokens_per_s": tokens / each, "loss": loss, "fused": fused}
+    found: dict[str, Any] = {"step_s": each, "tokens_per_s": tokens / each, "losses": losses, "fused": fused}
     outside = planned.bytes_of("GPU context") if planned.device == "cuda" else 0
     found["planned_gb"] = (planned.phases["step"] - outside) / 1e9
     if not _tiny:
@@ -346,8 +346,9 @@ def training(name: str, tokens: int, steps: int = 4, **more: Any) -> dict[str, A
     return found
 
 
-def peer(name: str, tokens: int) -> dict[str, Any]:
-    """The same step by bitsandbytes and PEFT: the article's recipe with checkpointing, weights random, too."""
+def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
+    """The same step by bitsandbytes and PEFT: the article's recipe with checkpointing, weights random, too; or by the
+    same script after `halfbyte.optimize`."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
@@ -382,6 +383,11 @@ def peer(name: str, tokens: int) -> dict[str, Any]:
     model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, lora).train()
+    said: list[str] = []
+    if optimized:
+        import halfbyte
+
+        halfbyte.optimize(model, kept_activations="none", say=said.append)
     optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     empty()
     torch.cuda.reset_peak_memory_stats()
@@ -403,6 +409,8 @@ def peer(name: str, tokens: int) -> dict[str, Any]:
         "step_s": each,
         "tokens_per_s": tokens / each,
         "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+        "loss": float(loss),
+        "said": said,
     }
     del model, optimizer
     empty()
@@ -417,12 +425,22 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
             found[f"{tokens}"] = "left out: no time"
             continue
         four = training("llama-3-8b", tokens)
-        kept = training("llama-3-8b", tokens, kept_activations="all")
         bf16 = training("llama-3-8b", tokens, load_in_4bit=False)
-        row: dict[str, Any] = {"halfbyte": four, "halfbyte_kept_all": kept, "halfbyte_bf16_lora": bf16}
+        row: dict[str, Any] = {"halfbyte": four, "halfbyte_bf16_lora": bf16}
         row["over_bf16_lora"] = four["step_s"] / bf16["step_s"]
+        variants: dict[str, dict[str, Any]] = {"kept_all": {"kept_activations": "all"}}
+        if not _tiny:  # a CPU has no use for these
+            variants |= {stay: {"dequantized_weights": stay} for stay in ("ahead", "layer")}
+        for variant, more in variants.items():
+            row[f"halfbyte_{variant}"] = found_here = attempt(
+                lambda tokens=tokens, more=more: training("llama-3-8b", tokens, **more)
+            )
+            if "step_s" in found_here:
+                row[f"{variant}_over_halfbyte"] = found_here["step_s"] / four["step_s"]
+                row[f"{variant}_same_first_loss"] = found_here["losses"][0] == four["losses"][0]
         if tokens == 4096 and bitsandbytes() is not None and not _tiny:
             row["bitsandbytes_peft"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens))
+            row["bitsandbytes_peft_optimized"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens, True))
             if "step_s" in row["bitsandbytes_peft"]:
                 row["times_bitsandbytes_peft"] = row["bitsandbytes_peft"]["step_s"] / four["step_s"]
                 row["memory_of_bitsandbytes_peft"] = four["reserved_gb"] / row["bitsandbytes_peft"]["reserved_gb"]
@@ -431,13 +449,17 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
 
 
 def seventy(left: Callable[[], float]) -> dict[str, Any]:
-    """Llama-2-70B, batch 1: peak and speed by length."""
+    """Llama-2-70B, batch 1: peak and speed by length, all on the card and with what need not be there on the host."""
     found: dict[str, Any] = {}
-    for tokens in (512, 2048, 4096, 8192):
-        if left() < 45:
-            found[f"{tokens}"] = "left out: no time"
-            continue
-        found[f"{tokens}"] = attempt(lambda tokens=tokens: training("llama-2-70b", tokens, steps=3))
+    host = {"activation_offloading": "always", "paging": "always", "embedding_offloading": "always"}
+    for where, more in (("card", {}), ("host", {} if _tiny else host)):
+        for tokens in (512, 2048, 4096, 8192):
+            if left() < 45:
+                found[f"{tokens}_{where}"] = "left out: no time"
+                continue
+            found[f"{tokens}_{where}"] = attempt(
+                lambda tokens=tokens, more=more: training("llama-2-70b", tokens, steps=3, **more)
+            )
     return found
 
 
@@ -452,6 +474,7 @@ def context(left: Callable[[], float]) -> dict[str, Any]:
             found[f"{tokens}"] = "left out: no time"
             continue
         more = {"lora_r": 32, "activation_offloading": "always", "paging": "always", "tokens_per_tile": 4096}
+        more |= {} if _tiny else {"embedding_offloading": "always"}
         found[f"{tokens}"] = attempt(lambda tokens=tokens, more=more: training("llama-3-70b", tokens, 2, **more))
     return found
 
