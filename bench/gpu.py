@@ -116,6 +116,8 @@ def check() -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name, (meaning, ours, case) in gpu.SPELLINGS.items():
+        if _tiny and name in ("attention", "attention_grad"):  # PyTorch's own, on GPUs only
+            continue
         found[name] = gpu.disagreement(meaning, ours, case, device()) or "agrees"
     generator = torch.Generator(device()).manual_seed(0)
     narrow = torch.float16 if _tiny else torch.bfloat16
@@ -294,8 +296,8 @@ def options_for(tokens: int, **more: Any) -> Any:
     return TrainConfig(**{**given, **more})
 
 
-def training(name: str, tokens: int, steps: int = 4, **more: Any) -> dict[str, Any]:
-    """Seconds and peak of a step, and what was planned."""
+def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any) -> dict[str, Any]:
+    """Seconds and peak of a step, and what was planned; the tokens are those of so many rows."""
     from halfbyte import attention
     from halfbyte.batches import collate
     from halfbyte.chat import Encoded
@@ -321,8 +323,8 @@ def training(name: str, tokens: int, steps: int = 4, **more: Any) -> dict[str, A
     seconds, losses = [], []
     with attention.segments(model):
         for step in range(2 if _tiny else steps):
-            ids = torch.randint(4, vocabulary, (tokens,), generator=generator).tolist()
-            batch = collate([Encoded("bench", ids, [True] * tokens)], [0])
+            ids = torch.randint(4, vocabulary, (rows, tokens // rows), generator=generator).tolist()
+            batch = collate([Encoded("bench", row, [True] * len(row)) for row in ids], range(rows))
             if step == 1 and not _tiny:
                 torch.cuda.reset_peak_memory_stats()
             wait()
@@ -391,7 +393,7 @@ def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
     optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     empty()
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
+    seconds, losses = [], []
     for _ in range(4):
         ids = torch.randint(4, config.vocab_size, (1, tokens), device=device())
         wait()
@@ -402,6 +404,7 @@ def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss))
         wait()
         seconds.append(time.perf_counter() - began)
     each = statistics.median(seconds[1:])
@@ -409,7 +412,7 @@ def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
         "step_s": each,
         "tokens_per_s": tokens / each,
         "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-        "loss": float(loss),
+        "losses": losses,
         "said": said,
     }
     del model, optimizer
@@ -428,7 +431,7 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
         bf16 = training("llama-3-8b", tokens, load_in_4bit=False)
         row: dict[str, Any] = {"halfbyte": four, "halfbyte_bf16_lora": bf16}
         row["over_bf16_lora"] = four["step_s"] / bf16["step_s"]
-        variants: dict[str, dict[str, Any]] = {"kept_all": {"kept_activations": "all"}}
+        variants: dict[str, dict[str, Any]] = {"kept_all": {"kept_activations": "all"}, "in_16_rows": {"rows": 16}}
         if not _tiny:  # a CPU has no use for these
             variants |= {stay: {"dequantized_weights": stay} for stay in ("ahead", "layer")}
         for variant, more in variants.items():
@@ -437,7 +440,8 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
             )
             if "step_s" in found_here:
                 row[f"{variant}_over_halfbyte"] = found_here["step_s"] / four["step_s"]
-                row[f"{variant}_same_first_loss"] = found_here["losses"][0] == four["losses"][0]
+                if "rows" not in more:
+                    row[f"{variant}_same_first_loss"] = found_here["losses"][0] == four["losses"][0]
         if tokens == 4096 and bitsandbytes() is not None and not _tiny:
             row["bitsandbytes_peft"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens))
             row["bitsandbytes_peft_optimized"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens, True))
@@ -457,8 +461,9 @@ def seventy(left: Callable[[], float]) -> dict[str, Any]:
             if left() < 45:
                 found[f"{tokens}_{where}"] = "left out: no time"
                 continue
+            options: dict[str, Any] = {**more}
             found[f"{tokens}_{where}"] = attempt(
-                lambda tokens=tokens, more=more: training("llama-2-70b", tokens, steps=3, **more)
+                lambda tokens=tokens, options=options: training("llama-2-70b", tokens, steps=3, **options)
             )
     return found
 

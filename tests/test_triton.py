@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from halfbyte import codebooks, nf4, ops
 from halfbyte.ops import adamw8bit, dropout, fourbit, gpu, passes, rotary
+from halfbyte.ops.attention import _attention, _attention_grad
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("on a GPU bench/gpu.py proves the kernels", allow_module_level=True)
@@ -205,9 +207,68 @@ def test_a_kernel_that_differs_or_dies_gives_way(monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_every_spelling_agrees_with_its_meaning_on_its_own_case():
+def plain_flash(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, left: int, right: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What flash attention is said to do, score by score."""
+    out, lse = [], []
+    for a, b in pairwise(rows.tolist()):
+        place = torch.arange(b - a)
+        ahead = place[None] - place[:, None]
+        seen = (ahead <= right) & ((-ahead <= left) | (left < 0))
+        wide_k, wide_v = (t[a:b].repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        scores = (torch.einsum("qhd,khd->hqk", q[a:b], wide_k) * scale).masked_fill(~seen, -torch.inf)
+        lse.append(scores.logsumexp(2))
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(2), wide_v))
+    return torch.cat(out), torch.cat(lse, 1)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's flash attention, which is only on GPUs, by what its signature says."""
+
+    def forward(q, k, v, rows_q, rows_k, longest_q, longest_k, p, causal, debug, *, scale, **window):
+        assert (
+            rows_q is rows_k and longest_q == longest_k == int(rows_q.diff().max()) and causal and not p and not debug
+        )
+        wide = (t.float() for t in (q, k, v))
+        out, lse = plain_flash(*wide, rows_q, window["window_size_left"], window["window_size_right"], scale)
+        return out.to(q.dtype), lse, None, None, None
+
+    def backward(dout, q, k, v, out, lse, rows_q, rows_k, longest_q, longest_k, p, causal, state, unused, **more):
+        assert state.dtype == torch.uint64 and causal and not p and dout.is_contiguous()
+        wide = [t.float().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            again, _ = plain_flash(*wide, rows_q, more["window_size_left"], more["window_size_right"], more["scale"])
+        return tuple(g.to(q.dtype) for g in torch.autograd.grad(again, wide, dout.float()))
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+
+
+@pytest.mark.parametrize("window", [0, 2, 4])
+def test_flash_attention_is_asked_for_the_same_attention(flash: None, window: int):
+    """Rows of several lengths, grouped heads, a window: what a GPU is asked for is the meaning."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(23, heads, 8).half() for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 9, 10, 23], dtype=torch.int32)
+    form = (0.3, window, 0.0)
+    out, lse = gpu.attention(q, k, v, bounds, *form)
+    expected, expected_lse = _attention(q, k, v, bounds, *form)
+    near(out, expected, 2.0**-9)
+    near(lse, expected_lse, 1e-5)
+    dout = torch.randn_like(q)
+    mine = gpu.attention_grad(dout, q, k, v, bounds, out, lse, *form)
+    for one, other in zip(mine, _attention_grad(dout, q, k, v, bounds, out, lse, *form), strict=True):
+        near(one, other, 2.0**-8)
+    with pytest.raises(ValueError, match="softcap"):
+        gpu.attention(q, k, v, bounds, 0.3, window, 30.0)
+    assert not gpu.attends(q, None), "this is a CPU"
+
+
+def test_every_spelling_agrees_with_its_meaning_on_its_own_case(flash: None):
     """The cases by which a GPU decides, run here."""
-    assert len(gpu.SPELLINGS) == 14
+    assert len(gpu.SPELLINGS) == 16
     for name, (meaning, ours, case) in gpu.SPELLINGS.items():
         assert gpu.disagreement(meaning, ours, case, torch.device("cpu")) == "", name
 

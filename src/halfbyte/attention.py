@@ -3,8 +3,8 @@
 A micro-batch is one sequence [1, T] of whole rows, without padding: no token is wasted and a packed batch is the same
 thing as an unpacked one. What keeps the rows apart is ``cu_seq_lens_q``, the row boundaries, which transformers hands
 to the attention function; position ids restart with each row. The registered mask function returns None: there is no
-mask to build or to hold. On a CPU with the C++ library the rows go through one fused operation (`ops.attention`);
-elsewhere each is a separate causal call of PyTorch's own attention.
+mask to build or to hold. On a CPU with the C++ library, and on a GPU whose flash attention does what it should, the
+rows go through one operation (`ops.attention`); elsewhere each is a separate causal call of PyTorch's own attention.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from . import ops, recompute
 from .loss import ROW_MULTIPLE
-from .ops import cpu
+from .ops import cpu, gpu
 
 NAME = "halfbyte"
 CAUSAL = "halfbyte_causal"
@@ -54,7 +54,7 @@ def segment_attention(
     if cu_seq_lens_q is None:
         raise ValueError("the model does not hand cu_seq_lens_q to its attention, so rows cannot be packed")
     plain = s_aux is None and not dropout
-    if plain and (_is_fusable(query, key, value) or _stands_for_fused(query, sliding_window, softcap)):
+    if plain and (_is_fusable(query, key, value, softcap) or _stands_for_fused(query, sliding_window, softcap)):
         form = ops.Form(query.shape[3] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
         return _Attention.apply(query, key, value, cu_seq_lens_q, form), None  # pyright: ignore[reportReturnType]
     recompute.pass_attention()
@@ -90,7 +90,7 @@ def causal_attention(
     plain = attention_mask is None and causal and not dropout and length == key.shape[2] and length > 1
     q, k, v = (_end_to_end(t) for t in (query, key, value)) if plain else (query, key, value)
     special = any(more.get(name) is not None for name in ("s_aux", "softcap", "position_bias", "cache"))
-    if not plain or special or not _is_fusable(q, k, v):
+    if not plain or special or not (cpu.serves(q) and _is_fusable(q, k, v)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
         )
@@ -105,8 +105,9 @@ def _end_to_end(t: Tensor) -> Tensor:
     return t if t.shape[0] == 1 else t.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
 
 
-def _is_fusable(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return cpu.serves(query) and query.shape[0] == 1 and key.shape == value.shape
+def _is_fusable(query: Tensor, key: Tensor, value: Tensor, softcap: float | None = None) -> bool:
+    whole = query.shape[0] == 1 and key.shape == value.shape
+    return whole and (cpu.serves(query) or gpu.attends(query, softcap))
 
 
 def _stands_for_fused(query: Tensor, window: int | None, softcap: float | None) -> bool:

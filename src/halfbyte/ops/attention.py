@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, gpu
 from .fourbit import FLOATS
-from .library import as_wide, define
+from .library import as_wide, define, device_type, scratch
 
 
 class Form(NamedTuple):
@@ -123,6 +123,8 @@ def _shapes(q: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 def _grad_shapes(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    if device_type(q) == "cuda":  # flash attention sums dq in fp32, and gives dk and dv for every head of q
+        scratch("live layer", 4 * q.numel() + (2 * q.nbytes if q.shape[1] != k.shape[1] else 0))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -136,3 +138,20 @@ define(
 )
 cpu.spell("attention", _attention, cpu._attention)
 cpu.spell("attention_grad", _attention_grad, cpu._attention_grad)
+
+
+# the small cases by which a GPU is judged
+
+
+def _case(device: torch.device) -> tuple:
+    q, k, v = (gpu.sample(device, 21, heads, 16, seed=seed) for seed, heads in ((0, 4), (1, 2), (2, 2)))
+    return q, k, v, torch.tensor([0, 5, 6, 21], dtype=torch.int32), 0.25, 7, 0.0
+
+
+def _grad_case(device: torch.device) -> tuple:
+    q, *others = _case(device)
+    return gpu.sample(device, *q.shape, seed=3), q, *others[:3], *_attention(q, *others), *others[3:]
+
+
+gpu.spell("attention", _attention, gpu.attention, _case)
+gpu.spell("attention_grad", _attention_grad, gpu.attention_grad, _grad_case)

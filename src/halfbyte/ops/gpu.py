@@ -9,7 +9,8 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -124,6 +125,8 @@ def disagreement(meaning: Callable, ours: Callable, case: Case, device: torch.de
         results = [returned] if isinstance(returned, Tensor) else list(returned or [])
         outcomes.append([*results, *written])
     for mine, theirs in zip(outcomes[1], outcomes[0], strict=True):
+        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            return f"{mine.dtype} {list(mine.shape)} in place of {theirs.dtype} {list(theirs.shape)}"
         if mine.dtype not in TOLERANCE:
             if not torch.equal(mine, theirs):
                 return f"{int((mine != theirs).sum())} of {mine.numel()} {mine.dtype} values differ"
@@ -353,6 +356,64 @@ def cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
         numbers = (vocabulary, logits.stride(0))
         _launch(_kernels().cross_entropy, (logits.shape[0],), *tensors, *numbers, warps=8, PIECE=piece)
     return losses
+
+
+@lru_cache(maxsize=64)
+def _rows_of(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    """Boundaries of rows on the GPU, and the tokens of the longest: the same for every layer."""
+    return torch.tensor(bounds, dtype=torch.int32, device=device), max(b - a for a, b in pairwise(bounds))
+
+
+def attends(query: Tensor, softcap: float | None) -> bool:
+    """Whether PyTorch's flash attention serves queries [.., d] with rows of several lengths in one call."""
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    if not fits or softcap or not computes(query):
+        return False
+    return query.is_meta or (serves("attention") and serves("attention_grad"))
+
+
+def _flash(q: Tensor, bounds: Tensor, scale: float, window: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rows, longest = _rows_of(tuple(bounds.tolist()), q.device)
+    return (rows, rows, longest, longest, 0.0, True), {
+        "scale": scale,
+        "window_size_left": window - 1 if window else -1,
+        "window_size_right": 0,
+    }
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """By PyTorch's flash attention, whose softmax denominators are ours."""
+    if softcap:
+        raise ValueError("flash attention takes no softcap")
+    if not q.numel():
+        return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
+    numbers, form = _flash(q, bounds, scale, window)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *numbers, False, **form)
+    return out, lse
+
+
+def attention_grad(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if softcap:
+        raise ValueError("flash attention takes no softcap")
+    if not q.numel():
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    numbers, form = _flash(q, bounds, scale, window)
+    # without dropout the random state is not looked at
+    random = (torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))
+    return torch.ops.aten._flash_attention_backward(dout.contiguous(), q, k, v, out, lse, *numbers, *random, **form)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
