@@ -158,7 +158,7 @@ def _groups(params: list[Tensor], grads: list[Tensor]) -> Iterator[tuple[list[Te
 
 
 def _adamw_8bit_step_shapes(params: list[Tensor], *args) -> None:
-    if params and not cpu.serves(params[0]):
+    if params and not (cpu.serves(params[0]) or gpu.computes(params[0], "adamw_8bit_step")):
         most = max(sum(padded_size(p.numel()) for p in group) for group, _ in _groups(params, params))
         scratch("optimizer states", 2 * 4 * most)
 
@@ -188,4 +188,11 @@ def _case(device: torch.device) -> tuple:
     return *arguments, 2
 
 
-gpu.spell("adamw_8bit_step", _adamw_8bit_step, gpu.adamw_8bit_step, _case)
+def _still_case(device: torch.device) -> tuple:
+    """No gradient and no state: an adapter's A in its first step."""
+    params, grads, *others, _ = _case(device)
+    state = [torch.zeros_like(t) for t in others[:4]]
+    return params, [torch.zeros_like(g) for g in grads], *state, *others[4:], 1
+
+
+gpu.spell("adamw_8bit_step", _adamw_8bit_step, gpu.adamw_8bit_step, _case, _still_case)

@@ -123,8 +123,12 @@ def _shapes(q: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 def _grad_shapes(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    if device_type(q) == "cuda":  # flash attention sums dq in fp32, and gives dk and dv for every head of q
-        scratch("live layer", 4 * q.numel() + (2 * q.nbytes if q.shape[1] != k.shape[1] else 0))
+    if device_type(q) == "cuda":
+        # flash attention sums dq in fp32 and what is left of each softmax, with room behind each row, and gives dk and
+        # dv for every head of q
+        tokens, heads, width = q.shape
+        padded = tokens + 128 * (args[0].numel() - 1)
+        scratch("live layer", 4 * padded * heads * (width + 1) + (2 * q.nbytes if heads != k.shape[1] else 0))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -148,10 +152,18 @@ def _case(device: torch.device) -> tuple:
     return q, k, v, torch.tensor([0, 5, 6, 21], dtype=torch.int32), 0.25, 7, 0.0
 
 
-def _grad_case(device: torch.device) -> tuple:
-    q, *others = _case(device)
-    return gpu.sample(device, *q.shape, seed=3), q, *others[:3], *_attention(q, *others), *others[3:]
+def _usual_case(device: torch.device) -> tuple:
+    *tensors, scale, _, softcap = _case(device)
+    return *tensors, scale, 0, softcap
 
 
-gpu.spell("attention", _attention, gpu.attention, _case)
-gpu.spell("attention_grad", _attention_grad, gpu.attention_grad, _grad_case)
+def _grad_of(case: gpu.Case) -> gpu.Case:
+    def with_gradient(device: torch.device) -> tuple:
+        q, *others = case(device)
+        return gpu.sample(device, *q.shape, seed=3), q, *others[:3], *_attention(q, *others), *others[3:]
+
+    return with_gradient
+
+
+gpu.spell("attention", _attention, gpu.attention, _case, _usual_case)
+gpu.spell("attention_grad", _attention_grad, gpu.attention_grad, _grad_of(_case), _grad_of(_usual_case))

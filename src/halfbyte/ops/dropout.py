@@ -107,7 +107,7 @@ def add_dropped(total: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
 
 def plan_dropping(x: Tensor) -> None:
     """Say, in a shape function, what x without its dropped elements takes: without Triton its mask, too."""
-    scratch("live layer", x.numel() * (x.element_size() + (not gpu.computes(x))))
+    scratch("live layer", x.numel() * (x.element_size() + (not gpu.computes(x, "drop"))))
 
 
 def philox(counter0: Tensor, counters: tuple[int, int, int], key: tuple[int, int]) -> list[Tensor]:
@@ -192,11 +192,18 @@ def _drop_case(device: torch.device) -> tuple:
     return gpu.sample(device, 13, 77), example(device)[1]
 
 
-def _add_case(device: torch.device) -> tuple:
-    x, numbers = _drop_case(device)
-    return gpu.sample(device, 13, 77, seed=1), x, numbers
+def _usual_case(device: torch.device) -> tuple:
+    return gpu.sample(device, 16, 64), list(Dropout(drop_threshold(0.05), 42, 3, 1, 7))
+
+
+def _adding(case: gpu.Case) -> gpu.Case:
+    def both(device: torch.device) -> tuple:
+        x, numbers = case(device)
+        return gpu.sample(device, *x.shape, seed=1), x, numbers
+
+    return both
 
 
 gpu.spell("dropout_mask", _dropout_mask, gpu.dropout_mask, example)
-gpu.spell("drop", _drop, gpu.drop, _drop_case)
-gpu.spell("add_dropped", _add_dropped, gpu.add_dropped, _add_case)
+gpu.spell("drop", _drop, gpu.drop, _drop_case, _usual_case)
+gpu.spell("add_dropped", _add_dropped, gpu.add_dropped, _adding(_drop_case), _adding(_usual_case))

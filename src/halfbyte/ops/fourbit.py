@@ -104,6 +104,14 @@ def tree_sum(values: Tensor) -> Tensor:
     return padded[0]
 
 
+def tree_mean(values: Tensor) -> Tensor:
+    """`tree_sum` over the number of values, fp32 []; 0 of none."""
+    if not values.numel():
+        return values.new_zeros(())
+    # by a tensor: on a GPU PyTorch does not divide by a number, it multiplies by the number's reciprocal
+    return tree_sum(values) / values.new_full((), float(values.numel()))
+
+
 # --- quantize ---------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +201,7 @@ def quantize_absmax(absmax: Tensor, nested_quant_map: Tensor, nested_block_size:
 def _quantize_absmax(absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     blocks = absmax.numel()
     groups = blocks_of(blocks, nested_block_size)
-    offset = tree_sum(absmax) / max(blocks, 1) if blocks else absmax.new_zeros(())
+    offset = tree_mean(absmax)
     centred = absmax.new_zeros(groups * nested_block_size)
     torch.sub(absmax, offset, out=centred[:blocks])
     grouped = centred.view(groups, nested_block_size)
@@ -282,7 +290,7 @@ def _plan_product(x: Tensor, parts: tuple, columns: int) -> None:
         cpu.plan_product(x, width)
         return
     dequantized.plan(parts, width * columns, x.dtype)
-    if not gpu.computes(x):
+    if not gpu.computes(x, "dequantize_4bit"):
         # its scales in fp32, and what they are made of
         scratch("dequantized weight", 3 * 4 * blocks_of(width * columns, parts[6]))
 
@@ -375,7 +383,7 @@ def _input_grad_shapes(grad: Tensor, *args) -> Tensor:
     dx = grad.new_empty((*grad.shape[:-1], args[-4]))
     if args[-1][0] and args[-3] is not None and not cpu.serves(grad):
         plan_dropping(dx)
-        if not gpu.computes(grad):
+        if not gpu.computes(grad, "add_dropped"):
             scratch("live layer", dx.nbytes)  # LoRA's term, with what is dropped and without
     return dx
 
@@ -410,8 +418,7 @@ cpu.spell("linear_4bit_input_grad", _input_grad, cpu._input_grad)
 
 
 def quantize_absmax_by_triton(absmax: Tensor, nested_quant_map: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = absmax.numel()
-    offset = tree_sum(absmax) / blocks if blocks else absmax.new_zeros(())
+    offset = tree_mean(absmax)
     return *gpu.quantize_scales(absmax, offset, nested_quant_map, group), offset.clone()
 
 
@@ -456,13 +463,26 @@ def _dequantize_case(device: torch.device) -> tuple:
     return packed, codes, levels, nested, table, offset, block_size, NESTED, out
 
 
+def _usual_case(device: torch.device) -> tuple:
+    """Whole blocks; scales in fp32."""
+    weight, levels, block_size = _weight_case(device)
+    packed, absmax = _quantize(weight.reshape(-1)[: 12 * 128], levels, block_size)
+    out = torch.empty(12 * 128, dtype=weight.dtype, device=device)
+    return packed, absmax, levels, None, None, None, block_size, NESTED, out
+
+
 def _linear_case(device: torch.device) -> tuple:
     *parts, _ = _dequantize_case(device)
     x, bias = gpu.sample(device, 2, 46, seed=1), gpu.sample(device, 37, seed=2)
     return x, *parts, 37, bias, gpu.sample(device, 2, 4, seed=3), gpu.sample(device, 37, 4, seed=4)
 
 
+def _usual_linear_case(device: torch.device) -> tuple:
+    *parts, _ = _usual_case(device)
+    return gpu.sample(device, 1, 128, seed=1), *parts, 12, None, None, None
+
+
 gpu.spell("quantize_4bit", _quantize, gpu.quantize_4bit, _weight_case)
 gpu.spell("quantize_absmax", _quantize_absmax, quantize_absmax_by_triton, _scales_case)
-gpu.spell("dequantize_4bit", _dequantize, gpu.dequantize_4bit, _dequantize_case)
-gpu.spell("linear_4bit", _linear, linear_by_triton, _linear_case)
+gpu.spell("dequantize_4bit", _dequantize, gpu.dequantize_4bit, _dequantize_case, _usual_case)
+gpu.spell("linear_4bit", _linear, linear_by_triton, _linear_case, _usual_linear_case)

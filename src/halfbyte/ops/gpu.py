@@ -20,8 +20,8 @@ from .library import LIBRARY, device_type
 
 TINY = 1e-38
 Case = Callable[[torch.device], tuple[Any, ...]]
-SPELLINGS: dict[str, tuple[Callable, Callable, Case]] = {}
-"""Operation to its meaning, its Triton spelling and the small case they are compared on."""
+SPELLINGS: dict[str, tuple[Callable, Callable, tuple[Case, ...]]] = {}
+"""Operation to its meaning, its Triton spelling and the small cases they are compared on."""
 _failed: dict[str, str] = {}
 _trusted: set[str] = set()
 
@@ -43,12 +43,14 @@ def wanted() -> bool:
     return installed() and os.environ.get("HALFBYTE_TRITON", "1") != "0"
 
 
-def computes(tensor: Tensor) -> bool:
-    """Whether Triton computes on this tensor (or, on the ``meta`` device, would on the one it stands for).
+def computes(tensor: Tensor, name: str = "") -> bool:
+    """Whether Triton computes on this tensor (or, on the ``meta`` device, would on the one it stands for), and has not
+    been found wrong for an operation.
 
     A plan for a GPU that is not there takes Triton to be there with it.
     """
-    return device_type(tensor) == "cuda" and (wanted() or not torch.cuda.is_available())
+    there = wanted() or not torch.cuda.is_available()
+    return device_type(tensor) == "cuda" and there and name not in _failed
 
 
 def path_in_use() -> str:
@@ -72,14 +74,14 @@ def why() -> str:
     return "Triton"
 
 
-def spell(name: str, meaning: Callable, ours: Callable, case: Case) -> None:
-    """On GPUs, compute an operation by Triton where it is there and its first case agrees with the meaning.
+def spell(name: str, meaning: Callable, ours: Callable, *cases: Case) -> None:
+    """On GPUs, compute an operation by Triton where it is there and agrees with the meaning on small cases.
 
     Args:
-        case: arguments of a small call on a device; tensors that are written are filled anew for each side.
+        cases: arguments of small calls on a device; tensors that are written are filled anew for each side.
     """
 
-    SPELLINGS[name] = (meaning, ours, case)
+    SPELLINGS[name] = (meaning, ours, cases)
 
     def on_gpu(*args: Any) -> Any:
         return ours(*args) if serves(name) else meaning(*args)
@@ -94,12 +96,17 @@ def serves(name: str) -> bool:
     if name in _failed or not wanted():
         return False
     device = torch.device("cuda", torch.cuda.current_device())
-    meaning, ours, case = SPELLINGS[name]
-    if reason := disagreement(meaning, ours, case, device):
+    if reason := tried(name, device):
         _failed[name] = reason
         return False
     _trusted.add(name)
     return True
+
+
+def tried(name: str, device: torch.device) -> str:
+    """What is wrong with an operation's Triton spelling on its small cases, "" if nothing."""
+    meaning, ours, cases = SPELLINGS[name]
+    return next((reason for case in cases if (reason := disagreement(meaning, ours, case, device))), "")
 
 
 def sample(device: torch.device, *shape: int, wide: bool = False, seed: int = 0) -> Tensor:
@@ -210,7 +217,8 @@ def dequantize_4bit(*args: Any) -> None:
     blocks = -(-n // block_size)
     rows = max(1, 4096 // block_size)
     grid = (-(-blocks // rows),)
-    _launch(_kernels().dequantize, grid, *tensors, out, n, blocks, BLOCK=block_size, ROWS=rows, **constants)
+    sizes = {"BLOCK": block_size, "ROWS": rows, "WHOLE": n % block_size == 0}
+    _launch(_kernels().dequantize, grid, *tensors, out, n, blocks, **sizes, **constants)
 
 
 MATVEC_TOKENS = 8
@@ -222,30 +230,42 @@ def matvec(x: Tensor, parts: tuple[Any, ...], rows: int) -> Tensor:
     tokens, columns = x.shape
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     tensors, constants = _stored(parts)
-    sizes = {"BLOCK": parts[6], "ROWS": 4, "BYTES": min(512, _power_of_two(columns // 2))}
+    block, width = parts[6], min(512, _power_of_two(columns // 2))
+    aligned = columns % block == 0 and 2 * width % block == 0
+    sizes = {"BLOCK": block, "ROWS": 4, "BYTES": width, "ALIGNED": aligned}
     _launch(_kernels().matvec, (-(-rows // 4), tokens), x, *tensors, y, rows, columns, **sizes, **constants)
     return y
 
 
 MOST_PLACES = 64
 """Tables kept: of an optimizer's groups and, where it is paged, of their windows."""
-_places: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+Addresses = tuple[tuple[int, ...], Tensor]
+"""What identifies tensors (addresses, and sizes: a window of a tensor may begin where the whole does), and per block of
+them the address of its first element, on their device."""
+_places: dict[tuple[int, ...], tuple[Addresses, Addresses, Tensor]] = {}
+
+
+def _addresses(tensors: list[Tensor], block: int) -> Addresses:
+    each = [
+        torch.arange(t.data_ptr(), t.data_ptr() + 4 * t.numel(), 4 * block, dtype=torch.int64)
+        for t in tensors
+        if t.numel()
+    ]
+    return _identity(tensors), torch.cat(each).to(tensors[0].device)
+
+
+def _identity(tensors: list[Tensor]) -> tuple[int, ...]:
+    return tuple(number for t in tensors for number in (t.data_ptr(), t.numel()))
 
 
 def _blocks_of(params: list[Tensor], grads: list[Tensor], block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per block of the arena: the addresses of its parameters and gradients, and how many there are."""
-    # an address says nothing of a size: a window of a tensor may begin where the whole does
-    key = tuple(number for t in (*params, *grads) for number in (t.data_ptr(), t.numel()))
+    """Per block of the arena: the addresses of its parameters and gradients, and how many there are.
+
+    Parameters stay where they are; gradients may be others in every step.
+    """
+    key = _identity(params)
     if key not in _places:
-        device = params[0].device
-        addresses, counts = [], []
-        for tensors in (params, grads):
-            each = [
-                torch.arange(t.data_ptr(), t.data_ptr() + 4 * max(t.numel(), 1), 4 * block, dtype=torch.int64)
-                for t in tensors
-                if t.numel()
-            ]
-            addresses.append(torch.cat(each).to(device))
+        counts = []
         for t in params:
             whole, rest = divmod(t.numel(), block)
             counts += [
@@ -254,8 +274,12 @@ def _blocks_of(params: list[Tensor], grads: list[Tensor], block: int) -> tuple[T
             ]
         if len(_places) == MOST_PLACES:
             del _places[next(iter(_places))]
-        _places[key] = (*addresses, torch.cat(counts).to(device))
-    return _places[key]
+        _places[key] = (_addresses(params, block), _addresses(grads, block), torch.cat(counts).to(params[0].device))
+    of_params, of_grads, counts = _places[key]
+    if of_grads[0] != _identity(grads):
+        of_grads = _addresses(grads, block)
+        _places[key] = (of_params, of_grads, counts)
+    return of_params[1], of_grads[1], counts
 
 
 def adamw_8bit_step(params: list[Tensor], grads: list[Tensor], *args: Any) -> None:
@@ -269,10 +293,9 @@ def adamw_8bit_step(params: list[Tensor], grads: list[Tensor], *args: Any) -> No
     numbers = [beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * decay]
     numbers += [lr * correction2 / (1 - beta1**step), eps * correction2]
     places = _blocks_of(params, together, 256)
-    on_device = torch.tensor(numbers, dtype=torch.float32).to(m_codes.device)
     bounds = ((m_map[1:] + m_map[:-1]) / 2, (v_map[1:] + v_map[:-1]) / 2)
-    tensors = (*places, m_codes, v_codes, m_absmax, v_absmax, m_map, v_map, *bounds, on_device)
-    _launch(_kernels().adamw_8bit, (m_codes.numel() // 256,), *tensors, BLOCK=256, TINY=TINY)
+    tensors = (*places, m_codes, v_codes, m_absmax, v_absmax, m_map, v_map, *bounds)
+    _launch(_kernels().adamw_8bit, (m_codes.numel() // 256,), *tensors, *numbers, BLOCK=256, TINY=TINY)
 
 
 def _dropping(kernel: Any, tensors: tuple[Tensor, ...], dropout: list[int], **constants: Any) -> None:
@@ -281,7 +304,8 @@ def _dropping(kernel: Any, tensors: tuple[Tensor, ...], dropout: list[int], **co
     n = tensors[0].numel()
     counters = -(-(first % 8 + n) // 8)
     if n:
-        numbers = (first, threshold, layer, micro_batch, step, seed & 0xFFFFFFFF, seed >> 32)
+        # 0 and multiples of 16 before the first element, and they alone, let accesses be wide
+        numbers = (first // 8, first % 8, threshold, layer, micro_batch, step, seed & 0xFFFFFFFF, seed >> 32)
         _launch(kernel, (-(-counters // 256),), *tensors, n, *numbers, COUNTERS=256, **constants)
 
 

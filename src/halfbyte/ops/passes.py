@@ -167,7 +167,7 @@ def _two_like_second(dy: Tensor, x: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 def _loss_shapes(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
-    if not (cpu.serves(logits) or gpu.computes(logits)):
+    if not (cpu.serves(logits) or gpu.computes(logits, "cross_entropy")):
         scratch("logits chunk", 2 * 4 * logits.numel())  # in fp32, and their logarithms
     return logits.new_empty(labels.shape, dtype=torch.float32)
 
@@ -214,6 +214,10 @@ def _norm_case(device: torch.device) -> tuple:
     return gpu.sample(device, 3, 50), gpu.sample(device, 50, seed=1), 1e-6, 0.0, True
 
 
+def _wide_norm_case(device: torch.device) -> tuple:
+    return *_norm_case(device)[:3], 1.0, False
+
+
 def _norm_grad_case(device: torch.device) -> tuple:
     x, weight, eps, offset, cast_first = _norm_case(device)
     return gpu.sample(device, 3, 50, seed=2), x, weight, _rms_norm(x, weight, eps, offset, cast_first)[1], offset
@@ -223,8 +227,16 @@ def gated_example(device: torch.device) -> tuple:
     return gpu.sample(device, 3, 50), gpu.sample(device, 3, 50, seed=1), 0
 
 
+def _gelu(activation: int) -> gpu.Case:
+    return lambda device: (*gated_example(device)[:2], activation)
+
+
 def _gated_grad_case(device: torch.device) -> tuple:
     return gpu.sample(device, 3, 50, seed=2), *gated_example(device)
+
+
+def _gelu_grad(activation: int) -> gpu.Case:
+    return lambda device: (*_gated_grad_case(device)[:3], activation)
 
 
 def _cross_entropy_case(device: torch.device) -> tuple:
@@ -232,8 +244,8 @@ def _cross_entropy_case(device: torch.device) -> tuple:
     return logits, torch.tensor([0, 4999, -100, 17], device=device), torch.empty_like(logits)
 
 
-gpu.spell("rms_norm", _rms_norm, gpu.rms_norm, _norm_case)
+gpu.spell("rms_norm", _rms_norm, gpu.rms_norm, _norm_case, _wide_norm_case)
 gpu.spell("rms_norm_grad", _rms_norm_grad, gpu.rms_norm_grad, _norm_grad_case)
-gpu.spell("gated", _gated, gpu.gated, gated_example)
-gpu.spell("gated_grad", _gated_grad, gpu.gated_grad, _gated_grad_case)
+gpu.spell("gated", _gated, gpu.gated, gated_example, _gelu(1), _gelu(2))
+gpu.spell("gated_grad", _gated_grad, gpu.gated_grad, _gated_grad_case, _gelu_grad(1), _gelu_grad(2))
 gpu.spell("cross_entropy", _cross_entropy, gpu.cross_entropy, _cross_entropy_case)

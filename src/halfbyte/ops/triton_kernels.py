@@ -2,7 +2,7 @@
 
 The arithmetic is the plain-PyTorch meaning's, operation by operation, so the results are the same bits where that is
 exact: quotients and roots are IEEE's (``div_rn``, ``sqrt_rn``), products and sums are not contracted
-(`gpu.launch` says so to the compiler). Indices are 64 bits wide: weights may have more than 2^31 elements.
+(`gpu._launch` says so to the compiler). Indices are 64 bits wide: weights may have more than 2^31 elements.
 
 The functions here see pointers and sizes only; `gpu` checks shapes and chooses grids.
 """
@@ -49,7 +49,7 @@ def quantize(
     broken = tl.max((w != w).to(tl.int32), 1) > 0
     absmax = tl.where(broken, float("nan"), absmax)
     short = (row + 1) * BLOCK > n
-    floor = tl.maximum(absmax, TINY)
+    floor = tl.maximum(absmax, tl.cast(TINY, tl.float32))  # so small a literal would be fp64
     absmax = tl.where(short & ~broken, floor, absmax)
     tl.store(absmax_ptr + row, absmax, mask=row < blocks)
     one = tl.full([ROWS], 1.0, tl.float32)
@@ -76,7 +76,7 @@ def quantize_scales(
     nested = tl.max(tl.abs(centred), 0)
     tl.store(nested_ptr + group, nested)
     one = tl.full([GROUP], 1.0, tl.float32)
-    scaled = centred * tl.div_rn(one, tl.zeros_like(one) + tl.maximum(nested, TINY))
+    scaled = centred * tl.div_rn(one, tl.zeros_like(one) + tl.maximum(nested, tl.cast(TINY, tl.float32)))
     tl.store(codes_ptr + index, rank_of(scaled, bounds_ptr, 255, 8).to(tl.uint8), mask=inside)
 
 
@@ -88,7 +88,8 @@ def scales_of(block, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP:
         value = tl.load(map_ptr + code, mask=inside, other=0.0)
         value = value * tl.load(nested_ptr + block // GROUP, mask=inside, other=0.0)
         return value + tl.load(offset_ptr)
-    return tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    else:  # noqa: RET505 - the compiler would compile what follows a return, too
+        return tl.load(absmax_ptr + block, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -104,19 +105,27 @@ def dequantize(
     blocks,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """ROWS blocks: level times scale, scales decoded on the way, each weight written once."""
+    """ROWS blocks: level times scale, scales decoded on the way, each weight written once.
+
+    WHOLE: no block is short, so that masks are the same along a block and accesses are wide.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    pair = tl.load(packed_ptr + byte, mask=byte < (n + 1) // 2, other=0).to(tl.int32)
+    index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if WHOLE:
+        has_byte, has_weight = (row < blocks)[:, None], (row < blocks)[:, None]
+    else:
+        has_byte, has_weight = byte < (n + 1) // 2, index < n
+    pair = tl.load(packed_ptr + byte, mask=has_byte, other=0).to(tl.int32)
     scale = scales_of(row, row < blocks, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)[:, None]
     even = tl.load(levels_ptr + (pair >> 4)) * scale
     odd = tl.load(levels_ptr + (pair & 15)) * scale
     values = tl.reshape(tl.join(even, odd), [ROWS, BLOCK])
-    index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(out_ptr + index, values.to(out_ptr.dtype.element_ty), mask=index < n)
+    tl.store(out_ptr + index, values.to(out_ptr.dtype.element_ty), mask=has_weight)
 
 
 @triton.jit
@@ -134,10 +143,14 @@ def matvec(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """ROWS outputs of one token: the weights go from memory into the sum, in fp32, and are written nowhere."""
+    """ROWS outputs of one token: the weights go from memory into the sum, in fp32, and are written nowhere.
+
+    ALIGNED: rows are whole blocks, and so are BYTES: a block's scale is read once, and multiplies the block's sum.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1).to(tl.int64)
     total = tl.zeros([ROWS], tl.float32)
@@ -147,11 +160,21 @@ def matvec(
         inside = (row < rows)[:, None] & there[None, :]
         byte = row[:, None] * (columns // 2) + within[None, :]
         pair = tl.load(packed_ptr + byte, mask=inside, other=0).to(tl.int32)
-        scale = scales_of((2 * byte) // BLOCK, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)
         x_even = tl.load(x_ptr + token * columns + 2 * within, mask=there, other=0.0).to(tl.float32)
         x_odd = tl.load(x_ptr + token * columns + 2 * within + 1, mask=there, other=0.0).to(tl.float32)
         even, odd = tl.load(levels_ptr + (pair >> 4)), tl.load(levels_ptr + (pair & 15))
-        total += tl.sum((even * x_even[None, :] + odd * x_odd[None, :]) * scale, 1)
+        products = even * x_even[None, :] + odd * x_odd[None, :]
+        if ALIGNED:
+            block = (2 * start) // BLOCK + tl.arange(0, 2 * BYTES // BLOCK)
+            has = (row < rows)[:, None] & (block < columns // BLOCK)[None, :]
+            block = row[:, None] * (columns // BLOCK) + block[None, :]
+            scale = scales_of(block, has, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)
+            sums = tl.sum(tl.reshape(products, [ROWS, 2 * BYTES // BLOCK, BLOCK // 2]), 2)
+            total += tl.sum(tl.where(has, sums * scale, 0.0), 1)
+        else:
+            block = (2 * byte) // BLOCK
+            scale = scales_of(block, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)
+            total += tl.sum(products * scale, 1)
     tl.store(y_ptr + token * rows + row, total.to(y_ptr.dtype.element_ty), mask=row < rows)
 
 
@@ -168,14 +191,20 @@ def adamw_8bit(
     v_map_ptr,
     m_bounds_ptr,
     v_bounds_ptr,
-    numbers_ptr,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    decay,
+    size,
+    eps,
     BLOCK: tl.constexpr,
     TINY: tl.constexpr,
 ):
     """One block of one tensor: moments decoded, updated and encoded, the parameter updated, all in one pass.
 
     params, grads: addresses of the block's first elements; counts: elements of it that exist.
-    numbers: beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * decay, step size, corrected eps.
+    rest1, rest2: 1 - beta1, 1 - beta2; decay: 1 - lr * weight decay; size: of the step; eps: corrected.
     """
     block = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -187,10 +216,10 @@ def adamw_8bit(
     place = block * BLOCK + lane
     m = tl.load(m_map_ptr + tl.load(m_codes_ptr + place).to(tl.int32)) * tl.load(m_absmax_ptr + block)
     v = tl.load(v_map_ptr + tl.load(v_codes_ptr + place).to(tl.int32)) * tl.load(v_absmax_ptr + block)
-    m = m * tl.load(numbers_ptr) + g * tl.load(numbers_ptr + 1)
-    v = v * tl.load(numbers_ptr + 2) + (g * g) * tl.load(numbers_ptr + 3)
-    step = tl.div_rn(m * tl.load(numbers_ptr + 5), tl.sqrt_rn(v) + tl.load(numbers_ptr + 6))
-    p = p * tl.load(numbers_ptr + 4) - step
+    m = m * beta1 + g * rest1
+    v = v * beta2 + (g * g) * rest2
+    step = tl.div_rn(m * size, tl.sqrt_rn(v) + eps)
+    p = p * decay - step
     tl.store(p_ptr, p, mask=exists)
     store_moment(m, m_codes_ptr + place, m_absmax_ptr + block, m_bounds_ptr, BLOCK, TINY)
     store_moment(v, v_codes_ptr + place, v_absmax_ptr + block, v_bounds_ptr, BLOCK, TINY)
@@ -202,7 +231,7 @@ def store_moment(values, codes_ptr, absmax_ptr, bounds_ptr, BLOCK: tl.constexpr,
     absmax = tl.max(tl.abs(values), 0)
     tl.store(absmax_ptr, absmax)
     one = tl.full([BLOCK], 1.0, tl.float32)
-    scaled = values * tl.div_rn(one, tl.zeros_like(one) + tl.maximum(absmax, TINY))
+    scaled = values * tl.div_rn(one, tl.zeros_like(one) + tl.maximum(absmax, tl.cast(TINY, tl.float32)))
     tl.store(codes_ptr, rank_of(scaled, bounds_ptr, 255, 8).to(tl.uint8))
 
 
@@ -228,10 +257,10 @@ def philox(counter, layer, micro_batch, step, key0, key1):
 
 
 @triton.jit
-def kept_elements(first, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
-    """This program's 8 COUNTERS elements: their indices (from -7 on), and which are kept. Two elements come from each
-    32-bit word, the low half first."""
-    counter = tl.program_id(0).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS) + first // 8
+def kept_elements(begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
+    """This program's 8 COUNTERS elements: their indices, and which are kept. Two elements come from each 32-bit word,
+    the low half first. begin: the first counter; before: so many of its elements come before index 0."""
+    counter = tl.program_id(0).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS) + begin
     zero = tl.zeros([COUNTERS], tl.uint32)
     w0, w1, w2, w3 = philox(
         counter.to(tl.uint32),
@@ -243,23 +272,24 @@ def kept_elements(first, threshold, layer, micro_batch, step, key0, key1, COUNTE
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [8 * COUNTERS])
-    begin = tl.program_id(0).to(tl.int64) * COUNTERS * 8 + (first // 8) * 8 - first
-    return begin + tl.arange(0, 8 * COUNTERS), halves.to(tl.int32) >= threshold
+    index = tl.program_id(0).to(tl.int64) * COUNTERS * 8 + tl.arange(0, 8 * COUNTERS) - before
+    return index, halves.to(tl.int32) >= threshold
 
 
-@triton.jit(do_not_specialize=["first", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
-def dropout_mask(out_ptr, n, first, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
+@triton.jit(do_not_specialize=["begin", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
+def dropout_mask(out_ptr, n, begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
     """True where an element is kept."""
-    index, kept = kept_elements(first, threshold, layer, micro_batch, step, key0, key1, COUNTERS)
+    index, kept = kept_elements(begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS)
     tl.store(out_ptr + index, kept.to(tl.int8), mask=(index >= 0) & (index < n))
 
 
-@triton.jit(do_not_specialize=["first", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
+@triton.jit(do_not_specialize=["begin", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
 def drop(
     x_ptr,
     out_ptr,
     n,
-    first,
+    begin,
+    before,
     threshold,
     layer,
     micro_batch,
@@ -270,7 +300,7 @@ def drop(
     COUNTERS: tl.constexpr,
 ):
     """x times its mask, which is written nowhere: stored, or with ADD added to what is there."""
-    index, kept = kept_elements(first, threshold, layer, micro_batch, step, key0, key1, COUNTERS)
+    index, kept = kept_elements(begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS)
     inside = (index >= 0) & (index < n)
     x = tl.load(x_ptr + index, mask=inside, other=0.0).to(tl.float32) * kept.to(tl.float32)
     if ADD:
