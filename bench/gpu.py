@@ -10,6 +10,7 @@ out and said. ``--rehearse`` runs every line on this machine's CPU, tiny: it pro
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -32,6 +33,8 @@ GEOMETRY = {
 }
 """Width, width of the MLP, layers, heads, key-value heads, vocabulary."""
 SECTIONS = ("limits", "check", "kernels", "optimizer", "steps", "70b", "context")
+SLEEP_CYCLES = 2_000_000
+"""About a millisecond of a GPU's clock."""
 _tiny = False
 
 
@@ -45,7 +48,10 @@ def wait() -> None:
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
-    """Median of the times of one call, by the device's own clock."""
+    """Median of the times of one call, by the device's own clock.
+
+    The device is kept busy until the call is launched: what the host takes for that is not measured.
+    """
     repeats = 2 if _tiny else repeats
     work()
     work()
@@ -57,6 +63,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
             times.append(1e3 * (time.perf_counter() - began))
         else:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(SLEEP_CYCLES)
             start.record()
             work()
             end.record()
@@ -162,15 +169,32 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
     bnb, found = bitsandbytes(), {}
     for shape in [(64, 128)] if _tiny else [(4096, 4096), (14336, 4096), (28672, 8192)]:
         weight = (torch.randn(shape, device=device()) * 0.02).to(torch.bfloat16 if not _tiny else torch.float32)
-        stored, out = nf4.quantize(weight), torch.empty(weight.numel(), dtype=weight.dtype, device=device())
-        n, parts = weight.numel(), stored.parts
-        works: dict[str, Callable[[], object]] = {
-            "ours": lambda parts=parts, out=out: torch.ops.halfbyte.dequantize_4bit(*parts, out),
-            "copy": lambda out=out, weight=weight: out.copy_(weight.view(-1)),
-        }
+        n = weight.numel()
+        # as many of each as the second-level cache does not hold, in turns
+        several = range(max(1, -(-200_000_000 // (2 * n))) if not _tiny else 2)
+        weights = [weight.clone() for _ in several]
+        quantized = [nf4.quantize(w).parts for w in weights]
+        outs = [torch.empty(n, dtype=weight.dtype, device=device()) for _ in several]
+        parts, next_one = quantized[0], itertools.cycle(several)
+
+        def ours(quantized: Any = quantized, outs: Any = outs, next_one: Any = next_one) -> None:
+            number = next(next_one)
+            torch.ops.halfbyte.dequantize_4bit(*quantized[number], outs[number])
+
+        def copied(weights: Any = weights, outs: Any = outs, next_one: Any = next_one) -> None:
+            number = next(next_one)
+            outs[number].copy_(weights[number].view(-1))
+
+        works: dict[str, Callable[[], object]] = {"ours": ours, "copy": copied}
         if bnb is not None and not _tiny:
-            codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            works["bitsandbytes"] = lambda codes=codes, state=state: bnb.functional.dequantize_4bit(codes, state)
+            theirs = [bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in weights]
+
+            def bitsandbytes_dequantizes(theirs: Any = theirs, outs: Any = outs, next_one: Any = next_one) -> None:
+                number = next(next_one)
+                codes, state = theirs[number]
+                bnb.functional.dequantize_4bit(codes, state, out=outs[number].view(state.shape))
+
+            works["bitsandbytes"] = bitsandbytes_dequantizes
         times = in_turns(works)
         row: dict[str, float] = {f"{who}_ms": value for who, value in times.items()}
         row["bandwidth_of_copy"] = 2.516 * n / times["ours"] / 1e6 / ceilings["copy_gb_per_s"]
@@ -230,9 +254,10 @@ def optimizer() -> dict[str, Any]:
 
 
 def empty() -> None:
+    from halfbyte.memory import return_freed
+
     gc.collect()
-    if not _tiny:
-        torch.cuda.empty_cache()
+    return_freed()
 
 
 # --- training steps ---------------------------------------------------------------------------------------------------
@@ -304,7 +329,7 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
     from halfbyte.fuse import fuse
     from halfbyte.learner import Learner
     from halfbyte.plan import plan_memory, work_of
-    from halfbyte.selftest import self_test
+    from halfbyte.selftest import Abilities, self_test
 
     tokens = 32 if _tiny else tokens
     options = options_for(tokens, **more)
@@ -316,7 +341,8 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
         torch.cuda.reset_peak_memory_stats()
     model = random_model(name, options)
     fused = fuse(model).line()
-    learner = Learner(model, options, self_test(model), lambda what, line: None)
+    tested = self_test(model)  # random weights of 80 layers may round apart further than real ones: said, and no more
+    learner = Learner(model, options, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
     empty()
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
@@ -337,6 +363,7 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
             seconds.append(time.perf_counter() - began)
     each = statistics.median(seconds[1:])
     found: dict[str, Any] = {"step_s": each, "tokens_per_s": tokens / each, "losses": losses, "fused": fused}
+    found |= {"packing_error": tested.packing_error, "head_error": tested.head_error, "kernels": kernels_in_use()}
     outside = planned.bytes_of("GPU context") if planned.device == "cuda" else 0
     found["planned_gb"] = (planned.phases["step"] - outside) / 1e9
     if not _tiny:
@@ -356,6 +383,7 @@ def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
     from transformers.integrations import replace_with_bnb_linear
 
     bnb = bitsandbytes()
+    torch.manual_seed(0)
     config = configuration(name)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -380,7 +408,7 @@ def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
                 module._parameters[key] = torch.nn.Parameter(values, requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                module._buffers[key] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device())
+                module._buffers[key] = type(module)(config)._buffers[key].to(device())
     model.is_loaded_in_4bit = True
     model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
@@ -424,12 +452,16 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
     """Llama-3-8B: ours in 4 bits, ours in bf16, bitsandbytes + PEFT."""
     found: dict[str, Any] = {}
     for tokens in (1024, 4096, 8192):
-        if left() < 60:
+        if left() < 120:
             found[f"{tokens}"] = "left out: no time"
             continue
-        four = training("llama-3-8b", tokens)
-        bf16 = training("llama-3-8b", tokens, load_in_4bit=False)
+        four = attempt(lambda tokens=tokens: training("llama-3-8b", tokens))
+        bf16 = attempt(lambda tokens=tokens: training("llama-3-8b", tokens, load_in_4bit=False))
         row: dict[str, Any] = {"halfbyte": four, "halfbyte_bf16_lora": bf16}
+        found[f"{tokens}"] = row
+        if "step_s" not in four or "step_s" not in bf16:
+            show(row)
+            continue
         row["over_bf16_lora"] = four["step_s"] / bf16["step_s"]
         variants: dict[str, dict[str, Any]] = {"kept_all": {"kept_activations": "all"}, "in_16_rows": {"rows": 16}}
         if not _tiny:  # a CPU has no use for these
@@ -440,16 +472,29 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
             )
             if "step_s" in found_here:
                 row[f"{variant}_over_halfbyte"] = found_here["step_s"] / four["step_s"]
-                if "rows" not in more:
-                    row[f"{variant}_same_first_loss"] = found_here["losses"][0] == four["losses"][0]
+                if "rows" not in more:  # bits may differ: flash attention's gradients add in no fixed order
+                    pairs = zip(found_here["losses"], four["losses"], strict=True)
+                    row[f"{variant}_losses_differ"] = max(abs(a / b - 1) for a, b in pairs)
         if tokens == 4096 and bitsandbytes() is not None and not _tiny:
             row["bitsandbytes_peft"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens))
             row["bitsandbytes_peft_optimized"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens, True))
             if "step_s" in row["bitsandbytes_peft"]:
                 row["times_bitsandbytes_peft"] = row["bitsandbytes_peft"]["step_s"] / four["step_s"]
                 row["memory_of_bitsandbytes_peft"] = four["reserved_gb"] / row["bitsandbytes_peft"]["reserved_gb"]
-        found[f"{tokens}"] = row
+        show(row)
     return found
+
+
+def show(row: Any) -> None:
+    """What is found is shown at once: a call that is cut off has said what it knew."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def kernels_in_use() -> str:
+    """What computes on this device by now, and the reason."""
+    from halfbyte.ops import cpu, gpu
+
+    return cpu.why() if _tiny else gpu.why()
 
 
 def seventy(left: Callable[[], float]) -> dict[str, Any]:
@@ -457,14 +502,16 @@ def seventy(left: Callable[[], float]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     host = {"activation_offloading": "always", "paging": "always", "embedding_offloading": "always"}
     for where, more in (("card", {}), ("host", {} if _tiny else host)):
-        for tokens in (512, 2048, 4096, 8192):
-            if left() < 45:
+        # the longest first: pinned memory that is made once serves the others
+        for tokens in (8192, 4096, 2048, 512):
+            if left() < 60:
                 found[f"{tokens}_{where}"] = "left out: no time"
                 continue
             options: dict[str, Any] = {**more}
             found[f"{tokens}_{where}"] = attempt(
                 lambda tokens=tokens, options=options: training("llama-2-70b", tokens, steps=3, **options)
             )
+            show({f"{tokens}_{where}": found[f"{tokens}_{where}"]})
     return found
 
 
@@ -474,8 +521,8 @@ def context(left: Callable[[], float]) -> dict[str, Any]:
     if not _tiny:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (48 * GIB - 0.7e9) / total))
-    for tokens in (24576, 36864, 45056):
-        if left() < 90:
+    for tokens in (36864, 45056, 24576):
+        if left() < 150:
             found[f"{tokens}"] = "left out: no time"
             continue
         more = {"lora_r": 32, "activation_offloading": "always", "paging": "always", "tokens_per_tile": 4096}
@@ -526,10 +573,7 @@ def main() -> None:
     for name, section in sections.items():
         if arguments.only in (None, name):
             report[name] = section() if _tiny else attempt(section)
-            # what is found is shown at once: a call that is cut off has said what it knew
-            print(
-                f"{name} ({time.perf_counter() - began:.0f} s): {json.dumps(report[name])}", file=sys.stderr, flush=True
-            )
+            show({"section": name, "seconds": round(time.perf_counter() - began), "found": report[name]})
     if arguments.json:
         print(json.dumps(report))
 
@@ -544,7 +588,7 @@ def machine() -> dict[str, Any]:
     card = torch.cuda.get_device_properties(0)
     from halfbyte.ops import gpu
 
-    return {**names, "card": card.name, "memory_gib": card.total_memory / GIB, "kernels": gpu.why()}
+    return {**names, "card": card.name, "memory_gib": card.total_memory / GIB, "kernels": gpu.try_all()}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """An embedding table in host memory: the same rows, and a plan that is smaller by the table."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,12 @@ from conftest import small_config
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
-from halfbyte.config import TrainConfig
+import halfbyte
+from halfbyte.config import PlanConfig, TrainConfig
 from halfbyte.embedding import host_table, keep_on_host, why_not
 from halfbyte.errors import UsageError
 from halfbyte.learner import Learner
-from halfbyte.plan import outline
+from halfbyte.plan import CONTEXT_BYTES, Budget, Planner, outline
 from halfbyte.selftest import Abilities
 
 IDS = torch.arange(24).view(2, 12) * 5 % 160
@@ -46,6 +48,17 @@ def test_a_plan_is_smaller_by_the_table_and_counts_it_on_the_host():
     assert here.bytes_of("embeddings and head") - there.bytes_of("embeddings and head") == size
     assert [part.where for part in there.ledger if part.part == "embedding table"] == ["host"]
     assert here.parameters == there.parameters and here.phases["load"] == there.phases["load"]
+
+
+def test_a_plan_passes_over_what_this_model_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whether a table can move is certain only when the model is built: what does not fit is said, not that."""
+    monkeypatch.setattr(Planner, "_may_move_embedding", lambda self: True)
+    small_config(tie_word_embeddings=True).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"dtype": "bfloat16", "max_length": 64}
+    assert not halfbyte.plan(str(tmp_path), device="cuda", fit_to="600MiB", **options).fits
+    planner = Planner(tmp_path, PlanConfig(model=str(tmp_path), device="cuda", **options), None)
+    planner.budget = Budget("cuda", 600 << 20, CONTEXT_BYTES)
+    assert planner.settle()[0] == {}
 
 
 def test_where_it_cannot_lie_there_it_says_why():

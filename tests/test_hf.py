@@ -63,6 +63,11 @@ def adapted(path: Path, dtype: torch.dtype, prepare: bool = False, **options: An
     return model
 
 
+def checkpointing(model: Any) -> Any:
+    """What switches it on; newer transformers renamed it, and warns at the older name."""
+    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+
+
 IDS = torch.arange(5, 45).view(2, 20) * 3 % 160
 
 
@@ -141,7 +146,7 @@ def test_checkpointed_layers_draw_the_same_masks_again(checkpoint: Path, kept: s
     runs = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpointing(model)({"use_reentrant": False})
             model.enable_input_require_grads()
         torch.manual_seed(7)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -235,7 +240,7 @@ def test_what_is_added_after_optimizing_is_not_skipped(checkpoint: Path):
     _, expected = outcome(exact)
     model = halfbyte.optimize(adapted(checkpoint, torch.float32, target_modules=["q_proj"]), say=lambda line: None)
     model = with_more(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointing(model)({"use_reentrant": False})
     _, grads = outcome(model)
     assert grads.keys() == expected.keys() and any("magnitude" in name for name in grads)
     assert all(difference(grads[name], expected[name]) < 1e-4 for name in grads)
@@ -256,7 +261,7 @@ def test_optimizing_leaves_no_trace_and_can_be_repeated(checkpoint: Path):
     said: list[str] = []
     again, again_grads = outcome(halfbyte.optimize(model, kept_activations="none", say=said.append))
     assert torch.equal(again, logits) and all(torch.equal(again_grads[name], grads[name]) for name in grads)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointing(model)({"use_reentrant": False})
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward(retain_graph=True)
     with pytest.raises(ModelError, match="one backward pass"):
@@ -370,7 +375,7 @@ def test_a_hundred_steps_learn_as_the_script_does():
                 nn.init.zeros_(p)
         if optimized:
             halfbyte.optimize(model, say=lambda line: None)
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpointing(model)({"use_reentrant": False})
         optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-3)
         torch.manual_seed(seed)
         found = []

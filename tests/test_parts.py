@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halfbyte import attention, loss
+from halfbyte import attention, loss, selftest
 from halfbyte.adamw8bit import AdamW8bit
 from halfbyte.batches import Schedule, collate, pack, prepare
 from halfbyte.chat import Encoded
@@ -77,6 +77,26 @@ def test_self_test_catches_a_leak(tiny_llama: LlamaForCausalLM, monkeypatch: pyt
     assert not self_test(tiny_llama).packing
     monkeypatch.undo()
     assert self_test(tiny_llama).packing
+
+
+def test_rounding_is_told_from_a_leak(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    """Somewhat above the tolerance it is decided by whether a row's bits depend on the row before it."""
+    tiny_llama.config.dtype = torch.float32
+    real = selftest._relative
+    floor = selftest.TOLERANCE[torch.float32]
+    monkeypatch.setattr(selftest, "_relative", lambda value, reference: real(value, reference) + 2 * floor)
+    assert self_test(tiny_llama).packing
+    monkeypatch.setattr(selftest, "_relative", lambda value, reference: real(value, reference) + 5 * floor)
+    assert not self_test(tiny_llama).packing
+
+    def leaking(*args) -> torch.Tensor:
+        found = packed(*args)
+        return found + found[:1] * 1e-9  # less than any tolerance
+
+    packed = selftest._packed
+    monkeypatch.setattr(selftest, "_relative", lambda value, reference: real(value, reference) + 2 * floor)
+    monkeypatch.setattr(selftest, "_packed", leaking)
+    assert not self_test(tiny_llama).packing
 
 
 def test_soft_cap_and_sinks_equal_the_formula():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .fuse import become
+from .memory import return_freed
 from .ops.library import device_type
 
 
@@ -49,6 +50,7 @@ def keep_on_host(model: Any) -> None:
     for name, buffer in embedding._buffers.items():
         if buffer is not None and not buffer.is_meta:
             embedding._buffers[name] = buffer.cpu()
+    return_freed()
 
 
 def host_table(model: Any) -> Tensor | None:

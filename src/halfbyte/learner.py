@@ -17,7 +17,7 @@ from . import fuse
 from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from .batches import MicroBatch
 from .config import TrainConfig
-from .embedding import keep_on_host, why_not
+from .embedding import host_table, keep_on_host, why_not
 from .errors import ModelError, UsageError
 from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
 from .loss import output_head, sequence_loss
@@ -82,7 +82,7 @@ class Learner:
             self.clock = DropoutClock(config.seed)
         else:
             self.clock = self._attach()
-        if config.embedding_offloading == "always":
+        if config.embedding_offloading == "always" and host_table(model) is None:
             if why := why_not(model):
                 raise UsageError(
                     f"--embedding_offloading always cannot move the embedding table: {why}",
@@ -125,7 +125,7 @@ class Learner:
 
     def _refuse_idle_desk(self) -> None:
         """Raise UsageError where ``dequantized_weights`` could change nothing."""
-        c, weight = self.config, self.model.get_input_embeddings().weight
+        c, weight = self.config, next(self.model.parameters())
         if c.dequantized_weights == "product":
             return
         on, why = device_type(weight), ""

@@ -24,6 +24,7 @@ from .ops.library import device_type
 IGNORE = -100
 ROW_MULTIPLE = 16
 """Numbers of rows are rounded up to this, so that matrix libraries meet few shapes."""
+SCALED_ROWS = 1024
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 """fp32 logits held at once, bytes. On a CPU small enough that the allocator reuses the memory instead of faulting it in
 anew; on a GPU enough rows for a product with a head of 128,000 (a guess, until bench/gpu.py has measured it)."""
@@ -142,7 +143,15 @@ class _WholeLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return ctx.slope * upstream[0].to(ctx.slope.dtype), None
+        return _scaled(ctx.slope, upstream[0]), None
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """grad times a number, rounded once: the number itself, 1 / tokens, is not rounded to the type of grad."""
+    out = torch.empty_like(grad)
+    for rows, scaled in zip(grad.split(SCALED_ROWS), out.split(SCALED_ROWS), strict=True):
+        scaled.copy_(rows.float() * scale)
+    return out
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -180,5 +189,5 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         (scale,) = upstream
-        hidden = None if ctx.grad_hidden is None else ctx.grad_hidden * scale.to(ctx.grad_hidden.dtype)
+        hidden = None if ctx.grad_hidden is None else _scaled(ctx.grad_hidden, scale)
         return hidden, None, None, None, *[(g * scale).to(d) for g, d in zip(ctx.grads, ctx.dtypes, strict=True)]

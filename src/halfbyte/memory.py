@@ -204,10 +204,22 @@ def current_part() -> str:
 
 
 def return_freed() -> None:
-    """Give freed memory back to the system: the regions of `ops.arena`, and what the C library can (glibc)."""
+    """Give freed memory back to the system: the regions of `ops.arena`, what the C library can (glibc), and what
+    PyTorch holds of GPU and of pinned memory."""
     ARENA.release()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        return_pinned()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_pinned() -> None:
+    """Give pinned host memory that nobody uses back to the system; PyTorch would keep it for blocks of its size."""
+    for name in ("_accelerator_emptyHostCache", "_host_emptyCache"):  # since 2.13, before
+        if hasattr(torch._C, name):
+            getattr(torch._C, name)()
+            return
 
 
 def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import StorageError
-from .memory import counted_as, is_exhaustion
+from .memory import counted_as, is_exhaustion, return_pinned
 from .ops.library import device_type
 
 PAGE, MIB = mmap.PAGESIZE, 1 << 20
@@ -345,6 +345,8 @@ class Slots:
             pin = self.like.device.type == "cuda"
             if pin and self._stream is None:  # one for all: copies in it are in order
                 self._stream = torch.cuda.Stream(self.like.device)
+            if pin:  # smaller places were here before, perhaps
+                return_pinned()
             self.free = list(torch.empty(self.count, self.size, dtype=self.like.dtype, pin_memory=pin))
         elif not self.like.is_meta:
             stride = _pages(0, self.size * self.like.element_size())[1]

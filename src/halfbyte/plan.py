@@ -628,8 +628,11 @@ class Planner:
             return (self._most_layers({}, plan) if kept else None) or (kept, plan)
         given, change = plan, kept
         for more in self._remedies():
+            try:
+                plan = self.plan(**{**change, **more})
+            except UsageError:  # not for this model
+                continue
             change = {**change, **more}
-            plan = self.plan(**change)
             if plan.fits:
                 return change, plan
         return {}, given
@@ -782,10 +785,15 @@ class Planner:
                 "gradient_accumulation_steps": total,
             }
             for more in self._remedies():
-                if "tokens_per_pass" not in more:  # a row at a time already
-                    least = {**least, **more}
-                    if (plan := self.plan(**least)).fits:
-                        return replace(plan, choices=(Choice(least, plan.peak_bytes, 1.0, True),))
+                if "tokens_per_pass" in more:  # a row at a time already
+                    continue
+                try:
+                    plan = self.plan(**{**least, **more})
+                except UsageError:  # not for this model
+                    continue
+                least = {**least, **more}
+                if plan.fits:
+                    return replace(plan, choices=(Choice(least, plan.peak_bytes, 1.0, True),))
             return self._shorter(given, least)
         best_change, best = fitting[0]
         rows = [

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -165,6 +165,14 @@ class FourBitQuantizer(_Quantizer):
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Deserialize}
+
+    if not hasattr(HfQuantizer, "get_load_operations"):  # transformers before 5.20 or so asks otherwise
+
+        def get_weight_conversions(self) -> list[Any]:
+            if not self.pre_quantized:
+                return []
+            weight, *others = self.serialized_names["weight"]
+            return [WeightConverter([*others, weight], weight, [_Deserialize(self)])]
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
         model.is_loaded_in_4bit = True

@@ -50,12 +50,10 @@ def self_test(model: Any) -> Abilities:
     try:
         apart = torch.cat([model(input_ids=ids[i : i + length][None], use_cache=False).logits[0] for i in (0, length)])
         try:
-            with segments(model):
-                bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
-                packed = model(
-                    input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=bounds, use_cache=False
-                ).logits[0]
+            packed = _packed(model, ids, position, length)
             packing_error = _relative(packed, apart)
+            if tolerance < packing_error <= LENIENCE * tolerance and _sees_only_itself(model, packed[length:]):
+                packing_error = tolerance
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             _pass_on(error)
             packing_error = math.inf
@@ -69,6 +67,26 @@ def self_test(model: Any) -> Abilities:
     finally:
         model.train(was_training)
     return Abilities(packing_error <= tolerance, head_error <= tolerance, packing_error, head_error)
+
+
+LENIENCE = 4
+"""Times the tolerance that rounding may cause in a deep network whose products sum in another order for rows laid end
+to end, if the rows demonstrably do not see each other."""
+
+
+def _packed(model: Any, ids: Tensor, position: Tensor, length: int) -> Tensor:
+    """Logits of two rows laid end to end."""
+    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    with segments(model):
+        found = model(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=bounds, use_cache=False)
+    return found.logits[0]
+
+
+def _sees_only_itself(model: Any, logits: Tensor) -> bool:
+    """Whether a second row's logits are the same bits whatever the first row holds."""
+    ids, position, length = _tokens(model)
+    other = torch.cat((ids[:length].flip(0), ids[length:]))
+    return torch.equal(_packed(model, other, position, length)[length:], logits)
 
 
 def _pass_on(error: Exception) -> None:
@@ -182,7 +200,8 @@ def _gradients(model: Any, packing: bool) -> str | None:
         inputs = {"input_ids": ids[None], "position_ids": position[None], "cu_seq_lens_q": bounds}
     try:
         attention = segments(model) if packing else contextlib.nullcontext()
-        with attention, torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        gpus = [model.device] if model.device.type == "cuda" else []  # manual_seed seeds those, too
+        with attention, torch.enable_grad(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(0)
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()
             weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device, dtype=torch.float32)

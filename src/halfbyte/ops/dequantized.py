@@ -82,9 +82,11 @@ class Desk:
 
 
 class _Written(NamedTuple):
-    """What a buffer holds, and the event after which it does (None: written by the stream that reads it)."""
+    """What a buffer holds (and the weight itself: its address means nothing once it is gone), and the event after which
+    it does (None: written by the stream that reads it)."""
 
     key: Key
+    parts: Parts
     event: Any
 
 
@@ -97,13 +99,14 @@ class _Lane:
     holds: list[_Written | None] = field(default_factory=lambda: [None, None])
     at: int = 0
     """The buffer that was handed out last."""
-    before: tuple[Key, bool] | None = None
-    followers: dict[tuple[Key, bool], tuple[Key, Parts]] = field(default_factory=dict)
-    """Of a weight and a direction, the weight that came next the last time."""
+    before: tuple[Any, ...] = ()
+    """The last two weights and directions."""
+    followers: dict[tuple[Any, ...], tuple[Key, Parts]] = field(default_factory=dict)
+    """Of two weights in a row, the weight that came next the last time."""
 
 
 class Ahead(Desk):
-    """Two buffers of its own: the next weight is written to one while a product reads the other.
+    """Two buffers, one of them the shared one: the next weight is written to one while a product reads the other.
 
     The order of products is learned as they come; a wrong guess costs a weight that is dequantized for nothing. Three
     orders keep it right: a buffer is filled by the side stream after every product that was launched before (one
@@ -128,10 +131,9 @@ class Ahead(Desk):
                 here.wait_event(held.event)
             if not self._is_there(lane, lane.at, key):
                 _dequantize(parts, lane.buffers[lane.at][:count])
-            lane.holds[lane.at] = _Written(key, None)
-        if lane.before is not None:
-            lane.followers[lane.before] = (key, parts)
-        lane.before = (key, back)
+            lane.holds[lane.at] = _Written(key, parts, None)
+        lane.followers[lane.before] = (key, parts)
+        lane.before = (*lane.before[-1:], (key, back))
         if (follower := lane.followers.get(lane.before)) is not None:
             self._begin(lane, *follower, here)
         return lane.buffers[lane.at][:count]
@@ -149,21 +151,26 @@ class Ahead(Desk):
         lane.stream.wait_event(here.record_event())
         with torch.cuda.stream(lane.stream):
             _dequantize(parts, lane.buffers[place][: key[2]])
-            lane.holds[place] = _Written(key, lane.stream.record_event())
+            lane.holds[place] = _Written(key, parts, lane.stream.record_event())
 
     @staticmethod
     def _make_room(lane: _Lane, count: int, dtype: torch.dtype, device: torch.device, here: Any) -> None:
-        if lane.buffers and lane.buffers[0].numel() >= count:
+        shared = _buffers.get((device, dtype))
+        if shared is not None and shared.numel() >= count and lane.buffers and lane.buffers[0] is shared:
             return
         here.wait_stream(lane.stream)  # whoever is given this memory next computes here
         lane.buffers, lane.holds = [], [None, None]
-        lane.buffers = [_room(count, dtype, device) for _ in range(2)]
+        if shared is None or shared.numel() < count:
+            shared = _buffers[device, dtype] = _room(count, dtype, device)
+        lane.buffers = [shared, _room(shared.numel(), dtype, device)]
 
     def plan(self, parts: Parts, count: int, dtype: torch.dtype) -> None:
         scratch("dequantized weight", 2 * count * dtype.itemsize, kept=True)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
+        for lane in self._lanes.values():  # others may have written to the shared buffer meanwhile
+            lane.holds = [None, None]
         try:
             with super().in_use():
                 yield

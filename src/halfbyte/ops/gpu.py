@@ -447,5 +447,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     if y.numel():
         tensors = (x, cos.contiguous(), sin.contiguous(), y)
         numbers = (heads, width // 2, x.stride(0), x.stride(1))
-        _launch(_kernels().rotate, (tokens, heads), *tensors, *numbers, BACK=back, HALF=_power_of_two(width // 2))
+        half = _power_of_two(width // 2)
+        warps = min(max(half // 32, 1), 4)
+        _launch(_kernels().rotate, (tokens, heads), *tensors, *numbers, warps=warps, BACK=back, HALF=half)
     return y
