@@ -33,8 +33,8 @@ GEOMETRY = {
 }
 """Width, width of the MLP, layers, heads, key-value heads, vocabulary."""
 SECTIONS = ("limits", "check", "kernels", "optimizer", "steps", "70b", "context")
-SLEEP_CYCLES = 2_000_000
-"""About a millisecond of a GPU's clock."""
+SLEEP_CYCLES, CYCLES_PER_SECOND = 1_000_000, 2_000_000_000
+"""About half a millisecond of a GPU's clock, and about its rate."""
 _tiny = False
 
 
@@ -50,11 +50,16 @@ def wait() -> None:
 def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
     """Median of the times of one call, by the device's own clock.
 
-    The device is kept busy until the call is launched: what the host takes for that is not measured.
+    The device is kept busy until the call is launched, so what the host takes for that is not measured (but where the
+    call itself waits for the device).
     """
     repeats = 2 if _tiny else repeats
     work()
+    wait()
+    began = time.perf_counter()
     work()
+    host = time.perf_counter() - began
+    wait()
     times = []
     for _ in range(repeats):
         if _tiny:
@@ -63,7 +68,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
             times.append(1e3 * (time.perf_counter() - began))
         else:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(SLEEP_CYCLES)
+            torch.cuda._sleep(SLEEP_CYCLES + int(3 * host * CYCLES_PER_SECOND))
             start.record()
             work()
             end.record()
@@ -144,6 +149,7 @@ def check() -> dict[str, Any]:
             same = same and torch.equal(mine.cpu(), theirs)
         found[f"4 bits of {list(shape)}"] = "the same bits as plain PyTorch and the CPU" if same else "DIFFERS"
         del weight, stored, plain
+    found |= large()
     if not _tiny and torch.cuda.mem_get_info()[0] > 16 * GIB:
         many = 2**31 + 4096
         row = torch.randn(4096, generator=generator, device=device()).to(narrow)
@@ -157,6 +163,41 @@ def check() -> dict[str, Any]:
         )
         del weight, stored, last
     return found
+
+
+def large() -> dict[str, str]:
+    """Operations beside their meaning at the sizes of models."""
+    from halfbyte import nf4, ops
+    from halfbyte.ops import dropout, fourbit, gpu, passes
+    from halfbyte.ops.attention import _attention, _attention_grad
+
+    narrow, here = torch.float16 if _tiny else torch.bfloat16, device()
+    width, vocabulary, tokens = (64, 500, 40) if _tiny else (8192, 128256, 3000)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=here).to(narrow)
+
+    weight = nf4.quantize(random(width // 2, width)).parts
+    few, x, w, logits = random(4, width), random(tokens, width), random(width), random(40, vocabulary)
+    labels, numbers = torch.arange(40, device=here) * 7, list(ops.Dropout(3277, 42, 1, 2, 3))
+    pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
+        "matvec": (fourbit._linear, fourbit.linear_by_triton, (few, *weight, width // 2, None, None, None)),
+        "rms_norm": (passes._rms_norm, gpu.rms_norm, (x, w, 1e-6, 0.0, True)),
+        "cross_entropy": (passes._cross_entropy, gpu.cross_entropy, (logits, labels, torch.empty_like(logits))),
+        "drop": (dropout._drop, gpu.drop, (x, numbers)),
+    }
+    if not _tiny:
+        q, k, v = random(tokens, 32, 128), random(tokens, 8, 128), random(tokens, 8, 128)
+        rows = torch.tensor([0, 1, 1500, tokens], dtype=torch.int32)
+        form = (128**-0.5, 0, 0.0)
+        results = _attention(q, k, v, rows, *form)
+        pairs["attention"] = (_attention, gpu.attention, (q, k, v, rows, *form))
+        given = (random(*q.shape), q, k, v, rows, *results, *form)
+        pairs["attention_grad"] = (_attention_grad, gpu.attention_grad, given)
+    return {
+        f"{name}, large": gpu.disagreement(meaning, ours, lambda device, given=given: given, here) or "agrees"
+        for name, (meaning, ours, given) in pairs.items()
+    }
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -175,7 +216,7 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
         weights = [weight.clone() for _ in several]
         quantized = [nf4.quantize(w).parts for w in weights]
         outs = [torch.empty(n, dtype=weight.dtype, device=device()) for _ in several]
-        parts, next_one = quantized[0], itertools.cycle(several)
+        next_one = itertools.cycle(several)
 
         def ours(quantized: Any = quantized, outs: Any = outs, next_one: Any = next_one) -> None:
             number = next(next_one)
@@ -203,15 +244,16 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
         row["quantize_ms"] = milliseconds(lambda weight=weight: nf4.quantize(weight), 5)
         for tokens in (1, 4, 8, 16, 64):
             x = torch.randn(tokens, shape[1], device=device()).to(weight.dtype)
-            both = in_turns(
-                {
-                    "ours": lambda x=x, parts=parts, shape=shape: torch.ops.halfbyte.linear_4bit(
-                        x, *parts, shape[0], None, None, None
-                    ),
-                    "unquantized": lambda x=x, weight=weight: x @ weight.t(),
-                },
-                rounds=1,
-            )
+
+            def in_4_bits(
+                x: Tensor = x, quantized: Any = quantized, rows: int = shape[0], turn: Any = next_one
+            ) -> None:
+                torch.ops.halfbyte.linear_4bit(x, *quantized[next(turn)], rows, None, None, None)
+
+            def unquantized(x: Any = x, weights: Any = weights, turn: Any = next_one) -> None:
+                torch.matmul(x, weights[next(turn)].t())
+
+            both = in_turns({"ours": in_4_bits, "unquantized": unquantized}, rounds=1)
             row[f"linear_{tokens}_tokens_of_unquantized"] = both["ours"] / both["unquantized"]
         found["x".join(map(str, shape))] = row
     return found
@@ -342,7 +384,8 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
     model = random_model(name, options)
     fused = fuse(model).line()
     tested = self_test(model)  # random weights of 80 layers may round apart further than real ones: said, and no more
-    learner = Learner(model, options, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
+    notes: list[str] = []
+    learner = Learner(model, options, Abilities(True, True, 0.0, 0.0), lambda what, line: notes.append(line))
     empty()
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
@@ -364,6 +407,7 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
     each = statistics.median(seconds[1:])
     found: dict[str, Any] = {"step_s": each, "tokens_per_s": tokens / each, "losses": losses, "fused": fused}
     found |= {"packing_error": tested.packing_error, "head_error": tested.head_error, "kernels": kernels_in_use()}
+    found["notes"] = notes
     outside = planned.bytes_of("GPU context") if planned.device == "cuda" else 0
     found["planned_gb"] = (planned.phases["step"] - outside) / 1e9
     if not _tiny:

@@ -38,6 +38,9 @@ def test_rows_are_the_same_and_the_table_is_no_parameter(make: Any):
     assert host_table(model) is model.get_input_embeddings().weight
     assert isinstance(model.get_input_embeddings(), nn.Embedding) and why_not(model) == "it is there"
     assert model.device == table.device
+    embedding: Any = model.get_input_embeddings()
+    embedding.computes_on = torch.device("meta")
+    assert embedding(IDS).is_meta, "rows go where the model computes"
 
 
 def test_a_plan_is_smaller_by_the_table_and_counts_it_on_the_host():

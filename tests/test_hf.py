@@ -22,7 +22,7 @@ from halfbyte.errors import ModelError
 from halfbyte.load import load_base
 from halfbyte.lora import lora_layers
 from halfbyte.loss import causal_lm_loss
-from halfbyte.ops import cpu
+from halfbyte.ops import cpu, gpu
 
 peft: Any = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -213,6 +213,7 @@ def test_modules_that_something_else_runs_are_left_and_counted(checkpoint: Path)
 
 
 def test_a_gpu_without_triton_leaves_the_model_and_says_why(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "installed", lambda: True)
     monkeypatch.setenv("HALFBYTE_TRITON", "0")
     assert hf._unserved(torch.device("cuda")) == "plain PyTorch: HALFBYTE_TRITON is 0"
     assert "mps" in hf._unserved(torch.device("mps"))

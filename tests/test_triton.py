@@ -80,7 +80,7 @@ def test_ties_zeros_and_broken_numbers_are_as_in_the_meaning():
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("tokens,rows,columns", [(1, 5, 64), (3, 18, 96), (2, 7, 130)])
+@pytest.mark.parametrize("tokens,rows,columns", [(1, 5, 64), (3, 18, 96), (2, 7, 130), (2, 3, 2112), (1, 2, 2050)])
 def test_matvec_is_the_product_within_rounding(tokens: int, rows: int, columns: int, double_quant: bool):
     """Beside fp64 of the dequantized weight; blocks may run across rows."""
     torch.manual_seed(1)

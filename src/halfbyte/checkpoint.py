@@ -331,6 +331,10 @@ _YOUNGER: dict[str, Any] = {
 """Options that there were checkpoints before, and the values that are as good as none."""
 
 
+ARITHMETIC = 2
+"""Raised when a release computes the same training with other last bits. 2: 1 / tokens is not rounded to 16 bits."""
+
+
 def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is compared apart."""
     settings = {
@@ -350,6 +354,7 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         "machine": info["machine"]["device"],
         "kernel_path": info["machine"]["kernel_path"],
         **{name: info["versions"][name] for name in ("torch", "transformers")},
+        "arithmetic": ARITHMETIC,
     }
 
 

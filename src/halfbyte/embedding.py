@@ -42,14 +42,17 @@ def why_not(model: Any) -> str:
 def keep_on_host(model: Any) -> None:
     """Move a model's embedding table to host memory, in place (`why_not` is asked first)."""
     embedding = model.get_input_embeddings()
-    table: Tensor = embedding.weight
+    on_host = {
+        name: t.detach() if t.is_meta else t.detach().cpu()
+        for name, t in (("weight", embedding.weight), *embedding._buffers.items())
+        if t is not None
+    }
+    computes_on = embedding.weight.device
     become(embedding, HostEmbedding)
-    embedding.computes_on = table.device
+    embedding.computes_on = computes_on
     del embedding._parameters["weight"]
-    object.__setattr__(embedding, "weight", table.detach() if table.is_meta else table.detach().cpu())
-    for name, buffer in embedding._buffers.items():
-        if buffer is not None and not buffer.is_meta:
-            embedding._buffers[name] = buffer.cpu()
+    object.__setattr__(embedding, "weight", on_host.pop("weight"))
+    embedding._buffers.update(on_host)
     return_freed()
 
 

@@ -138,6 +138,8 @@ class _Lora(nn.Module):
 def _base_weight(base: Any, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
     """The frozen weight under an adapter and the type to compute in; None where PEFT has to."""
     weight = base.weight
+    if fuse.is_wrapped(base):  # what wraps it may bring the weight first (accelerate's offloading)
+        return None, x.dtype
     if isinstance(base, _FourBit):
         dtype = _computes_in(base, x)
         return stored_weight(weight, dtype), dtype
@@ -174,6 +176,8 @@ class _Checkpointed(nn.Module):
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's output is no more than it was when its layer was tried."""
+    if fuse.is_wrapped(module):
+        return False
     if isinstance(module, _Lora):
         return module.is_ordinary
     return not (type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"))
@@ -331,7 +335,7 @@ def _replace_layers(inner: Any) -> _Done:
     under: set[int] = set()
     for module in list(inner.modules()):
         if fuse.is_wrapped(module):
-            done.wrapped += 1
+            done.wrapped += not list(module.children()) or bool(_kind(module))
             continue
         kind = _kind(module)
         if kind == "peft":

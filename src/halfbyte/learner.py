@@ -23,7 +23,7 @@ from .lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_n
 from .loss import output_head, sequence_loss
 from .memory import counted_as, hold_gradients
 from .ops import cpu
-from .ops.dequantized import DESKS
+from .ops.dequantized import DESKS, Desk
 from .ops.library import device_type
 from .paged import Slots
 from .recompute import Recompute, recompute_layers
@@ -172,6 +172,11 @@ class Learner:
         if self.recompute is None and (away is not None or keep != "none"):
             line += "; nothing else is kept, and layer inputs stay in memory"
         note("recomputed", line)
+        if c.dequantized_weights == "layer" and self.recompute is None:
+            raise UsageError(
+                "--dequantized_weights layer has no use here: this model's layers are run again by PyTorch",
+                ways_out=["--dequantized_weights product"],
+            )
 
     def _elsewhere(self) -> Path:
         """The directory of files that take what leaves memory."""
@@ -222,6 +227,13 @@ class Learner:
         slots = Slots(run.layers, self._elsewhere())
         slots.prepare(run.inputs)
         run.inputs = slots
+        return True
+
+    def dequantize_one_by_one(self) -> bool:
+        """Keep no weight dequantized beyond its product, from the next pass on; False where none is."""
+        if type(self.desk) is Desk:
+            return False
+        self.desk = Desk()
         return True
 
     def offload_embedding(self) -> bool:

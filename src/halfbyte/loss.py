@@ -24,7 +24,7 @@ from .ops.library import device_type
 IGNORE = -100
 ROW_MULTIPLE = 16
 """Numbers of rows are rounded up to this, so that matrix libraries meet few shapes."""
-SCALED_ROWS = 1024
+SCALED_ELEMENTS = 1 << 20
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 """fp32 logits held at once, bytes. On a CPU small enough that the allocator reuses the memory instead of faulting it in
 anew; on a GPU enough rows for a product with a head of 128,000 (a guess, until bench/gpu.py has measured it)."""
@@ -149,7 +149,8 @@ class _WholeLoss(torch.autograd.Function):
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """grad times a number, rounded once: the number itself, 1 / tokens, is not rounded to the type of grad."""
     out = torch.empty_like(grad)
-    for rows, scaled in zip(grad.split(SCALED_ROWS), out.split(SCALED_ROWS), strict=True):
+    rows_at_once = max(1, SCALED_ELEMENTS // max(1, grad.shape[-1]))
+    for rows, scaled in zip(grad.split(rows_at_once), out.split(rows_at_once), strict=True):
         scaled.copy_(rows.float() * scale)
     return out
 

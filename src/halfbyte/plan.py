@@ -36,7 +36,7 @@ from .memory import PASSING, allocate_apart, available, held_now, is_exhaustion
 from .merge import FP32_LIMIT
 from .objects import config_of
 from .ops import cpu
-from .ops.library import planning_for
+from .ops.library import device_type, planning_for
 from .selftest import Abilities
 
 MIB = 1 << 20
@@ -457,11 +457,15 @@ STREAMED = ("4-bit codes", "scales")
 def _away(learner: Learner, streamed: int) -> dict[str, int]:
     """Bytes that lie outside of the memory that is computed in, by part."""
     optimizer, run, table = learner.optimizer, learner.recompute, host_table(learner.model)
+    inputs = 0
+    if run is not None and run.inputs.away is not None and (inputs := run.inputs.nbytes):
+        on_gpu = device_type(run.inputs.like) == "cuda"
+        inputs = 1 << (inputs - 1).bit_length() if on_gpu else inputs  # pinned in one block: a power of two
     return {
         "streamed weights": streamed,
         "embedding table": 0 if table is None else table.nbytes,
         "paged optimizer states": checkpoint.state_bytes(optimizer) if is_paged(optimizer) else 0,
-        "offloaded layer inputs": 0 if run is None or run.inputs.away is None else run.inputs.nbytes,
+        "offloaded layer inputs": inputs,
     }
 
 
@@ -726,6 +730,8 @@ class Planner:
             yield "", {"paging": "always"}
         if c.embedding_offloading != "always" and self._may_move_embedding():
             yield "", {"embedding_offloading": "always"}
+        if c.dequantized_weights != "product":
+            yield "", {"dequantized_weights": "product"}
         if c.gradient_checkpointing and c.activation_offloading != "always":
             yield "", {"activation_offloading": "always"}
         if self.budget.device == "cpu" and c.load_in_4bit and c.weight_streaming != "always":

@@ -52,7 +52,7 @@ def self_test(model: Any) -> Abilities:
         try:
             packed = _packed(model, ids, position, length)
             packing_error = _relative(packed, apart)
-            if tolerance < packing_error <= LENIENCE * tolerance and _sees_only_itself(model, packed[length:]):
+            if tolerance < packing_error <= LENIENCE * tolerance and _see_only_themselves(model, packed):
                 packing_error = tolerance
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             _pass_on(error)
@@ -82,11 +82,13 @@ def _packed(model: Any, ids: Tensor, position: Tensor, length: int) -> Tensor:
     return found.logits[0]
 
 
-def _sees_only_itself(model: Any, logits: Tensor) -> bool:
-    """Whether a second row's logits are the same bits whatever the first row holds."""
+def _see_only_themselves(model: Any, logits: Tensor) -> bool:
+    """Whether each of two rows has the same bits whatever the other one holds."""
     ids, position, length = _tokens(model)
-    other = torch.cat((ids[:length].flip(0), ids[length:]))
-    return torch.equal(_packed(model, other, position, length)[length:], logits)
+    one, two = ids.split(length)
+    other_first = _packed(model, torch.cat((one.flip(0), two)), position, length)
+    other_second = _packed(model, torch.cat((one, two.flip(0))), position, length)
+    return torch.equal(other_first[length:], logits[length:]) and torch.equal(other_second[:length], logits[:length])
 
 
 def _pass_on(error: Exception) -> None:

@@ -656,6 +656,8 @@ class Trainer:
         change: dict[str, Any]
         if self._if_the_disk_lets(learner.page_out):
             change, now = {"paging": "always"}, "the optimizer's states leave memory"
+        elif learner.dequantize_one_by_one():
+            change, now = {"dequantized_weights": "product"}, "no weight stays dequantized beyond its product"
         elif learner.offload_embedding():
             change, now = {"embedding_offloading": "always"}, "the embedding table lies in host memory"
         elif learner.keep_less():

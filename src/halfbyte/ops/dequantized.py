@@ -46,6 +46,14 @@ def _room(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
+def _shared(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The buffer of all desks, at least so large."""
+    if (device, dtype) not in _buffers or _buffers[device, dtype].numel() < count:
+        _buffers.pop((device, dtype), None)  # before another is made
+        _buffers[device, dtype] = _room(count, dtype, device)
+    return _buffers[device, dtype]
+
+
 class Desk:
     """One weight at a time, in a buffer that all desks share and that the next weight overwrites."""
 
@@ -56,10 +64,7 @@ class Desk:
             back: the product is one of the backward pass.
         """
         device = parts[0].device
-        buffer = _buffers.get((device, dtype))
-        if buffer is None or buffer.numel() < count:
-            buffer = _buffers[device, dtype] = _room(count, dtype, device)
-        return _dequantize(parts, buffer[:count])
+        return _dequantize(parts, _shared(count, dtype, device)[:count])
 
     def plan(self, parts: Parts, count: int, dtype: torch.dtype) -> None:
         """Say, on the ``meta`` device, what `weight` would take."""
@@ -155,13 +160,11 @@ class Ahead(Desk):
 
     @staticmethod
     def _make_room(lane: _Lane, count: int, dtype: torch.dtype, device: torch.device, here: Any) -> None:
-        shared = _buffers.get((device, dtype))
-        if shared is not None and shared.numel() >= count and lane.buffers and lane.buffers[0] is shared:
+        if lane.buffers and lane.buffers[0] is _buffers.get((device, dtype)) and lane.buffers[0].numel() >= count:
             return
         here.wait_stream(lane.stream)  # whoever is given this memory next computes here
         lane.buffers, lane.holds = [], [None, None]
-        if shared is None or shared.numel() < count:
-            shared = _buffers[device, dtype] = _room(count, dtype, device)
+        shared = _shared(count, dtype, device)
         lane.buffers = [shared, _room(shared.numel(), dtype, device)]
 
     def plan(self, parts: Parts, count: int, dtype: torch.dtype) -> None:

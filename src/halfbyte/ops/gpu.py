@@ -49,8 +49,9 @@ def computes(tensor: Tensor, name: str = "") -> bool:
 
     A plan for a GPU that is not there takes Triton to be there with it.
     """
-    there = wanted() or not torch.cuda.is_available()
-    return device_type(tensor) == "cuda" and there and name not in _failed
+    if device_type(tensor) != "cuda" or name in _failed:
+        return False
+    return wanted() or not torch.cuda.is_available()
 
 
 def path_in_use() -> str:
@@ -126,6 +127,8 @@ def disagreement(meaning: Callable, ours: Callable, case: Case, device: torch.de
         arguments = case(device)
         try:
             returned = function(*arguments)
+        except torch.OutOfMemoryError:  # says nothing of the kernel
+            raise
         except Exception as error:  # a compiler's or a driver's
             return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         written = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
@@ -391,7 +394,7 @@ def _rows_of(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, int
 def attends(query: Tensor, softcap: float | None) -> bool:
     """Whether PyTorch's flash attention serves queries [.., d] with rows of several lengths in one call."""
     fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    if not fits or softcap or not computes(query):
+    if not fits or softcap or not (computes(query, "attention") and computes(query, "attention_grad")):
         return False
     return query.is_meta or (serves("attention") and serves("attention_grad"))
 
