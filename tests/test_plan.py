@@ -402,7 +402,9 @@ def test_drift_is_said_aloud():
     "more",
     [
         {"packing": True, "max_length": 1600, "eval_split": 0.3},
-        {"load_in_4bit": False, "full": True, "optim": "adamw_torch", "eval_split": 4},
+        pytest.param(
+            {"load_in_4bit": False, "full": True, "optim": "adamw_torch", "eval_split": 4}, marks=pytest.mark.slow
+        ),
         pytest.param({"fit_to": "1.0GiB", "max_length": 2048}, marks=pytest.mark.slow),
     ],
     ids=["packed and evaluated", "every parameter", "fitted"],
@@ -432,6 +434,7 @@ def test_a_card_is_no_budget_for_a_cpu(middling: tuple[Path, Path], tmp_path: Pa
     assert run(training(model, rows, tmp_path / "run", "--fit_to", "rtx-4090", "--device", "cpu")) == 2
 
 
+@pytest.mark.slow
 def test_rows_that_may_not_be_cut_are_not(middling: tuple[Path, Path]):
     """over_length error: a smaller max_length is no way out, and the search does not take it."""
     model, rows = middling

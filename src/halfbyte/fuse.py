@@ -432,6 +432,11 @@ def become(module: nn.Module, kind: type, name: str | None = None) -> None:
     module.__class__ = _classes[key]
 
 
+def form_of(module: nn.Module) -> Form | None:
+    """What a module is, if it is of a form that is fused here."""
+    return (mlp_form(module) or attention_form(module)) if list(module.children()) else norm_form(module)
+
+
 def is_wrapped(module: nn.Module) -> bool:
     """Whether a module has a ``forward`` of its own, so that its class's does not run (hooks of accelerate)."""
     return "forward" in vars(module)
@@ -458,7 +463,7 @@ def fuse(model: nn.Module) -> Fused:
         own = type(module)
         if isinstance(module, FusedNorm | FusedMLP | FusedAttention) or is_wrapped(module):
             continue
-        form = (mlp_form(module) or attention_form(module)) if list(module.children()) else norm_form(module)
+        form = form_of(module)
         if form is None:
             if "RMSNorm" in own.__name__ or "MLP" in own.__name__:
                 result.left.setdefault(own.__name__, "of a form not known here")

@@ -335,7 +335,7 @@ def _replace_layers(inner: Any) -> _Done:
     under: set[int] = set()
     for module in list(inner.modules()):
         if fuse.is_wrapped(module):
-            done.wrapped += not list(module.children()) or bool(_kind(module))
+            done.wrapped += bool(_kind(module)) or fuse.form_of(module) is not None
             continue
         kind = _kind(module)
         if kind == "peft":
