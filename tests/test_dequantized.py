@@ -138,7 +138,9 @@ def test_where_it_has_no_use_it_is_refused():
         return Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda name, line: None)
 
     with cpu.using("torch"):
-        assert isinstance(learner(dequantized_weights="layer").desk, PerLayer)
+        one = learner(dequantized_weights="layer")
+        assert isinstance(one.desk, PerLayer)
+        assert one.dequantize_one_by_one() and type(one.desk) is Desk and not one.dequantize_one_by_one()
         with pytest.raises(UsageError, match="no second stream"):
             learner(dequantized_weights="ahead")
         with pytest.raises(UsageError, match="no layer is run again"):

@@ -290,6 +290,27 @@ def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: P
     assert digest(run, 8) != digest(straight, 8)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_resume_across_other_arithmetic_is_named(dtype: str):
+    """A checkpoint of a release whose 16-bit gradients had other last bits."""
+    info: dict[str, Any] = {
+        "config": {"optim": "adamw_8bit", "lora_r": 4},
+        "data": {"sha256": ""},
+        "machine": {"threads": 2, "device": "", "kernel_path": ""},
+        "versions": {"torch": "", "transformers": ""},
+        "compute_dtype": dtype,
+        **dict.fromkeys(("template_sha256", "tokenizer_sha256", "total_steps"), ""),
+    }
+    older = {key: value for key, value in checkpoint.fingerprint(info).items() if key != "arithmetic"}
+    if dtype == "float32":
+        assert checkpoint.changes_since({"fingerprint": older}, info, set()) == []
+        return
+    with pytest.raises(ModelError, match="another training") as refusal:
+        checkpoint.changes_since({"fingerprint": older}, info, set())
+    assert "--allow_change arithmetic" in " ".join(refusal.value.ways_out)
+    assert checkpoint.changes_since({"fingerprint": older}, info, {"arithmetic"}) == ["arithmetic: None then, 2 now"]
+
+
 def test_changes_are_refused_or_allowed_by_name_and_recorded(inputs: Path, tmp_path: Path):
     out = tmp_path / "run"
     with pytest.raises(Interrupted):

@@ -332,7 +332,7 @@ _YOUNGER: dict[str, Any] = {
 
 
 ARITHMETIC = 2
-"""Raised when a release computes the same training with other last bits. 2: 1 / tokens is not rounded to 16 bits."""
+"""Raised when a release computes the same training in 16 bits with other last bits. 2: 1 / tokens is not rounded."""
 
 
 def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
@@ -354,7 +354,7 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         "machine": info["machine"]["device"],
         "kernel_path": info["machine"]["kernel_path"],
         **{name: info["versions"][name] for name in ("torch", "transformers")},
-        "arithmetic": ARITHMETIC,
+        "arithmetic": None if info["compute_dtype"] == "float32" else ARITHMETIC,
     }
 
 
