@@ -90,7 +90,7 @@ def causal_attention(
     plain = attention_mask is None and causal and not dropout and length == key.shape[2] and length > 1
     q, k, v = (_end_to_end(t) for t in (query, key, value)) if plain else (query, key, value)
     special = any(more.get(name) is not None for name in ("s_aux", "softcap", "position_bias", "cache"))
-    if not plain or special or not (cpu.serves(q) and _is_fusable(q, k, v)):
+    if not plain or special or not _is_fusable(q, k, v):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
         )

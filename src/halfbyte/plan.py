@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -630,8 +630,14 @@ class Planner:
         plan = self.plan()
         if plan.fits:
             return (self._most_layers({}, plan) if kept else None) or (kept, plan)
-        given, change = plan, kept
-        for more in self._remedies():
+        change, relieved = self._relieved(kept, self._remedies())
+        return (change, relieved) if relieved is not None else ({}, plan)
+
+    def _relieved(
+        self, change: dict[str, Any], remedies: Iterable[dict[str, Any]]
+    ) -> tuple[dict[str, Any], MemoryPlan | None]:
+        """A change, and of the remedies as many as it takes to fit; the plan of both, None where all are not enough."""
+        for more in remedies:
             try:
                 plan = self.plan(**{**change, **more})
             except UsageError:  # not for this model
@@ -639,7 +645,7 @@ class Planner:
             change = {**change, **more}
             if plan.fits:
                 return change, plan
-        return {}, given
+        return change, None
 
     def _remedies(self) -> Iterator[dict[str, Any]]:
         """Changes that a training may make by itself where it does not fit, the cheapest first."""
@@ -790,16 +796,11 @@ class Planner:
                 "per_device_train_batch_size": 1,
                 "gradient_accumulation_steps": total,
             }
-            for more in self._remedies():
-                if "tokens_per_pass" in more:  # a row at a time already
-                    continue
-                try:
-                    plan = self.plan(**{**least, **more})
-                except UsageError:  # not for this model
-                    continue
-                least = {**least, **more}
-                if plan.fits:
-                    return replace(plan, choices=(Choice(least, plan.peak_bytes, 1.0, True),))
+            # it is a row at a time already
+            others = (more for more in self._remedies() if "tokens_per_pass" not in more)
+            least, plan = self._relieved(least, others)
+            if plan is not None:
+                return replace(plan, choices=(Choice(least, plan.peak_bytes, 1.0, True),))
             return self._shorter(given, least)
         best_change, best = fitting[0]
         rows = [
