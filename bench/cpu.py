@@ -131,7 +131,8 @@ def quant(who: str, home: Path) -> dict[str, dict[str, float]]:
     import bitsandbytes.functional as bnb
     import torch
 
-    from halfbyte import nf4, ops
+    from halfbyte import ops
+    from halfbyte.quantization import tensor as nf4
 
     torch.manual_seed(0)
     w = torch.randn(4096, 11008, dtype=torch.bfloat16)
@@ -170,7 +171,7 @@ def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
     import torch
     from torch import nn
 
-    from halfbyte import nf4
+    from halfbyte.quantization import tensor as nf4
 
     results: dict[str, dict[str, float]] = {}
     for columns in (4096, 11008):
@@ -222,7 +223,7 @@ def adamw(who: str, home: Path) -> dict[str, dict[str, float]]:
     import bitsandbytes
     import torch
 
-    from halfbyte.adamw8bit import AdamW8bit
+    from halfbyte.engine.adamw8bit import AdamW8bit
 
     d, ff = GEOMETRY["0.4b"]["hidden_size"], GEOMETRY["0.4b"]["intermediate_size"]
     layer = [(d, d)] * 4 + [(d, ff)] * 2 + [(ff, d)]
@@ -246,8 +247,8 @@ def generate(who: str, home: Path) -> dict[str, float]:
 
     path = make_checkpoint("1b", home)
     if who == "halfbyte":
-        from halfbyte.config import ModelOptions
-        from halfbyte.load import load_base
+        from halfbyte.config.options import ModelOptions
+        from halfbyte.quantization.load import load_base
 
         model = load_base(path, ModelOptions(dtype="bfloat16"))[0]
     elif who == "bitsandbytes":
@@ -305,8 +306,8 @@ def load(who: str, home: Path) -> dict[str, float]:
     """Seconds and peak anonymous memory of a 1.1B bf16 checkpoint into 4 bits."""
     path = make_checkpoint("1b", home)
     if who == "halfbyte":
-        from halfbyte.config import ModelOptions
-        from halfbyte.load import load_base
+        from halfbyte.config.options import ModelOptions
+        from halfbyte.quantization.load import load_base
 
         call = lambda: load_base(path, ModelOptions(dtype="bfloat16"))[0]  # noqa: E731
         import transformers.models.llama.modeling_llama as _  # noqa: F401

@@ -123,8 +123,8 @@ def limits() -> dict[str, float]:
 
 def check() -> dict[str, Any]:
     """Every operation on its small case; 4-bit codes and 8-bit AdamW bit for bit on large ones; past 2^31 elements."""
-    from halfbyte import nf4
     from halfbyte.ops import fourbit, gpu
+    from halfbyte.quantization import tensor as nf4
 
     found: dict[str, Any] = {}
     for name in gpu.SPELLINGS:
@@ -167,9 +167,10 @@ def check() -> dict[str, Any]:
 
 def large() -> dict[str, str]:
     """Operations beside their meaning at the sizes of models."""
-    from halfbyte import nf4, ops
+    from halfbyte import ops
     from halfbyte.ops import dropout, fourbit, gpu, passes
     from halfbyte.ops.attention import _attention, _attention_grad
+    from halfbyte.quantization import tensor as nf4
 
     narrow, here = torch.float16 if _tiny else torch.bfloat16, device()
     width, vocabulary, tokens = (64, 500, 40) if _tiny else (8192, 128256, 3000)
@@ -205,7 +206,7 @@ def large() -> dict[str, str]:
 
 def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
     """Dequantize and quantize by shape, matvec by tokens, beside bitsandbytes and a copy."""
-    from halfbyte import nf4
+    from halfbyte.quantization import tensor as nf4
 
     bnb, found = bitsandbytes(), {}
     for shape in [(64, 128)] if _tiny else [(4096, 4096), (14336, 4096), (28672, 8192)]:
@@ -296,7 +297,7 @@ def optimizer() -> dict[str, Any]:
 
 
 def empty() -> None:
-    from halfbyte.memory import return_freed
+    from halfbyte.memory.process import return_freed
 
     gc.collect()
     return_freed()
@@ -313,7 +314,7 @@ def configuration(name: str) -> Any:
 
 def random_model(name: str, options: Any) -> Any:
     """A frozen model of the true geometry on the device, 4-bit weights random bytes, in seconds."""
-    from halfbyte.architecture import empty_base
+    from halfbyte.model.architecture import empty_base
 
     model = empty_base(configuration(name), options, torch.bfloat16)
     generator = torch.Generator(device()).manual_seed(0)
@@ -328,8 +329,8 @@ def random_model(name: str, options: Any) -> Any:
 
 
 def _random(p: Tensor, generator: torch.Generator) -> Tensor:
-    from halfbyte import nf4
-    from halfbyte.nf4 import NF4Tensor
+    from halfbyte.quantization import tensor as nf4
+    from halfbyte.quantization.tensor import NF4Tensor
 
     if not isinstance(p, NF4Tensor):
         if p.dim() == 1:
@@ -347,7 +348,7 @@ def _random(p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def options_for(tokens: int, **more: Any) -> Any:
-    from halfbyte.config import TrainConfig
+    from halfbyte.config.options import TrainConfig
 
     given = {
         "model": "random",
@@ -365,13 +366,13 @@ def options_for(tokens: int, **more: Any) -> Any:
 
 def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any) -> dict[str, Any]:
     """Seconds and peak of a step, and what was planned; the tokens are those of so many rows."""
-    from halfbyte import attention
-    from halfbyte.batches import collate
-    from halfbyte.chat import Encoded
-    from halfbyte.fuse import fuse
-    from halfbyte.learner import Learner
-    from halfbyte.plan import plan_memory, work_of
-    from halfbyte.selftest import Abilities, self_test
+    from halfbyte.data.batches import collate
+    from halfbyte.data.renderer import Encoded
+    from halfbyte.engine.learner import Learner
+    from halfbyte.engine.selftest import Abilities, self_test
+    from halfbyte.model import attention
+    from halfbyte.model.fusion import fuse
+    from halfbyte.planning.plan import plan_memory, work_of
 
     tokens = 32 if _tiny else tokens
     options = options_for(tokens, **more)

@@ -37,15 +37,15 @@ CASES = [
 def measure(case: str, home: Path) -> dict[str, float]:
     import torch
 
-    from halfbyte import attention
-    from halfbyte.batches import collate
-    from halfbyte.chat import Encoded
-    from halfbyte.config import TrainConfig
-    from halfbyte.ledger import TensorBytes, resident
-    from halfbyte.memory import Peak
-    from halfbyte.plan import Planner
-    from halfbyte.run import Run
-    from halfbyte.train import Trainer
+    from halfbyte.config.options import TrainConfig
+    from halfbyte.data.batches import collate
+    from halfbyte.data.renderer import Encoded
+    from halfbyte.memory.process import Peak
+    from halfbyte.model import attention
+    from halfbyte.planning.plan import Planner
+    from halfbyte.planning.resident import TensorBytes, resident
+    from halfbyte.run.directory import Run
+    from halfbyte.training.trainer import Trainer
 
     size, shape, keep, rank = case.split("-")
     rows, length = (int(n) for n in shape.split("x"))

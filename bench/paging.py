@@ -58,10 +58,13 @@ def make_packed(size: str, home: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig
 
-    from halfbyte import hub, nf4, ops, quantized
-    from halfbyte.architecture import build_empty, quantizable
-    from halfbyte.config import ModelOptions
-    from halfbyte.filler import _digest
+    from halfbyte import ops
+    from halfbyte.config.options import ModelOptions
+    from halfbyte.files import hub
+    from halfbyte.model.architecture import build_empty, quantizable
+    from halfbyte.quantization import tensor as nf4
+    from halfbyte.quantization import writer as quantized
+    from halfbyte.quantization.weights import _digest
 
     path = home / f"packed-{size}"
     if (path / quantized.FACTS).exists():
@@ -176,9 +179,9 @@ def disk_bytes(key: str) -> int:
 
 
 def trainer_for(case: str, options: dict[str, Any], home: Path) -> Any:
-    from halfbyte.config import TrainConfig
-    from halfbyte.run import Run
-    from halfbyte.train import Trainer
+    from halfbyte.config.options import TrainConfig
+    from halfbyte.run.directory import Run
+    from halfbyte.training.trainer import Trainer
 
     path = home / f"packed-{case}" if case in SIZES else make_checkpoint("0.4b", home)
     config = TrainConfig(
@@ -198,8 +201,8 @@ def trainer_for(case: str, options: dict[str, Any], home: Path) -> Any:
 def batches_for(case: str) -> list[Any]:
     import torch
 
-    from halfbyte.batches import collate
-    from halfbyte.chat import Encoded
+    from halfbyte.data.batches import collate
+    from halfbyte.data.renderer import Encoded
 
     generator, tokens = torch.Generator().manual_seed(0), TOKENS[case]
     ids = torch.randint(4, 32000, (tokens,), generator=generator).tolist()
@@ -208,7 +211,7 @@ def batches_for(case: str) -> list[Any]:
 
 def modes(rounds: int, home: Path) -> dict[str, dict[str, float]]:
     """Every mode's step, in turns."""
-    from halfbyte import attention
+    from halfbyte.model import attention
 
     trainers: dict[str, Any] = {}
     for who, options in MODES.items():
@@ -244,7 +247,7 @@ def modes(rounds: int, home: Path) -> dict[str, dict[str, float]]:
 
 def measure(case: str, who: str, home: Path) -> dict[str, Any]:
     if who == "streamed_in_4_gb":
-        import halfbyte.train  # noqa: F401  # what is read while importing is no part of it
+        import halfbyte.training.trainer  # noqa: F401  # what is read while importing is no part of it
 
         with limited(LIMIT) as is_limited:
             return {**alone(case, STREAMED, home), "limited": is_limited}
@@ -253,10 +256,10 @@ def measure(case: str, who: str, home: Path) -> dict[str, Any]:
 
 def alone(case: str, options: dict[str, Any], home: Path) -> dict[str, Any]:
     """A training step in this process, and what it took of memory and disk."""
-    from halfbyte import attention
-    from halfbyte.adamw8bit import PagedAdamW8bit
-    from halfbyte.memory import Peak
-    from halfbyte.plan import Planner
+    from halfbyte.engine.adamw8bit import PagedAdamW8bit
+    from halfbyte.memory.process import Peak
+    from halfbyte.model import attention
+    from halfbyte.planning.plan import Planner
 
     trainer = trainer_for(case, options, home)
     path = Path(trainer.config.model)

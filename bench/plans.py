@@ -69,8 +69,8 @@ ROWS: list[tuple[str, str, float, int, dict[str, Any]]] = [
 
 def planned(model: str, tokens: int, options: dict[str, Any]) -> int:
     """Bytes at the peak of a training on a GPU."""
-    from halfbyte.config import PlanConfig
-    from halfbyte.plan import CONTEXT_BYTES, plan_memory, work_of
+    from halfbyte.config.options import PlanConfig
+    from halfbyte.planning.plan import CONTEXT_BYTES, plan_memory, work_of
 
     config = PlanConfig(model=model, max_length=tokens, dtype="bfloat16", **options)
     work = work_of(config, None)
@@ -78,7 +78,7 @@ def planned(model: str, tokens: int, options: dict[str, Any]) -> int:
 
 
 def usual_models() -> list[dict[str, Any]]:
-    from halfbyte.plan import CARDS, RESERVE
+    from halfbyte.planning.plan import CARDS, RESERVE
 
     cards = sorted({size << 20: name for name, size in reversed(CARDS.items())}.items())
     found = []

@@ -84,7 +84,7 @@ def _warm_up() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import halfbyte.train  # noqa: F401
+    import halfbyte.training.trainer  # noqa: F401
 
     layer = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
     layer(torch.randn(32, 64, dtype=torch.bfloat16)).sum().backward()
@@ -115,12 +115,12 @@ def matmul_rate() -> float:
 
 
 def _halfbyte(path: Path, who: str) -> Callable[[Any, int], float]:
-    from halfbyte import attention
-    from halfbyte.batches import collate
-    from halfbyte.chat import Encoded
-    from halfbyte.config import TrainConfig
-    from halfbyte.run import Run
-    from halfbyte.train import Trainer
+    from halfbyte.config.options import TrainConfig
+    from halfbyte.data.batches import collate
+    from halfbyte.data.renderer import Encoded
+    from halfbyte.model import attention
+    from halfbyte.run.directory import Run
+    from halfbyte.training.trainer import Trainer
 
     config = TrainConfig(
         model=str(path),

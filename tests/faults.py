@@ -27,11 +27,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import halfbyte.evaluate
-import halfbyte.train  # noqa: F401
-from halfbyte import checkpoint, hub
+import halfbyte.engine.evaluate
+import halfbyte.training.trainer  # noqa: F401
 from halfbyte.cli import run as cli
-from halfbyte.cli import train as _train_verb  # noqa: F401
+from halfbyte.files import hub
+from halfbyte.run import checkpoint
 
 STEPS, EVERY = 12, 3
 

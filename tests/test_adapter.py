@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import halfbyte
-from halfbyte import adapter, hub, lora, nf4
-from halfbyte.adapter import adapter_off
+from halfbyte import nf4
+from halfbyte.adapters import lora, peft_files
+from halfbyte.adapters.lora import AdapterConfig
+from halfbyte.adapters.modules_to_save import save_modules, saved_modules
+from halfbyte.adapters.peft_files import adapter_off
 from halfbyte.errors import ModelError, UsageError
-from halfbyte.lora import AdapterConfig
-from halfbyte.merge import surviving_share
-from halfbyte.saved import save_modules, saved_modules
+from halfbyte.exporters.merge import surviving_share
+from halfbyte.files import hub
 
 
 def lively(model: nn.Module) -> None:
@@ -55,11 +57,11 @@ def test_rank_and_alpha_patterns_are_pefts_both_ways(tiny_llama: LlamaForCausalL
             torch.nn.init.normal_(p, std=0.1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = copy.deepcopy(base)
-    adapter.load_adapter(ours, tmp_path / "theirs")
+    peft_files.load_adapter(ours, tmp_path / "theirs")
     ids = torch.arange(15)[None]
     expected = theirs(input_ids=ids).logits
     torch.testing.assert_close(ours.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
-    adapter.save_adapter(ours, tmp_path / "ours", "base")
+    peft_files.save_adapter(ours, tmp_path / "ours", "base")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     made = copy.deepcopy(base)
@@ -75,29 +77,29 @@ def test_adapter_files_are_pefts_both_ways(tiny_llama: LlamaForCausalLM, tmp_pat
     lora.attach_lora(ours, AdapterConfig(4, 8), "all-linear")
     for _, layer in lora.lora_layers(ours):
         nn.init.normal_(layer.lora_B, std=0.1)
-    adapter.save_adapter(ours, tmp_path / "ours", "base")
+    peft_files.save_adapter(ours, tmp_path / "ours", "base")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(twin), str(tmp_path / "ours")).eval()
     with torch.no_grad():
         expected = ours(input_ids=ids).logits
         torch.testing.assert_close(theirs(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    adapter.load_adapter(twin, tmp_path / "theirs")
+    peft_files.load_adapter(twin, tmp_path / "theirs")
     with torch.no_grad():
         assert torch.equal(twin(input_ids=ids).logits, expected)
 
 
 def test_misfits_are_listed_at_once(tiny_llama: LlamaForCausalLM, tmp_path: Path):
     lora.attach_lora(tiny_llama, AdapterConfig(4, 8), "q_proj,v_proj")
-    adapter.save_adapter(tiny_llama, tmp_path, "base")
+    peft_files.save_adapter(tiny_llama, tmp_path, "base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
     fresh = LlamaForCausalLM(tiny_llama.config)
     with pytest.raises(ModelError) as caught:
-        adapter.load_adapter(fresh, tmp_path)
+        peft_files.load_adapter(fresh, tmp_path)
     assert caught.value.found.count("in the file") == 8
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "layers_to_transform": [0]}))
     with pytest.raises(ModelError, match="layers_to_transform"):
-        adapter.load_adapter(fresh, tmp_path)
+        peft_files.load_adapter(fresh, tmp_path)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -123,7 +125,7 @@ def test_every_kind_of_adapter_is_pefts_both_ways(tiny_llama: LlamaForCausalLM, 
     expected, expected_grads = gradients(theirs, ids)
 
     ours = copy.deepcopy(base)
-    adapter.load_adapter(ours, tmp_path / "theirs")
+    peft_files.load_adapter(ours, tmp_path / "theirs")
     logits, grads = gradients(ours, ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     theirs_by_name = {
@@ -141,7 +143,7 @@ def test_every_kind_of_adapter_is_pefts_both_ways(tiny_llama: LlamaForCausalLM, 
         other = theirs_by_name[name]
         assert (grad - other).norm() <= 1e-4 * other.norm(), name
 
-    adapter.save_adapter(ours, tmp_path / "ours", "base")
+    peft_files.save_adapter(ours, tmp_path / "ours", "base")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(again(input_ids=ids).logits, logits, rtol=0, atol=2e-5 * float(expected.abs().max()))
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
@@ -238,7 +240,7 @@ def test_dora_and_whole_modules_are_trained_resumed_and_merged(stories: Path, tm
         if row["step"] == 4:
             raise KeyboardInterrupt
 
-    from halfbyte.train import Reporter
+    from halfbyte.training.trainer import Reporter
 
     with pytest.raises(KeyboardInterrupt):
         trained(stories, tmp_path, "cut", reporter=Reporter(on_step=stop), **again)
@@ -311,11 +313,11 @@ def test_a_resume_needs_the_adapter_no_more(stories: Path, tmp_path: Path):
 )
 def test_numbers_no_adapter_has_are_refused_by_name(tiny_llama: LlamaForCausalLM, tmp_path: Path, key: str, value: Any):
     lora.attach_lora(tiny_llama, AdapterConfig(4, 8), "q_proj")
-    adapter.save_adapter(tiny_llama, tmp_path, "base")
+    peft_files.save_adapter(tiny_llama, tmp_path, "base")
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(ModelError) as caught:
-        adapter.read_adapter_config(tmp_path)
+        peft_files.read_adapter_config(tmp_path)
     assert key in caught.value.found
 
 
@@ -379,8 +381,8 @@ def test_twenty_steps_agree_with_pefts(stories: Path, tmp_path: Path):
         num_samples=0,
     )
     losses = [row["loss"] for row in run.read("metrics.jsonl")]
-    from halfbyte.plan import schedule_of
-    from halfbyte.train import Trainer
+    from halfbyte.planning.plan import schedule_of
+    from halfbyte.training.trainer import Trainer
 
     trainer = Trainer(run.config(), run)
     trainer.read_data(stories)

@@ -263,8 +263,7 @@ def test_help_does_not_import_torch():
 
 
 def test_package_gives_functions_not_modules():
-    import halfbyte
-    import halfbyte.train
+    import halfbyte.training.trainer
 
     assert callable(halfbyte.train) and callable(halfbyte.load) and callable(halfbyte.merge)
     assert halfbyte.nf4.NF4Tensor is halfbyte.NF4Tensor

@@ -459,7 +459,7 @@ def test_wrong_tensors_are_refused_before_any_backend():
 
 
 def test_a_runs_own_choice_of_kernels_does_not_bind():
-    from halfbyte.config import TrainConfig
+    from halfbyte.config.options import TrainConfig
 
     trained = TrainConfig(model="demo", data="x", kernels="cpp", bnb_4bit_blocksize=128)
     assert "kernels" not in trained.holding() and trained.holding()["bnb_4bit_blocksize"] == 128

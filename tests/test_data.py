@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte import hub
-from halfbyte.chat import Renderer
+from halfbyte.data.formats import Example, read_examples
+from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError
-from halfbyte.forms import Example, read_examples
+from halfbyte.files import hub
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

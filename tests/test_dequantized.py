@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from halfbyte import nf4, ops
-from halfbyte.config import TrainConfig
+from halfbyte.config.options import TrainConfig
+from halfbyte.engine.learner import Learner
+from halfbyte.engine.selftest import Abilities, checkpoint_layers
 from halfbyte.errors import UsageError
-from halfbyte.learner import Learner
 from halfbyte.ops import cpu, dequantized
 from halfbyte.ops.dequantized import DESKS, Ahead, Desk, PerLayer
-from halfbyte.selftest import Abilities, checkpoint_layers
 
 SHAPES = [(48, 64), (32, 64), (96, 48), (64, 96)]
 

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 import halfbyte
-from halfbyte.config import PlanConfig, TrainConfig
-from halfbyte.embedding import host_table, keep_on_host, why_not
+from halfbyte.config.options import PlanConfig, TrainConfig
+from halfbyte.engine.learner import Learner
+from halfbyte.engine.selftest import Abilities
 from halfbyte.errors import UsageError
-from halfbyte.learner import Learner
-from halfbyte.plan import CONTEXT_BYTES, Budget, Planner, outline
-from halfbyte.selftest import Abilities
+from halfbyte.model.host_embedding import host_table, keep_on_host, why_not
+from halfbyte.planning.plan import CONTEXT_BYTES, Budget, Planner, outline
 
 IDS = torch.arange(24).view(2, 12) * 5 % 160
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte import hub
-from halfbyte.adapter import adapter_off
-from halfbyte.chat import Renderer
+from halfbyte.adapters.peft_files import adapter_off
 from halfbyte.cli import run as cli
-from halfbyte.config import DataOptions
-from halfbyte.dataset import read_data
-from halfbyte.evaluate import exact_matches, mean_loss, score
-from halfbyte.generate import answer, answers
-from halfbyte.load import load
-from halfbyte.run import Run
+from halfbyte.config.options import DataOptions
+from halfbyte.data.dataset import read_data
+from halfbyte.data.renderer import Renderer
+from halfbyte.engine.evaluate import exact_matches, mean_loss, score
+from halfbyte.engine.generate import answer, answers
+from halfbyte.files import hub
+from halfbyte.quantization.load import load
+from halfbyte.run.directory import Run
 
 EIGHT = [
     ("What is the capital of France?", "Paris, on the Seine."),
@@ -172,8 +172,8 @@ def test_answers_together_are_the_answers_alone():
 
 def test_exact_match_wants_the_whole_answer_and_the_end(monkeypatch: pytest.MonkeyPatch):
     """An answer that goes on, or stops early, is no match."""
-    from halfbyte import evaluate
-    from halfbyte.generate import Answer
+    from halfbyte.engine import evaluate
+    from halfbyte.engine.generate import Answer
 
     renderer = Renderer(hub.load_tokenizer(hub.resolve("demo")))
     said = [Answer("yes", True), Answer("yes", False), Answer("yes and", True), Answer(" yes\n", True)]

@@ -16,14 +16,14 @@ from conftest import small_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
-from halfbyte import hub as hub_files
-from halfbyte import publish
-from halfbyte.adapter import load_adapter
-from halfbyte.architecture import no_progress
+from halfbyte.adapters.peft_files import load_adapter
 from halfbyte.cli import run as command
-from halfbyte.config import ModelOptions
+from halfbyte.config.options import ModelOptions
 from halfbyte.errors import ModelError, StorageError, UsageError
-from halfbyte.quantized import quantize
+from halfbyte.files import hub as hub_files
+from halfbyte.files import publish
+from halfbyte.model.architecture import no_progress
+from halfbyte.quantization.writer import quantize
 
 ROWS = [{"prompt": f"{word} is", "completion": f" a word of {len(word)} letters"} for word in "one three seven".split()]
 

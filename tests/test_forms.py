@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from halfbyte import hub
-from halfbyte.chat import Renderer
-from halfbyte.config import DataOptions
-from halfbyte.dataset import encode, hold_out, read_data
+from halfbyte.config.options import DataOptions
+from halfbyte.data.dataset import encode, hold_out, read_data
+from halfbyte.data.formats import Example, read_examples
+from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError
-from halfbyte.forms import Example, read_examples
+from halfbyte.files import hub
 
 Q, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 
@@ -196,7 +196,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str, 
 
 
 def test_bombs_are_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from halfbyte import rows
+    from halfbyte.data import readers as rows
 
     monkeypatch.setattr(rows, "UNPACKED_LIMIT", 1 << 20)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b" " * (3 << 20)))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from halfbyte import fuse, ops
-from halfbyte.attention import segments
-from halfbyte.fuse import FusedMLP, FusedNorm
+from halfbyte import ops
+from halfbyte.model import fusion
+from halfbyte.model.attention import segments
+from halfbyte.model.fusion import FusedMLP, FusedNorm
 from halfbyte.ops import cpu
-from halfbyte.run import EVALS
-from halfbyte.train import train
+from halfbyte.run.directory import EVALS
+from halfbyte.training.trainer import train
 
 needs_library = pytest.mark.skipif(not cpu.paths(), reason="no C++ library")
 
@@ -46,7 +47,7 @@ def test_norms_of_many_families(family: str, name: str, dtype: torch.dtype):
     x = torch.randn(20, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = module(x)
     holder = nn.Sequential(module)
-    assert fuse.fuse(holder).norms == 1 and isinstance(module, FusedNorm)
+    assert fusion.fuse(holder).norms == 1 and isinstance(module, FusedNorm)
     found = module(x)
     if dtype != torch.float32:
         assert float((found != expected).float().mean()) < 0.02
@@ -66,7 +67,7 @@ def test_a_trained_norm_gets_its_gradient():
         return module.weight.grad
 
     expected = gradient()
-    fuse.fuse(nn.Sequential(module))
+    fusion.fuse(nn.Sequential(module))
     assert isinstance(module, FusedNorm)
     torch.testing.assert_close(gradient(), expected)
 
@@ -75,7 +76,7 @@ def test_a_trained_norm_gets_its_gradient():
 def test_a_llama(tiny_llama: LlamaForCausalLM):
     ids = torch.arange(12)[None]
     before = tiny_llama(ids).logits
-    found = fuse.fuse(tiny_llama)
+    found = fusion.fuse(tiny_llama)
     assert (found.norms, found.mlps, found.attentions, found.left) == (5, 2, 2, {})
     assert found.line() == "fused: 5 norms, 2 MLPs, 2 rotary embeddings"
     assert isinstance(tiny_llama.model.layers[0].mlp, FusedMLP)
@@ -85,7 +86,7 @@ def test_a_llama(tiny_llama: LlamaForCausalLM):
     assert isinstance(
         tiny_llama.model.norm, importlib.import_module("transformers.models.llama.modeling_llama").LlamaRMSNorm
     )
-    assert fuse.fuse(tiny_llama).norms == 0  # twice is once
+    assert fusion.fuse(tiny_llama).norms == 0  # twice is once
 
 
 @needs_library
@@ -115,9 +116,9 @@ def test_attentions_of_many_families(family: str, dtype: torch.dtype):
         return hidden.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()
 
     expected = run()
-    assert fuse.fuse(model).attentions == 2
+    assert fusion.fuse(model).attentions == 2
     for mine, theirs in zip(run(), expected, strict=True):
-        assert fuse._near(mine, theirs, {torch.float32: 2e-4, torch.bfloat16: 0.03}[dtype])
+        assert fusion._near(mine, theirs, {torch.float32: 2e-4, torch.bfloat16: 0.03}[dtype])
     # with a cache, or another attention, it is the model's own
     torch.testing.assert_close(model.generate(ids[:, :5], max_new_tokens=3, do_sample=False).shape, torch.Size([1, 8]))
 
@@ -130,7 +131,7 @@ def test_one_product_for_both_halves():
     mlp = module.GlmMLP(config)
     x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
     expected = mlp(x)
-    assert fuse.fuse(nn.Sequential(mlp)).mlps == 1
+    assert fusion.fuse(nn.Sequential(mlp)).mlps == 1
     torch.testing.assert_close(mlp(x), expected)
 
 
@@ -146,7 +147,7 @@ class OddRMSNorm(nn.Module):
 @needs_library
 def test_an_unknown_form_is_left_alone():
     odd = OddRMSNorm()
-    found = fuse.fuse(nn.Sequential(odd))
+    found = fusion.fuse(nn.Sequential(odd))
     assert found.norms == 0 and type(odd) is OddRMSNorm
     assert "OddRMSNorm (of a form not known here)" in found.line()
 
@@ -154,19 +155,19 @@ def test_an_unknown_form_is_left_alone():
 @needs_library
 def test_a_kind_that_differs_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     """A form recognized wrongly (Gemma's taken for one without the 1) must not pass the comparison."""
-    text, _ = fuse.normal_form(type(norm("gemma", "GemmaRMSNorm")).forward)
-    helper, _ = fuse.normal_form(type(norm("gemma", "GemmaRMSNorm"))._norm)  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(fuse._NORMS, fuse._digest(f"{text}\n--\n{helper}"), (0.0, False))
+    text, _ = fusion.normal_form(type(norm("gemma", "GemmaRMSNorm")).forward)
+    helper, _ = fusion.normal_form(type(norm("gemma", "GemmaRMSNorm"))._norm)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(fusion._NORMS, fusion._digest(f"{text}\n--\n{helper}"), (0.0, False))
     module = norm("gemma", "GemmaRMSNorm")
     own = type(module)
-    found = fuse.fuse(nn.Sequential(module))
+    found = fusion.fuse(nn.Sequential(module))
     assert found.norms == 0 and type(module) is own and not hasattr(module, "form")
     assert "its own results differ" in found.line()
 
 
 def test_nothing_is_fused_without_the_library(tiny_llama: LlamaForCausalLM):
     with cpu.using("torch"):
-        assert fuse.fuse(tiny_llama).line() == "fused: nothing"
+        assert fusion.fuse(tiny_llama).line() == "fused: nothing"
 
 
 def test_activations_are_known_by_their_values():
@@ -180,9 +181,9 @@ def test_activations_are_known_by_their_values():
         "gelu_new": "gelu_tanh",
     }
     for name, ours in expected.items():
-        assert fuse.activation_name(ACT2FN[name]) == ours
+        assert fusion.activation_name(ACT2FN[name]) == ours
     for name in ("relu", "quick_gelu", "relu2", "tanh", "gelu_10"):
-        assert fuse.activation_name(ACT2FN[name]) is None
+        assert fusion.activation_name(ACT2FN[name]) is None
     assert set(expected.values()) == set(ops.ACTIVATIONS)
 
 

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
-from halfbyte import fuse, hf
-from halfbyte.adapter import load_adapter
-from halfbyte.config import ModelOptions
+from halfbyte.adapters.lora import lora_layers
+from halfbyte.adapters.peft_files import load_adapter
+from halfbyte.config.options import ModelOptions
+from halfbyte.engine.loss import causal_lm_loss
 from halfbyte.errors import ModelError
-from halfbyte.load import load_base
-from halfbyte.lora import lora_layers
-from halfbyte.loss import causal_lm_loss
+from halfbyte.integrations import optimize
+from halfbyte.model import fusion
 from halfbyte.ops import cpu, gpu
+from halfbyte.quantization.load import load_base
 
 peft: Any = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -207,7 +208,7 @@ def test_modules_that_something_else_runs_are_left_and_counted(checkpoint: Path)
     said: list[str] = []
     halfbyte.optimize(model, say=said.append)
     assert any(f"left as they are: {len(hooked)} modules" in line for line in said)
-    assert "fused: 2 rotary embeddings" in said[0] and not any(isinstance(m, fuse.FusedNorm) for m in hooked)
+    assert "fused: 2 rotary embeddings" in said[0] and not any(isinstance(m, fusion.FusedNorm) for m in hooked)
     _, found = outcome(model)
     assert all(difference(found[name], grad) < 1e-4 for name, grad in expected.items())
 
@@ -215,8 +216,8 @@ def test_modules_that_something_else_runs_are_left_and_counted(checkpoint: Path)
 def test_a_gpu_without_triton_leaves_the_model_and_says_why(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "installed", lambda: True)
     monkeypatch.setenv("HALFBYTE_TRITON", "0")
-    assert hf._unserved(torch.device("cuda")) == "plain PyTorch: HALFBYTE_TRITON is 0"
-    assert "mps" in hf._unserved(torch.device("mps"))
+    assert optimize._unserved(torch.device("cuda")) == "plain PyTorch: HALFBYTE_TRITON is 0"
+    assert "mps" in optimize._unserved(torch.device("mps"))
 
 
 @needs_library
@@ -361,7 +362,7 @@ def test_a_hundred_steps_learn_as_the_script_does():
     import bitsandbytes
 
     from halfbyte.cli import orders
-    from halfbyte.hub import load_tokenizer, resolve
+    from halfbyte.files.hub import load_tokenizer, resolve
 
     path = resolve("demo")
     rows, _ = orders.rows(42, 400, 0)
@@ -419,7 +420,7 @@ def test_memory_is_measured_beside_the_plan(checkpoint: Path, tmp_path: Path):
     )
     seen: list[dict[str, Any]] = []
 
-    class Tracker(hf.TrainerCallback):
+    class Tracker(optimize.TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
             seen.append(dict(logs))
 

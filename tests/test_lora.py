@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from halfbyte import lora, nf4, ops
+from halfbyte import nf4, ops
+from halfbyte.adapters import lora
+from halfbyte.adapters.lora import AdapterConfig, DropoutClock, LoraLinear
 from halfbyte.errors import UsageError
-from halfbyte.lora import AdapterConfig, DropoutClock, LoraLinear
 from halfbyte.ops import cpu
 
 

@@ -12,13 +12,14 @@ import yaml
 from torch import nn
 
 import halfbyte
-from halfbyte import hub, nf4
+from halfbyte.adapters.lora import AdapterConfig, DropoutClock, LoraLinear
 from halfbyte.cli import run as cli
-from halfbyte.config import ModelOptions
+from halfbyte.config.options import ModelOptions
 from halfbyte.errors import StorageError, UsageError, VerificationError
-from halfbyte.lora import AdapterConfig, DropoutClock, LoraLinear
-from halfbyte.merge import surviving_share
-from halfbyte.run import Run
+from halfbyte.exporters.merge import surviving_share
+from halfbyte.files import hub
+from halfbyte.quantization import tensor as nf4
+from halfbyte.run.directory import Run
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from halfbyte import codebooks, hub, nf4, ops
+from halfbyte import codebooks, ops
 from halfbyte.errors import ModelError
-from halfbyte.nf4 import NF4Tensor
+from halfbyte.files import hub
 from halfbyte.ops import cpu, dequantized
+from halfbyte.quantization import tensor as nf4
+from halfbyte.quantization.tensor import NF4Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 172), (1,), (3,), (65,), (1000, 7), (4, 64), (128, 512), (0,)]

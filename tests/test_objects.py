@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte.config import TrainConfig
+from halfbyte.config.hf_objects import config_of, options_of
+from halfbyte.config.options import TrainConfig
 from halfbyte.errors import DoesNotFit, UsageError
-from halfbyte.objects import config_of, options_of
 
 peft: Any = pytest.importorskip("peft")
 trl: Any = pytest.importorskip("trl")

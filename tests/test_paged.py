@@ -17,25 +17,31 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import halfbyte
-from halfbyte import adamw8bit, attention, hub, learner, nf4, quantized, recompute
-from halfbyte.adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
-from halfbyte.architecture import no_progress
-from halfbyte.batches import collate
-from halfbyte.chat import Encoded
 from halfbyte.cli import run
-from halfbyte.config import ModelOptions, TrainConfig
+from halfbyte.config.options import ModelOptions, TrainConfig
+from halfbyte.data.batches import collate
+from halfbyte.data.renderer import Encoded
+from halfbyte.engine import adamw8bit, learner
+from halfbyte.engine.adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from halfbyte.engine.learner import Learner
+from halfbyte.engine.selftest import Abilities
 from halfbyte.errors import DoesNotFit, Interrupted, ModelError, StorageError
-from halfbyte.fuse import fuse, tile_mlps
-from halfbyte.learner import Learner
-from halfbyte.load import load_base
+from halfbyte.files import hub
+from halfbyte.memory import recompute
+from halfbyte.memory.paged_arrays import Pages, Room, Slots, Travel, resident_bytes
+from halfbyte.memory.recompute import KEEPS, Recompute
+from halfbyte.model import attention
+from halfbyte.model.architecture import no_progress
+from halfbyte.model.fusion import fuse, tile_mlps
 from halfbyte.ops import cpu
-from halfbyte.paged import Pages, Room, Slots, Travel, resident_bytes
-from halfbyte.plan import MemoryPlan
-from halfbyte.recompute import KEEPS, Recompute
-from halfbyte.run import Run
-from halfbyte.selftest import Abilities
-from halfbyte.train import Reporter, Trainer
-from halfbyte.train import train as train_config
+from halfbyte.planning.plan import MemoryPlan
+from halfbyte.quantization import tensor as nf4
+from halfbyte.quantization import writer
+from halfbyte.quantization import writer as quantized
+from halfbyte.quantization.load import load_base
+from halfbyte.run.directory import Run
+from halfbyte.training.trainer import Reporter, Trainer
+from halfbyte.training.trainer import train as train_config
 
 MIB = 1 << 20
 
@@ -333,7 +339,7 @@ def test_a_step_in_parts_has_the_gradients_of_the_whole(
 @pytest.mark.parametrize("keep", KEEPS)
 def test_tiles_cost_no_product(tiny_config: LlamaConfig, tmp_path: Path, keep: Any, monkeypatch: pytest.MonkeyPatch):
     """A tiled MLP is run twice, forward and backward, as an untiled one; what it gives is not computed again."""
-    from halfbyte import lora
+    from halfbyte.adapters import lora
 
     made, tokens = tiny_learner(tiny_config, tmp_path, kept_activations=keep), [0]
     product = lora._product
@@ -606,7 +612,7 @@ def test_any_damage_of_the_cache_is_mended_by_repeating(
     elif harm == "missing":
         (entry / "model.safetensors").unlink()
     else:
-        (entry / quantized.FACTS).write_text("{}")
+        (entry / writer.FACTS).write_text("{}")
     if harm != "no facts":
         with pytest.raises(ModelError, match="are damaged; they are removed"):
             load_base(tmp_path / "m", streamed)
@@ -624,7 +630,7 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tiny_config: LlamaConf
 def test_two_builders_make_one_entry_and_leftovers_go(tiny_config: LlamaConfig, tmp_path: Path, cache: Path):
     LlamaForCausalLM(tiny_config).bfloat16().save_pretrained(tmp_path / "m")
     streamed = ModelOptions(weight_streaming="always")
-    identity = quantized._identity(tmp_path / "m", streamed)
+    identity = writer._identity(tmp_path / "m", streamed)
     leftover = cache / "bases" / f".{identity[:32]}.tmp"  # of a process that was killed
     leftover.mkdir(parents=True)
     (leftover / "half").write_text("a")
@@ -640,13 +646,13 @@ def test_a_checkpoint_stored_in_other_units_is_streamed(tiny_config: LlamaConfig
     """bitsandbytes can store codes as bf16 numbers of two bytes (for FSDP)."""
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config).bfloat16().save_pretrained(tmp_path / "m")
-    quantized.quantize(tmp_path / "m", ModelOptions(), tmp_path / "q", no_progress)
+    writer.quantize(tmp_path / "m", ModelOptions(), tmp_path / "q", no_progress)
     entries = hub.read_header(tmp_path / "q/model.safetensors")
     tensors = {name: hub.read_tensor(entry, name) for name, entry in entries.items()}
     for name in nf4.quantized_names(set(entries)):
         tensors[name] = tensors[name].view(-1).view(torch.bfloat16).view(-1, 1)
     hub.write_safetensors(tmp_path / "q/model.safetensors", tensors)
-    (tmp_path / "q" / quantized.FACTS).unlink()
+    (tmp_path / "q" / writer.FACTS).unlink()
     plain, _ = load_base(tmp_path / "q", ModelOptions())
     streamed, _ = load_base(tmp_path / "q", ModelOptions(weight_streaming="always"))
     ids = torch.arange(20)[None]
@@ -771,7 +777,7 @@ def test_a_rehearsal_that_runs_out_goes_on_with_less(
 
 
 def test_a_state_that_cannot_be_put_back_ends_the_run(orders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from halfbyte import checkpoint
+    from halfbyte.run import checkpoint
 
     calls, honest = [0], checkpoint.restore
 
@@ -825,7 +831,7 @@ def test_room_is_made_before_memory_runs_out(
 def test_a_full_disk_leaves_the_other_remedies(
     orders: Path, unpaged: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from halfbyte import paged
+    from halfbyte.memory import paged_arrays as paged
 
     def full(self: Room, size: int, directory: Path) -> None:
         raise StorageError("the disk is full, as the test wants it")

@@ -23,13 +23,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halfbyte import attention, loss, selftest
-from halfbyte.adamw8bit import AdamW8bit
-from halfbyte.batches import Schedule, collate, pack, prepare
-from halfbyte.chat import Encoded
+from halfbyte.data.batches import Schedule, collate, pack, prepare
+from halfbyte.data.renderer import Encoded
+from halfbyte.engine import loss, selftest
+from halfbyte.engine.adamw8bit import AdamW8bit
+from halfbyte.engine.loss import ROW_MULTIPLE
+from halfbyte.engine.selftest import self_test
 from halfbyte.errors import DataError
-from halfbyte.loss import ROW_MULTIPLE
-from halfbyte.selftest import self_test
+from halfbyte.model import attention
 
 SMALL = {
     "vocab_size": 96,

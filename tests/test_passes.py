@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfbyte import attention as registered
 from halfbyte import ops
+from halfbyte.model import attention as registered
 from halfbyte.ops import cpu, passes, rotary
 from halfbyte.ops.attention import _attention, _attention_grad
 

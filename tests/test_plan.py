@@ -14,21 +14,23 @@ from conftest import shared
 from torch import Tensor
 
 import halfbyte
-from halfbyte import attention, hub, nf4
-from halfbyte.architecture import read_config
-from halfbyte.batches import collate
-from halfbyte.chat import Encoded
+from halfbyte import nf4
 from halfbyte.cli import run
-from halfbyte.config import PlanConfig, TrainConfig
+from halfbyte.config.options import PlanConfig, TrainConfig
+from halfbyte.data.batches import collate
+from halfbyte.data.renderer import Encoded
+from halfbyte.engine.learner import Learner
+from halfbyte.engine.selftest import Abilities
 from halfbyte.errors import DoesNotFit, UsageError
-from halfbyte.fuse import fuse
-from halfbyte.learner import Learner
-from halfbyte.ledger import TensorBytes, resident, sizes
-from halfbyte.load import load_base
-from halfbyte.memory import available
+from halfbyte.files import hub
+from halfbyte.memory.process import available
+from halfbyte.model import attention
+from halfbyte.model.architecture import read_config
+from halfbyte.model.fusion import fuse
 from halfbyte.ops import cpu
-from halfbyte.plan import CARDS, Planner, outline, parse_size, plan_memory, work_of
-from halfbyte.selftest import Abilities
+from halfbyte.planning.plan import CARDS, Planner, outline, parse_size, plan_memory, work_of
+from halfbyte.planning.resident import TensorBytes, resident, sizes
+from halfbyte.quantization.load import load_base
 
 GIB = 2**30
 
@@ -381,7 +383,7 @@ def test_fit_to_trains_with_what_fits_and_resumes_with_it(middling: tuple[Path, 
 
 
 def test_drift_is_said_aloud():
-    from halfbyte.ledger import Watch
+    from halfbyte.planning.resident import Watch
 
     rows, said = [], []
     watch = Watch(torch.device("cpu"), {"step": 100 << 20, "load": 1 << 40}, rows.append, said.append)

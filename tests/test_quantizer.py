@@ -12,8 +12,8 @@ from conftest import small_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
-from halfbyte import nf4
-from halfbyte.nf4 import NF4Tensor
+from halfbyte.quantization import tensor as nf4
+from halfbyte.quantization.tensor import NF4Tensor
 
 SETTINGS: dict[str, Any] = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
 

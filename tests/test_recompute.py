@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from halfbyte import attention, lora, recompute
+from halfbyte.adapters import lora
+from halfbyte.adapters.lora import AdapterConfig, attach_lora
+from halfbyte.engine.selftest import checkpoint_layers
 from halfbyte.errors import ModelError
-from halfbyte.lora import AdapterConfig, attach_lora
+from halfbyte.memory import recompute
+from halfbyte.memory.paged_arrays import Slots
+from halfbyte.memory.recompute import KEEPS, Recompute, recompute_layers
+from halfbyte.model import attention
 from halfbyte.ops import cpu
-from halfbyte.paged import Slots
-from halfbyte.recompute import KEEPS, Recompute, recompute_layers
-from halfbyte.selftest import checkpoint_layers
 
 
 def adapted(model: Any) -> Any:

@@ -21,15 +21,16 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte import checkpoint, hub
-from halfbyte.architecture import read_config
-from halfbyte.chat import Renderer
 from halfbyte.cli import run as cli
-from halfbyte.config import TrainConfig
+from halfbyte.config.options import TrainConfig
+from halfbyte.data.formats import Example, read_examples
+from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError, HalfbyteError, Interrupted, ModelError, NonFiniteError, StorageError
-from halfbyte.forms import Example, read_examples
-from halfbyte.run import METRICS, NONFINITE, Run
-from halfbyte.train import Reporter
+from halfbyte.files import hub
+from halfbyte.model.architecture import read_config
+from halfbyte.run import checkpoint
+from halfbyte.run.directory import METRICS, NONFINITE, Run
+from halfbyte.training.trainer import Reporter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import make_inputs
@@ -401,7 +402,7 @@ def test_full_disk_everywhere(tmp_path: Path):
 
 def poisoned(inputs: Path, tmp_path: Path, at: int) -> Callable[[], None]:
     """After so many losses, one that is not a number."""
-    from halfbyte.learner import Learner
+    from halfbyte.engine.learner import Learner
 
     honest, calls = Learner.loss, {"n": 0}
 
@@ -460,7 +461,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     ],
 )
 def test_hostile_templates_end_as_an_error(template: str, message: str, monkeypatch: pytest.MonkeyPatch):
-    from halfbyte import template as module
+    from halfbyte.data import template as module
 
     monkeypatch.setattr(module, "SECONDS", 1.5)
     renderer = Renderer(hub.load_tokenizer(hub.resolve("demo")), template)

@@ -15,9 +15,9 @@ import trl
 from conftest import shared
 from transformers import AddedToken
 
-from halfbyte import hub
-from halfbyte.chat import Renderer
-from halfbyte.forms import Example, read_examples
+from halfbyte.data.formats import Example, read_examples
+from halfbyte.data.renderer import Renderer
+from halfbyte.files import hub
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 FAMILIES = {

@@ -15,15 +15,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import halfbyte
-from halfbyte import attention, checkpoint, hub, nf4
-from halfbyte.config import ModelOptions, TrainConfig
+from halfbyte import nf4
+from halfbyte.adapters.lora import lora_layers
+from halfbyte.config.options import ModelOptions, TrainConfig
 from halfbyte.errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageError, VerificationError
-from halfbyte.load import load_base
-from halfbyte.lora import lora_layers
+from halfbyte.files import hub
+from halfbyte.memory.recompute import KEEPS
+from halfbyte.model import attention
 from halfbyte.ops import cpu
-from halfbyte.recompute import KEEPS
-from halfbyte.run import Run
-from halfbyte.train import Reporter, Trainer, learning_rate
+from halfbyte.quantization.load import load_base
+from halfbyte.run import checkpoint
+from halfbyte.run.directory import Run
+from halfbyte.training.trainer import Reporter, Trainer, learning_rate
 
 TALKS = [("What is two and two?", "Four."), ("Name a colour.", "Blue is one."), ("Say hello.", "Hello, my friend!")]
 
@@ -119,9 +122,9 @@ def test_a_packed_step_equals_rows_run_alone(stories: Path, rows: Path, tmp_path
         trainer.read_data(stories)
         data = trainer.data.train
         trainer.build_model(stories)
-        from halfbyte.attention import segments
-        from halfbyte.batches import collate
-        from halfbyte.selftest import Abilities
+        from halfbyte.data.batches import collate
+        from halfbyte.engine.selftest import Abilities
+        from halfbyte.model.attention import segments
 
         trainer.learner.abilities = Abilities(packing, True, 0.0, 0.0)
 
@@ -298,7 +301,7 @@ def test_merged_models_give_our_logits(trained: Run, tmp_path: Path, onto: str):
 
 
 def test_a_spoiled_merge_is_refused(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from halfbyte.lora import LoraLinear
+    from halfbyte.adapters.lora import LoraLinear
 
     honest = LoraLinear.merged
     monkeypatch.setattr(LoraLinear, "merged", lambda self, weight: 2 * weight - honest(self, weight))
@@ -415,7 +418,7 @@ def test_an_unwritable_output_is_found_first(stories: Path, rows: Path, tmp_path
 def test_train_evaluate_train(stories: Path, rows: Path, tmp_path: Path):
     """Gradients after an evaluation equal those before it, bit for bit, on a whole model."""
     model, _ = load_base(stories, ModelOptions(dtype="float32"))
-    from halfbyte.lora import AdapterConfig, attach_lora
+    from halfbyte.adapters.lora import AdapterConfig, attach_lora
 
     attach_lora(model, AdapterConfig(4, 8, 0.1))
     ids = torch.arange(3, 40)[None]
@@ -440,7 +443,7 @@ def test_train_evaluate_train(stories: Path, rows: Path, tmp_path: Path):
 def test_fp16_keeps_small_gradients_and_loses_no_step(stories: Path, rows: Path, tmp_path: Path):
     """As on a card without bf16: a scale too large is halved for the same rows, and is in the log; a resume goes on
     with it, to the same bytes; the losses are those of fp32."""
-    from halfbyte.learner import LossScale
+    from halfbyte.engine.learner import LossScale
 
     common: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.1, "num_samples": 0}
     exact = halfbyte.train(**options(stories, rows, tmp_path / "fp32", dtype="float32", **common))
@@ -469,10 +472,10 @@ def test_fp16_keeps_small_gradients_and_loses_no_step(stories: Path, rows: Path,
 
 def test_scaled_gradients_are_nearer_than_unscaled_ones(tiny_llama: Any):
     """Gradients so small that fp16 has no number for them, of a loss that is divided by many tokens."""
-    from halfbyte.batches import collate
-    from halfbyte.chat import Encoded
-    from halfbyte.learner import Learner
-    from halfbyte.selftest import Abilities
+    from halfbyte.data.batches import collate
+    from halfbyte.data.renderer import Encoded
+    from halfbyte.engine.learner import Learner
+    from halfbyte.engine.selftest import Abilities
 
     found = []
     for dtype, scale in ((torch.float32, 1.0), (torch.float16, 1.0), (torch.float16, 65536.0)):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from halfbyte import codebooks, nf4, ops
+from halfbyte import codebooks, ops
 from halfbyte.ops import adamw8bit, dropout, fourbit, gpu, passes, rotary
 from halfbyte.ops.attention import _attention, _attention_grad
+from halfbyte.quantization import tensor as nf4
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("on a GPU bench/gpu.py proves the kernels", allow_module_level=True)

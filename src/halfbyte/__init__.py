@@ -11,42 +11,42 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adamw8bit import AdamW8bit as AdamW8bit
-    from .adamw8bit import PagedAdamW as PagedAdamW
-    from .adamw8bit import PagedAdamW8bit as PagedAdamW8bit
-    from .config import TrainConfig as TrainConfig
+    from .adapters.lora import attach_lora as attach_lora
+    from .config.options import TrainConfig as TrainConfig
+    from .engine.adamw8bit import AdamW8bit as AdamW8bit
+    from .engine.adamw8bit import PagedAdamW as PagedAdamW
+    from .engine.adamw8bit import PagedAdamW8bit as PagedAdamW8bit
     from .errors import DoesNotFit as DoesNotFit
-    from .export import export as export
-    from .hf import MemoryCallback as MemoryCallback
-    from .hf import optimize as optimize
-    from .load import load as load
-    from .lora import attach_lora as attach_lora
-    from .merge import merge as merge
-    from .nf4 import NF4Tensor as NF4Tensor
-    from .plan import MemoryPlan as MemoryPlan
-    from .plan import plan as plan
-    from .quantizer import BitsAndBytesConfig as BitsAndBytesConfig
-    from .run import Run as Run
-    from .train import train as train
+    from .exporters.export import export as export
+    from .exporters.merge import merge as merge
+    from .integrations.optimize import MemoryCallback as MemoryCallback
+    from .integrations.optimize import optimize as optimize
+    from .integrations.quantizer import BitsAndBytesConfig as BitsAndBytesConfig
+    from .planning.plan import MemoryPlan as MemoryPlan
+    from .planning.plan import plan as plan
+    from .quantization.load import load as load
+    from .quantization.tensor import NF4Tensor as NF4Tensor
+    from .run.directory import Run as Run
+    from .training.trainer import train as train
 
 _WHERE = {
-    "AdamW8bit": "adamw8bit",
-    "BitsAndBytesConfig": "quantizer",
+    "AdamW8bit": "engine.adamw8bit",
+    "BitsAndBytesConfig": "integrations.quantizer",
     "DoesNotFit": "errors",
-    "MemoryCallback": "hf",
-    "MemoryPlan": "plan",
-    "NF4Tensor": "nf4",
-    "PagedAdamW": "adamw8bit",
-    "PagedAdamW8bit": "adamw8bit",
-    "Run": "run",
-    "TrainConfig": "config",
-    "attach_lora": "lora",
-    "export": "export",
-    "load": "load",
-    "merge": "merge",
-    "optimize": "hf",
-    "plan": "plan",
-    "train": "train",
+    "MemoryCallback": "integrations.optimize",
+    "MemoryPlan": "planning.plan",
+    "NF4Tensor": "quantization.tensor",
+    "PagedAdamW": "engine.adamw8bit",
+    "PagedAdamW8bit": "engine.adamw8bit",
+    "Run": "run.directory",
+    "TrainConfig": "config.options",
+    "attach_lora": "adapters.lora",
+    "export": "exporters.export",
+    "load": "quantization.load",
+    "merge": "exporters.merge",
+    "optimize": "integrations.optimize",
+    "plan": "planning.plan",
+    "train": "training.trainer",
 }
 
 __all__ = [

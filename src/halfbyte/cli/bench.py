@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..config import BenchConfig
+from ..config.options import BenchConfig
 from . import console
 from .options import Verb
 
@@ -74,8 +74,9 @@ def _measured(limits: dict[str, float], rows: list[dict[str, Any]]) -> Iterator[
     """Fills ``rows``; yields the name of each operation when it is done."""
     import torch
 
-    from .. import nf4, ops
-    from ..adamw8bit import AdamW8bit
+    from .. import ops
+    from ..engine.adamw8bit import AdamW8bit
+    from ..quantization import tensor as nf4
 
     generator = torch.Generator().manual_seed(0)
     w = (torch.randn(ROWS, COLUMNS, generator=generator) * 0.02).bfloat16()

@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from ..config import ChatConfig, ModelOptions
+from ..config.options import ChatConfig, ModelOptions
 from ..errors import UsageError
-from ..run import Run, is_run
+from ..run.directory import Run, is_run
 from . import console
 from .options import Verb
 
 
 def chat(record: ChatConfig) -> dict[str, Any]:
     """Talk to MODEL: a run directory, a Hub id or a local directory. --prompt for one answer."""
-    from ..chat import Renderer
-    from ..load import load
+    from ..data.renderer import Renderer
+    from ..quantization.load import load
 
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
     run = Run.open(record.model) if is_run(record.model) else None
@@ -54,7 +54,7 @@ def _read_line() -> str:
 
 
 def _turn(record: ChatConfig, model: Any, renderer: Any, prompt: str | list[dict[str, Any]]) -> Any:
-    from ..generate import answer
+    from ..engine.generate import answer
 
     said = answer(
         model,

@@ -5,16 +5,16 @@ from typing import Any
 
 import click
 
-from ..config import CheckpointConfig
+from ..config.options import CheckpointConfig
 from ..errors import ModelError
-from ..run import is_run
+from ..run.directory import is_run
 from . import console
 from .options import Verb
 
 
 def _found(record: CheckpointConfig) -> list[dict[str, Any]]:
-    from ..checkpoint import listed
-    from ..run import Run
+    from ..run.checkpoint import listed
+    from ..run.directory import Run
 
     if not is_run(record.run):
         raise ModelError(f"{record.run} is not a run directory: it has no run.json")

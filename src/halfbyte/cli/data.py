@@ -5,17 +5,17 @@ from typing import Any
 
 import click
 
-from ..config import DataCheckConfig
-from ..run import Run, is_run
+from ..config.options import DataCheckConfig
+from ..run.directory import Run, is_run
 from . import console
 from .options import Verb
 
 
 def check(record: DataCheckConfig) -> dict[str, Any]:
     """What of a data source will be trained, token by token; every bad row named. Reads no weights."""
-    from .. import hub
-    from ..dataset import read_data, run_renderer
-    from ..train import data_lines
+    from ..data.dataset import read_data, run_renderer
+    from ..files import hub
+    from ..training.trainer import data_lines
 
     run = Run.open(record.model) if is_run(record.model) else None
     base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)

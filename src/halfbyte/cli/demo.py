@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..config import DemoConfig, TrainConfig
+from ..config.options import DemoConfig, TrainConfig
 from ..errors import UsageError
-from ..run import Run
+from ..run.directory import Run
 from . import console, orders
 from .options import Verb
 
@@ -107,9 +107,10 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _show_plan(config: TrainConfig) -> None:
     """The bytes of each part, in 4 bits and in 16."""
-    from .. import hub, nf4
-    from ..architecture import read_config
-    from ..plan import plan_memory, work_of
+    from ..files import hub
+    from ..model.architecture import read_config
+    from ..planning.plan import plan_memory, work_of
+    from ..quantization import tensor as nf4
 
     shape = config.model_copy(update={"max_length": 96})
     sides = [
@@ -146,12 +147,12 @@ def _mib(count: int) -> str:
 
 def _test(model: str, data: Path) -> dict[str, Any]:
     """Loss and exact match on the held-out orders."""
-    from .. import hub
-    from ..chat import Renderer
-    from ..config import DataOptions
-    from ..dataset import read_data
-    from ..evaluate import score
-    from ..load import load
+    from ..config.options import DataOptions
+    from ..data.dataset import read_data
+    from ..data.renderer import Renderer
+    from ..engine.evaluate import score
+    from ..files import hub
+    from ..quantization.load import load
 
     loaded, tokenizer = load(model, device="cpu")
     rows = read_data(str(data), DataOptions(), hub.resolve("demo"), renderer=Renderer(tokenizer))
@@ -159,7 +160,7 @@ def _test(model: str, data: Path) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig) -> Any:
-    from ..train import Reporter, train
+    from ..training.trainer import Reporter, train
 
     with console.steps() as shown:
         return train(config, reporter=Reporter(console.say, console.progress, shown.update, console.show_row))
@@ -188,7 +189,7 @@ def _compare(home: Path, seed: int, qlora: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge(run: Path, target: Path) -> Any:
-    from ..merge import merge
+    from ..exporters.merge import merge
 
     receipt = merge(run, target, say=console.say)
     console.say(

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..config import DoctorConfig
+from ..config.options import DoctorConfig
 from . import console
 from .options import Verb
 
@@ -100,7 +100,7 @@ def _versions() -> dict[str, str]:
 def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
-    from ..architecture import choose_device, choose_dtype
+    from ..model.architecture import choose_device, choose_dtype
     from ..ops import cpu, gpu
 
     device = choose_device("auto")
@@ -170,7 +170,7 @@ def _bytes_check() -> dict[str, Any]:
 
     import torch
 
-    from .. import nf4
+    from ..quantization import tensor as nf4
 
     n = 64 * 300 + 17
     steps = (torch.arange(n, dtype=torch.int64) * 2654435761 + 12345) % 65521

@@ -2,21 +2,21 @@
 
 from typing import Any
 
-from ..config import DataOptions, EvalConfig, ModelOptions
-from ..run import Run, is_run
+from ..config.options import DataOptions, EvalConfig, ModelOptions
+from ..run.directory import Run, is_run
 from . import console
 from .options import Verb
 
 
 def evaluate(record: EvalConfig) -> dict[str, Any]:
     """Loss, perplexity and exact match on held-out rows; for a run, its base beside it."""
-    from .. import hub
-    from ..adapter import adapter_off
-    from ..dataset import read_data, run_renderer
-    from ..evaluate import score
-    from ..load import load, load_base
-    from ..selftest import self_test
-    from ..train import data_lines
+    from ..adapters.peft_files import adapter_off
+    from ..data.dataset import read_data, run_renderer
+    from ..engine.evaluate import score
+    from ..engine.selftest import self_test
+    from ..files import hub
+    from ..quantization.load import load, load_base
+    from ..training.trainer import data_lines
 
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
     run = Run.open(record.model) if is_run(record.model) else None

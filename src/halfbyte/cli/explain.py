@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import NEGATED, RENAMED, SWITCHES, VERBS, ExplainConfig, nearest
+from ..config.options import NEGATED, RENAMED, SWITCHES, VERBS, ExplainConfig, nearest
 from ..errors import UsageError
 from . import console
 from .options import Verb
@@ -100,8 +100,8 @@ def _nf4(record: ExplainConfig) -> Page:
     """Levels at quantiles of the normal distribution: the article's, the published ones, and their errors measured now"""
     import torch
 
-    from .. import nf4
     from ..codebooks import BNB_QUANT_TYPES, QUANT_TYPES, derive_nf4_article, levels
+    from ..quantization import tensor as nf4
 
     page = Page("NF4: sixteen levels where a bell curve has its weights")
     published, article = levels("nf4"), derive_nf4_article()
@@ -178,7 +178,7 @@ def _double_quant(record: ExplainConfig) -> Page:
     """What the scales cost, what quantizing them saves, and with which 8-bit numbers"""
     import torch
 
-    from .. import nf4
+    from ..quantization import tensor as nf4
 
     page = Page("double quantization: the scales in 8 bits")
     torch.manual_seed(0)
@@ -270,7 +270,7 @@ def _article_gb(size: str) -> dict[str, float]:
 
 def _memory(record: ExplainConfig) -> Page:
     """The article's budget for 7B, 13B and 70B beside the one computed from the model's real shapes"""
-    from ..plan import outline
+    from ..planning.plan import outline
 
     page = Page("where the gigabytes go, training QLoRA r=16 on all linear layers, one row of 512 tokens")
     rows: list[list[str]] = []
@@ -306,7 +306,7 @@ def _memory(record: ExplainConfig) -> Page:
 
 def _paged(record: ExplainConfig) -> Page:
     """What paging an optimizer moves, and what paged means in today's tools"""
-    from ..plan import outline
+    from ..planning.plan import outline
 
     page = Page("paged optimizers: states that may live in the other memory")
     rows = []
@@ -350,9 +350,9 @@ def _paged(record: ExplainConfig) -> Page:
 
 def _tokens(record: ExplainConfig) -> Page:
     """How a conversation becomes ids, and which of them are trained (--model, --text)"""
-    from .. import hub
-    from ..chat import Renderer
-    from ..forms import Example
+    from ..data.formats import Example
+    from ..data.renderer import Renderer
+    from ..files import hub
 
     renderer = Renderer(hub.load_tokenizer(hub.resolve(record.model)))
     turns = [{"role": "user", "content": record.text}, {"role": "assistant", "content": "An answer."}]
@@ -374,8 +374,8 @@ def _tokens(record: ExplainConfig) -> Page:
 
 def _quiz(record: ExplainConfig) -> Page:
     """The article's four questions, answered with figures"""
-    from .. import nf4
     from ..codebooks import levels
+    from ..quantization import tensor as nf4
 
     table = levels("nf4")
     middle, tail = table[8] - table[7], table[1] - table[0]
@@ -461,7 +461,7 @@ def _option(name: str) -> Page:
 
 def _effect(name: str) -> str:
     """Figures for the options whose price people ask about, on Llama 2 7B."""
-    from ..plan import outline
+    from ..planning.plan import outline
 
     settings: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "lora_r": [(f"r={r}", {"lora_r": r}) for r in (8, 16, 64)],

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import ExportConfig
+from ..config.options import ExportConfig
 from . import console
 from .options import Verb
 
@@ -16,8 +16,8 @@ OPENS = {
 
 def export(record: ExportConfig) -> dict[str, Any]:
     """Write RUN in the form another tool takes."""
-    from ..export import export
-    from ..publish import publish, reserve
+    from ..exporters.export import export
+    from ..files.publish import publish, reserve
 
     repository = reserve(record.hub_model_id, record.hub_private_repo) if record.push_to_hub else ""
     found = export(record.run, record.output_dir, record.to, progress=console.progress, say=console.say)

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import MergeConfig
+from ..config.options import MergeConfig
 from . import console
 from .options import Verb
 
 
 def merge(record: MergeConfig) -> dict[str, Any]:
     """Add the adapter of RUN into the weights, write a model every tool loads, and verify it."""
-    from ..merge import merge
-    from ..publish import publish, reserve
+    from ..exporters.merge import merge
+    from ..files.publish import publish, reserve
 
     repository = reserve(record.hub_model_id, record.hub_private_repo) if record.push_to_hub else ""
     receipt = merge(

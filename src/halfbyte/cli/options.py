@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .. import config
+from ..config import options
 from ..errors import UsageError
 from . import console
 
@@ -25,7 +25,7 @@ class Verb(click.Command):
     def __init__(
         self,
         name: str,
-        declaration: type[config.Options],
+        declaration: type[options.Options],
         call: Callable[[Any], Any],
         positional: tuple[str, ...] = (),
         short: dict[str, str] | None = None,
@@ -60,7 +60,7 @@ class Verb(click.Command):
                 continue
             if not equals and waiting and self._takes(name, waiting[0]):
                 equals, value = "=", waiting.pop(0)
-            ours, notice = config.translate(name, value, set(self.declaration.model_fields), f"halfbyte {self.name}")
+            ours, notice = options.translate(name, value, set(self.declaration.model_fields), f"halfbyte {self.name}")
             if notice:
                 console.say(notice)
             for field, item in ours.items():
@@ -75,27 +75,27 @@ class Verb(click.Command):
         """Whether the argument after an option is its value: a text may begin with dashes, a switch has true/false."""
         field = name.replace("-", "_")
         info = self.declaration.model_fields.get(field)
-        if (info and info.annotation is bool) or field in (*config.NEGATED, *config.SWITCHES):
+        if (info and info.annotation is bool) or field in (*options.NEGATED, *options.SWITCHES):
             return following.lower() in ("true", "false", "yes", "no", "1", "0", "on", "off")
         option = following[2:].partition("=")[0].replace("-", "_")
-        known = {*self.declaration.model_fields, *config.RENAMED, *config.NEGATED, *config.SWITCHES, *_RESERVED}
+        known = {*self.declaration.model_fields, *options.RENAMED, *options.NEGATED, *options.SWITCHES, *_RESERVED}
         return not (following.startswith("--") and option in known)
 
     def _run(self, **given: Any) -> Any:
         path, as_json, dry_run = given.pop("config"), given.pop("as_json"), given.pop("dry_run")
         values: dict[str, Any] = {}
         if path:
-            for key, value in config.read_yaml(Path(path)).items():
-                ours, notice = config.translate(key, value, config.all_keys(), path)
+            for key, value in options.read_yaml(Path(path)).items():
+                ours, notice = options.translate(key, value, options.all_keys(), path)
                 if notice:
                     console.say(notice)
                 fields = self.declaration.model_fields.keys()
                 if self.name in ("merge", "export"):  # a file's repository is the training's: theirs is named with them
-                    fields = fields - config.PublishOptions.model_fields.keys()
+                    fields = fields - options.PublishOptions.model_fields.keys()
                 values.update({k: v for k, v in ours.items() if k in fields})
         values.update({name: value for name, value in given.items() if value is not None})
-        record = config.build(self.declaration, values, where=path or "")
-        if isinstance(record, config.KernelOptions) and not dry_run:
+        record = options.build(self.declaration, values, where=path or "")
+        if isinstance(record, options.KernelOptions) and not dry_run:
             from ..ops import cpu
 
             cpu.use(record.kernels)

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from ..config import QuantizeConfig
+from ..config.options import QuantizeConfig
 from . import console
 from .options import Verb
 
 
 def quantize(record: QuantizeConfig) -> dict[str, Any]:
     """Write MODEL with its linear layers in 4 bits, as transformers and bitsandbytes open it."""
-    from .. import hub
-    from ..config import FourBitOptions, ModelOptions
-    from ..quantized import quantize
+    from ..config.options import FourBitOptions, ModelOptions
+    from ..files import hub
+    from ..quantization.writer import quantize
 
     options = ModelOptions(**{name: getattr(record, name) for name in FourBitOptions.model_fields})
     report = quantize(hub.resolve(record.model, record.revision), options, record.output_dir, console.progress)

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from ..config import TrainConfig
+from ..config.options import TrainConfig
 from . import console
 from .options import Verb
 
 
 def train(record: TrainConfig) -> dict[str, Any]:
     """Fine-tune MODEL (a Hub id, a local directory, or `demo`) on rows of a file or a Hub data set."""
-    from ..train import Reporter, train
+    from ..training.trainer import Reporter, train
 
     with console.steps() as shown:
         run = train(record, reporter=Reporter(console.say, console.progress, shown.update, console.show_row))

@@ -1,0 +1,218 @@
+"""Adapters as files: what PEFT reads and writes, on a model of ours.
+
+``adapter_model.safetensors`` holds A and B of each layer (and DoRA's magnitudes) under PEFT's names, and whole modules
+that were trained beside them (``modules_to_save``); ``adapter_config.json`` describes them.
+"""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, UsageError
+from ..files.hub import read_header, read_json, read_tensor, write_json, write_safetensors
+from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
+from .modules_to_save import save_modules, saved_modules
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter under PEFT's names, fp32 on the CPU."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, p in _parameters(model).items():
+        # tied modules are written twice, as PEFT reads them
+        found[name] = p.detach().cpu().clone() if id(p) in seen else p.detach().cpu()
+        seen.add(id(p))
+    return found
+
+
+def adapter_bytes(model: nn.Module) -> int:
+    """Of what `adapter_tensors` gives."""
+    return sum(p.nbytes for p in _parameters(model).values())
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an adapter consists of, by the names in PEFT's files."""
+    found = {f"{_PREFIX}{name}.{key}": p for name, layer in lora_layers(model) for key, p in layer.trained().items()}
+    for name, module in saved_modules(model):
+        found.update({f"{_PREFIX}{name}.{key}": p for key, p in module.trained().items()})
+    return found
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Within this block the model is its base: adapted layers are the linear layers they were made from, and whole
+    modules have their own weights (if `load_adapter` kept them)."""
+    layers, modules = [layer for _, layer in lora_layers(model)], [module for _, module in saved_modules(model)]
+    for layer in layers:
+        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+    for module in modules:
+        module.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = LoraLinear
+        for module in modules:
+            module.off = False
+
+
+def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
+    """adapter_config.json for the model's adapter."""
+    layers = dict(lora_layers(model))
+    adapter = next(iter(layers.values())).adapter
+    ranks = Counter(layer.adapter.r for layer in layers.values())
+    alphas = Counter(layer.adapter.alpha for layer in layers.values())
+    r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.use_rslora,
+        "target_modules": shortest_targets(model, list(layers)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": sorted({module.called for _, module in saved_modules(model)}) or None,
+        "rank_pattern": {name: layer.adapter.r for name, layer in layers.items() if layer.adapter.r != r},
+        "alpha_pattern": {name: layer.adapter.alpha for name, layer in layers.items() if layer.adapter.alpha != alpha},
+        "use_dora": adapter.use_dora,
+    }
+
+
+def shortest_targets(model: Any, names: list[str]) -> list[str]:
+    """Last names where they select exactly these layers in PEFT (which matches by suffix), else whole paths."""
+    last = sorted({name.rpartition(".")[2] for name in names})
+    everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    matched = {name for name in everything if any(ends_with(name, suffix) for suffix in last)}
+    return last if matched == set(names) else sorted(names)
+
+
+def save_adapter(model: Any, directory: Path, base_model: str) -> None:
+    """The adapter as PEFT writes it: adapter_model.safetensors and adapter_config.json."""
+    write_safetensors(directory / WEIGHTS, adapter_tensors(model))
+    write_json(directory / CONFIG, adapter_config(model, base_model))
+
+
+_UNSUPPORTED = ("layers_to_transform", "target_parameters", "lora_bias", "trainable_token_indices")
+
+
+def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any]:
+    """Put a PEFT adapter on a model, in place. Returns its configuration.
+
+    Raises:
+        ModelError: no LoRA adapter, a feature we do not have, or tensors that do not fit; all mismatches at once.
+    """
+    config, adapter = read_adapter_config(directory)
+    attach_lora(model, adapter, adapted_layers(model, directory), seed=seed)
+    try:
+        save_modules(model, config.get("modules_to_save") or [], keep_originals=True)
+    except UsageError as error:
+        raise ModelError(f"the adapter in {directory} does not fit this model", found=error.what) from error
+    restore_adapter(model, directory)
+    return config
+
+
+def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]:
+    """adapter_config.json, as it is and as we hold it.
+
+    Raises:
+        ModelError: no LoRA adapter, or a feature we do not have.
+    """
+    config = read_json(directory / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{directory} is not a LoRA adapter", found=f"peft_type {config.get('peft_type')!r}")
+    used = [key for key in _UNSUPPORTED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        used.append(f"bias={config['bias']}")
+    if used:
+        raise ModelError(f"the adapter in {directory} uses {', '.join(used)}, which is not supported here")
+    adapter = AdapterConfig(
+        config.get("r", 8),
+        config.get("lora_alpha", 8),
+        config.get("lora_dropout") or 0.0,
+        bool(config.get("use_rslora")),
+        config.get("rank_pattern") or {},
+        config.get("alpha_pattern") or {},
+        bool(config.get("use_dora")),
+    )
+    _check_numbers(adapter, directory / CONFIG)
+    return config, adapter
+
+
+def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
+    """Raise ModelError, naming the key, if a number of an adapter is none that PEFT writes."""
+    wrong = {}
+    for name, value in (("r", adapter.r), ("lora_alpha", adapter.alpha)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            wrong[name] = value
+    if not isinstance(adapter.dropout, int | float) or not 0 <= adapter.dropout < 1:
+        wrong["lora_dropout"] = adapter.dropout
+    for name, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else [(str(patterns), 0)]:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError):
+                value = 0
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                wrong[f"{name}[{pattern!r}]"] = value
+    if wrong:
+        found = ", ".join(f"{name} = {value!r}"[:100] for name, value in wrong.items())
+        raise ModelError(f"{file} has values that are not taken", found=found, expected="whole numbers from 1 on")
+
+
+def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
+    """Paths of the model's layers that an adapter adapts.
+
+    Raises:
+        ModelError: none, or something that is no linear layer of the model.
+    """
+    pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB](\.default)?\.weight")
+    entries = read_header(directory / WEIGHTS)
+    names = sorted({match.group(1) for name in entries if (match := pattern.fullmatch(name))})
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    strangers = [name for name in names if name not in linear]
+    if not names or strangers:
+        raise ModelError(
+            f"the adapter in {directory} does not fit this model",
+            found=f"adapts {', '.join(strangers[:5])}" if names else "no lora_A / lora_B tensors",
+            expected="linear layers of the base model it was trained on",
+        )
+    return names
+
+
+def restore_adapter(model: nn.Module, directory: Path) -> None:
+    """Copy the tensors of an adapter's file into the model's adapter.
+
+    Raises:
+        ModelError: missing, unexpected or misshapen tensors, all in one message.
+    """
+    file = directory / WEIGHTS
+    entries = read_header(file)
+    wanted = _parameters(model)
+    found = {name.replace(".default.weight", ".weight"): entry for name, entry in entries.items()}
+    problems = [f"missing: {name}" for name in wanted.keys() - found.keys()]
+    problems += [f"unexpected: {name}" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name}: {list(found[name].shape)} in the file, {list(parameter.shape)} in the model"
+        for name, parameter in wanted.items()
+        if name in found and found[name].shape != tuple(parameter.shape)
+    ]
+    if problems:
+        listed = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise ModelError(f"the adapter {file} does not fit this model", found=listed)
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(read_tensor(found[name], name))

@@ -1,0 +1,188 @@
+"""Configuration objects of transformers, PEFT and TRL where options of ours are wanted.
+
+A script that has a ``BitsAndBytesConfig``, a ``LoraConfig`` and an ``SFTConfig`` (or ``TrainingArguments``) passes them
+as they are. They are recognized by the names of their classes, so none of these packages is imported here. What an
+object says and we do not do is an error if it would change what is trained, and left out if it would not.
+"""
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from ..errors import UsageError
+from .options import Options, OptionsT, build
+
+_NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
+    "BitsAndBytesConfig": {"load_in_8bit": (False,)},
+    "LoraConfig": {
+        "bias": ("none",),
+        "init_lora_weights": (True,),
+        "task_type": (None, "CAUSAL_LM"),
+        "fan_in_fan_out": (False,),
+        **dict.fromkeys(
+            (
+                "exclude_modules",
+                "layers_to_transform",
+                "layers_pattern",
+                "trainable_token_indices",
+                "layer_replication",
+            ),
+            (None, [], ()),
+        ),
+        **dict.fromkeys(
+            ("megatron_config", "alora_invocation_tokens", "target_parameters", "arrow_config"), (None, [])
+        ),
+        **dict.fromkeys(("use_qalora", "lora_bias", "ensure_weight_tying"), (False,)),
+    },
+    "TrainingArguments": {
+        "label_smoothing_factor": (0, 0.0),
+        "loss_type": ("nll", None),
+        "truncation_mode": ("keep_start",),
+        **dict.fromkeys(
+            ("neftune_noise_alpha", "lr_scheduler_kwargs", "optim_args", "optim_target_modules", "data_seed"),
+            (None, {}, ""),
+        ),
+        **dict.fromkeys(
+            ("deepspeed", "fsdp", "eos_token", "chat_template_path", "model_init_kwargs"), (None, [], {}, "", False)
+        ),
+    },
+}
+"""Settings that would change what is trained and have no counterpart here: the values that change nothing."""
+
+WHOLE_ROWS = 1 << 30
+"""Longer than any model's context, to which rows are cut in any case."""
+
+_SAME = (
+    *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("gradient_checkpointing", "logging_steps", "save_steps", "seed", "packing"),
+    *("assistant_only_loss", "completion_only_loss", "max_length", "activation_offloading", "save_total_limit"),
+)
+"""Settings of a trainer that are called the same here; None: ours."""
+
+_OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw_torch"),
+    **dict.fromkeys(("paged_adamw_32bit", "paged_adamw"), "paged_adamw_32bit"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+
+
+def options_of(things: tuple[Any, ...], names: tuple[str, ...] = ("model", "data")) -> dict[str, Any]:
+    """Options that positional arguments stand for: strings and paths by their order, objects by their class.
+
+    Args:
+        names: the options that strings and paths are, in order.
+
+    Raises:
+        UsageError: an object of another class, too many strings, or a setting without a counterpart.
+    """
+    options: dict[str, Any] = {}
+    objects: dict[str, dict[str, Any]] = {}
+    left = list(names)
+    for thing in things:
+        if isinstance(thing, str | PathLike):
+            if not left:
+                raise UsageError(f"{thing!r} is one name too many", expected=", ".join(names) or "none")
+            options[left.pop(0)] = str(thing)
+            continue
+        classes = [c.__name__ for c in type(thing).__mro__]
+        kind = next((name for name in _NEUTRAL if name in classes), None)
+        if kind == "TrainingArguments" and classes[0] != kind and "SFTConfig" not in classes:
+            kind = None  # of a trainer for something else
+        if kind is None:
+            raise UsageError(f"a {type(thing).__name__} says nothing here", expected=", ".join(_NEUTRAL))
+        _refuse_unknown(kind, thing)
+        objects[kind] = _READERS[kind](thing)
+    for kind in _NEUTRAL:  # what a trainer computes in stands above what 4-bit layers are said to
+        options.update(objects.get(kind, {}))
+    return options
+
+
+def config_of(cls: type[OptionsT], things: tuple[Any, ...], options: dict[str, Any]) -> OptionsT:
+    """A configuration: one that is given as it is, or one of positional arguments and options by name."""
+    ours = [thing for thing in things if isinstance(thing, Options)]
+    others = tuple(thing for thing in things if thing is not None and not isinstance(thing, Options))
+    if len(ours) == 1 and isinstance(ours[0], cls) and not others and not options:
+        return ours[0]
+    given: dict[str, Any] = {}
+    for thing in ours:
+        given.update(thing.model_dump(exclude_unset=True))
+    return build(cls, {**given, **options_of(others), **options})
+
+
+def _refuse_unknown(kind: str, thing: Any) -> None:
+    given = {name: getattr(thing, name, neutral[0]) for name, neutral in _NEUTRAL[kind].items()}
+    wrong = {name: value for name, value in given.items() if value not in _NEUTRAL[kind][name]}
+    if wrong:
+        raise UsageError(
+            f"a setting of this {type(thing).__name__} would change what is trained, and has no counterpart here",
+            found=", ".join(f"{name}={value!r}" for name, value in wrong.items()),
+        )
+
+
+def _of_bitsandbytes(thing: Any) -> dict[str, Any]:
+    skipped = set(thing.llm_int8_skip_modules or ()) - {"lm_head"}
+    if skipped:
+        raise UsageError("the layers held in 4 bits cannot be chosen here", found=f"llm_int8_skip_modules {skipped}")
+    found: dict[str, Any] = {
+        "load_in_4bit": thing.load_in_4bit,
+        "bnb_4bit_quant_type": thing.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": thing.bnb_4bit_use_double_quant,
+    }
+    if thing.load_in_4bit and thing.bnb_4bit_compute_dtype is not None:
+        found["dtype"] = str(thing.bnb_4bit_compute_dtype).removeprefix("torch.")
+    return found
+
+
+def _of_lora(thing: Any) -> dict[str, Any]:
+    targets = thing.target_modules
+    if targets is None:
+        raise UsageError("this LoraConfig leaves target_modules to PEFT", ways_out=['target_modules="all-linear"'])
+    return {
+        "lora_r": thing.r,
+        "lora_alpha": thing.lora_alpha,
+        "lora_dropout": thing.lora_dropout,
+        "target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets)),
+        "use_rslora": thing.use_rslora,
+        "rank_pattern": dict(thing.rank_pattern or {}),
+        "alpha_pattern": dict(thing.alpha_pattern or {}),
+        "use_dora": thing.use_dora,
+        "modules_to_save": ",".join(thing.modules_to_save or ()),
+    }
+
+
+def _of_trainer(thing: Any) -> dict[str, Any]:
+    found = {name: value for name in _SAME if (value := getattr(thing, name, None)) is not None}
+    if getattr(thing, "max_length", 0) is None:
+        found["max_length"] = WHOLE_ROWS
+    if "save_total_limit" in found:
+        found["save_total_limit"] = max(2, found["save_total_limit"])
+    for name in ("logging_steps", "save_steps"):
+        if not float(found[name]).is_integer():
+            del found[name]  # a share of the training, which changes nothing that is trained
+    for name, known in (("optim", _OPTIMIZERS), ("lr_scheduler_type", _SCHEDULES)):
+        value = getattr(thing, name)
+        value = getattr(value, "value", value)
+        if value not in known:
+            raise UsageError(f"{name} {value} has no counterpart here", expected=", ".join(sorted(set(known.values()))))
+        found[name] = known[value]
+    warmup = thing.warmup_steps or 0
+    if getattr(thing.lr_scheduler_type, "value", thing.lr_scheduler_type) == "constant":
+        warmup = 0  # transformers' has no warm-up
+    ratio = warmup if 0 < warmup < 1 else getattr(thing, "warmup_ratio", None) or 0.0
+    found.update(warmup_steps=0 if warmup < 1 else int(warmup), warmup_ratio=ratio)
+    reports = getattr(thing, "report_to", None) or []
+    found["report_to"] = ",".join(name for name in reports if name in ("tensorboard", "wandb", "trackio")) or "none"
+    if getattr(thing, "push_to_hub", False):
+        private = getattr(thing, "hub_private_repo", None)
+        found.update(push_to_hub=True, hub_model_id=thing.hub_model_id, hub_private_repo=private is not False)
+    if thing.bf16 or thing.fp16:
+        found["dtype"] = "bfloat16" if thing.bf16 else "float16"
+    if getattr(thing, "use_cpu", False):
+        found["device"] = "cpu"
+    return found
+
+
+_READERS = {"BitsAndBytesConfig": _of_bitsandbytes, "LoraConfig": _of_lora, "TrainingArguments": _of_trainer}

@@ -1,0 +1,237 @@
+"""Tokenized rows to micro-batches, as a function of (seed, epoch): nothing is carried, so any step can be replayed.
+
+A *unit* is what ``per_device_train_batch_size`` counts: one row, or with packing one bin of rows that fills
+``max_length``. A micro-batch lays the rows of its units end to end; an optimizer step is
+``gradient_accumulation_steps`` micro-batches. The last step of an epoch takes what is left.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..engine.loss import IGNORE, ROW_MULTIPLE
+from ..errors import DataError
+from .renderer import Encoded
+
+EVAL_TOKENS = 2048
+"""An evaluation lays rows end to end up to this many tokens."""
+
+
+@dataclass
+class Prepared:
+    """Rows ready to train on, and the count of everything that was done to them."""
+
+    rows: list[Encoded]
+    given: int = 0
+    truncated: int = 0
+    end_lost: int = 0
+    tokens_cut: int = 0
+    dropped_long: list[str] = field(default_factory=list)
+    dropped_unsupervised: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.input_ids) for row in self.rows)
+
+    @property
+    def supervised(self) -> int:
+        return sum(sum(row.trained[1:]) for row in self.rows)
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "rows": len(self.rows),
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "rows_truncated": self.truncated,
+            "rows_that_lost_their_end": self.end_lost,
+            "rows_dropped_as_too_long": len(self.dropped_long),
+            "rows_dropped_as_unsupervised": len(self.dropped_unsupervised),
+        }
+
+
+def prepare(rows: Sequence[Encoded], max_length: int, over_length: Literal["truncate", "drop", "error"]) -> Prepared:
+    """Rows no longer than max_length, each with something to learn.
+
+    Raises:
+        DataError: a row is too long (over_length "error"), or no row is left.
+    """
+    result = Prepared([], given=len(rows))
+    for row in rows:
+        kept = row
+        if len(row.input_ids) > max_length:
+            if over_length == "error":
+                raise DataError(
+                    f"a row of {len(row.input_ids)} tokens is longer than max_length {max_length}",
+                    where=row.where,
+                    ways_out=["raise --max_length", "or choose --over_length truncate or drop"],
+                )
+            if over_length == "drop":
+                result.dropped_long.append(row.where)
+                continue
+            kept = Encoded(row.where, row.input_ids[:max_length], row.trained[:max_length])
+        # the first token of a row is predicted by nothing
+        if not any(kept.trained[1:]):
+            result.dropped_unsupervised.append(row.where)
+            continue
+        if kept is not row:
+            result.truncated += 1
+            result.tokens_cut += len(row.input_ids) - max_length
+            result.end_lost += any(row.trained[max_length:])
+        result.rows.append(kept)
+    if not result.rows:
+        raise DataError(
+            f"none of {result.given} rows is left",
+            found=f"{len(result.dropped_long)} too long, {len(result.dropped_unsupervised)} without a trained token "
+            f"within max_length {max_length}",
+            where=(result.dropped_long + result.dropped_unsupervised)[0] if result.given else "",
+            ways_out=["raise --max_length", "or look at the rows: the answer must lie within it"],
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows laid end to end. input_ids, position_ids, labels: int64 [T]; bounds: int32 [rows + 1], from 0 to T.
+
+    labels[t] is the token that position t shall predict, or `IGNORE`. rows: their places in the data file.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    bounds: Tensor
+    rows: tuple[str, ...]
+
+    @property
+    def supervised(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        ids, positions, labels = (t.to(device) for t in (self.input_ids, self.position_ids, self.labels))
+        return MicroBatch(ids, positions, labels, self.bounds, self.rows)
+
+    def padded(self) -> "MicroBatch":
+        """The same rows, and a row of padding up to a multiple of `ROW_MULTIPLE` tokens, which nothing is trained on.
+
+        Matrix units work on 16 rows at a time, so the padding is nearly free; and a library that compiles and keeps a
+        kernel per shape (oneDNN: about a megabyte each) then meets few shapes instead of one for every row length.
+        """
+        lack = -len(self.input_ids) % ROW_MULTIPLE
+        if lack == 0:
+            return self
+        positions = torch.arange(lack, device=self.position_ids.device)
+        return MicroBatch(
+            functional.pad(self.input_ids, (0, lack)),
+            torch.cat((self.position_ids, positions)),
+            functional.pad(self.labels, (0, lack), value=IGNORE),
+            torch.cat((self.bounds, self.bounds[-1:] + lack)),
+            self.rows,
+        )
+
+    def split(self, most: int) -> list[tuple[int, "MicroBatch"]]:
+        """Parts of whole rows that follow each other, of at most ``most`` tokens where a single row has no more; and
+        the token of this micro-batch that each begins with."""
+        bounds = self.bounds.tolist()
+        parts, first = [], 0
+        for row in range(1, len(bounds)):
+            if row + 1 == len(bounds) or bounds[row + 1] - bounds[first] > most:
+                parts.append((bounds[first], self._rows(first, row)))
+                first = row
+        return parts
+
+    def _rows(self, first: int, last: int) -> "MicroBatch":
+        """Rows ``first`` to ``last`` (exclusive)."""
+        a, b = int(self.bounds[first]), int(self.bounds[last])
+        return MicroBatch(
+            self.input_ids[a:b],
+            self.position_ids[a:b],
+            self.labels[a:b],
+            self.bounds[first : last + 1] - a,
+            self.rows[first:last],
+        )
+
+
+def collate(rows: Sequence[Encoded], indices: Sequence[int]) -> MicroBatch:
+    """The chosen rows end to end."""
+    ids, positions, labels, bounds = [], [], [], [0]
+    for index in indices:
+        row = rows[index]
+        ids += row.input_ids
+        positions += range(len(row.input_ids))
+        labels += [token if flag else IGNORE for token, flag in zip(row.input_ids[1:], row.trained[1:], strict=True)]
+        labels.append(IGNORE)
+        bounds.append(len(ids))
+    return MicroBatch(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        torch.tensor(labels),
+        torch.tensor(bounds, dtype=torch.int32),
+        tuple(rows[index].where for index in indices),
+    )
+
+
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of rows in an epoch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows into bins of at most ``capacity`` tokens: best fit, longest first, ties and bins in the epoch's order.
+
+    Bins are indexed by the space they have left, so the search is over lengths and not over bins. The number of bins
+    depends on the lengths only, so every epoch has as many steps as the first.
+    """
+    rank = {row: place for place, row in enumerate(order)}
+    bins: list[list[int]] = []
+    open_bins: dict[int, list[int]] = {}
+    for row in sorted(order, key=lambda r: (-lengths[r], rank[r])):
+        need = lengths[row]
+        left = next((space for space in range(need, capacity + 1) if open_bins.get(space)), None)
+        if left is None:
+            bins.append([])
+            number, left = len(bins) - 1, capacity
+        else:
+            number = open_bins[left].pop()
+        bins[number].append(row)
+        open_bins.setdefault(left - need, []).append(number)
+    return sorted(bins, key=lambda rows: min(rank[r] for r in rows))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each optimizer step trains on."""
+
+    rows: Sequence[Encoded]
+    seed: int
+    batch_size: int
+    accumulation: int
+    pack_to: int | None = None
+
+    def units(self, epoch: int) -> list[list[int]]:
+        """The epoch's units in order, each a list of row numbers."""
+        order = permutation(len(self.rows), self.seed, epoch)
+        if self.pack_to is None:
+            return [[row] for row in order]
+        return pack([len(row.input_ids) for row in self.rows], order, self.pack_to)
+
+    def largest(self) -> list[int]:
+        """Row numbers of a micro-batch no smaller, in tokens, than any of any epoch: of the longest units."""
+        tokens = [len(row.input_ids) for row in self.rows]
+        units = sorted(self.units(0), key=lambda unit: -sum(tokens[i] for i in unit))
+        return [row for unit in units[: self.batch_size] for row in unit]
+
+    def epoch(self, epoch: int) -> list[list[list[int]]]:
+        """Per step, per micro-batch, the row numbers."""
+        units = self.units(epoch)
+        per_step = self.batch_size * self.accumulation
+        steps = []
+        for start in range(0, len(units), per_step):
+            chosen = units[start : min(start + per_step, len(units))]
+            micro = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+            steps.append([[row for unit in group for row in unit] for group in micro])
+        return steps

@@ -1,0 +1,240 @@
+"""A data source to rows ready for training or evaluation: read, rendered, cut to length, held out, counted.
+
+Training, evaluation, ``data check`` and a merge's probes all come through here, so they see the same ids and masks.
+Nothing is changed in silence: every row left out, cut or held out is in the counts (`Data.counts`).
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..config.options import ADDING_TOKENS, DataOptions
+from ..errors import DataError
+from ..files import hub
+from ..model.architecture import Progress, no_progress, read_config
+from ..quantization.load import run_tokenizer
+from ..run.directory import Run
+from .batches import Prepared, prepare
+from .formats import Example, read_examples
+from .renderer import Encoded, Renderer, read_template
+
+BATCH = 256
+"""Rows tokenized at once."""
+
+
+@dataclass
+class Data:
+    """Rows and everything that was decided about them.
+
+    examples: as read, by place. train: what is trained on. held_out: evaluated, never trained on.
+    """
+
+    form: str
+    renderer: Renderer
+    max_length: int
+    examples: dict[str, Example]
+    train: Prepared
+    held_out: list[Encoded]
+    bad: list[DataError] = field(default_factory=list)
+    duplicates: int = 0
+    ends: int = 0
+
+    def counts(self) -> dict[str, int]:
+        return {
+            **self.train.counts(),
+            "rows_held_out": len(self.held_out),
+            "bad_rows_skipped": len(self.bad),
+            "duplicate_rows": self.duplicates,
+            "rows_with_trained_end": self.ends,
+        }
+
+    def question(self, row: Encoded) -> tuple[list[int], str] | None:
+        """Ids that ask for a row's last answer, and the answer; None where there is none, or it is too long to ask."""
+        pair = self.renderer.question_and_answer(self.examples[row.where])
+        return None if pair is None or len(pair[0]) >= self.max_length else pair
+
+
+def read_data(
+    source: str,
+    options: DataOptions,
+    base: Path,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+    renderer: Renderer | None = None,
+    clock: datetime | None = None,
+    training: bool = True,
+) -> Data:
+    """Everything that can be known about the data before the weights are read.
+
+    Args:
+        source: a file or Hub id. base: the model's directory (its config.json and tokenizer are read). renderer: used
+            instead of one made from base's tokenizer and the options. clock: what a template that asks for it sees.
+        training: refuse rows of which none trains an end.
+
+    Raises:
+        DataError: naming the row: unreadable, unknown form, refused by the template, too long (``over_length error``),
+            ids the model does not have, nothing left to train, or an end token that no row trains.
+    """
+    found = read_examples(
+        source, config=options.dataset_config, split=options.dataset_train_split, skip_bad=options.skip_bad
+    )
+    for error in found.bad:
+        say(f"skipped a bad row: {error.where}: {error.what}")
+    model_config = read_config(base).get_text_config()
+    renderer = renderer or make_renderer(hub.load_tokenizer(base), options, clock)
+    context = getattr(model_config, "max_position_embeddings", None) or options.max_length
+    max_length = min(options.max_length, context)
+    if max_length < options.max_length and "max_length" in options.model_fields_set:
+        say(f"max_length {options.max_length} is capped at the model's context, {max_length}")
+    rows, bad = encode(found.rows, renderer, progress, options.skip_bad - len(found.bad))
+    for error in bad:
+        say(f"skipped a bad row: {error.where}: {error.what}")
+    refuse_unknown_ids(rows, model_config.vocab_size)
+    train_rows, held_out = hold_out(rows, options.eval_split, options.seed)
+    train = prepare(train_rows, max_length, options.over_length)
+    if held_out:
+        given = len(held_out)
+        try:
+            held_out = prepare(held_out, max_length, options.over_length).rows
+        except DataError as error:
+            error.what = f"of the rows held out for evaluation: {error.what}"
+            error.ways_out = ("hold out more rows, or others: --eval_split, --seed", *error.ways_out)
+            raise
+        if len(held_out) < given:
+            say(f"{given - len(held_out)} held-out rows are left out: too long, or without a trained token")
+    if len({example.where for example in found.rows}) != len(found.rows):
+        raise AssertionError(f"rows of {source} share a place")
+    data = Data(
+        form=found.form,
+        renderer=renderer,
+        max_length=max_length,
+        examples={example.where: example for example in found.rows},
+        train=train,
+        held_out=held_out,
+        bad=found.bad + bad,
+        duplicates=len(rows) - len({_digest(row, "") for row in rows}),
+        ends=_rows_with_trained_end(train.rows, renderer),
+    )
+    if training and data.ends == 0 and data.form != "input_ids":
+        raise DataError(
+            "no row trains the end of an answer, so the model would never learn to stop",
+            where=train.rows[0].where,
+            found=f"{train.end_lost} rows lose their end when cut at {max_length} tokens",
+            ways_out=["raise --max_length", "--over_length drop leaves too long rows out"],
+        )
+    return data
+
+
+def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None = None) -> Renderer:
+    """The renderer the options describe."""
+    template = read_template(options.chat_template) if options.chat_template else None
+    return Renderer(
+        tokenizer,
+        template,
+        assistant_only=options.assistant_only_loss,
+        completion_only=options.completion_only_loss,
+        clock=clock,
+    )
+
+
+def run_renderer(run: Run, options: DataOptions) -> Renderer:
+    """The renderer a run was trained with: its tokenizer, template and clock; the masks of the options."""
+    return Renderer(
+        run_tokenizer(run),
+        assistant_only=options.assistant_only_loss,
+        completion_only=options.completion_only_loss,
+        clock=run.clock(),
+    )
+
+
+def encode(
+    examples: list[Example], renderer: Renderer, progress: Progress = no_progress, skip_bad: int = 0
+) -> tuple[list[Encoded], list[DataError]]:
+    """Ids and masks of all rows; up to skip_bad rows that the template refuses are left out and returned.
+
+    Raises:
+        DataError: naming the first row beyond that.
+    """
+    rows: list[Encoded] = []
+    bad: list[DataError] = []
+    starts = [str(start) for start in range(0, len(examples), BATCH)]
+    for start in progress(starts, len(starts), "tokenizing"):
+        batch = examples[int(start) : int(start) + BATCH]
+        try:
+            rows += renderer.encode(batch)
+        except DataError:
+            if skip_bad <= 0:
+                raise
+            for example in batch:
+                try:
+                    rows += renderer.encode([example])
+                except DataError as error:
+                    bad.append(error)
+                    if len(bad) > skip_bad:
+                        raise
+    return rows, bad
+
+
+def refuse_unknown_ids(rows: Iterable[Encoded], vocabulary: int) -> None:
+    """Raise DataError for the first row with an id past the model's embeddings."""
+    for row in rows:
+        if (highest := max(row.input_ids, default=0)) >= vocabulary:
+            raise DataError(
+                f"a row holds id {highest}, but the model has {vocabulary} embeddings",
+                where=row.where,
+                ways_out=[
+                    "use the tokenizer that belongs to the model",
+                    ADDING_TOKENS,
+                ],
+            )
+
+
+def hold_out(rows: list[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    """(to train on, held out): a share of the rows below 1, else that many; equal rows stay on one side.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    wanted = max(share > 0, round(share * len(rows))) if share < 1 else int(share)
+    if not wanted:
+        return rows, []
+    order = sorted(range(len(rows)), key=lambda i: (_digest(rows[i], str(seed)), i))
+    out = set(order[:wanted])
+    while wanted < len(rows) and _digest(rows[order[wanted]], "") == _digest(rows[order[wanted - 1]], ""):
+        out.add(order[wanted])
+        wanted += 1
+    kept = [row for i, row in enumerate(rows) if i not in out]
+    if not kept:
+        raise DataError(
+            f"eval_split {share:g} holds out all {len(rows)} rows: nothing is left to train on",
+            ways_out=["lower --eval_split"],
+        )
+    return kept, [row for i, row in enumerate(rows) if i in out]
+
+
+def _digest(row: Encoded, salt: str) -> bytes:
+    return hashlib.sha256(salt.encode() + array("q", row.input_ids).tobytes()).digest()
+
+
+def _rows_with_trained_end(rows: list[Encoded], renderer: Renderer) -> int:
+    stops = set(renderer.stop_ids())
+    return sum(
+        any(flag and index in stops for index, flag in zip(row.input_ids, row.trained, strict=True)) for row in rows
+    )
+
+
+def source_digest(source: str, examples: Iterable[Example]) -> str:
+    """sha256 of the data: a file's bytes, or the rows of a Hub data set."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return hub.sha256_file(path)
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(asdict(example), default=str).encode())
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""How good a model is on rows: loss per supervised token, perplexity, and how often it answers exactly what was wanted.
+
+The loss is the sum of cross-entropy over supervised tokens divided by their number, whatever the batches. An answer
+matches exactly if the model, asked as in training, writes that text and then stops by itself; it may not go on.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..data.batches import EVAL_TOKENS, collate
+from ..data.dataset import Data
+from ..data.renderer import Encoded, Renderer
+from ..model import attention
+from ..model.architecture import Progress, no_progress
+from .generate import Answer, answers
+from .loss import output_head, sequence_loss
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one model on one set of rows. loss: nats per supervised token. exact_match: share, or None if not asked."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    rows: int
+    exact_match: float | None = None
+    asked: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: what is not finite is None."""
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in asdict(self).items()}
+
+
+def score(
+    model: Any, data: Data, rows: Sequence[Encoded], *, packed: bool, generate: bool, progress: Progress = no_progress
+) -> Score:
+    """Loss, perplexity and exact match of a model.
+
+    Args:
+        packed: the model keeps rows of one sequence apart (`selftest.self_test`). generate: answer the questions, too.
+    """
+    loss, tokens = mean_loss(model, rows, packed=packed, progress=progress)
+    matches: list[bool] = []
+    if generate:
+        asked = [pair for row in rows if (pair := data.question(row))]
+        matches = [match for match, _ in exact_matches(model, data.renderer, asked, progress)]
+    return Score(
+        loss,
+        math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss,
+        tokens,
+        len(rows),
+        sum(matches) / len(matches) if matches else None,
+        len(matches),
+    )
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any, rows: Sequence[Encoded], *, packed: bool, progress: Progress = no_progress
+) -> tuple[float, int]:
+    """(nats per supervised token, supervised tokens); a model in training is left as it was."""
+    device = model.device
+    head, total, tokens = output_head(model), 0.0, 0
+    groups = list(_groups(list(range(len(rows))), [len(row.input_ids) for row in rows] if packed else None))
+    was_training = model.training
+    model.eval()
+    apart = attention.segments(model) if packed else contextlib.nullcontext()
+    try:
+        with apart:
+            for number in progress([str(i) for i in range(len(groups))], len(groups), "evaluating"):
+                batch = collate(rows, groups[int(number)]).to(device)
+                tokens += batch.supervised
+                batch = batch.padded() if packed else batch
+                bounds = batch.bounds if packed else None
+                loss = sequence_loss(model, head, [], batch.input_ids, batch.position_ids, batch.labels, bounds)
+                total += float(loss)
+    finally:
+        model.train(was_training)
+    return total / tokens, tokens
+
+
+def largest_group(rows: Sequence[Encoded]) -> list[Encoded]:
+    """The longest rows, as many as `mean_loss` lays end to end at most."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    groups = _groups(order, [len(row.input_ids) for row in rows])
+    return [rows[i] for i in next(iter(groups), [])]
+
+
+def exact_matches(
+    model: Any, renderer: Renderer, asked: Sequence[tuple[list[int], str]], progress: Progress = no_progress
+) -> list[tuple[bool, Answer]]:
+    """For each (ids that ask, answer wanted) whether the model answers that, and what it said (cut off if longer)."""
+    lengths = [len(ids) for ids, _ in asked]
+    order = sorted(range(len(asked)), key=lambda i: lengths[i])
+    groups = list(_groups(order, lengths))
+    results: list[tuple[bool, Answer]] = [(False, Answer("", False))] * len(asked)
+    for number in progress([str(i) for i in range(len(groups))], len(groups), "answering"):
+        group = groups[int(number)]
+        wanted = [asked[i][1] for i in group]
+        longest = max(len(renderer.tokenizer(text)["input_ids"]) for text in wanted)
+        given = answers(model, renderer, [asked[i][0] for i in group], longest + 4)
+        for i, said, right in zip(group, given, wanted, strict=True):
+            results[i] = (said.stopped and said.text.strip() == right.strip(), said)
+    return results
+
+
+def _groups(order: Sequence[int], lengths: Sequence[int] | None) -> Iterable[list[int]]:
+    """The order cut into groups of about `EVAL_TOKENS` tokens; of one row each without lengths."""
+    group: list[int] = []
+    used = 0
+    for i in order:
+        length = EVAL_TOKENS if lengths is None else lengths[i]
+        if group and used + length > EVAL_TOKENS:
+            yield group
+            group, used = [], 0
+        group.append(i)
+        used += length
+    if group:
+        yield group

@@ -1,0 +1,107 @@
+"""A run in the form another tool takes.
+
+    peft      the adapter alone, as PEFT, vLLM and others load it beside its base
+    hf        one model in 16 bits, the adapter added in and verified (`merge`)
+    bnb-4bit  the base in the very 4 bits of the training, for transformers and bitsandbytes, and the adapter beside it:
+              what runs there is the model that was trained, bit for bit in its weights
+
+The directory appears when it is complete; a failure leaves none.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..adapters.peft_files import CONFIG, WEIGHTS
+from ..config.options import ModelOptions
+from ..errors import ModelError, StorageError, UsageError
+from ..files import hub
+from ..model.architecture import Progress, no_progress
+from ..quantization.load import load_base, refuse_other_base
+from ..quantization.tensor import quantized_names
+from ..quantization.writer import quantize
+from ..run.directory import ADAPTER_FACTS, Run
+from .merge import merge
+
+FORMS = ("peft", "hf", "bnb-4bit")
+
+
+def export(
+    run: str | Path,
+    output_dir: str | Path,
+    to: str,
+    *,
+    progress: Progress = no_progress,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write a run for another tool.
+
+    Args:
+        to: one of `FORMS`.
+
+    Returns:
+        What was written: ``to``, ``output_dir``, and what there is to know of it.
+
+    Raises:
+        UsageError: output_dir is not empty, or the run has nothing of the kind. ModelError: the run or its base is
+        refused. VerificationError: as `merge.merge`.
+    """
+    source, target = Run.open(run), Path(output_dir).expanduser().absolute()
+    if to not in FORMS:
+        raise UsageError(f"cannot export to {to!r}", expected=", ".join(FORMS))
+    if source.config().full and to != "hf":
+        raise UsageError("a full fine-tuning has no adapter", ways_out=[f"its model is in {source.adapter}"])
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
+    if to == "hf" and not source.config().full:
+        receipt = merge(source.path, target, progress=progress, say=say)
+        return {"to": to, "output_dir": str(target), **receipt.as_dict()}
+    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        hub.check_writable(building)
+        whole = to != "bnb-4bit"  # the adapter, or what a full fine-tuning has in its place: the model
+        facts = _result(source, building) if whole else _base_and_adapter(source, building, progress)
+        hub.sync(building)
+        building.replace(target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror}", ways_out=["free space, and repeat"]) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return {"to": to, "output_dir": str(target), **facts}
+
+
+def _result(source: Run, target: Path) -> dict[str, Any]:
+    if not source.adapter.is_dir():
+        raise ModelError(f"{source.path} has no result yet", ways_out=["finish the training"])
+    shutil.copytree(source.adapter, target, dirs_exist_ok=True)
+    return {"bytes": sum(file.stat().st_size for file in target.iterdir())}
+
+
+def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str, Any]:
+    """The base in its 4 bits, with the tokenizer and the card of the run; and in ``adapter/`` the adapter, which names
+    the directory above it.
+
+    (In one directory transformers would take the adapter's file for the model's own.)
+    """
+    config, info = source.config(), source.info()
+    if not config.load_in_4bit:
+        raise UsageError("this run's base was not in 4 bits", ways_out=["--to hf", "or --to peft"])
+    options = ModelOptions(**config.holding())
+    base = hub.resolve(info["base"]["path"], config.revision)
+    if quantized_names(set(hub.Checkpoint(base).entries)):
+        for file in {file for pattern in hub.HUB_PATTERNS for file in base.glob(pattern)}:
+            shutil.copyfile(file, target / file.name)
+    else:
+        quantize(base, options, target, progress)
+    options.weight_streaming = "never"
+    digest = load_base(target, options, progress)[1].digest
+    refuse_other_base(digest, info["base"]["digest"], info["base"]["path"])
+    facts = _result(source, target / "adapter")
+    described = hub.read_json(target / "adapter" / CONFIG)
+    hub.write_json(target / "adapter" / CONFIG, {**described, "base_model_name_or_path": ".."})
+    for file in (target / "adapter").iterdir():
+        if file.name not in (CONFIG, WEIGHTS, ADAPTER_FACTS):
+            shutil.copyfile(file, target / file.name)
+    return {**facts, "digest": digest}

@@ -1,0 +1,196 @@
+"""4-bit models through transformers' own door, without bitsandbytes.
+
+    from halfbyte import BitsAndBytesConfig
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))
+
+The configuration has bitsandbytes' name and settings; the layers stay ``torch.nn.Linear`` with weights of ours. What
+``save_pretrained`` writes is bitsandbytes' layout and says so in ``config.json``, since files that named this package
+could not be read without it. Where bitsandbytes is not installed, its checkpoints are read this way, too, from the
+import of this module on.
+"""
+
+import importlib.util
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..codebooks import BNB_QUANT_TYPES
+from ..quantization.tensor import STATE_KEY, NF4Tensor, components, four_bit_linear, from_components, quantize
+
+NAME = "halfbyte"
+# their annotations are narrower than what they take
+_Config: Any = transformers.BitsAndBytesConfig
+_Quantizer: Any = HfQuantizer
+_Operation: Any = ConversionOps
+
+
+@register_quantization_config(NAME)
+class BitsAndBytesConfig(_Config):
+    """transformers' ``BitsAndBytesConfig`` for 4 bits, which needs no bitsandbytes.
+
+    Raises:
+        ValueError: load_in_8bit, or a quant_type that bitsandbytes does not have.
+    """
+
+    def __init__(self, load_in_8bit: bool = False, load_in_4bit: bool = True, **settings: Any) -> None:
+        super().__init__(load_in_8bit, load_in_4bit, **settings)
+        self.quant_method = NAME
+
+    def post_init(self) -> None:
+        if not self.load_in_4bit or self.load_in_8bit:
+            raise ValueError("halfbyte's BitsAndBytesConfig is for load_in_4bit")
+        if self.bnb_4bit_quant_type not in BNB_QUANT_TYPES:
+            raise ValueError(
+                f"bnb_4bit_quant_type must be one of {', '.join(BNB_QUANT_TYPES)}, not {self.bnb_4bit_quant_type!r}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "quant_method": "bitsandbytes"}
+
+
+class Params4bit(NF4Tensor):
+    """An `NF4Tensor` under the name of bitsandbytes' parameter, by which PEFT leaves a weight as it is when it raises
+    all others to fp32. It computes in its own type, ``bnb_4bit_compute_dtype``, whatever that of the input is."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            x, weight, bias = given["input"], given["weight"], given.get("bias")
+            if isinstance(weight, NF4Tensor) and x.dtype != weight.dtype:
+                bias = None if bias is None else bias.to(weight.dtype)
+                return four_bit_linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _parameter(tensor: NF4Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(Params4bit(tensor.parts, tensor.shape, dtype, tensor.quant_type), requires_grad=False)
+
+
+class _Quantize(_Operation):
+    """A weight as it is in a checkpoint to one in 4 bits."""
+
+    def __init__(self, quantizer: "FourBitQuantizer") -> None:
+        self.quantizer: Any = quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **others: Any) -> dict[str, Any]:
+        settings = self.quantizer.quantization_config
+        result = {}
+        for name, given in input_dict.items():
+            value: Tensor = given[0] if isinstance(given, list) else given
+            made = quantize(
+                value, double_quant=settings.bnb_4bit_use_double_quant, quant_type=settings.bnb_4bit_quant_type
+            )
+            result[name] = _parameter(made, settings.bnb_4bit_compute_dtype or value.dtype)
+            _is_there(model, name)
+        return result
+
+
+class _Deserialize(_Operation):
+    """What bitsandbytes stores for a weight to one of ours, bit for bit."""
+
+    def __init__(self, quantizer: "FourBitQuantizer") -> None:
+        self.quantizer: Any = quantizer
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **others: Any
+    ) -> dict[str, Any]:
+        if len(input_dict) == 1:
+            return input_dict
+        stored = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        tensor = from_components("weight", stored)
+        _is_there(model, full_layer_name or "")
+        dtype = self.quantizer.quantization_config.bnb_4bit_compute_dtype or tensor.dtype
+        return {"weight": _parameter(tensor, dtype)}
+
+
+def _is_there(model: Any, name: str) -> None:
+    """transformers initializes the modules that nothing was loaded for."""
+    if model is not None and name:
+        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+
+
+@register_quantizer(NAME)
+class FourBitQuantizer(_Quantizer):
+    """Holds the linear layers of a model in 4 bits, all but its output head, or all but what the settings skip."""
+
+    requires_calibration = False
+    quantization_config: Any
+    serialized_names: ClassVar[dict[str, list[str]]] = {
+        "weight": [
+            *("weight", "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax"),
+            *(f"weight.{STATE_KEY}{quant_type}" for quant_type in BNB_QUANT_TYPES),
+        ]
+    }
+
+    def __init__(self, quantization_config: Any, **others: Any) -> None:
+        super().__init__(quantization_config, **others)
+        self.names: set[str] = set()
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 0.5
+
+    def _process_model_before_weight_loading(self, model: Any, **others: Any) -> Any:
+        # by transformers' own rule, so that bitsandbytes holds the same layers when it reads what is written
+        skipped = self.get_modules_to_not_convert(
+            model, self.quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
+        )
+        self.names = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and should_convert_module(name, skipped)
+        }
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **others: Any) -> bool:
+        return param_name in self.names
+
+    def get_quantize_ops(self) -> Any:
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": _Deserialize}
+
+    if not hasattr(HfQuantizer, "get_load_operations"):  # transformers before 5.20 or so asks otherwise
+
+        def get_weight_conversions(self) -> list[Any]:
+            if not self.pre_quantized:
+                return []
+            weight, *others = self.serialized_names["weight"]
+            return [WeightConverter([*others, weight], weight, [_Deserialize(self)])]
+
+    def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
+        model.is_loaded_in_4bit = True
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: 4-bit weights as bitsandbytes stores them."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            found.update(components(name, tensor) if isinstance(tensor, NF4Tensor) else {name: tensor})
+        return found, {"format": "pt"}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+if importlib.util.find_spec("bitsandbytes") is None:
+    AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit"] = BitsAndBytesConfig

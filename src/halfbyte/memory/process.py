@@ -1,0 +1,239 @@
+"""The memory of this process: how much it is, and how it is kept in one piece.
+
+The C library's allocator gives a freed block back only when nothing behind it is in use. Long-lived tensors made
+between short-lived ones therefore pin memory that nobody uses. So what lives through a step (gradients, the layers'
+inputs) lies in blocks of its own, and what loading leaves behind is given back.
+"""
+
+import contextlib
+import ctypes
+import errno
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.arena import ARENA
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None
+
+
+def _status() -> dict[str, int]:
+    """Lines of this process's status that are sizes, bytes; empty where the system has none."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if value.endswith(" kB"):
+                found[key] = int(value.split()[0]) * 1024
+    return found
+
+
+def held_now() -> int:
+    """Anonymous resident memory of this process, bytes; 0 where the system does not say."""
+    return _status().get("RssAnon", 0)
+
+
+class Peak:
+    """The most memory used since it was made or restarted, bytes: what the CUDA allocator reserved, or this process's
+    anonymous resident memory; 0 where the system does not say."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        self.exact = True
+        try:
+            # the high-water mark of resident memory becomes what is resident now
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.exact = False
+
+    def bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        status = _status()
+        if not status:
+            return 0
+        files = status.get("RssFile", 0) + status.get("RssShmem", 0)
+        high = status.get("VmHWM", 0) - files if self.exact and "RssAnon" in status else 0
+        return max(high, status.get("RssAnon", status.get("VmRSS", 0)))
+
+
+def _cgroups() -> list[Path]:
+    """Directories of this process's control groups and the ones around them, versions 1 and 2."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            root = Path("/sys/fs/cgroup") / ("memory" if "memory" in kinds.split(",") else "")
+            if not kinds or "memory" in kinds.split(","):
+                inner = root / path.lstrip("/")
+                found += [each for each in (inner, *inner.parents) if each == root or root in each.parents]
+    return found
+
+
+def available(cgroups: Iterable[Path] | None = None) -> int | None:
+    """Bytes of host memory this process could still take: what the system has free, what its cgroups leave, what its
+    own limit leaves, whichever is least. None where the system does not say."""
+    left = []
+    cgroups = _cgroups() if cgroups is None else cgroups
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        left.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    for path in cgroups:
+        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):
+                left.append(int((path / most).read_text()) - int((path / used).read_text()) + _file_cache(path))
+    if resource is not None:
+        status = _status()
+        for kind, key in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+            limit = resource.getrlimit(kind)[0]
+            if limit != resource.RLIM_INFINITY and key in status:
+                left.append(limit - status[key])
+    return max(min(left), 0) if left else None
+
+
+def headroom(device: torch.device) -> int | None:
+    """Bytes that tensors on a device could still take: `available`, and what is held for reuse and not in use."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    left = available()
+    return None if left is None else left + ARENA.unused
+
+
+def _file_cache(cgroup: Path) -> int:
+    """Bytes of a cgroup that give way: file cache, and what the kernel can reclaim."""
+    stat: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in (cgroup / "memory.stat").read_text().splitlines():
+            key, _, value = line.partition(" ")
+            stat[key] = int(value)
+    if "total_inactive_file" in stat:  # version 1
+        return stat["total_inactive_file"] + stat.get("total_active_file", 0)
+    return sum(stat.get(key, 0) for key in ("inactive_file", "active_file", "slab_reclaimable"))
+
+
+MIB = 1 << 20
+_UNTOUCHED = 64 * MIB
+_limits = threading.Lock()
+_limits_before: list[tuple[int, int]] = []
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Within this block host memory ends with an error where it would end with the process being killed: the limit on
+    data (RLIMIT_DATA) is what this process has and what is free now, and room for what is mapped and never touched
+    (stacks of threads, ends of regions). Blocks may overlap: the last to end takes the limit away."""
+    free = available()
+    if resource is None or free is None or "VmData" not in (status := _status()):
+        yield
+        return
+    with _limits:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if not _limits_before:
+            limit = status["VmData"] + free + _UNTOUCHED + 8 * MIB * torch.get_num_threads()
+            resource.setrlimit(resource.RLIMIT_DATA, (min(limit, soft) if soft >= 0 else limit, hard))
+        _limits_before.append((soft, hard) if not _limits_before else _limits_before[0])
+    try:
+        yield
+    finally:
+        with _limits:
+            before = _limits_before.pop()
+            if not _limits_before:
+                resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def is_exhaustion(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the host or of a GPU, has run out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error)
+        for sign in (
+            "out of memory",
+            "can't allocate memory",
+            "create a memory object",
+            "bad_alloc",
+            "start new thread",
+        )
+    )
+
+
+def allocate_apart(smallest: int) -> None:
+    """Have the C library (glibc) map blocks of so many bytes and more by themselves, so that they go back to the system
+    when they are freed.
+
+    It costs page faults: right for weights, and for what is not made again and again (that lies in `ops.arena`).
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, smallest)
+
+
+_M_MMAP_THRESHOLD = -3
+LASTING, PASSING = 1 << 16, 1 << 20
+"""The smallest such blocks while a model is loaded, and else. An empty model's weights, too, are memory for a moment,
+and on the heap each would leave a hole that the next one does not fit into."""
+_part = threading.local()
+
+
+@contextlib.contextmanager
+def counted_as(part: str) -> Iterator[None]:
+    """Tensors made within this block belong to this part of a ledger (`ledger.TensorBytes`)."""
+    before, _part.name = current_part(), part
+    try:
+        yield
+    finally:
+        _part.name = before
+
+
+def current_part() -> str:
+    return getattr(_part, "name", "live layer")
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system: the regions of `ops.arena`, what the C library can (glibc), and what
+    PyTorch holds of GPU and of pinned memory."""
+    ARENA.release()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        return_pinned()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_pinned() -> None:
+    """Give pinned host memory that nobody uses back to the system; PyTorch would keep it for blocks of its size."""
+    for name in ("_accelerator_emptyHostCache", "_host_emptyCache"):  # since 2.13, before
+        if hasattr(torch._C, name):
+            getattr(torch._C, name)()
+            return
+
+
+def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Give parameters zero gradients that stay, in one buffer for each dtype and device; the buffers, to be zeroed.
+
+    A parameter that takes no part in a step then has a gradient of zero instead of none.
+    """
+    by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for p in parameters:
+        by_kind.setdefault((p.dtype, p.device), []).append(p)
+    buffers = []
+    for (dtype, device), members in by_kind.items():
+        buffer = torch.zeros(sum(p.numel() for p in members), dtype=dtype, device=device)
+        for p, part in zip(members, buffer.split([p.numel() for p in members]), strict=True):
+            p.grad = part.view_as(p)
+        buffers.append(buffer)
+    return buffers

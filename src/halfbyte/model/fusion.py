@@ -1,0 +1,553 @@
+"""A model's own norms and MLPs, computed in one pass where they are of a known form.
+
+A module is recognized by the body of its ``forward``: names of arguments, locals and attributes are replaced by
+numbers, and the rest is compared by its hash with the forms known here. What is recognized becomes, in place, a
+subclass of its own class whose ``forward`` runs the fused operation. Before it stays, one of each kind is run on random
+numbers, forward and backward, beside the original; a kind that differs by more than rounding is left as it was. Nothing
+is looked up by a model's name, and a model that nothing is known of trains as it always did.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..memory import recompute
+from ..ops import cpu, gpu
+from . import attention
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+"""Relative difference (norm over norm) that a few roundings more or less can cause: four units of the last place.
+In fp32 it is the accuracy of the activations' polynomials, with a margin."""
+
+
+@functools.cache
+def normal_form(function: Callable[..., Any]) -> tuple[str, tuple[str, ...]]:
+    """The body of a method with numbers for names, and the attributes of ``self`` in the order of their numbers.
+
+    Raises:
+        OSError, TypeError: its source is not at hand.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    me, *arguments = [argument.arg for argument in tree.args.args]
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    stored = {
+        node.id
+        for statement in body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    names = {name: f"v{i}" for i, name in enumerate(arguments)}
+    attributes: dict[str, str] = {}
+
+    class Renamer(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.Name:
+            if node.id in names or node.id in stored:
+                node.id = names.setdefault(node.id, f"v{len(names)}")
+            elif node.id == me:
+                node.id = "self"
+            return node
+
+        def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
+            if isinstance(node.value, ast.Name) and node.value.id == me:
+                node.attr = attributes.setdefault(node.attr, f"a{len(attributes)}")
+            self.generic_visit(node)
+            return node
+
+    return "\n".join(ast.unparse(Renamer().visit(statement)) for statement in body), tuple(attributes)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormForm:
+    """How an RMSNorm rounds (`ops.rms_norm`), and which attribute holds its eps."""
+
+    eps: str
+    offset: float
+    cast_first: bool
+
+
+_NORMS: dict[str, tuple[float, bool]] = {
+    "f3eb51cb9fe99ac0": (0.0, True),  # Llama's: the quotient is cast, then multiplied
+    "3fd67a4923a43db3": (0.0, False),  # gpt-oss's: multiplied, then cast
+    "74ceb8cbf8f11c55": (0.0, False),  # the same with the weight in fp32
+    "f0d3a1774fc2b09e": (1.0, False),  # Gemma's: 1 + weight, in fp32, with a helper for the quotient
+    "c95ba60b59dcaeb0": (0.0, False),  # Moshi's: likewise without the 1
+}
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, form: NormForm, eps: float) -> Tensor:
+        y, inverse = ops.rms_norm(x, weight, eps, form.offset, form.cast_first)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = form.offset
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        dy, dweight = grads[0], None
+        dx = ops.rms_norm_grad(dy, x, weight, inverse, ctx.offset) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            each = dy.float() * x.float() * inverse.unsqueeze(-1)
+            dweight = each.reshape(-1, each.shape[-1]).sum(0).to(weight.dtype)
+        return dx, dweight, None, None
+
+
+class FusedNorm(nn.Module):
+    """A model's RMSNorm in one pass; its class is also a subclass of the original's."""
+
+    weight: nn.Parameter
+    form: NormForm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        return _Norm.apply(x, self.weight, self.form, getattr(self, self.form.eps))  # pyright: ignore[reportReturnType]
+
+
+def norm_form(module: nn.Module) -> NormForm | None:
+    """The form of an RMSNorm, None if it is not known."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or getattr(module, "bias", None) is not None:
+        return None
+    try:
+        text, names = normal_form(type(module).forward)
+        if "_norm" in names:
+            helper, names = normal_form(type(module)._norm)  # pyright: ignore[reportAttributeAccessIssue]
+            text = f"{text}\n--\n{helper}"
+    except (OSError, TypeError, SyntaxError, AttributeError, AssertionError):
+        return None
+    known = _NORMS.get(_digest(text))
+    return None if known is None or not names else NormForm(names[0], *known)
+
+
+# --- MLPs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MlpForm:
+    """Names of an MLP's parts; ``up`` is None where one layer computes both halves, the gate first."""
+
+    gate: str
+    up: str | None
+    down: str
+    activation: str
+
+
+_MLPS = {
+    "34dea4c3151471a2": ("down", "activation", "gate", "up"),  # Llama's
+    "acf31888bbcc4c94": ("down", "activation", "gate", "up"),  # the same without a local name
+    "c17739aeb6e90d0c": ("gate", "activation", "down"),  # Phi's and GLM's: both halves from one product
+}
+"""Digest of a form to what its attributes are, in order."""
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return ops.gated(gate, up, activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        return *ops.gated_grad(grads[0], gate, up, ctx.activation), None
+
+
+class FusedMLP(nn.Module):
+    """A model's gated MLP, its activation and product in one pass; its class is also a subclass of the original's.
+
+    ``tile``: run on so many tokens at a time; 0: on all at once.
+    """
+
+    form: MlpForm
+    tile: int = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not 0 < self.tile < x.shape[-2]:
+            return self.whole(x)
+        # the parameters inside need gradients even where x does not
+        trigger = torch.empty(0, device=x.device, requires_grad=torch.is_grad_enabled())
+        return _Tiles.apply(x, self, trigger)  # pyright: ignore[reportReturnType]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The result for all tokens of x at once."""
+        form = self.form
+        if form.up is None:
+            gate, up = getattr(self, form.gate)(x).chunk(2, -1)
+        else:
+            gate, up = getattr(self, form.gate)(x), getattr(self, form.up)(x)
+        return getattr(self, form.down)(_Gated.apply(gate, up, form.activation))
+
+
+class _Tiles(torch.autograd.Function):
+    """An MLP of x [..., T, d], tile of tokens after tile, forward and, computed again, backward.
+
+    What is alive at a time is what an MLP needs for one tile (TiledMLP of ALST, arXiv:2506.13996). Adapters' dropout
+    masks are the whole's. Gradients of parameters are sums over tiles, so they may differ in their last bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mlp: FusedMLP, trigger: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.mlp, ctx.tile = mlp, mlp.tile
+
+        def compute() -> Tensor:
+            out = torch.empty_like(x)
+            for first, part in _tiles(x, ctx.tile):
+                with _at_token(mlp, first):
+                    out.narrow(-2, first, part.shape[-2]).copy_(mlp.whole(part))
+            return out
+
+        return recompute.as_one_product(compute)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for first, part in _tiles(x, ctx.tile):
+            given = part.detach().requires_grad_(dx is not None)
+            with torch.enable_grad(), _at_token(ctx.mlp, first):
+                y = ctx.mlp.whole(given)
+            if y.requires_grad:
+                with _at_token(ctx.mlp, first):
+                    torch.autograd.backward(y, grads[0].narrow(-2, first, part.shape[-2]))
+            if dx is not None and given.grad is not None:
+                dx.narrow(-2, first, part.shape[-2]).copy_(given.grad)
+        return dx, None, None
+
+
+def _tiles(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    for first in range(0, x.shape[-2], size):
+        yield first, x.narrow(-2, first, min(size, x.shape[-2] - first))
+
+
+@contextlib.contextmanager
+def _at_token(mlp: FusedMLP, first: int) -> Iterator[None]:
+    """Within this block the adapters of an MLP know that their input begins with this token of what it was."""
+    clocks = {id(clock): clock for m in mlp.modules() if (clock := getattr(m, "clock", None)) is not None}
+    before = [(clock, clock.first) for clock in clocks.values()]
+    try:
+        for clock, at in before:
+            clock.first = at + first
+        yield
+    finally:
+        for clock, at in before:
+            clock.first = at
+
+
+def tile_mlps(model: nn.Module, tokens: int) -> int:
+    """Have a model's fused MLPs run on so many tokens at a time; their number."""
+    mlps = [module for module in model.modules() if isinstance(module, FusedMLP)]
+    for mlp in mlps:
+        mlp.tile = tokens
+    return len(mlps)
+
+
+def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
+    """Which of `ops.ACTIVATIONS` a function computes, judged by its values."""
+    x = torch.linspace(-100, 100, 20001, device="cpu", dtype=torch.float32)
+    one = torch.ones_like(x)
+    try:
+        values = function(x)
+    except (TypeError, RuntimeError):
+        return None
+    for name in ops.ACTIVATIONS:
+        with cpu.using("torch"):
+            expected = ops.gated(x, one, name)
+        if values.shape == x.shape and bool(((values - expected).abs() <= 1e-5 * x.abs().clamp(min=1)).all()):
+            return name
+    return None
+
+
+def mlp_form(module: nn.Module) -> MlpForm | None:
+    """The form of a gated MLP, None if it is not known."""
+    try:
+        text, names = normal_form(type(module).forward)
+    except (OSError, TypeError, SyntaxError, AssertionError):
+        return None
+    roles = _MLPS.get(_digest(text))
+    if roles is None or len(names) != len(roles):
+        return None
+    found = dict(zip(roles, names, strict=True))
+    activation = activation_name(getattr(module, found["activation"]))
+    if activation is None:
+        return None
+    return MlpForm(found["gate"], found.get("up"), found["down"], activation)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """Names of an attention's parts (`_ATTENTIONS`); norms are None where there are none."""
+
+    q: str
+    k: str
+    v: str
+    o: str
+    q_norm: str | None
+    k_norm: str | None
+    scaling: str
+    window: str
+    """The attribute with the sliding window, "config" if it is the configuration's, "" if there is none."""
+
+
+_PLAIN = ("dim", "q", "k", "v", "layer", "config", "training", "dropout", "scaling", "o")
+_WINDOWED = (*_PLAIN[:-1], "window", "o")
+_ATTENTIONS = {
+    "f127e6b176ce868b": (_PLAIN, ""),  # Llama's
+    "2cfedf801caa4409": (_PLAIN, "config"),  # Mistral's
+    "2c9ff5c53edaef9b": (_WINDOWED, ""),  # Qwen2's
+    "092dbd71a8ad9b70": (("dim", "q_norm", "q", "k_norm", "k", "v", *_WINDOWED[4:]), ""),  # Qwen3's
+}
+"""Digest of a form to what its attributes are, in order, and whether the configuration has the window."""
+_ROTATIONS = {("301644f6e15c52c4", "80dd76d885763d92")}
+"""Digests of ``apply_rotary_pos_emb`` and ``rotate_half`` beside an attention which do what `ops.rotate` does."""
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return ops.rotate(x[0], cos, sin).unsqueeze(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ops.rotate(grads[0][0], *ctx.saved_tensors, back=True).unsqueeze(0), None, None
+
+
+class FusedAttention(nn.Module):
+    """A model's own attention with the rotation in one pass; its class is also a subclass of the original's."""
+
+    form: AttentionForm
+    training: bool
+    attention_dropout: float
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **more: Any,
+    ) -> Any:
+        config: Any = self.config
+        attend = {attention.NAME: attention.segment_attention, attention.CAUSAL: attention.causal_attention}.get(
+            config._attn_implementation
+        )
+        if attend is None or past_key_values is not None or position_embeddings is None or hidden_states.shape[0] != 1:
+            return super().forward(  # pyright: ignore[reportCallIssue]
+                hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **more
+            )
+        form = self.form
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (getattr(self, name)(hidden_states).view(shape) for name in (form.q, form.k, form.v))
+        if form.q_norm is not None and form.k_norm is not None:
+            q, k = getattr(self, form.q_norm)(q), getattr(self, form.k_norm)(k)
+        cos, sin = (t[0] for t in position_embeddings)
+        q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        if form.window:
+            window = getattr(config, "sliding_window", None) if form.window == "config" else getattr(self, form.window)
+            more["sliding_window"] = window
+        dropout = self.attention_dropout if self.training else 0.0
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scaling = getattr(self, form.scaling)
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **more)
+        return getattr(self, form.o)(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def attention_form(module: nn.Module) -> AttentionForm | None:
+    """The form of an attention with rotary embedding, None if it is not known."""
+    forward = type(module).forward
+    try:
+        text, names = normal_form(forward)
+        around = forward.__globals__
+        beside = [_digest(normal_form(around[name])[0]) for name in ("apply_rotary_pos_emb", "rotate_half")]
+    except (OSError, TypeError, SyntaxError, AttributeError, AssertionError, KeyError):
+        return None
+    roles, window = _ATTENTIONS.get(_digest(text), ((), ""))
+    if len(names) != len(roles) or tuple(beside) not in _ROTATIONS:
+        return None
+    found = dict(zip(roles, names, strict=True))
+    if (found["dim"], found["config"], found["dropout"]) != ("head_dim", "config", "attention_dropout"):
+        return None
+    return AttentionForm(
+        *(found["q"], found["k"], found["v"], found["o"]),
+        *(found.get("q_norm"), found.get("k_norm")),
+        *(found["scaling"], found.get("window") or window),
+    )
+
+
+# --- on a model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fused:
+    """What became of a model's modules: counts by kind, and why some were left alone."""
+
+    norms: int = 0
+    mlps: int = 0
+    attentions: int = 0
+    left: dict[str, str] = field(default_factory=dict)
+    """Class name to reason."""
+
+    def line(self) -> str:
+        counts = ((self.norms, "norms"), (self.mlps, "MLPs"), (self.attentions, "rotary embeddings"))
+        done = [f"{count} {name}" for count, name in counts if count]
+        left = [f"{name} ({why})" for name, why in self.left.items()]
+        return f"fused: {', '.join(done) or 'nothing'}" + (f"; left as they are: {', '.join(left)}" if left else "")
+
+
+Form = NormForm | MlpForm | AttentionForm
+_classes: dict[tuple[type, type], type] = {}
+
+
+def become(module: nn.Module, kind: type, name: str | None = None) -> None:
+    """Make a module, in place, of a class that is ``kind`` before what it was; called ``name``, or as it was."""
+    own = type(module)
+    if issubclass(own, kind):
+        return
+    key = (kind, own)
+    if key not in _classes:
+        _classes[key] = type(name or own.__name__, (kind, own), {"__module__": own.__module__})
+    module.__class__ = _classes[key]
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """What a module is, if it is of a form that is fused here."""
+    return (mlp_form(module) or attention_form(module)) if list(module.children()) else norm_form(module)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a module has a ``forward`` of its own, so that its class's does not run (hooks of accelerate)."""
+    return "forward" in vars(module)
+
+
+def _fused(module: nn.Module, kind: type, form: Form) -> None:
+    become(module, kind, f"Fused{type(module).__name__}")
+    module.form = form  # pyright: ignore[reportArgumentType]
+
+
+def _revert(module: nn.Module) -> None:
+    module.__class__ = type(module).__bases__[1]
+    del module.form
+
+
+def fuse(model: nn.Module) -> Fused:
+    """Fuse what is known of a model, in place; nothing without the C++ library or Triton: it would be no faster."""
+    result = Fused()
+    if not _is_served(next(model.parameters())):
+        return result
+    dtype = compute_dtype(model)
+    judged: dict[tuple[Any, ...], bool] = {}
+    for module in list(model.modules()):
+        own = type(module)
+        if isinstance(module, FusedNorm | FusedMLP | FusedAttention) or is_wrapped(module):
+            continue
+        form = form_of(module)
+        if form is None:
+            if "RMSNorm" in own.__name__ or "MLP" in own.__name__:
+                result.left.setdefault(own.__name__, "of a form not known here")
+            continue
+        kind = {NormForm: FusedNorm, MlpForm: FusedMLP, AttentionForm: FusedAttention}[type(form)]
+        width = _width(module, form)
+        key = (own, form, width)
+        if key not in judged:
+            own_dtype = next(module.parameters()).dtype if kind is FusedNorm else dtype
+            judged[key] = _agrees(module, kind, form, width, own_dtype)
+        if not judged[key]:
+            result.left.setdefault(own.__name__, "its own results differ")
+            continue
+        _fused(module, kind, form)
+        result.norms += kind is FusedNorm
+        result.mlps += kind is FusedMLP
+        result.attentions += kind is FusedAttention
+    return result
+
+
+def _is_served(tensor: Tensor) -> bool:
+    """Whether fused passes compute on the device of a tensor, or on the one it stands for."""
+    return gpu.computes(tensor) or cpu.serves(tensor)
+
+
+def _width(module: Any, form: Form) -> int:
+    if isinstance(form, NormForm):
+        return module.weight.shape[0]
+    return getattr(module, form.q if isinstance(form, AttentionForm) else form.gate).in_features
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in: the type of its first frozen floating parameter (packed weights are of none)."""
+    floating = [p for p in model.parameters() if p.dtype in TOLERANCE]
+    return next((p.dtype for p in floating if not p.requires_grad), floating[0].dtype)
+
+
+def _agrees(module: nn.Module, kind: type, form: Form, width: int, dtype: torch.dtype) -> bool:
+    """Whether results and gradients of the fused module are its own, up to rounding."""
+    if dtype not in TOLERANCE:
+        return False
+    if next(module.parameters()).is_meta:
+        return True  # nothing to compare; a plan takes the forms' word for it
+    generator = torch.Generator("cpu").manual_seed(0)
+    attends = isinstance(form, AttentionForm)
+    shape = (1, 5, width) if attends else (5, width)
+    device = next(module.parameters()).device
+    x = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
+    call = functools.partial(_attend, module) if attends else module
+
+    def run() -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            given = x.clone().requires_grad_()
+            y = call(given)
+            weights = torch.linspace(-1, 1, y.numel(), device=device, dtype=torch.float32).view_as(y).to(dtype)
+            return y.detach(), torch.autograd.grad(y, given, weights)[0]
+
+    expected = run()
+    _fused(module, kind, form)
+    try:
+        found = run()
+    finally:
+        _revert(module)
+    return all(_near(mine, theirs, TOLERANCE[dtype]) for mine, theirs in zip(found, expected, strict=True))
+
+
+def _attend(module: Any, hidden: Tensor) -> Tensor:
+    """An attention's result for two rows of two and three tokens, at angles of no model."""
+    tokens = torch.arange(5, device="cpu", dtype=torch.float32)
+    angles = torch.outer(tokens, torch.linspace(1, 0.01, module.head_dim // 2, device="cpu", dtype=torch.float32))
+    both = torch.cat((angles, angles), 1)[None].to(hidden.device)
+    rotation = (both.cos().to(hidden.dtype), both.sin().to(hidden.dtype))
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device="cpu")
+    attention.register()
+    config, before = module.config, module.config._attn_implementation
+    config._attn_implementation = attention.NAME
+    try:
+        return module(hidden, position_embeddings=rotation, attention_mask=None, cu_seq_lens_q=bounds)[0]
+    finally:
+        config._attn_implementation = before
+
+
+def _near(mine: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    difference = (mine.float() - theirs.float()).norm()
+    return mine.shape == theirs.shape and bool(difference <= tolerance * theirs.float().norm())

@@ -1,0 +1,392 @@
+"""`NF4Tensor`: a weight that holds exactly what a bitsandbytes 4-bit checkpoint stores, and looks like its bf16 self.
+
+The problem: a `torch.nn.Linear` should stay one, so that transformers, PEFT and everything else that walks modules
+keeps working, while its frozen weight takes half a byte. So the weight is a tensor subclass: to autograd and to
+``.shape`` it is a [out, in] tensor of the compute dtype; inside are ``packed`` codes, ``absmax`` scales and their own
+scales. ``F.linear`` on it runs `ops.linear_4bit`, with the input gradient from the same 4 bits. Any other arithmetic
+raises by name instead of silently expanding 140 GB.
+
+The bytes are bitsandbytes' bytes, so reading and writing that format is a rename (`components`, `from_components`;
+``docs/format.md``). The subclass is not limited to NF4: ``quant_type`` says which table of levels it uses.
+
+The road not taken: a module class of our own (as bitsandbytes' ``Linear4bit``) needs every tool to know it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import codebooks, ops
+from ..errors import ModelError
+from ..files.hub import Checkpoint, write_safetensors
+from ..memory import recompute
+from ..memory.paged_arrays import Stop, Travel
+
+NESTED_BLOCK_SIZE = 256
+STATE_KEY = "quant_state.bitsandbytes__"
+_TENSORS = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+_STORED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@cache
+def _level_table(quant_type: str, device: torch.device) -> Tensor:
+    return torch.tensor(codebooks.levels(quant_type), dtype=torch.float32, device=device)
+
+
+@cache
+def _scale_table(device: torch.device) -> Tensor:
+    return torch.tensor(codebooks.dynamic_map(signed=True), dtype=torch.float32, device=device)
+
+
+def stored_sizes(weights: int, block_size: int = 64, double_quant: bool = True) -> tuple[int, int]:
+    """(bytes of codes, bytes of scales) of a 4-bit tensor of so many weights: `NF4Tensor.stored_bytes`, beforehand."""
+    blocks = -(-weights // block_size)
+    nested = -(-blocks // NESTED_BLOCK_SIZE)
+    return -(-weights // 2), blocks + 4 * nested + 4 if double_quant else 4 * blocks
+
+
+class NF4Tensor(Tensor):
+    """A frozen 4-bit tensor. Made by `quantize` or `from_components`, not by the constructor.
+
+    Attributes: ``packed`` uint8 [ceil(n / 2)], high nibble first; ``absmax`` uint8 codes when nested, else fp32;
+    ``quant_map`` fp32 [16]; ``nested_absmax``, ``nested_quant_map``, ``nested_offset`` or None; ``block_size``,
+    ``nested_block_size``, ``quant_type``. ``shape`` and ``dtype`` are those of the weight it stands for. ``stop``:
+    where its codes stay in a file, what has them read and let go (`paged.Travel`); else None.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    quant_map: Tensor
+    nested_absmax: Tensor | None
+    nested_quant_map: Tensor | None
+    nested_offset: Tensor | None
+    block_size: int
+    nested_block_size: int
+    quant_type: str
+    stop: Stop | None
+
+    @staticmethod
+    def __new__(
+        cls, parts: ops.FourBit, shape: torch.Size, dtype: torch.dtype, quant_type: str, stop: Stop | None = None
+    ) -> "NF4Tensor":
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts.packed.device)
+        for name, value in zip(parts._fields, parts, strict=True):
+            setattr(self, name, value)
+        self.quant_type, self.stop = quant_type, stop
+        return self
+
+    @property
+    def parts(self) -> ops.FourBit:
+        """What the operations take; where it stays in a file, it is on its way from now on."""
+        if self.stop is not None:
+            self.stop.use()
+        return self._parts
+
+    @property
+    def _parts(self) -> ops.FourBit:
+        return ops.FourBit(
+            self.packed,
+            self.absmax,
+            self.quant_map,
+            self.nested_absmax,
+            self.nested_quant_map,
+            self.nested_offset,
+            self.block_size,
+            self.nested_block_size,
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales (the two tables, shared by all tensors, not counted)."""
+        return sum(t.nbytes for t in self.stored_tensors())
+
+    def stored_tensors(self) -> list[Tensor]:
+        """Codes and scales: packed, absmax and, nested, nested_absmax and nested_offset."""
+        tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
+        return [t for t in tensors if t is not None]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The values as an ordinary tensor of this shape, in ``dtype`` or the tensor's own."""
+        return ops.dequantize_4bit(self.parts, self.numel(), dtype or self.dtype).view(self.shape)
+
+    def with_dtype(self, dtype: torch.dtype) -> "NF4Tensor":
+        """The same bytes presenting another compute dtype."""
+        return type(self)(self._parts, self.shape, dtype, self.quant_type, self.stop)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "NF4Tensor":
+        parts = self._parts._replace(**{n: change(t) for n in _TENSORS if (t := getattr(self, n)) is not None})
+        return type(self)(parts, self.shape, self.dtype, self.quant_type)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        nested = ", double quantized" if self.nested_absmax is not None else ""
+        return (
+            f"NF4Tensor({list(self.shape)}, {self.quant_type}, block {self.block_size}{nested}, "
+            f"{self.dtype}, {self.stored_bytes} bytes, {self.device})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("an NF4Tensor is not pickled: save its `components` as safetensors")
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        copy = self._map(Tensor.clone)
+        return torch.nn.Parameter(copy, requires_grad=False) if isinstance(self, torch.nn.Parameter) else copy
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            return _linear(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DISPATCH:
+            return _DISPATCH[func](*args, **(kwargs or {}))
+        raise NotImplementedError(
+            f"{func} is not defined on a 4-bit tensor; call .dequantize() first for an ordinary tensor"
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, NF4Tensor) or weight.dim() != 2:
+        raise TypeError("a 4-bit tensor can only be the two-dimensional weight of F.linear, not its input or bias")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input [..., {x.shape[-1]}] does not fit a weight {list(weight.shape)}")
+    return four_bit_linear(x, weight, bias)
+
+
+def four_bit_linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [.., out], for x [.., in] and a weight [out, in]."""
+    return _FourBitLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+
+
+class _FourBitLinear(torch.autograd.Function):
+    """x W^T + b. Keeps the 4-bit weight as an attribute, so saved-tensor hooks never see it; the input is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return recompute.product(lambda: ops.linear_4bit(x, weight.parts, weight.shape[0], bias))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        grad_x = ops.linear_4bit_input_grad(grad, ctx.weight.parts, ctx.weight.shape[1])
+        grad_bias = grad.sum(tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias
+
+
+def _detach(tensor: NF4Tensor) -> NF4Tensor:
+    return type(tensor)(tensor._parts, tensor.shape, tensor.dtype, tensor.quant_type, tensor.stop)
+
+
+def _clone(tensor: NF4Tensor, *, memory_format: Any = None) -> NF4Tensor:
+    return tensor._map(Tensor.clone)
+
+
+def _to_copy(tensor: NF4Tensor, *, dtype: Any = None, device: Any = None, **ignored: Any) -> NF4Tensor:
+    if dtype is not None and dtype != tensor.dtype:
+        raise TypeError(
+            f"a 4-bit tensor is not cast from {tensor.dtype} to {dtype}: load the model with dtype={dtype}, "
+            "or call .dequantize(dtype)"
+        )
+    return tensor._map(lambda part: part.to(device=device, copy=True))
+
+
+_aten: Any = torch.ops.aten
+_DISPATCH: dict[Any, Callable] = {
+    _aten.detach.default: _detach,
+    _aten.alias.default: _detach,
+    _aten.clone.default: _clone,
+    _aten._to_copy.default: _to_copy,
+}
+
+
+def quantize(
+    w: Tensor,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
+    scale: str = "absmax",
+) -> NF4Tensor:
+    """Quantize a tensor of any shape (QLoRA, sections 2 and 3).
+
+    Args:
+        w: fp32, bf16 or fp16; any shape, contiguous or not. block_size: weights per scale, a power of two in 32..4096.
+        double_quant: store the scales in 8 bits. quant_type: one of `codebooks.QUANT_TYPES`.
+        scale: how a block's scale is chosen; "absmax", the only rule so far.
+
+    Raises:
+        TypeError: not a 16- or 32-bit float. ValueError: an unknown option, or a NaN or infinity, naming its block.
+    """
+    if scale != "absmax":
+        raise ValueError(f'scale must be "absmax", got {scale!r}')
+    quant_map = _level_table(quant_type, w.device)
+    packed, absmax = ops.quantize_4bit(w.detach(), quant_map, block_size)
+    refuse_non_finite(absmax, block_size)
+    parts = ops.FourBit(packed, absmax, quant_map, None, None, None, block_size, NESTED_BLOCK_SIZE)
+    if double_quant:
+        table = _scale_table(w.device)
+        codes, nested_absmax, offset = ops.quantize_absmax(absmax, table, NESTED_BLOCK_SIZE)
+        parts = parts._replace(absmax=codes, nested_absmax=nested_absmax, nested_quant_map=table, nested_offset=offset)
+    return NF4Tensor(parts, w.shape, w.dtype, quant_type)
+
+
+def refuse_non_finite(absmax: Tensor, block_size: int) -> None:
+    """Raise ValueError if a block holds a NaN or an infinity: its absolute maximum then is one, too."""
+    if absmax.numel() and not absmax.is_meta and not math.isfinite(absmax.max().item()):
+        finite = torch.isfinite(absmax)
+        block = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"{int((~finite).sum())} of {absmax.numel()} blocks hold a NaN or an infinity; the first is block {block} "
+            f"(elements {block * block_size}..{(block + 1) * block_size - 1} of the flattened tensor)"
+        )
+
+
+# --- the checkpoint layout --------------------------------------------------------------------------------------------
+
+
+def components(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
+    """The tensors a bitsandbytes checkpoint stores for the weight ``name`` (docs/format.md).
+
+    Raises:
+        ValueError: the format has no name in bitsandbytes.
+    """
+    if tensor.quant_type not in codebooks.BNB_QUANT_TYPES:
+        raise ValueError(f"{name}: a bitsandbytes checkpoint cannot hold {tensor.quant_type!r}")
+    state: dict[str, object] = {
+        "quant_type": tensor.quant_type,
+        "blocksize": tensor.block_size,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+    }
+    stored = {
+        name: tensor.packed.view(-1, 1),
+        f"{name}.absmax": tensor.absmax,
+        f"{name}.quant_map": tensor.quant_map.clone(),
+    }
+    if tensor.nested_absmax is not None:
+        assert tensor.nested_quant_map is not None and tensor.nested_offset is not None
+        stored[f"{name}.nested_absmax"] = tensor.nested_absmax
+        stored[f"{name}.nested_quant_map"] = tensor.nested_quant_map.clone()
+        state["nested_blocksize"] = tensor.nested_block_size
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = tensor.nested_offset.item()
+    text = json.dumps(state).encode()
+    stored[f"{name}.{STATE_KEY}{tensor.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return stored
+
+
+def from_components(name: str, stored: dict[str, Tensor]) -> NF4Tensor:
+    """The tensor ``name`` from its stored parts, bit for bit.
+
+    Args:
+        stored: every tensor whose name is ``name`` or starts with ``name.``; others are ignored.
+
+    Raises:
+        ModelError: a part is missing or of the wrong size, or the state names something we do not hold.
+    """
+
+    def refuse(why: str) -> ModelError:
+        return ModelError(f"the stored 4-bit tensor {name} is damaged or unknown: {why}")
+
+    keys = [key for key in stored if key.startswith(f"{name}.{STATE_KEY}")]
+    if len(keys) != 1:
+        raise refuse(f"expected one {name}.{STATE_KEY}<type>, found {len(keys)}")
+    try:
+        state = json.loads(bytes(stored[keys[0]].tolist()))
+        quant_type, block_size = state["quant_type"], state["blocksize"]
+        dtype, shape = _DTYPE_NAMES[state["dtype"]], torch.Size(state["shape"])
+        nested = "nested_offset" in state
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None
+        if nested and state["nested_dtype"] != "float32":
+            raise refuse(f"nested_dtype {state['nested_dtype']!r} (only float32 is read)")
+        nested_block_size = state["nested_blocksize"] if nested else NESTED_BLOCK_SIZE
+    except (KeyError, TypeError, ValueError) as error:
+        raise refuse(f"its quant_state cannot be read ({error!r})") from error
+    if quant_type not in codebooks.BNB_QUANT_TYPES or not keys[0].endswith(STATE_KEY + quant_type):
+        raise refuse(f"quant_type {quant_type!r} (known: {', '.join(codebooks.BNB_QUANT_TYPES)})")
+    wanted = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]
+    if missing := [part for part in wanted if f"{name}.{part}" not in stored]:
+        raise refuse(f"{', '.join(missing)} missing")
+    part = {key: stored[f"{name}.{key}"].view(-1) for key in wanted}
+    parts = ops.FourBit(
+        stored[name].view(torch.uint8).view(-1),
+        part["absmax"],
+        part["quant_map"],
+        part.get("nested_absmax"),
+        part.get("nested_quant_map"),
+        offset,
+        block_size,
+        nested_block_size,
+    )
+    try:
+        ops.check_storage(parts, shape.numel())
+    except (TypeError, ValueError) as error:
+        raise refuse(str(error)) from error
+    return NF4Tensor(parts, shape, dtype, quant_type)
+
+
+def quantized_names(names: set[str]) -> set[str]:
+    """The weights among checkpoint names that are stored in 4 bits."""
+    return {name.partition(f".{STATE_KEY}")[0] for name in names if f".{STATE_KEY}" in name}
+
+
+def read_checkpoint(directory: str | Path) -> dict[str, Tensor]:
+    """All tensors of a model directory, 4-bit ones as `NF4Tensor`, bit for bit (docs/format.md)."""
+    checkpoint = Checkpoint(Path(directory))
+    quantized = quantized_names(set(checkpoint.entries))
+    return {
+        name: read_stored(checkpoint, name) if name in quantized else checkpoint.read(name)
+        for name in checkpoint
+        if name in quantized or not any(name.startswith(f"{q}.") for q in _prefixes(name) & quantized)
+    }
+
+
+def _prefixes(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
+
+
+def stored_keys(names: Collection[str], name: str) -> list[str]:
+    """The checkpoint's tensors that make up a 4-bit weight."""
+    states = [f"{name}.{STATE_KEY}{quant_type}" for quant_type in codebooks.QUANT_TYPES]
+    return [key for key in (name, *(f"{name}.{part}" for part in _STORED), *states) if key in names]
+
+
+def read_stored(checkpoint: Checkpoint, name: str, travel: Travel | None = None, group: int = 0) -> NF4Tensor:
+    """One 4-bit tensor of a bitsandbytes checkpoint.
+
+    Args:
+        travel: codes and scales stay in the file (one that `hub.TensorFile` wrote), as members of this group of it.
+    """
+    entries = {key: checkpoint.entries[key] for key in stored_keys(checkpoint.entries, name)}
+    stays = (name, f"{name}.absmax") if travel is not None else ()
+    stored = {
+        key: travel.tensor(group, entry.file, entry.start, entry.nbytes).view(entry.dtype)
+        if travel is not None and key in stays
+        else checkpoint.read(key)
+        for key, entry in entries.items()
+    }
+    tensor = from_components(name, stored)
+    if travel is not None:
+        tensor.stop = travel.stop(group)
+    return tensor
+
+
+def write_checkpoint(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors to one safetensors file, 4-bit ones in bitsandbytes' layout (docs/format.md)."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stored.update(components(name, tensor) if isinstance(tensor, NF4Tensor) else {name: tensor})
+    write_safetensors(Path(path), stored)

@@ -1,0 +1,193 @@
+"""The model card: what an adapter or a merged model was made of, how it was checked, and how to load it.
+
+Every figure comes from the run's own files; what is not known is not written. Hugging Face's metadata stand on top.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import HalfbyteError
+from ..files.hub import read_json
+from .directory import EVALS, MEMORY, METRICS, PLAN_JSON, Run
+
+CARD = "README.md"
+
+
+def adapter_card(run: Run, info: dict[str, Any]) -> str:
+    """Of a run's adapter (a full fine-tuning: of the whole model). info: what `run.json` holds."""
+    full = info["config"]["full"]
+    kind = "every parameter was trained" if full else f"a LoRA adapter of rank {info['config']['lora_r']}"
+    parts = [
+        _metadata(info, "transformers" if full else "peft"),
+        f"# {run.path.name}",
+        f"{_name(info)}, fine-tuned with halfbyte: {kind}.",
+        _load_model() if full else _load_adapter(info),
+        _training(run, info),
+        _base(info),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def merged_card(run: Run, info: dict[str, Any], receipt: dict[str, Any]) -> str:
+    """Of a merged model. receipt: `merge.Receipt.as_dict`."""
+    stored = "4 bits" if receipt["surviving"] else "16 or 32 bits, as its base"
+    parts = [
+        _metadata(info, "transformers"),
+        f"# {run.path.name}, merged",
+        f"{_name(info)} with a LoRA adapter of rank {info['config']['lora_r']} added into its weights, "
+        f"onto the {receipt['onto']} base, stored in {stored}.",
+        _load_model(),
+        _receipt(receipt),
+        _training(run, info),
+        _base(info),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(info: dict[str, Any], library: str) -> str:
+    name, c = info["base"]["name"], info["config"]
+    tags = ["halfbyte", *(["full-fine-tuning"] if c["full"] else ["lora"]), *(["qlora"] if c["load_in_4bit"] else [])]
+    lines = ["---"]
+    if is_public(name):
+        lines.append(f"base_model: {json.dumps(name)}")
+    lines += [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}", "---"]
+    return "\n".join(lines)
+
+
+def is_public(name: str) -> bool:
+    """Whether a name is a Hub id; a path means nothing elsewhere, and is nobody's business."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _name(info: dict[str, Any]) -> str:
+    """The base's name."""
+    return _name_of(info["base"]["name"]) or "a local model"
+
+
+def _name_of(name: str) -> str:
+    """A Hub id, or the last part of a path."""
+    return name if is_public(name) else Path(name).name
+
+
+def _load_adapter(info: dict[str, Any]) -> str:
+    base = info["base"]["name"] if is_public(info["base"]["name"]) else "path/to/the/base"
+    held = (
+        "The adapter corrected its base as it is in 4 bits: load that (`quantization_config`, or halfbyte on the run) "
+        "for exactly\nthe model that was trained. "
+        if info["config"]["load_in_4bit"]
+        else ""
+    )
+    return f"""## Load it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")
+model = PeftModel.from_pretrained(base, "path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```
+
+{held}The tokenizer here carries the chat template of the training."""
+
+
+def _load_model() -> str:
+    return """## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```"""
+
+
+def _training(run: Run, info: dict[str, Any]) -> str:
+    c, data = info["config"], info["data"]
+    per_step = c["per_device_train_batch_size"] * c["gradient_accumulation_steps"]
+    rows = [
+        ("rows, tokens", f"{data['rows']:,} rows, {data['tokens']:,} tokens, {data['supervised_tokens']:,} trained"),
+        ("data", f"{data['form']}, sha256 {data['sha256']}"),
+        ("chat template", f"sha256 {info['template_sha256']}"),
+        ("steps", f"{info['total_steps']:,} of {per_step} rows"),
+        ("optimizer", f"{c['optim']}, learning rate {c['learning_rate']:g}, {c['lr_scheduler_type']}"),
+        ("seed, versions", f"{c['seed']}; " + ", ".join(f"{name} {v}" for name, v in info["versions"].items())),
+        *_loss(run),
+        *_memory(run),
+    ]
+    if not c["full"]:
+        adapter = f"r {c['lora_r']}, alpha {c['lora_alpha']}, dropout {c['lora_dropout']:g}, {c['target_modules']}"
+        adapter += (", DoRA" if c.get("use_dora") else "") + (", rsLoRA" if c["use_rslora"] else "")
+        adapter += f", trained whole: {c['modules_to_save']}" if c.get("modules_to_save") else ""
+        adapter += f", begun with {_name_of(c['adapter_name_or_path'])}" if c.get("adapter_name_or_path") else ""
+        for name in ("rank_pattern", "alpha_pattern"):
+            adapter += f", {name} {json.dumps(c[name])}" if c.get(name) else ""
+        rows.insert(0, ("adapter", adapter))
+    for change in info.get("changes", []):
+        key = change["change"].partition(":")[0]
+        line = f"{key}: another path" if key in ("adapter_name_or_path", "chat_template") else change["change"]
+        rows.append((f"changed at step {change['step']}", line))
+    return "## Training\n\n" + _table(["", ""], rows)
+
+
+def _loss(run: Run) -> list[tuple[str, str]]:
+    held_out = [row for row in run.read(EVALS) if row["loss"] is not None]
+    if len(held_out) > 1:
+        first, last = held_out[0], held_out[-1]
+        return [("held-out loss", f"{first['loss']:.4f} before, {last['loss']:.4f} after ({last['tokens']:,} tokens)")]
+    steps = [row for row in run.read(METRICS) if row["loss"] is not None]
+    return [("training loss", f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")] if steps else []
+
+
+def _memory(run: Run) -> list[tuple[str, str]]:
+    measured = max((row["measured_bytes"] for row in run.read(MEMORY) if "measured_bytes" in row), default=0)
+    try:
+        planned = read_json(run.path / PLAN_JSON)["peak_bytes"]
+    except (HalfbyteError, KeyError):
+        planned = 0
+    words = [f"{size / 2**30:.2f} GiB {what}" for size, what in ((planned, "planned"), (measured, "measured")) if size]
+    return [("memory at the peak", ", ".join(words))] if words else []
+
+
+def _base(info: dict[str, Any]) -> str:
+    c = info["config"]
+    held = f"{c['bnb_4bit_quant_type']}, blocks of {c['bnb_4bit_blocksize']}"
+    held += ", double quantized" if c["bnb_4bit_use_double_quant"] else ""
+    rows = [
+        ("name", _name(info)),
+        ("held in", held if c["load_in_4bit"] else info["compute_dtype"]),
+        ("computed in", info["compute_dtype"]),
+        ("digest of the weights as held", f"sha256 {info['base']['digest']}"),
+    ]
+    return "## Base\n\n" + _table(["", ""], rows)
+
+
+def _receipt(receipt: dict[str, Any]) -> str:
+    rows = [("the run, unmerged", "", "", f"{receipt['running_loss']:.4f}")]
+    for onto, found in receipt["comparisons"].items():
+        this = f"{receipt['onto']}, requantized" if receipt["surviving"] else receipt["onto"]
+        mark = " (this one)" if onto == this else ""
+        mark += " (recommended)" if onto == receipt["recommended"] and len(receipt["comparisons"]) > 1 else ""
+        rows.append(
+            (f"onto {onto}{mark}", f"{found['kl']:.2e}", f"{found['greedy_agreement']:.2%}", f"{found['loss']:.4f}")
+        )
+    text = (
+        "## Merge receipt\n\n"
+        f"Compared with the adapter running on its base as trained, on {receipt['rows']} rows {receipt['rows_are']} "
+        f"({receipt['tokens']:,} tokens):\n\n" + _table(["", "KL divergence, nats", "same token", "loss"], rows)
+    )
+    if receipt["surviving"]:
+        least, middle, most = receipt["surviving"]
+        text += (
+            f"\n\nThe merged weights were rounded to 4 bits again; {middle:.1%} of the adapter's effect survive that "
+            f"in the median layer ({least:.1%} to {most:.1%})."
+        )
+    return text
+
+
+def _table(head: list[str], rows: list[Any]) -> str:
+    clean = [[" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *clean)]
+    return "\n".join(lines)

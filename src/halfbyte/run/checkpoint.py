@@ -1,0 +1,397 @@
+"""Resumable state: a directory per checkpoint, complete or not counted at all.
+
+``checkpoints/step-00000040/`` holds the adapter as PEFT writes it, the optimizer's raw state, ``state.json`` and, last,
+``manifest.json`` with size and sha256 of every other file. It is written under a temporary name, synced, renamed, and
+only then are older ones removed. A checkpoint counts if its manifest's name, sizes and hashes hold; the newest is the
+one with the highest step, whatever the clock says. Everything random is a function of the step, so there is no random
+state to save; saves happen between optimizer steps only.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.lora import lora_layers
+from ..adapters.peft_files import adapter_bytes, restore_adapter, save_adapter
+from ..engine.adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from ..errors import HalfbyteError, ModelError, StorageError, UsageError
+from ..files.hub import (
+    json_bytes,
+    read_header,
+    read_json,
+    read_tensor,
+    sha256_file,
+    sync,
+    write_json,
+    write_safetensors,
+)
+from ..memory.process import is_exhaustion
+
+SCHEMA = 2
+OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
+FULL_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A valid checkpoint."""
+
+    path: Path
+    step: int
+
+
+def save(
+    directory: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    base: str,
+    best: int | None = None,
+) -> Path:
+    """Write checkpoint ``step`` and prune older ones to the ``keep`` newest and the one of step ``best``.
+
+    Raises:
+        StorageError: the disk said no; nothing is left behind and older checkpoints are untouched.
+    """
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f".step-{step:08d}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        if any(True for _ in lora_layers(model)):
+            save_adapter(model, temporary, base)
+        else:
+            write_safetensors(temporary / FULL_WEIGHTS, trained_tensors(model))
+        write_safetensors(temporary / OPTIMIZER, optimizer_tensors(optimizer))
+        release_states(optimizer)
+        write_json(temporary / STATE, {"schema": SCHEMA, "step": step, **state})
+        files = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, _sealed({"schema": SCHEMA, "step": step, "files": files}))
+        sync(temporary)
+        if final.exists():
+            _remove(final)
+        temporary.rename(final)
+        sync(directory)
+    except OSError as error:
+        if is_exhaustion(error):
+            raise
+        raise StorageError(
+            f"cannot save checkpoint {final}: {error.strerror}",
+            ways_out=["free space; then repeat the command with --resume_from_checkpoint auto"],
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    check(final)
+    for path in directories(directory)[:-keep]:
+        if path != final and (best is None or path.name != f"step-{best:08d}"):
+            with contextlib.suppress(OSError):
+                _remove(path)
+    return final
+
+
+def directories(directory: Path) -> list[Path]:
+    """Directories with a checkpoint's name, oldest first; whatever else lies there is somebody's own."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if path.is_dir() and re.fullmatch(r"step-\d{8}", path.name))
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    if file.suffix == ".safetensors":
+        facts["tensors"] = sorted(read_header(file))
+    return facts
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a digest of itself: a flipped bit in a name or size makes it damaged, not another manifest."""
+    return {**manifest, "digest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a crash in between leaves no half of it under its name."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def check(path: Path) -> int:
+    """The step of a checkpoint directory, after comparing every file with the manifest.
+
+    Raises:
+        ModelError: naming the first file that is missing or differs. StorageError: the system cannot read one.
+    """
+    try:
+        return _check(path)
+    except OSError as error:
+        raise StorageError(f"cannot read checkpoint {path}: {error.strerror}") from error
+
+
+def _check(path: Path) -> int:
+    file = path / MANIFEST
+    manifest = read_json(file)
+    sealed = {key: value for key, value in manifest.items() if key != "digest"}
+    if manifest != _sealed(sealed) or file.read_bytes() != json_bytes(manifest):
+        raise ModelError(f"checkpoint file {file} is damaged")
+    if manifest.get("schema") != SCHEMA:
+        raise ModelError(f"{file} was written by another version", found=f"schema {manifest.get('schema')!r}")
+    step = manifest["step"]
+    if path.name != f"step-{step:08d}":
+        raise ModelError(f"{file} does not belong to {path.name}")
+    for name, facts in manifest["files"].items():
+        item = path / name
+        if not item.is_file() or item.stat().st_size != facts["bytes"] or sha256_file(item) != facts["sha256"]:
+            raise ModelError(f"checkpoint file {item} is missing or damaged")
+    return step
+
+
+def listed(directory: Path) -> list[tuple[Path, str]]:
+    """Every checkpoint directory, oldest first, and what is wrong with it ("" if nothing)."""
+    found = []
+    for path in directories(directory):
+        try:
+            check(path)
+            found.append((path, ""))
+        except HalfbyteError as error:
+            found.append((path, error.what))
+    return found
+
+
+def newest(directory: Path) -> tuple[Found | None, list[str]]:
+    """The valid checkpoint with the highest step, and a line for each newer one that is not valid."""
+    damaged = []
+    for path in reversed(directories(directory)):
+        try:
+            return Found(path, check(path)), damaged
+        except HalfbyteError as error:
+            damaged.append(error.what)
+    return None, damaged
+
+
+def bytes_needed(model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """What one checkpoint takes on disk (64 KiB of names and numbers on top)."""
+    trained = adapter_bytes(model) or sum(t.nbytes for t in trained_tensors(model).values())
+    return trained + (state_bytes(optimizer) or 2 * trained) + (1 << 16)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the optimizer's states, wherever they lie; 0 before they are made."""
+    return sum(t.nbytes for t in optimizer_tensors(optimizer).values())
+
+
+def refuse_full_disk(directory: Path, one: int, keep: int) -> None:
+    """Raise StorageError where the run's checkpoints, and one more while it is written, would not fit."""
+    there = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) if directory.exists() else 0
+    needed, free = (keep + 1) * one + one, shutil.disk_usage(directory.parent).free
+    if needed - there > free:
+        raise StorageError(
+            f"{directory.parent} has {free / 2**20:,.0f} MiB free; this run writes {needed / 2**20:,.0f} MiB",
+            expected=f"{keep} checkpoints, one more while it is written, and the adapter: {one / 2**20:,.1f} MiB each",
+            ways_out=["free space", "choose another --output_dir", "lower --save_total_limit"],
+        )
+
+
+def read_state(found: Found) -> dict[str, Any]:
+    return read_json(found.path / STATE)
+
+
+def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Bring model and optimizer to a checkpoint's state, bit for bit; returns the updates made until then."""
+    if any(True for _ in lora_layers(model)):
+        restore_adapter(model, found.path)
+    else:
+        _copy_all(trained_tensors(model), found.path / FULL_WEIGHTS)
+    updates = read_state(found)["updates"]
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.steps = updates
+    elif isinstance(optimizer, PagedAdamW) and optimizer.paged:
+        optimizer.restart(updates)
+    else:
+        _create_state(optimizer, updates, {name.partition(".")[0] for name in read_header(found.path / OPTIMIZER)})
+    _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER)
+    release_states(optimizer)
+    return updates
+
+
+def release_states(optimizer: torch.optim.Optimizer) -> None:
+    """Let go of the memory that reading or writing all of a paged optimizer's states took."""
+    if isinstance(optimizer, PagedAdamW8bit | PagedAdamW):
+        optimizer.release()
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors under stable names (torch's AdamW: by the parameter's place)."""
+    if isinstance(optimizer, AdamW8bit) or (isinstance(optimizer, PagedAdamW) and optimizer.paged):
+        return optimizer.state_tensors()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{place}.{key}": optimizer.state[p][key]
+        for place, p in enumerate(params)
+        for key in ("exp_avg", "exp_avg_sq")
+        if p in optimizer.state
+    }
+
+
+def _create_state(optimizer: torch.optim.Optimizer, step: int, places: set[str]) -> None:
+    """Room for torch AdamW's state of the parameters at these places; others never had a gradient."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.state.clear()
+    for place, p in enumerate(params):
+        if str(place) in places:
+            optimizer.state[p] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+
+def _copy_all(tensors: dict[str, Tensor], file: Path) -> None:
+    entries = read_header(file)
+    if entries.keys() != tensors.keys():
+        differ = sorted(entries.keys() ^ tensors.keys())
+        raise ModelError(f"{file} does not hold what this training keeps", found=", ".join(differ[:5]))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if entries[name].shape != tuple(tensor.shape) or entries[name].dtype != tensor.dtype:
+                raise ModelError(f"{file}: {name} has another shape or dtype than this training keeps")
+            tensor.copy_(read_tensor(entries[name], name))
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete what an interrupted save left behind and set damaged checkpoints aside; only under the run's lock."""
+    for path, wrong in listed(directory):
+        if wrong:
+            with contextlib.suppress(OSError):
+                path.rename(path.with_name(f"damaged-{path.name}"))
+    for leftover in directory.glob(".step-*.tmp"):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(leftover)
+
+
+# --- what a resumed run must share ---
+
+_MAY_CHANGE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "kernels",
+    "kept_activations",
+    "kept_layers",
+    "activation_offloading",
+    "embedding_offloading",
+    "dequantized_weights",
+    "paging",
+    "weight_streaming",
+    "tokens_per_pass",
+    "tokens_per_tile",
+    "fit_to",
+    "force",
+    "rehearse",
+    "allow_change",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "num_samples",
+    "on_nonfinite",
+    "skip_bad",
+    "allow_other_base",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "model",
+    "data",
+}
+"""Options that change no number of the training, or last bits where memory chooses them (of ``kernels`` it is compared
+what computes, not what was asked)."""
+
+STATES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
+"""Optimizers whose numbers and saved states are another one's."""
+
+_FIXED = {
+    *("lora_r", "rank_pattern", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"),
+    *("use_dora", "modules_to_save"),
+}
+"""What the saved state has the shape of: no resume can change it."""
+
+
+_YOUNGER: dict[str, Any] = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_dora": False,
+    "modules_to_save": "",
+    "adapter_name_or_path": None,
+}
+"""Options that there were checkpoints before, and the values that are as good as none."""
+
+
+ARITHMETIC = 2
+"""Raised when a release computes the same training in 16 bits with other last bits. 2: 1 / tokens is not rounded."""
+
+
+def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is compared apart."""
+    settings = {
+        key: value
+        for key, value in info["config"].items()
+        if key not in _MAY_CHANGE and not (key in _YOUNGER and value == _YOUNGER[key])
+    }
+    settings["optim"] = STATES.get(settings["optim"], settings["optim"])
+    return {
+        **settings,
+        "data": info["data"]["sha256"],
+        "template": info["template_sha256"],
+        "tokenizer": info["tokenizer_sha256"],
+        "total_steps": info["total_steps"],
+        "compute_dtype": info["compute_dtype"],
+        "threads": info["machine"]["threads"],
+        "machine": info["machine"]["device"],
+        "kernel_path": info["machine"]["kernel_path"],
+        **{name: info["versions"][name] for name in ("torch", "transformers")},
+        "arithmetic": None if info["compute_dtype"] == "float32" else ARITHMETIC,
+    }
+
+
+def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]) -> list[str]:
+    """What differs from the checkpoint's training and was allowed to, a line each.
+
+    Raises:
+        ModelError: something differs that was not allowed, or that no resume can change; names all of it.
+    """
+    before, now = state["fingerprint"], fingerprint(info)
+    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    known = before.keys() | now.keys() | {"base"}
+    if unknown := sorted(allowed - known):
+        close = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        raise UsageError(
+            f"allow_change names {unknown[0]!r}, which is nothing that can change",
+            ways_out=[f"did you mean {close[0]!r}?"] if close else [],
+        )
+    lines = {key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ}
+    refused = [key for key in differ if key not in allowed or key in _FIXED]
+    if refused:
+        free = [key for key in refused if key not in _FIXED]
+        ways = ["repeat the command as it was", "or start anew in another --output_dir"]
+        if free and len(free) == len(refused):
+            ways.insert(1, f"or accept the change, and a result that is not bit-exact: --allow_change {','.join(free)}")
+        raise ModelError(
+            "the checkpoint belongs to another training than this command describes",
+            found="; ".join(lines[key] for key in refused),
+            ways_out=ways,
+        )
+    return list(lines.values())
