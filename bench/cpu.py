@@ -132,17 +132,17 @@ def quant(who: str, home: Path) -> dict[str, dict[str, float]]:
     import torch
 
     from halfbyte import ops
-    from halfbyte.quantization import tensor as nf4
+    from halfbyte.quantization.tensor import quantize
 
     torch.manual_seed(0)
     w = torch.randn(4096, 11008, dtype=torch.bfloat16)
-    q, out = nf4.quantize(w), torch.empty(w.numel(), dtype=w.dtype)
+    q, out = quantize(w), torch.empty(w.numel(), dtype=w.dtype)
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     copied = torch.empty_like(w)
     forward: dict[str, Callable[[], object]] = {"torch_copy": lambda: copied.copy_(w)}
     back: dict[str, Callable[[], object]] = dict(forward)
     for name, path in our_paths().items():
-        forward[name] = on_path(path, lambda: nf4.quantize(w))
+        forward[name] = on_path(path, lambda: quantize(w))
         back[name] = on_path(path, lambda: ops.dequantize_4bit(q.parts, w.numel(), w.dtype, out))
     forward["bitsandbytes"] = lambda: bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     back["bitsandbytes"] = lambda: bnb.dequantize_4bit(packed, state)
@@ -171,7 +171,7 @@ def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
     import torch
     from torch import nn
 
-    from halfbyte.quantization import tensor as nf4
+    from halfbyte.quantization.tensor import quantize
 
     results: dict[str, dict[str, float]] = {}
     for columns in (4096, 11008):
@@ -180,7 +180,7 @@ def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
         plain = nn.Linear(columns, 4096, bias=False, dtype=torch.bfloat16)
         plain.weight = nn.Parameter(w, requires_grad=False)
         ours = nn.Linear(columns, 4096, bias=False, device="meta")
-        ours.weight = nn.Parameter(nf4.quantize(w), requires_grad=False)
+        ours.weight = nn.Parameter(quantize(w), requires_grad=False)
         theirs = bnb.nn.Linear4bit(
             columns, 4096, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
         )

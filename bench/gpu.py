@@ -124,7 +124,7 @@ def limits() -> dict[str, float]:
 def check() -> dict[str, Any]:
     """Every operation on its small case; 4-bit codes and 8-bit AdamW bit for bit on large ones; past 2^31 elements."""
     from halfbyte.ops import fourbit, gpu
-    from halfbyte.quantization import tensor as nf4
+    from halfbyte.quantization.tensor import _level_table, _scale_table, quantize
 
     found: dict[str, Any] = {}
     for name in gpu.SPELLINGS:
@@ -135,16 +135,16 @@ def check() -> dict[str, Any]:
     narrow = torch.float16 if _tiny else torch.bfloat16
     for shape in [(64, 48)] if _tiny else [(4096, 11008), (3, 1000, 777), (1, 12345677)]:
         weight = torch.randn(shape, generator=generator, device=device()).to(narrow)
-        stored, levels = nf4.quantize(weight), nf4._level_table("nf4", device())
+        stored, levels = quantize(weight), _level_table("nf4", device())
         packed, absmax = fourbit._quantize(weight, levels, 64)
-        codes, nested, _ = fourbit._quantize_absmax(absmax, nf4._scale_table(device()), 256)
+        codes, nested, _ = fourbit._quantize_absmax(absmax, _scale_table(device()), 256)
         assert stored.nested_absmax is not None
         same = torch.equal(stored.packed, packed) and torch.equal(stored.absmax, codes)
         same = same and torch.equal(stored.nested_absmax, nested)
         plain = torch.empty(weight.numel(), dtype=narrow, device=device())
         fourbit._dequantize(*stored.parts, plain)
         same = same and torch.equal(stored.dequantize().view(-1), plain)
-        on_cpu = nf4.quantize(weight.cpu())
+        on_cpu = quantize(weight.cpu())
         for mine, theirs in zip(stored.stored_tensors(), on_cpu.stored_tensors(), strict=True):
             same = same and torch.equal(mine.cpu(), theirs)
         found[f"4 bits of {list(shape)}"] = "the same bits as plain PyTorch and the CPU" if same else "DIFFERS"
@@ -154,11 +154,11 @@ def check() -> dict[str, Any]:
         many = 2**31 + 4096
         row = torch.randn(4096, generator=generator, device=device()).to(narrow)
         weight = row.repeat(many // 4096)
-        stored = nf4.quantize(weight)
+        stored = quantize(weight)
         last = stored.dequantize()[-4096:]
         found["beyond 2^31 elements"] = (
             "right"
-            if torch.equal(last, nf4.quantize(row).dequantize())
+            if torch.equal(last, quantize(row).dequantize())
             else ("near" if float((last - row).norm() / row.norm()) < 0.12 else "WRONG")
         )
         del weight, stored, last
@@ -168,9 +168,9 @@ def check() -> dict[str, Any]:
 def large() -> dict[str, str]:
     """Operations beside their meaning at the sizes of models."""
     from halfbyte import ops
-    from halfbyte.ops import dropout, fourbit, gpu, passes
+    from halfbyte.ops import dropout, fourbit, gpu, gpu_calls, passes
     from halfbyte.ops.attention import _attention, _attention_grad
-    from halfbyte.quantization import tensor as nf4
+    from halfbyte.quantization.tensor import quantize
 
     narrow, here = torch.float16 if _tiny else torch.bfloat16, device()
     width, vocabulary, tokens = (64, 500, 40) if _tiny else (8192, 128256, 3000)
@@ -178,23 +178,23 @@ def large() -> dict[str, str]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=here).to(narrow)
 
-    weight = nf4.quantize(random(width // 2, width)).parts
+    weight = quantize(random(width // 2, width)).parts
     few, x, w, logits = random(4, width), random(tokens, width), random(width), random(40, vocabulary)
     labels, numbers = torch.arange(40, device=here) * 7, list(ops.Dropout(3277, 42, 1, 2, 3))
     pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
         "matvec": (fourbit._linear, fourbit.linear_by_triton, (few, *weight, width // 2, None, None, None)),
-        "rms_norm": (passes._rms_norm, gpu.rms_norm, (x, w, 1e-6, 0.0, True)),
-        "cross_entropy": (passes._cross_entropy, gpu.cross_entropy, (logits, labels, torch.empty_like(logits))),
-        "drop": (dropout._drop, gpu.drop, (x, numbers)),
+        "rms_norm": (passes._rms_norm, gpu_calls.rms_norm, (x, w, 1e-6, 0.0, True)),
+        "cross_entropy": (passes._cross_entropy, gpu_calls.cross_entropy, (logits, labels, torch.empty_like(logits))),
+        "drop": (dropout._drop, gpu_calls.drop, (x, numbers)),
     }
     if not _tiny:
         q, k, v = random(tokens, 32, 128), random(tokens, 8, 128), random(tokens, 8, 128)
         rows = torch.tensor([0, 1, 1500, tokens], dtype=torch.int32)
         form = (128**-0.5, 0, 0.0)
         results = _attention(q, k, v, rows, *form)
-        pairs["attention"] = (_attention, gpu.attention, (q, k, v, rows, *form))
+        pairs["attention"] = (_attention, gpu_calls.attention, (q, k, v, rows, *form))
         given = (random(*q.shape), q, k, v, rows, *results, *form)
-        pairs["attention_grad"] = (_attention_grad, gpu.attention_grad, given)
+        pairs["attention_grad"] = (_attention_grad, gpu_calls.attention_grad, given)
     return {
         f"{name}, large": gpu.disagreement(meaning, ours, lambda device, given=given: given, here) or "agrees"
         for name, (meaning, ours, given) in pairs.items()
@@ -206,7 +206,7 @@ def large() -> dict[str, str]:
 
 def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
     """Dequantize and quantize by shape, matvec by tokens, beside bitsandbytes and a copy."""
-    from halfbyte.quantization import tensor as nf4
+    from halfbyte.quantization.tensor import quantize
 
     bnb, found = bitsandbytes(), {}
     for shape in [(64, 128)] if _tiny else [(4096, 4096), (14336, 4096), (28672, 8192)]:
@@ -215,7 +215,7 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
         # as many of each as the second-level cache does not hold, in turns
         several = range(max(1, -(-200_000_000 // (2 * n))) if not _tiny else 2)
         weights = [weight.clone() for _ in several]
-        quantized = [nf4.quantize(w).parts for w in weights]
+        quantized = [quantize(w).parts for w in weights]
         outs = [torch.empty(n, dtype=weight.dtype, device=device()) for _ in several]
         next_one = itertools.cycle(several)
 
@@ -242,7 +242,7 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
         row["bandwidth_of_copy"] = 2.516 * n / times["ours"] / 1e6 / ceilings["copy_gb_per_s"]
         if "bitsandbytes" in times:
             row["times_bitsandbytes"] = times["bitsandbytes"] / times["ours"]
-        row["quantize_ms"] = milliseconds(lambda weight=weight: nf4.quantize(weight), 5)
+        row["quantize_ms"] = milliseconds(lambda weight=weight: quantize(weight), 5)
         for tokens in (1, 4, 8, 16, 64):
             x = torch.randn(tokens, shape[1], device=device()).to(weight.dtype)
 
@@ -314,7 +314,7 @@ def configuration(name: str) -> Any:
 
 def random_model(name: str, options: Any) -> Any:
     """A frozen model of the true geometry on the device, 4-bit weights random bytes, in seconds."""
-    from halfbyte.model.architecture import empty_base
+    from halfbyte.quantization.load import empty_base
 
     model = empty_base(configuration(name), options, torch.bfloat16)
     generator = torch.Generator(device()).manual_seed(0)
@@ -329,8 +329,7 @@ def random_model(name: str, options: Any) -> Any:
 
 
 def _random(p: Tensor, generator: torch.Generator) -> Tensor:
-    from halfbyte.quantization import tensor as nf4
-    from halfbyte.quantization.tensor import NF4Tensor
+    from halfbyte.quantization.tensor import NF4Tensor, _level_table, _scale_table
 
     if not isinstance(p, NF4Tensor):
         if p.dim() == 1:
@@ -342,8 +341,8 @@ def _random(p: Tensor, generator: torch.Generator) -> Tensor:
         parts[name] = torch.randint(0, 256, size, dtype=torch.uint8, device=device(), generator=generator)
     parts["nested_absmax"] = torch.full_like(parts["nested_absmax"], 0.01, device=device())
     parts["nested_offset"] = torch.full((), 0.05, device=device())
-    parts["quant_map"] = nf4._level_table(p.quant_type, device())
-    parts["nested_quant_map"] = nf4._scale_table(device())
+    parts["quant_map"] = _level_table(p.quant_type, device())
+    parts["nested_quant_map"] = _scale_table(device())
     return NF4Tensor(type(p.parts)(**parts), p.shape, p.dtype, p.quant_type)
 
 
@@ -372,7 +371,8 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
     from halfbyte.engine.selftest import Abilities, self_test
     from halfbyte.model import attention
     from halfbyte.model.fusion import fuse
-    from halfbyte.planning.plan import plan_memory, work_of
+    from halfbyte.planning.dry_run import plan_memory
+    from halfbyte.planning.workload import work_of
 
     tokens = 32 if _tiny else tokens
     options = options_for(tokens, **more)

@@ -42,8 +42,9 @@ def measure(case: str, home: Path) -> dict[str, float]:
     from halfbyte.data.renderer import Encoded
     from halfbyte.memory.process import Peak
     from halfbyte.model import attention
-    from halfbyte.planning.plan import Planner
-    from halfbyte.planning.resident import TensorBytes, resident
+    from halfbyte.planning.resident import resident
+    from halfbyte.planning.search import Planner
+    from halfbyte.planning.tracker import TensorBytes
     from halfbyte.run.directory import Run
     from halfbyte.training.trainer import Trainer
 

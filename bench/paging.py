@@ -11,6 +11,7 @@ the last two are written to --home first (3.8 and 36.5 GB) and stay there if it 
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -60,10 +61,13 @@ def make_packed(size: str, home: Path) -> Path:
 
     from halfbyte import ops
     from halfbyte.config.options import ModelOptions
-    from halfbyte.files import hub
-    from halfbyte.model.architecture import build_empty, quantizable
-    from halfbyte.quantization import tensor as nf4
+    from halfbyte.files import atomic, hub
+    from halfbyte.files.safetensors import INDEX, TensorFile
+    from halfbyte.model.architecture import build_empty
+    from halfbyte.model.targets import quantizable
     from halfbyte.quantization import writer as quantized
+    from halfbyte.quantization.bnb_format import STATE_KEY, components
+    from halfbyte.quantization.tensor import NF4Tensor, quantize
     from halfbyte.quantization.weights import _digest
 
     path = home / f"packed-{size}"
@@ -77,9 +81,9 @@ def make_packed(size: str, home: Path) -> Path:
     in_4bit = quantizable(model)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (1 << 28,), dtype=torch.uint8, generator=generator)
-    template = nf4.quantize(torch.zeros(64, 64))
+    template = quantize(torch.zeros(64, 64))
 
-    def packed(shape: torch.Size, number: int) -> nf4.NF4Tensor:
+    def packed(shape: torch.Size, number: int) -> NF4Tensor:
         count = shape.numel()
         at = 1_000_003 * number % (len(noise) - count // 2)
         blocks = count // 64
@@ -93,7 +97,7 @@ def make_packed(size: str, home: Path) -> Path:
             64,
             256,
         )
-        return nf4.NF4Tensor(parts, shape, torch.bfloat16, "nf4")
+        return NF4Tensor(parts, shape, torch.bfloat16, "nf4")
 
     digests, weight_map, names = [], {}, [name for name, _ in model.named_parameters()]
     shards = [names[i : i + 63] for i in range(0, len(names), 63)]
@@ -105,18 +109,18 @@ def make_packed(size: str, home: Path) -> Path:
         for name in shard:
             p = model.get_parameter(name)
             if name in in_4bit:
-                parts = nf4.components(name, packed(p.shape, 0))
-                late |= {key: 512 for key in parts if nf4.STATE_KEY in key}
+                parts = components(name, packed(p.shape, 0))
+                late |= {key: 512 for key in parts if STATE_KEY in key}
                 known |= {key: (t.dtype, tuple(t.shape)) for key, t in parts.items() if key not in late}
             else:
                 known[name] = (torch.bfloat16, tuple(p.shape))
-        with hub.TensorFile(path / file, known, late) as out:
+        with TensorFile(path / file, known, late) as out:
             for name in shard:
                 p = model.get_parameter(name)
                 number += 1
                 if name in in_4bit:
                     tensor = packed(p.shape, number)
-                    written, held = nf4.components(name, tensor), tensor.stored_tensors()
+                    written, held = components(name, tensor), tensor.stored_tensors()
                 else:
                     values = (
                         torch.ones(p.shape)
@@ -129,11 +133,11 @@ def make_packed(size: str, home: Path) -> Path:
                 for key, value in written.items():
                     out.write(key, value)
                     weight_map[key] = file
-    hub.write_json(path / hub.INDEX, {"metadata": {}, "weight_map": weight_map})
+    atomic.write_json(path / INDEX, {"metadata": {}, "weight_map": weight_map})
     quantization = quantized._quantization(options)
-    hub.write_json(path / "config.json", {**hub.read_json(path / "config.json"), **quantization})
-    digest = quantized.hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
-    hub.write_json(path / quantized.FACTS, {"digest": digest, "tensors": []})
+    atomic.write_json(path / "config.json", {**atomic.read_json(path / "config.json"), **quantization})
+    digest = hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
+    atomic.write_json(path / quantized.FACTS, {"digest": digest, "tensors": []})
     return path
 
 
@@ -256,10 +260,10 @@ def measure(case: str, who: str, home: Path) -> dict[str, Any]:
 
 def alone(case: str, options: dict[str, Any], home: Path) -> dict[str, Any]:
     """A training step in this process, and what it took of memory and disk."""
-    from halfbyte.engine.adamw8bit import PagedAdamW8bit
+    from halfbyte.engine.paged_optimizers import PagedAdamW8bit
     from halfbyte.memory.process import Peak
     from halfbyte.model import attention
-    from halfbyte.planning.plan import Planner
+    from halfbyte.planning.search import Planner
 
     trainer = trainer_for(case, options, home)
     path = Path(trainer.config.model)

@@ -70,7 +70,9 @@ ROWS: list[tuple[str, str, float, int, dict[str, Any]]] = [
 def planned(model: str, tokens: int, options: dict[str, Any]) -> int:
     """Bytes at the peak of a training on a GPU."""
     from halfbyte.config.options import PlanConfig
-    from halfbyte.planning.plan import CONTEXT_BYTES, plan_memory, work_of
+    from halfbyte.planning.budget import CONTEXT_BYTES
+    from halfbyte.planning.dry_run import plan_memory
+    from halfbyte.planning.workload import work_of
 
     config = PlanConfig(model=model, max_length=tokens, dtype="bfloat16", **options)
     work = work_of(config, None)
@@ -78,7 +80,7 @@ def planned(model: str, tokens: int, options: dict[str, Any]) -> int:
 
 
 def usual_models() -> list[dict[str, Any]]:
-    from halfbyte.planning.plan import CARDS, RESERVE
+    from halfbyte.planning.budget import CARDS, RESERVE
 
     cards = sorted({size << 20: name for name, size in reversed(CARDS.items())}.items())
     found = []

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halfbyte import nf4, ops
-from halfbyte.ops import gpu
+from halfbyte.ops import gpu, gpu_calls
 
 TYPES = {
     torch.float32: "fp32",
@@ -39,7 +39,7 @@ def described(argument: Any) -> tuple[str, bool]:
 
 
 class Launches:
-    """In place of `gpu._launch`: what would be compiled."""
+    """In place of `gpu_calls._launch`: what would be compiled."""
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
@@ -65,7 +65,7 @@ class Launches:
 def launches() -> Launches:
     """Of every operation on its own small case in bf16, and of the sizes that models have."""
     found = Launches()
-    gpu._launch = found
+    gpu_calls._launch = found
     plain = gpu.sample
     gpu.sample = lambda *args, wide=False, seed=0: plain(*args, wide=wide, seed=seed).to(
         torch.float32 if wide else torch.bfloat16
@@ -78,21 +78,21 @@ def launches() -> Launches:
     narrow = torch.bfloat16
     for double in (True, False):
         weight = nf4.quantize(torch.ones(256, 512), double_quant=double)
-        gpu.dequantize_4bit(*weight.parts, torch.empty(256 * 512, dtype=narrow))
-        gpu.matvec(torch.ones(1, 512, dtype=narrow), tuple(weight.parts), 256)
+        gpu_calls.dequantize_4bit(*weight.parts, torch.empty(256 * 512, dtype=narrow))
+        gpu_calls.matvec(torch.ones(1, 512, dtype=narrow), tuple(weight.parts), 256)
     wide, x = torch.ones(2, 8192, dtype=narrow), torch.ones(8192, dtype=narrow)
-    _, inverse = gpu.rms_norm(wide, x, 1e-6, 1.0, False)
-    gpu.rms_norm_grad(wide, wide, x, inverse, 1.0)
+    _, inverse = gpu_calls.rms_norm(wide, x, 1e-6, 1.0, False)
+    gpu_calls.rms_norm_grad(wide, wide, x, inverse, 1.0)
     logits = torch.ones(2, 128256, dtype=narrow)
-    gpu.cross_entropy(logits, torch.tensor([0, 1]), torch.empty_like(logits))
+    gpu_calls.cross_entropy(logits, torch.tensor([0, 1]), torch.empty_like(logits))
     for activation in (1, 2):
-        gpu.gated(wide, wide, activation)
-        gpu.gated_grad(wide, wide, wide, activation)
+        gpu_calls.gated(wide, wide, activation)
+        gpu_calls.gated_grad(wide, wide, wide, activation)
     for first in (0, 2**34):
         numbers = list(ops.Dropout(100, (1 << 62) + 5, 3, 0, 17, first))
-        gpu.drop(wide, numbers)
-        gpu.add_dropped(wide, wide, numbers)
-    gpu.rotate(torch.ones(4, 8, 128, dtype=narrow), torch.ones(4, 128, dtype=narrow), torch.ones(4, 128), True)
+        gpu_calls.drop(wide, numbers)
+        gpu_calls.add_dropped(wide, wide, numbers)
+    gpu_calls.rotate(torch.ones(4, 8, 128, dtype=narrow), torch.ones(4, 128, dtype=narrow), torch.ones(4, 128), True)
     return found
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from halfbyte import codebooks, ops
-from halfbyte.ops import cpu
+from halfbyte.ops import cpu, cpu_calls
+from halfbyte.ops.cpu_library import _DTYPES, call, open_library
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -78,8 +79,8 @@ def weight(
         fence.empty(((numel + 1) // 2,), torch.uint8),
         fence.empty((-(-numel // block_size),), torch.float32),
     )
-    cpu.call(
-        cpu.active(), "hb_quantize", w.data_ptr(), cpu._DTYPES[dtype], numel, table.data_ptr(), block_size,
+    call(
+        cpu.active(), "hb_quantize", w.data_ptr(), _DTYPES[dtype], numel, table.data_ptr(), block_size,
         packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), chance.choice((1, 2, 3)),
     )  # fmt: skip
     with cpu.using("torch"):
@@ -95,7 +96,7 @@ def weight(
             fence.empty((groups,), torch.float32),
             fence.empty((1,), torch.float32),
         )
-        cpu.call(
+        call(
             cpu.active(), "hb_quantize_absmax", absmax.data_ptr(), absmax.numel(), scale_table.data_ptr(),
             parts.nested_block_size, codes.data_ptr(), nested.data_ptr(), groups, offset.data_ptr(),
             chance.choice((1, 2)),
@@ -428,7 +429,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--huge", action="store_true")
     arguments = parser.parse_args()
-    cpu._library, cpu._tried, cpu._why = cpu.open_library(arguments.library), True, "a test's"
+    cpu._library, cpu._tried, cpu._why = open_library(arguments.library), True, "a test's"
     chance = random.Random(arguments.seed)
     ran = 0
     for path in cpu.paths():
@@ -439,7 +440,7 @@ def main() -> None:
             continue
         for _ in range(arguments.count):
             fence = Fence(chance)
-            cpu.ARENA = Fenced(fence)  # results, too, lie behind forbidden pages
+            cpu_calls.ARENA = Fenced(fence)  # results, too, lie behind forbidden pages
             numel = chance.choice((1, 2, 63, 64, 65, chance.randrange(1, 5000), chance.randrange(1, 40000)))
             _, parts = weight(fence, chance, numel, chance.choice(DTYPES))
             dequantize(fence, chance, parts, numel)

@@ -20,7 +20,7 @@ from halfbyte.adapters.modules_to_save import save_modules, saved_modules
 from halfbyte.adapters.peft_files import adapter_off
 from halfbyte.errors import ModelError, UsageError
 from halfbyte.exporters.merge import surviving_share
-from halfbyte.files import hub
+from halfbyte.files.safetensors import Checkpoint, write_safetensors
 
 
 def lively(model: nn.Module) -> None:
@@ -240,7 +240,7 @@ def test_dora_and_whole_modules_are_trained_resumed_and_merged(stories: Path, tm
         if row["step"] == 4:
             raise KeyboardInterrupt
 
-    from halfbyte.training.trainer import Reporter
+    from halfbyte.progress import Reporter
 
     with pytest.raises(KeyboardInterrupt):
         trained(stories, tmp_path, "cut", reporter=Reporter(on_step=stop), **again)
@@ -325,17 +325,17 @@ def test_composite_modules_and_older_checkpoints_are_merged(stories: Path, tmp_p
     """An MLP trained whole is in the merge; a buffer that models compute today is carried along."""
     base = tmp_path / "base"
     shutil.copytree(stories, base)
-    entries = hub.Checkpoint(base)
+    entries = Checkpoint(base)
     tensors = {name: entries.read(name) for name in entries}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     for file in base.glob("*.safetensors*"):
         file.unlink()
-    hub.write_safetensors(base / "model.safetensors", tensors)
+    write_safetensors(base / "model.safetensors", tensors)
     options = {"load_in_4bit": False, "target_modules": "q_proj", "modules_to_save": "mlp", "learning_rate": 1e-1}
     run = trained(base, tmp_path, "run", max_steps=2, **options)
     receipt = halfbyte.merge(run.path, tmp_path / "merged")
     assert receipt.greedy_agreement == 1.0
-    merged = hub.Checkpoint(tmp_path / "merged")
+    merged = Checkpoint(tmp_path / "merged")
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(merged.read(name), tensors[name])
     assert torch.equal(merged.read("model.layers.0.self_attn.rotary_emb.inv_freq"), torch.ones(4))
@@ -381,7 +381,7 @@ def test_twenty_steps_agree_with_pefts(stories: Path, tmp_path: Path):
         num_samples=0,
     )
     losses = [row["loss"] for row in run.read("metrics.jsonl")]
-    from halfbyte.planning.plan import schedule_of
+    from halfbyte.data.dataset import schedule_of
     from halfbyte.training.trainer import Trainer
 
     trainer = Trainer(run.config(), run)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from halfbyte import codebooks, load, nf4, ops
 from halfbyte.errors import UsageError
-from halfbyte.ops import cpu
+from halfbyte.ops import cpu, cpu_calls
+from halfbyte.ops.cpu_library import call, open_library
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "src/halfbyte/ops/csrc"
@@ -225,10 +226,10 @@ def test_arguments_are_checked(change: dict[str, Any], message: str | None):
     arguments.pop("keep") if message else None
     given = [value for name, value in arguments.items() if name != "keep"]
     if message is None:
-        cpu.call(cpu.active(), "hb_quantize", *given)
+        call(cpu.active(), "hb_quantize", *given)
         return
     with pytest.raises(ValueError, match=message):
-        cpu.call(cpu.active(), "hb_quantize", *given)
+        call(cpu.active(), "hb_quantize", *given)
 
 
 @needs_library
@@ -238,17 +239,17 @@ def test_linear_arguments_are_checked():
 
     def call(**change: Any) -> None:
         given: dict[str, Any] = {
-            "x": x.data_ptr(), "tokens": 3, "in": 64, "out": 8, "weight": cpu._weight(q, 512)[0], "bias": None,
+            "x": x.data_ptr(), "tokens": 3, "in": 64, "out": 8, "weight": cpu_calls._weight(q, 512)[0], "bias": None,
             "u": None, "b": None, "rank": 0, "y": y.data_ptr(), "dtype": 0, "threads": 1,
         }  # fmt: skip
-        cpu.call(cpu.active(), "hb_linear", *{**given, **change}.values())
+        call(cpu.active(), "hb_linear", *{**given, **change}.values())
 
     call()
-    other = cpu._weight(q, 512)[0]
+    other = cpu_calls._weight(q, 512)[0]
     other.nested_count = 2
-    short = cpu._weight(q, 512)[0]
+    short = cpu_calls._weight(q, 512)[0]
     short.packed_count = 255
-    tableless = cpu._weight(q, 512)[0]
+    tableless = cpu_calls._weight(q, 512)[0]
     tableless.nested_quant_map = None
     for change, message in (
         ({"x": None}, "input is a null pointer"),
@@ -281,9 +282,9 @@ def test_dequantizing_over_its_own_storage_is_refused(part: str):
 
     q = nf4.quantize(torch.randn(8, 64)).parts
     q = q._replace(**{name: apart(getattr(q, name)) for name in ("packed", "absmax", "quant_map", "nested_absmax")})
-    weight = cpu._weight(q, 512)[0]
+    weight = cpu_calls._weight(q, 512)[0]
     with pytest.raises(ValueError, match=f"out and {part} overlap"):
-        cpu.call(cpu.active(), "hb_dequantize", weight, getattr(q, part).data_ptr() // 4 * 4, 0, 512, 1)
+        call(cpu.active(), "hb_dequantize", weight, getattr(q, part).data_ptr() // 4 * 4, 0, 512, 1)
 
 
 @needs_library
@@ -304,7 +305,7 @@ def test_random_arguments_never_end_the_process():
         if arguments["numel"] > 130 and arguments["packed_count"] == (arguments["numel"] + 1) // 2:
             continue
         try:
-            cpu.call(cpu.active(), "hb_quantize", *[v for k, v in arguments.items() if k != "keep"])
+            call(cpu.active(), "hb_quantize", *[v for k, v in arguments.items() if k != "keep"])
         except ValueError:
             refused += 1
     assert refused > 2000
@@ -345,9 +346,9 @@ def test_the_choice_is_followed(stories: Path):
 
 def test_a_foreign_library_is_refused(tmp_path: Path):
     with pytest.raises(OSError, match="cannot open shared object file"):
-        cpu.open_library(str(tmp_path / "absent.so"))
+        open_library(str(tmp_path / "absent.so"))
     with pytest.raises(OSError, match="belongs to another version"):
-        cpu.open_library(torch._C.__file__)
+        open_library(torch._C.__file__)
 
 
 @needs_library

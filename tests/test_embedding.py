@@ -15,7 +15,9 @@ from halfbyte.engine.learner import Learner
 from halfbyte.engine.selftest import Abilities
 from halfbyte.errors import UsageError
 from halfbyte.model.host_embedding import host_table, keep_on_host, why_not
-from halfbyte.planning.plan import CONTEXT_BYTES, Budget, Planner, outline
+from halfbyte.planning.budget import CONTEXT_BYTES, Budget
+from halfbyte.planning.dry_run import outline
+from halfbyte.planning.search import Planner
 
 IDS = torch.arange(24).view(2, 12) * 5 % 160
 

@@ -17,8 +17,8 @@ from halfbyte.data.renderer import Renderer
 from halfbyte.engine.evaluate import exact_matches, mean_loss, score
 from halfbyte.engine.generate import answer, answers
 from halfbyte.files import hub
-from halfbyte.quantization.load import load
 from halfbyte.run.directory import Run
+from halfbyte.run.load import load
 
 EIGHT = [
     ("What is the capital of France?", "Paris, on the Seine."),

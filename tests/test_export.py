@@ -20,9 +20,9 @@ from halfbyte.adapters.peft_files import load_adapter
 from halfbyte.cli import run as command
 from halfbyte.config.options import ModelOptions
 from halfbyte.errors import ModelError, StorageError, UsageError
-from halfbyte.files import hub as hub_files
 from halfbyte.files import publish
-from halfbyte.model.architecture import no_progress
+from halfbyte.files.safetensors import Checkpoint, write_safetensors
+from halfbyte.progress import no_progress
 from halfbyte.quantization.writer import quantize
 
 ROWS = [{"prompt": f"{word} is", "completion": f" a word of {len(word)} letters"} for word in "one three seven".split()]
@@ -110,10 +110,10 @@ def test_a_base_that_has_changed_is_not_exported(base: Path, data: Path, tmp_pat
     found = halfbyte.export(run.path, tmp_path / "out", "bnb-4bit")
     assert found["digest"] == run.info()["base"]["digest"]
     assert (tmp_path / "out" / "README.md").read_bytes() == (run.adapter / "README.md").read_bytes()
-    held = hub_files.Checkpoint(tmp_path / "q")
+    held = Checkpoint(tmp_path / "q")
     tensors = {name: held.read(name) for name in held}
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
-    hub_files.write_safetensors(next((tmp_path / "q").glob("*.safetensors")), tensors)
+    write_safetensors(next((tmp_path / "q").glob("*.safetensors")), tensors)
     with pytest.raises(ModelError, match="changed since"):
         halfbyte.export(run.path, tmp_path / "no", "bnb-4bit")
     assert not (tmp_path / "no").exists()

@@ -14,6 +14,7 @@ from halfbyte import ops
 from halfbyte.model import fusion
 from halfbyte.model.attention import segments
 from halfbyte.model.fusion import FusedMLP, FusedNorm
+from halfbyte.model.recognize import _NORMS, _digest, activation_name, normal_form
 from halfbyte.ops import cpu
 from halfbyte.run.directory import EVALS
 from halfbyte.training.trainer import train
@@ -155,9 +156,9 @@ def test_an_unknown_form_is_left_alone():
 @needs_library
 def test_a_kind_that_differs_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     """A form recognized wrongly (Gemma's taken for one without the 1) must not pass the comparison."""
-    text, _ = fusion.normal_form(type(norm("gemma", "GemmaRMSNorm")).forward)
-    helper, _ = fusion.normal_form(type(norm("gemma", "GemmaRMSNorm"))._norm)  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(fusion._NORMS, fusion._digest(f"{text}\n--\n{helper}"), (0.0, False))
+    text, _ = normal_form(type(norm("gemma", "GemmaRMSNorm")).forward)
+    helper, _ = normal_form(type(norm("gemma", "GemmaRMSNorm"))._norm)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(_NORMS, _digest(f"{text}\n--\n{helper}"), (0.0, False))
     module = norm("gemma", "GemmaRMSNorm")
     own = type(module)
     found = fusion.fuse(nn.Sequential(module))
@@ -181,9 +182,9 @@ def test_activations_are_known_by_their_values():
         "gelu_new": "gelu_tanh",
     }
     for name, ours in expected.items():
-        assert fusion.activation_name(ACT2FN[name]) == ours
+        assert activation_name(ACT2FN[name]) == ours
     for name in ("relu", "quick_gelu", "relu2", "tanh", "gelu_10"):
-        assert fusion.activation_name(ACT2FN[name]) is None
+        assert activation_name(ACT2FN[name]) is None
     assert set(expected.values()) == set(ops.ACTIVATIONS)
 
 

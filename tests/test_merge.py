@@ -17,8 +17,9 @@ from halfbyte.cli import run as cli
 from halfbyte.config.options import ModelOptions
 from halfbyte.errors import StorageError, UsageError, VerificationError
 from halfbyte.exporters.merge import surviving_share
-from halfbyte.files import hub
-from halfbyte.quantization import tensor as nf4
+from halfbyte.files.safetensors import read_header
+from halfbyte.quantization.bnb_format import quantized_names
+from halfbyte.quantization.tensor import quantize
 from halfbyte.run.directory import Run
 
 
@@ -73,8 +74,8 @@ def test_a_run_on_an_unquantized_or_a_4_bit_base_merges_too(run: Run, tmp_path: 
         receipt = halfbyte.merge(out, out.with_name("m"), requantize=True, min_survival=0, min_agreement=0.95)
         assert list(receipt.comparisons) == ["trained", "trained, requantized"]
         assert receipt.comparisons["trained, requantized"].kl > receipt.comparisons["trained"].kl
-        entries = hub.read_header(out.with_name("m") / "model.safetensors")
-        assert nf4.quantized_names(set(entries))
+        entries = read_header(out.with_name("m") / "model.safetensors")
+        assert quantized_names(set(entries))
         assert str(tmp_path) not in (out.with_name("m") / "README.md").read_text()
         shutil.rmtree(out.with_name("m"))
     with pytest.raises(UsageError, match="matches no adapted layer"):
@@ -93,7 +94,7 @@ def test_changed_data_is_not_called_held_out(run: Run, tmp_path: Path):
 
 
 def test_without_room_for_the_other_merge_it_is_not_compared(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    module = sys.modules["halfbyte.merge"]
+    module = sys.modules["halfbyte.exporters.merge"]
     honest = module._write
 
     def write(base: Path, target: Path, model: Any, onto: str, progress: Any) -> None:
@@ -138,8 +139,8 @@ def test_requantizing_is_refused_with_the_figure_and_done_where_it_is_accepted(
     after, before = found["comparisons"]["trained, requantized"], found["comparisons"]["trained"]
     assert after["kl"] > before["kl"] and found["recommended"] == "trained"
     assert "onto trained, requantized (this one)" in (tmp_path / "m/README.md").read_text()
-    entries = hub.read_header(tmp_path / "m/model.safetensors")
-    assert nf4.quantized_names(set(entries)), "it is stored in 4 bits"
+    entries = read_header(tmp_path / "m/model.safetensors")
+    assert quantized_names(set(entries)), "it is stored in 4 bits"
     assert "of the adapter's effect survive" in (tmp_path / "m/README.md").read_text()
     model, tokenizer = halfbyte.load(tmp_path / "m")
     assert tokenizer.chat_template and torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()
@@ -151,7 +152,7 @@ def test_what_survives_rounding(in_4bit: bool):
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
     linear = nn.Linear(256, 64, bias=False)
-    held = nf4.quantize(weight).with_dtype(torch.float32) if in_4bit else weight
+    held = quantize(weight).with_dtype(torch.float32) if in_4bit else weight
     linear.weight = nn.Parameter(held, requires_grad=False)
     layer = LoraLinear.from_linear(linear, AdapterConfig(8, 8), 0, DropoutClock(), torch.Generator().manual_seed(0))
     shares = []

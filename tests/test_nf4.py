@@ -13,10 +13,10 @@ from torch import nn
 
 from halfbyte import codebooks, ops
 from halfbyte.errors import ModelError
-from halfbyte.files import hub
+from halfbyte.files.safetensors import read_header, read_tensor
 from halfbyte.ops import cpu, dequantized
-from halfbyte.quantization import tensor as nf4
-from halfbyte.quantization.tensor import NF4Tensor
+from halfbyte.quantization.bnb_format import components, from_components, read_checkpoint, write_checkpoint
+from halfbyte.quantization.tensor import NF4Tensor, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 172), (1,), (3,), (65,), (1000, 7), (4, 64), (128, 512), (0,)]
@@ -36,7 +36,7 @@ def test_codes_and_scales_equal_bitsandbytes(quant_type: str, block_size: int, d
     for shape in SHAPES[:-1]:
         w = random_weight(shape, dtype)
         theirs, state = bnb.quantize_4bit(w, blocksize=block_size, quant_type=quant_type)
-        ours = nf4.quantize(w, block_size=block_size, quant_type=quant_type, double_quant=False)
+        ours = quantize(w, block_size=block_size, quant_type=quant_type, double_quant=False)
         assert torch.equal(ours.packed, theirs.view(-1)), shape
         assert torch.equal(ours.absmax, state.absmax), shape
         assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(theirs, state)), shape
@@ -46,7 +46,7 @@ def test_nested_codes_differ_at_near_ties_only():
     """bitsandbytes looks codes up in 65,536 steps and sums the mean in another order: under 1 % of codes, by one."""
     w = random_weight((512, 4096), torch.float32)
     _, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
-    ours = nf4.quantize(w)
+    ours = quantize(w)
     assert ours.nested_absmax is not None and ours.nested_offset is not None
     steps = (ours.absmax.int() - state.absmax.int()).abs()
     assert int(steps.max()) <= 1 and float((steps > 0).float().mean()) < 0.01
@@ -61,14 +61,14 @@ def test_their_nested_bytes_dequantize_bit_equal(dtype: torch.dtype):
             random_weight(shape, dtype), blocksize=64, quant_type="nf4", compress_statistics=True
         )
         stored = {"w": packed, **{f"w.{key}": value for key, value in state.as_dict(packed=True).items()}}
-        ours = nf4.from_components("w", stored)
+        ours = from_components("w", stored)
         assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state)), shape
 
 
 def test_bitsandbytes_opens_ours():
     w = random_weight((64, 172), torch.bfloat16)
-    ours = nf4.quantize(w)
-    parts = nf4.components("w", ours)
+    ours = quantize(w)
+    parts = components("w", ours)
     state = bnb.QuantState.from_dict(
         {key.removeprefix("w."): value for key, value in parts.items() if key != "w"}, device=torch.device("cpu")
     )
@@ -77,12 +77,12 @@ def test_bitsandbytes_opens_ours():
 
 def test_layout_of_a_checkpoint(tmp_path: Path):
     """Names, shapes and JSON keys in the order bitsandbytes writes them; reading back is bit-exact."""
-    ours = nf4.quantize(random_weight((64, 172), torch.bfloat16))
-    nf4.write_checkpoint(tmp_path / "model.safetensors", {"a.weight": ours, "b": torch.ones(3)})
-    entries = hub.read_header(tmp_path / "model.safetensors")
+    ours = quantize(random_weight((64, 172), torch.bfloat16))
+    write_checkpoint(tmp_path / "model.safetensors", {"a.weight": ours, "b": torch.ones(3)})
+    entries = read_header(tmp_path / "model.safetensors")
     assert entries["a.weight"].shape == (64 * 172 // 2, 1)
     key = "a.weight.quant_state.bitsandbytes__nf4"
-    state = json.loads(bytes(hub.read_tensor(entries[key], key).tolist()))
+    state = json.loads(bytes(read_tensor(entries[key], key).tolist()))
     assert list(state) == [
         "quant_type",
         "blocksize",
@@ -92,7 +92,7 @@ def test_layout_of_a_checkpoint(tmp_path: Path):
         "nested_dtype",
         "nested_offset",
     ]
-    back = nf4.read_checkpoint(tmp_path)
+    back = read_checkpoint(tmp_path)
     assert set(back) == {"a.weight", "b"}
     restored = back["a.weight"]
     assert isinstance(restored, NF4Tensor)
@@ -101,12 +101,12 @@ def test_layout_of_a_checkpoint(tmp_path: Path):
 
 
 def test_damaged_components_are_named():
-    parts = nf4.components("w", nf4.quantize(random_weight((64, 64), torch.float32)))
+    parts = components("w", quantize(random_weight((64, 64), torch.float32)))
     for missing in ("w.absmax", "w.nested_absmax", "w.quant_state.bitsandbytes__nf4"):
         with pytest.raises(ModelError, match="w is damaged"):
-            nf4.from_components("w", {k: v for k, v in parts.items() if k != missing})
+            from_components("w", {k: v for k, v in parts.items() if k != missing})
     with pytest.raises(ModelError, match="absmax must be"):
-        nf4.from_components("w", {**parts, "w.absmax": parts["w.absmax"][:-1]})
+        from_components("w", {**parts, "w.absmax": parts["w.absmax"][:-1]})
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,8 +120,8 @@ def test_damaged_components_are_named():
 def test_every_weight_gets_its_nearest_level(n: int, block_size: int, double: bool, quant_type: str, seed: int):
     """fp64 oracle: no level is nearer than the chosen one, up to rounding of the scaled weight."""
     w = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-    q = nf4.quantize(w, block_size=block_size, double_quant=double, quant_type=quant_type)
-    exact = nf4.quantize(w, block_size=block_size, double_quant=False, quant_type=quant_type)
+    q = quantize(w, block_size=block_size, double_quant=double, quant_type=quant_type)
+    exact = quantize(w, block_size=block_size, double_quant=False, quant_type=quant_type)
     assert torch.equal(q.packed, exact.packed), "codes are chosen with the fp32 scale"
     codes = torch.stack((exact.packed >> 4, exact.packed & 15), 1).view(-1)[:n]
     levels = torch.tensor(codebooks.levels(quant_type), dtype=torch.float64)
@@ -135,11 +135,11 @@ def test_every_weight_gets_its_nearest_level(n: int, block_size: int, double: bo
 @pytest.mark.parametrize("double", [True, False])
 def test_any_shape_and_stride(shape: tuple[int, ...], double: bool):
     w = random_weight(shape, torch.float32)
-    q = nf4.quantize(w, double_quant=double)
+    q = quantize(w, double_quant=double)
     assert q.shape == w.shape and q.dequantize().shape == w.shape
     if w.dim() > 1:
         turned = w.transpose(0, 1)
-        assert torch.equal(nf4.quantize(turned).packed, nf4.quantize(turned.contiguous()).packed)
+        assert torch.equal(quantize(turned).packed, quantize(turned.contiguous()).packed)
 
 
 def test_threads_do_not_change_a_byte():
@@ -149,7 +149,7 @@ def test_threads_do_not_change_a_byte():
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(nf4.components("w", nf4.quantize(w)))
+            results.append(components("w", quantize(w)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -161,17 +161,17 @@ def test_non_finite_is_refused_by_block(bad: float):
     w = torch.ones(640)
     w[200] = bad
     with pytest.raises(ValueError, match=r"block 3 \(elements 192"):
-        nf4.quantize(w)
+        quantize(w)
 
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="block_size"):
-        nf4.quantize(torch.ones(64), block_size=48)
+        quantize(torch.ones(64), block_size=48)
     with pytest.raises(ValueError, match="unknown 4-bit format"):
-        nf4.quantize(torch.ones(64), quant_type="int3")
+        quantize(torch.ones(64), quant_type="int3")
     with pytest.raises(TypeError, match="int64"):
-        nf4.quantize(torch.ones(64, dtype=torch.int64))
-    q = nf4.quantize(torch.ones(64))
+        quantize(torch.ones(64, dtype=torch.int64))
+    q = quantize(torch.ones(64))
     with pytest.raises(ValueError, match="packed must be"):
         ops.dequantize_4bit(q.parts, 128, torch.float32)
 
@@ -182,7 +182,7 @@ def test_wrong_arguments_are_named():
 def quantized_linear(bias: bool = True) -> nn.Linear:
     torch.manual_seed(1)
     layer = nn.Linear(100, 48, bias=bias)
-    layer.weight = nn.Parameter(nf4.quantize(layer.weight.data), requires_grad=False)
+    layer.weight = nn.Parameter(quantize(layer.weight.data), requires_grad=False)
     return layer
 
 
@@ -245,7 +245,7 @@ def test_refuses_by_name():
 
 
 def test_operations_pass_opcheck():
-    q = nf4.quantize(torch.randn(8, 64))
+    q = quantize(torch.randn(8, 64))
     x = torch.randn(3, 64)
     torch.library.opcheck(torch.ops.halfbyte.linear_4bit, (x, *q.parts, 8, None, None, None))
     torch.library.opcheck(

@@ -21,26 +21,32 @@ from halfbyte.cli import run
 from halfbyte.config.options import ModelOptions, TrainConfig
 from halfbyte.data.batches import collate
 from halfbyte.data.renderer import Encoded
-from halfbyte.engine import adamw8bit, learner
-from halfbyte.engine.adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from halfbyte.engine import learner, paged_optimizers
+from halfbyte.engine.adamw8bit import AdamW8bit
 from halfbyte.engine.learner import Learner
+from halfbyte.engine.paged_optimizers import PagedAdamW, PagedAdamW8bit
 from halfbyte.engine.selftest import Abilities
 from halfbyte.errors import DoesNotFit, Interrupted, ModelError, StorageError
 from halfbyte.files import hub
+from halfbyte.files.safetensors import TensorFile, read_header, read_tensor, write_safetensors
 from halfbyte.memory import recompute
-from halfbyte.memory.paged_arrays import Pages, Room, Slots, Travel, resident_bytes
+from halfbyte.memory.mapped_files import Room, resident_bytes
+from halfbyte.memory.offload import Slots
+from halfbyte.memory.paged_arrays import Pages
 from halfbyte.memory.recompute import KEEPS, Recompute
+from halfbyte.memory.streaming import Travel
 from halfbyte.model import attention
-from halfbyte.model.architecture import no_progress
 from halfbyte.model.fusion import fuse, tile_mlps
 from halfbyte.ops import cpu
-from halfbyte.planning.plan import MemoryPlan
-from halfbyte.quantization import tensor as nf4
+from halfbyte.planning.memory_plan import MemoryPlan
+from halfbyte.progress import Reporter, no_progress
 from halfbyte.quantization import writer
-from halfbyte.quantization import writer as quantized
+from halfbyte.quantization.bnb_format import quantized_names
+from halfbyte.quantization.cache import _identity
 from halfbyte.quantization.load import load_base
+from halfbyte.quantization.tensor import NF4Tensor
 from halfbyte.run.directory import Run
-from halfbyte.training.trainer import Reporter, Trainer
+from halfbyte.training.trainer import Trainer
 from halfbyte.training.trainer import train as train_config
 
 MIB = 1 << 20
@@ -155,7 +161,7 @@ def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw8bit, "WINDOW", {"cpu": 2048, "cuda": 2048})
+    monkeypatch.setattr(paged_optimizers, "WINDOW", {"cpu": 2048, "cuda": 2048})
 
 
 @pytest.fixture(params=[False, True], ids=["mapped", "staged"])
@@ -163,7 +169,7 @@ def staging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Windows copied to and fro as on a GPU, on a CPU."""
     if request.param:
         monkeypatch.setattr(
-            adamw8bit, "Pages", lambda arrays, device, directory: Pages(arrays, device, directory, staged=True)
+            paged_optimizers, "Pages", lambda arrays, device, directory: Pages(arrays, device, directory, staged=True)
         )
     return request.param
 
@@ -401,7 +407,7 @@ def test_streamed_weights_are_the_loaded_ones(
     shard: int,
     double_quant: bool,
 ):
-    monkeypatch.setattr(quantized, "SHARD", shard)
+    monkeypatch.setattr(writer, "SHARD", shard)
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config).bfloat16().save_pretrained(tmp_path / "m")
     options: dict[str, Any] = {"bnb_4bit_use_double_quant": double_quant}
@@ -414,7 +420,7 @@ def test_streamed_weights_are_the_loaded_ones(
     (entry,) = (cache / "bases").iterdir()
     assert (len(list(entry.glob("*.safetensors"))) == 1) == (shard > 1 << 30)
     weight = model.model.layers[0].mlp.up_proj.weight
-    assert isinstance(weight, nf4.NF4Tensor) and weight.stop is not None
+    assert isinstance(weight, NF4Tensor) and weight.stop is not None
     assert len(list((cache / "bases").iterdir())) == 1
 
 
@@ -481,7 +487,7 @@ def test_a_changed_source_is_quantized_anew_and_a_damaged_entry_refused(
 def test_a_tensor_file_refuses_a_full_disk_and_leaves_nothing(tmp_path: Path):
     with (
         pytest.raises(StorageError, match="cannot write"),
-        hub.TensorFile(tmp_path / "x.safetensors", {"a": (torch.uint8, (1 << 60,))}, {}),
+        TensorFile(tmp_path / "x.safetensors", {"a": (torch.uint8, (1 << 60,))}, {}),
     ):
         pass
     assert not list(tmp_path.iterdir())
@@ -630,7 +636,7 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tiny_config: LlamaConf
 def test_two_builders_make_one_entry_and_leftovers_go(tiny_config: LlamaConfig, tmp_path: Path, cache: Path):
     LlamaForCausalLM(tiny_config).bfloat16().save_pretrained(tmp_path / "m")
     streamed = ModelOptions(weight_streaming="always")
-    identity = writer._identity(tmp_path / "m", streamed)
+    identity = _identity(tmp_path / "m", streamed)
     leftover = cache / "bases" / f".{identity[:32]}.tmp"  # of a process that was killed
     leftover.mkdir(parents=True)
     (leftover / "half").write_text("a")
@@ -647,11 +653,11 @@ def test_a_checkpoint_stored_in_other_units_is_streamed(tiny_config: LlamaConfig
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config).bfloat16().save_pretrained(tmp_path / "m")
     writer.quantize(tmp_path / "m", ModelOptions(), tmp_path / "q", no_progress)
-    entries = hub.read_header(tmp_path / "q/model.safetensors")
-    tensors = {name: hub.read_tensor(entry, name) for name, entry in entries.items()}
-    for name in nf4.quantized_names(set(entries)):
+    entries = read_header(tmp_path / "q/model.safetensors")
+    tensors = {name: read_tensor(entry, name) for name, entry in entries.items()}
+    for name in quantized_names(set(entries)):
         tensors[name] = tensors[name].view(-1).view(torch.bfloat16).view(-1, 1)
-    hub.write_safetensors(tmp_path / "q/model.safetensors", tensors)
+    write_safetensors(tmp_path / "q/model.safetensors", tensors)
     (tmp_path / "q" / writer.FACTS).unlink()
     plain, _ = load_base(tmp_path / "q", ModelOptions())
     streamed, _ = load_base(tmp_path / "q", ModelOptions(weight_streaming="always"))
@@ -806,7 +812,7 @@ def test_room_is_made_before_memory_runs_out(
     orders: Path, unpaged: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What is left decides: enough, and nothing is done; too little once, and the first remedy is taken."""
-    module, needs, honest = sys.modules["halfbyte.train"], [], MemoryPlan.live_bytes
+    module, needs, honest = sys.modules["halfbyte.training.trainer"], [], MemoryPlan.live_bytes
 
     def live_bytes(plan: MemoryPlan, tokens: int) -> int:
         needs.append((honest(plan, tokens), plan))
@@ -831,13 +837,13 @@ def test_room_is_made_before_memory_runs_out(
 def test_a_full_disk_leaves_the_other_remedies(
     orders: Path, unpaged: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from halfbyte.memory import paged_arrays as paged
+    from halfbyte.memory.mapped_files import Room
 
     def full(self: Room, size: int, directory: Path) -> None:
         raise StorageError("the disk is full, as the test wants it")
 
     Exhausting(monkeypatch, 1)
-    monkeypatch.setattr(paged.Room, "__init__", full)
+    monkeypatch.setattr(Room, "__init__", full)
     more: dict[str, Any] = {"optim": "paged_adamw_8bit", "kept_activations": "all", "rehearse": False}
     assert train(tmp_path / "run", orders, **more) == unpaged
     config = json.loads((tmp_path / "run/run.json").read_text())["config"]
@@ -953,9 +959,9 @@ def test_fifty_steps_killed_again_and_again_in_every_mode(orders: Path, tmp_path
 
 LARGER = """
 import json, resource, sys
-import halfbyte.train
+import halfbyte.training.trainer
 import transformers.models.llama.modeling_llama
-from halfbyte.memory import _status
+from halfbyte.memory.process import _status
 resource.setrlimit(resource.RLIMIT_DATA, (_status()["VmData"] + int(sys.argv[1]),) * 2)
 halfbyte.train(**json.loads(sys.argv[2]))
 """

@@ -23,14 +23,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halfbyte.data.batches import Schedule, collate, pack, prepare
+from halfbyte.data.batches import IGNORE, Schedule, collate, pack, prepare
 from halfbyte.data.renderer import Encoded
 from halfbyte.engine import loss, selftest
 from halfbyte.engine.adamw8bit import AdamW8bit
-from halfbyte.engine.loss import ROW_MULTIPLE
 from halfbyte.engine.selftest import self_test
 from halfbyte.errors import DataError
 from halfbyte.model import attention
+from halfbyte.ops.library import ROW_MULTIPLE
 
 SMALL = {
     "vocab_size": 96,
@@ -122,9 +122,9 @@ def test_chunked_loss_equals_the_whole(tiny_llama: LlamaForCausalLM):
     weight = tiny_llama.lm_head.weight
     hidden = torch.randn(50, 64)
     labels = torch.randint(0, 160, (50,))
-    labels[::3] = loss.IGNORE
+    labels[::3] = IGNORE
     whole = hidden.clone().requires_grad_()
-    reference = functional.cross_entropy(whole @ weight.T, labels, ignore_index=loss.IGNORE, reduction="sum")
+    reference = functional.cross_entropy(whole @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
     expected = torch.autograd.grad(reference, [whole, weight])
     for rows in (1, 7, 1000):
         mine = hidden.clone().requires_grad_()

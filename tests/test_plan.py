@@ -23,13 +23,17 @@ from halfbyte.engine.learner import Learner
 from halfbyte.engine.selftest import Abilities
 from halfbyte.errors import DoesNotFit, UsageError
 from halfbyte.files import hub
+from halfbyte.files.model_config import read_config
 from halfbyte.memory.process import available
 from halfbyte.model import attention
-from halfbyte.model.architecture import read_config
 from halfbyte.model.fusion import fuse
 from halfbyte.ops import cpu
-from halfbyte.planning.plan import CARDS, Planner, outline, parse_size, plan_memory, work_of
-from halfbyte.planning.resident import TensorBytes, resident, sizes
+from halfbyte.planning.budget import CARDS, parse_size
+from halfbyte.planning.dry_run import outline, plan_memory
+from halfbyte.planning.resident import resident, sizes
+from halfbyte.planning.search import Planner
+from halfbyte.planning.tracker import TensorBytes
+from halfbyte.planning.workload import work_of
 from halfbyte.quantization.load import load_base
 
 GIB = 2**30
@@ -275,9 +279,9 @@ def test_what_is_free_knows_limits(tmp_path: Path):
 
 LIMITED = """
 import json, resource, sys
-import halfbyte.train
+import halfbyte.training.trainer
 from halfbyte.cli import run
-from halfbyte.memory import _status
+from halfbyte.memory.process import _status
 import transformers.models.llama.modeling_llama
 room, *arguments = sys.argv[1:]
 limit = _status()["VmData"] + int(room)
@@ -383,7 +387,7 @@ def test_fit_to_trains_with_what_fits_and_resumes_with_it(middling: tuple[Path, 
 
 
 def test_drift_is_said_aloud():
-    from halfbyte.planning.resident import Watch
+    from halfbyte.planning.monitor import Watch
 
     rows, said = [], []
     watch = Watch(torch.device("cpu"), {"step": 100 << 20, "load": 1 << 40}, rows.append, said.append)

@@ -12,8 +12,7 @@ from conftest import small_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
-from halfbyte.quantization import tensor as nf4
-from halfbyte.quantization.tensor import NF4Tensor
+from halfbyte.quantization.tensor import NF4Tensor, ops, quantize
 
 SETTINGS: dict[str, Any] = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
 
@@ -38,7 +37,7 @@ def test_from_pretrained_holds_our_bytes_and_writes_bitsandbytes(checkpoint: Pat
     held = {name for name, p in model.named_parameters() if isinstance(p, NF4Tensor)}
     assert len(held) == 6 and not any("o_proj" in name or "lm_head" in name for name in held)
     for name in held:
-        mine, made = model.get_parameter(name), nf4.quantize(plain.get_parameter(name).data, quant_type=quant_type)
+        mine, made = model.get_parameter(name), quantize(plain.get_parameter(name).data, quant_type=quant_type)
         assert all(torch.equal(a, b) for a, b in zip(mine.stored_tensors(), made.stored_tensors(), strict=True))
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -54,9 +53,9 @@ def test_from_pretrained_holds_our_bytes_and_writes_bitsandbytes(checkpoint: Pat
     seen: list[torch.dtype] = []
     wide = halfbyte.BitsAndBytesConfig(bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch.float32)
     in_fp32: Any = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=wide, dtype=torch.bfloat16)
-    honest = nf4.ops.linear_4bit
+    honest = ops.linear_4bit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nf4.ops, "linear_4bit", lambda x, *rest: (seen.append(x.dtype), honest(x, *rest))[1])
+        patch.setattr(ops, "linear_4bit", lambda x, *rest: (seen.append(x.dtype), honest(x, *rest))[1])
         assert in_fp32(input_ids=ids).logits.dtype == torch.bfloat16
     assert set(seen) == {torch.float32}, "the type that is asked for computes"
     with pytest.raises(ValueError, match="4bit"):

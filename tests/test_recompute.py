@@ -14,7 +14,7 @@ from halfbyte.adapters.lora import AdapterConfig, attach_lora
 from halfbyte.engine.selftest import checkpoint_layers
 from halfbyte.errors import ModelError
 from halfbyte.memory import recompute
-from halfbyte.memory.paged_arrays import Slots
+from halfbyte.memory.offload import Slots
 from halfbyte.memory.recompute import KEEPS, Recompute, recompute_layers
 from halfbyte.model import attention
 from halfbyte.ops import cpu

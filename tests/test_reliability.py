@@ -26,11 +26,13 @@ from halfbyte.config.options import TrainConfig
 from halfbyte.data.formats import Example, read_examples
 from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError, HalfbyteError, Interrupted, ModelError, NonFiniteError, StorageError
-from halfbyte.files import hub
-from halfbyte.model.architecture import read_config
+from halfbyte.files import atomic, hub
+from halfbyte.files.model_config import read_config
+from halfbyte.files.safetensors import Checkpoint, read_header
+from halfbyte.progress import Reporter
 from halfbyte.run import checkpoint
 from halfbyte.run.directory import METRICS, NONFINITE, Run
-from halfbyte.training.trainer import Reporter
+from halfbyte.run.fingerprint import changes_since, fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import make_inputs
@@ -162,7 +164,7 @@ def test_the_best_of_those_that_exist_is_kept_and_strangers_are_left_alone(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Evaluated more often than saved, the best evaluation without a checkpoint; damage and a user's copy beside."""
-    module = sys.modules["halfbyte.train"]  # the package's attribute of that name is the function
+    module = sys.modules["halfbyte.training.trainer"]  # the package's attribute of that name is the function
     losses = {0: 9.0, 1: 1.0, 2: 3.0, 3: 5.0, 4: 4.0, 5: 5.0, 6: 6.0, 7: 7.0, 8: 8.0, 9: 9.0, 10: 9.5}
     calls = iter(losses.values())
     monkeypatch.setattr(module, "mean_loss", lambda *args, **more: (next(calls), 1))
@@ -272,8 +274,8 @@ def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: P
         halfbyte.train(TrainConfig(**options(inputs, tmp_path / "run")), reporter=stopped_after(4))
     path = tmp_path / "run/checkpoints/step-00000004"
     if item == "updates":
-        state = hub.read_json(path / "state.json")
-        hub.write_json(path / "state.json", {**state, "updates": 0})
+        state = atomic.read_json(path / "state.json")
+        atomic.write_json(path / "state.json", {**state, "updates": 0})
     elif item == "adapter":
         weights = load_file(path / "adapter_model.safetensors")
         next(weights[name] for name in weights if "lora_B" in name).mul_(1 + 2**-20)
@@ -283,10 +285,10 @@ def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: P
         assert tensors[f"group0.{item}"].any()
         tensors[f"group0.{item}"].zero_()
         save_file(tensors, path / "optimizer.safetensors")
-    manifest = hub.read_json(path / "manifest.json")
+    manifest = atomic.read_json(path / "manifest.json")
     manifest["files"] = {f.name: checkpoint._facts(f) for f in sorted(path.iterdir()) if f.name != "manifest.json"}
     del manifest["digest"]
-    hub.write_json(path / "manifest.json", checkpoint._sealed(manifest))
+    atomic.write_json(path / "manifest.json", checkpoint._sealed(manifest))
     run = halfbyte.train(**options(inputs, tmp_path / "run", resume_from_checkpoint="auto"))
     assert digest(run, 8) != digest(straight, 8)
 
@@ -302,14 +304,14 @@ def test_a_resume_across_other_arithmetic_is_named(dtype: str):
         "compute_dtype": dtype,
         **dict.fromkeys(("template_sha256", "tokenizer_sha256", "total_steps"), ""),
     }
-    older = {key: value for key, value in checkpoint.fingerprint(info).items() if key != "arithmetic"}
+    older = {key: value for key, value in fingerprint(info).items() if key != "arithmetic"}
     if dtype == "float32":
-        assert checkpoint.changes_since({"fingerprint": older}, info, set()) == []
+        assert changes_since({"fingerprint": older}, info, set()) == []
         return
     with pytest.raises(ModelError, match="another training") as refusal:
-        checkpoint.changes_since({"fingerprint": older}, info, set())
+        changes_since({"fingerprint": older}, info, set())
     assert "--allow_change arithmetic" in " ".join(refusal.value.ways_out)
-    assert checkpoint.changes_since({"fingerprint": older}, info, {"arithmetic"}) == ["arithmetic: None then, 2 now"]
+    assert changes_since({"fingerprint": older}, info, {"arithmetic"}) == ["arithmetic: None then, 2 now"]
 
 
 def test_changes_are_refused_or_allowed_by_name_and_recorded(inputs: Path, tmp_path: Path):
@@ -434,7 +436,7 @@ def test_a_nan_is_decided_before_the_update(inputs: Path, tmp_path: Path, decisi
     if decision == "skip":
         losses = [r["loss"] for r in run.metrics()]
         assert losses[2] is None and all(isinstance(x, float) for i, x in enumerate(losses) if i != 2)
-        state = hub.read_json(run.checkpoints / "step-00000008/state.json")
+        state = atomic.read_json(run.checkpoints / "step-00000008/state.json")
         assert state["updates"] == 7
     else:
         assert checkpoint.newest(run.checkpoints)[0].step == 2  # pyright: ignore[reportOptionalMemberAccess]
@@ -560,7 +562,7 @@ def survive(inputs: Path, home: Path, count: int, seed: int) -> dict[str, int]:
     base = home / "m"
     shutil.copytree(inputs / "base", base)
     weights = (base / "model.safetensors").read_bytes()
-    names = list(hub.read_header(base / "model.safetensors"))
+    names = list(read_header(base / "model.safetensors"))
     index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}).encode()
     chat = "".join(json.dumps({"messages": TURNS}) + "\n" for _ in range(3)).encode()
     table = b'prompt,completion\n"a, b",c\nd,e\n'
@@ -568,12 +570,12 @@ def survive(inputs: Path, home: Path, count: int, seed: int) -> dict[str, int]:
 
     def weights_case(data: bytes) -> None:
         (home / "w.safetensors").write_bytes(data)
-        hub.read_header(home / "w.safetensors")
+        read_header(home / "w.safetensors")
 
     def index_case(data: bytes) -> None:
         (base / "model.safetensors.index.json").write_bytes(data)
         try:
-            hub.Checkpoint(base)
+            Checkpoint(base)
         finally:
             (base / "model.safetensors.index.json").unlink()
 

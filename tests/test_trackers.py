@@ -12,8 +12,8 @@ import pytest
 
 import halfbyte
 from halfbyte.errors import Interrupted, UsageError
+from halfbyte.progress import Reporter
 from halfbyte.training.trackers import Trackers
-from halfbyte.training.trainer import Reporter
 
 
 def train(stories: Path, home: Path, reporter: Reporter | None = None, **options: Any) -> halfbyte.Run:

@@ -18,15 +18,18 @@ import halfbyte
 from halfbyte import nf4
 from halfbyte.adapters.lora import lora_layers
 from halfbyte.config.options import ModelOptions, TrainConfig
+from halfbyte.engine.lr_schedule import learning_rate
 from halfbyte.errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageError, VerificationError
 from halfbyte.files import hub
+from halfbyte.files.safetensors import INDEX
 from halfbyte.memory.recompute import KEEPS
 from halfbyte.model import attention
 from halfbyte.ops import cpu
+from halfbyte.progress import Reporter
 from halfbyte.quantization.load import load_base
 from halfbyte.run import checkpoint
 from halfbyte.run.directory import Run
-from halfbyte.training.trainer import Reporter, Trainer, learning_rate
+from halfbyte.training.trainer import Trainer
 
 TALKS = [("What is two and two?", "Four."), ("Name a colour.", "Blue is one."), ("Say hello.", "Hello, my friend!")]
 
@@ -325,7 +328,7 @@ def test_a_bitsandbytes_checkpoint_opens_bit_for_bit(stories: Path, tmp_path: Pa
     theirs.save_pretrained(tmp_path, max_shard_size="100KB")
     shutil.copy(stories / "tokenizer.json", tmp_path)
     shutil.copy(stories / "tokenizer_config.json", tmp_path)
-    assert (tmp_path / hub.INDEX).exists()
+    assert (tmp_path / INDEX).exists()
     ours, report = load_base(tmp_path, ModelOptions(dtype="float32"))
     assert report.coverage == 1.0
     for name, module in theirs.named_modules():

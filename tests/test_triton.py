@@ -14,9 +14,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from halfbyte import codebooks, ops
-from halfbyte.ops import adamw8bit, dropout, fourbit, gpu, passes, rotary
+from halfbyte.ops import adamw8bit, dropout, fourbit, gpu, gpu_calls, passes, rotary
 from halfbyte.ops.attention import _attention, _attention_grad
-from halfbyte.quantization import tensor as nf4
+from halfbyte.quantization.tensor import quantize, refuse_non_finite
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("on a GPU bench/gpu.py proves the kernels", allow_module_level=True)
@@ -46,7 +46,7 @@ def test_quantize_and_dequantize_bit_for_bit(shape: tuple[int, ...], block_size:
     dtype = torch.float16 if block_size == 64 else torch.float32
     weight = (torch.randn(shape) * 3).to(dtype)
     table = torch.tensor(codebooks.levels(quant_type), dtype=torch.float32)
-    packed, absmax = gpu.quantize_4bit(weight, table, block_size)
+    packed, absmax = gpu_calls.quantize_4bit(weight, table, block_size)
     expected_packed, expected_absmax = fourbit._quantize(weight, table, block_size)
     equal(packed, expected_packed)
     equal(absmax, expected_absmax)
@@ -61,7 +61,7 @@ def test_quantize_and_dequantize_bit_for_bit(shape: tuple[int, ...], block_size:
     ):
         for out_dtype in (torch.float32, torch.float16):
             mine, theirs = (torch.full((weight.numel(),), 7.0, dtype=out_dtype) for _ in range(2))
-            gpu.dequantize_4bit(*parts, mine)
+            gpu_calls.dequantize_4bit(*parts, mine)
             fourbit._dequantize(*parts, theirs)
             equal(mine, theirs)
 
@@ -71,13 +71,15 @@ def test_ties_zeros_and_broken_numbers_are_as_in_the_meaning():
     middles = (table[1:] + table[:-1]) / 2
     weight = torch.cat((middles, table, torch.zeros(64), torch.full((33,), 1e-39)))
     weight = torch.cat((torch.ones(1), weight, torch.tensor([-0.0])))
-    for mine, theirs in zip(gpu.quantize_4bit(weight, table, 32), fourbit._quantize(weight, table, 32), strict=True):
+    for mine, theirs in zip(
+        gpu_calls.quantize_4bit(weight, table, 32), fourbit._quantize(weight, table, 32), strict=True
+    ):
         equal(mine, theirs)
     weight[5], weight[40] = float("nan"), float("inf")
-    _, absmax = gpu.quantize_4bit(weight, table, 32)
+    _, absmax = gpu_calls.quantize_4bit(weight, table, 32)
     assert absmax[0].isnan() and absmax[1].isinf()
     with pytest.raises(ValueError, match="NaN or an infinity"):
-        nf4.refuse_non_finite(absmax, 32)
+        refuse_non_finite(absmax, 32)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -85,11 +87,11 @@ def test_ties_zeros_and_broken_numbers_are_as_in_the_meaning():
 def test_matvec_is_the_product_within_rounding(tokens: int, rows: int, columns: int, double_quant: bool):
     """Beside fp64 of the dequantized weight; blocks may run across rows."""
     torch.manual_seed(1)
-    stored = nf4.quantize(torch.randn(rows, columns), double_quant=double_quant)
+    stored = quantize(torch.randn(rows, columns), double_quant=double_quant)
     weight = stored.dequantize(torch.float32).double()
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2.0**-10)):
         x = torch.randn(tokens, columns).to(dtype)
-        near(gpu.matvec(x, tuple(stored.parts), rows), (x.double() @ weight.t()).to(dtype), tolerance)
+        near(gpu_calls.matvec(x, tuple(stored.parts), rows), (x.double() @ weight.t()).to(dtype), tolerance)
     x, bias = torch.randn(tokens, columns), torch.randn(rows)
     u, b = torch.randn(tokens, 4), torch.randn(rows, 4)
     mine = fourbit.linear_by_triton(x, *stored.parts, rows, bias, u, b)
@@ -113,7 +115,7 @@ def test_adamw_bit_for_bit_over_many_tensors_and_steps():
     for step in range(1, 5):
         grads = [torch.randn_like(p) * 10.0**-step for p in params]
         numbers = (1e-2, 0.9, 0.999, 1e-8, 0.1, step)
-        gpu.adamw_8bit_step(mine, grads, *my_state, *maps, *numbers)
+        gpu_calls.adamw_8bit_step(mine, grads, *my_state, *maps, *numbers)
         adamw8bit._adamw_8bit_step(theirs, grads, *their_state, *maps, *numbers)
         for a, b in zip([*mine, *my_state], [*theirs, *their_state], strict=True):
             equal(a, b)
@@ -128,7 +130,7 @@ def test_adamw_tells_windows_that_begin_at_one_address_apart():
         for meaning, values in ((False, mine), (True, theirs)):
             arena = adamw8bit.padded_size(size)
             codes, scales = torch.zeros(2, arena, dtype=torch.uint8), torch.zeros(2, arena // 256)
-            step = adamw8bit._adamw_8bit_step if meaning else gpu.adamw_8bit_step
+            step = adamw8bit._adamw_8bit_step if meaning else gpu_calls.adamw_8bit_step
             step([values[:size]], [grad[:size]], *codes, *scales, *maps, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1)
         equal(mine, theirs)
 
@@ -138,16 +140,18 @@ def test_dropout_masks_bit_for_bit(first: int, numel: int):
     for seed in (1, 0, 2**62 + 12345, 2**33 - 1):
         numbers = ops.Dropout(ops.drop_threshold(0.3), seed, 1, 2**32 - 1, 1, first)
         mine, theirs = (torch.zeros(numel, dtype=torch.bool) for _ in range(2))
-        gpu.dropout_mask(mine, list(numbers))
+        gpu_calls.dropout_mask(mine, list(numbers))
         dropout._dropout_mask(theirs, list(numbers))
         equal(mine, theirs)
         for dtype in (torch.float32, torch.float16):
             x, total = torch.randn(2, numel).to(dtype)
             x[0], expected, given = -torch.inf, total.clone(), list(numbers)
-            torch.testing.assert_close(gpu.drop(x, given), dropout._drop(x, given), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                gpu_calls.drop(x, given), dropout._drop(x, given), rtol=0, atol=0, equal_nan=True
+            )
             x[0] = -0.5
             dropout._add_dropped(expected, x, given)
-            gpu.add_dropped(total, x, given)
+            gpu_calls.add_dropped(total, x, given)
             equal(total, expected)
 
 
@@ -161,41 +165,43 @@ def test_passes_within_rounding(dtype: torch.dtype, tolerance: float):
 
     x, weight, dy = draw(2, 3, 50), draw(50), draw(2, 3, 50)
     for offset, cast_first in ((0.0, True), (1.0, False)):
-        y, inverse = gpu.rms_norm(x, weight, 1e-6, offset, cast_first)
+        y, inverse = gpu_calls.rms_norm(x, weight, 1e-6, offset, cast_first)
         wide = passes._rms_norm(x.double(), weight.double(), 1e-6, offset, False)
         near(y, wide[0].to(dtype), 3 * tolerance)
         near(inverse, wide[1].float(), 1e-6)
-        dx = gpu.rms_norm_grad(dy, x, weight, inverse, offset)
+        dx = gpu_calls.rms_norm_grad(dy, x, weight, inverse, offset)
         near(dx, passes._rms_norm_grad(dy.double(), x.double(), weight.double(), wide[1], offset).to(dtype), tolerance)
     both, dy = draw(4, 2, 2 * 37), draw(4, 2, 37)
     gate, up = both.chunk(2, -1)  # rows of one product
     for activation in range(len(passes.ACTIVATIONS)):
         near(
-            gpu.gated(gate, up, activation), passes._gated(gate.double(), up.double(), activation).to(dtype), tolerance
+            gpu_calls.gated(gate, up, activation),
+            passes._gated(gate.double(), up.double(), activation).to(dtype),
+            tolerance,
         )
         expected = passes._gated_grad(dy.double(), gate.double(), up.double(), activation)
-        for mine, theirs in zip(gpu.gated_grad(dy, gate, up, activation), expected, strict=True):
+        for mine, theirs in zip(gpu_calls.gated_grad(dy, gate, up, activation), expected, strict=True):
             near(mine, theirs.to(dtype), tolerance)
     logits, labels = draw(5, 5000) * 4, torch.tensor([0, 4999, -100, 17, 5000])
     grad, wide_grad = torch.full_like(logits, 7.0), torch.empty(5, 5000, dtype=torch.float64)
-    losses = gpu.cross_entropy(logits, labels, grad)
+    losses = gpu_calls.cross_entropy(logits, labels, grad)
     near(losses, passes._cross_entropy(logits.double(), labels, wide_grad).float(), 1e-6)
     near(grad, wide_grad.to(dtype), max(tolerance, 1e-6))
     assert losses[2] == losses[4] == 0 and not grad[2].any() and not grad[4].any()
     x, cos, sin = draw(6, 3, 24)[:, :2], draw(6, 24), draw(6, 24)
     for back in (False, True):
         expected = rotary._rotate(x.double(), cos.double(), sin.double(), back).to(dtype)
-        near(gpu.rotate(x, cos, sin, back), expected, tolerance)
+        near(gpu_calls.rotate(x, cos, sin, back), expected, tolerance)
 
 
 def test_a_kernel_that_differs_or_dies_gives_way(monkeypatch: pytest.MonkeyPatch):
     """What is tried before a kernel is used finds wrong bits, wrong numbers and exceptions."""
     device = torch.device("cpu")
     meaning, case = dropout._dropout_mask, dropout.example
-    assert gpu.disagreement(meaning, gpu.dropout_mask, case, device) == ""
+    assert gpu.disagreement(meaning, gpu_calls.dropout_mask, case, device) == ""
 
     def wrong(out: Tensor, numbers: list[int]) -> None:
-        gpu.dropout_mask(out, numbers)
+        gpu_calls.dropout_mask(out, numbers)
         out[3].logical_not_()
 
     def dies(out: Tensor, numbers: list[int]) -> None:
@@ -254,17 +260,17 @@ def test_flash_attention_is_asked_for_the_same_attention(flash: None, window: in
     q, k, v = (torch.randn(23, heads, 8).half() for heads in (4, 2, 2))
     bounds = torch.tensor([0, 9, 10, 23], dtype=torch.int32)
     form = (0.3, window, 0.0)
-    out, lse = gpu.attention(q, k, v, bounds, *form)
+    out, lse = gpu_calls.attention(q, k, v, bounds, *form)
     expected, expected_lse = _attention(q, k, v, bounds, *form)
     near(out, expected, 2.0**-9)
     near(lse, expected_lse, 1e-5)
     dout = torch.randn_like(q)
-    mine = gpu.attention_grad(dout, q, k, v, bounds, out, lse, *form)
+    mine = gpu_calls.attention_grad(dout, q, k, v, bounds, out, lse, *form)
     for one, other in zip(mine, _attention_grad(dout, q, k, v, bounds, out, lse, *form), strict=True):
         near(one, other, 2.0**-8)
     with pytest.raises(ValueError, match="softcap"):
-        gpu.attention(q, k, v, bounds, 0.3, window, 30.0)
-    assert not gpu.attends(q, None), "this is a CPU"
+        gpu_calls.attention(q, k, v, bounds, 0.3, window, 30.0)
+    assert not gpu_calls.attends(q, None), "this is a CPU"
 
 
 def test_every_spelling_agrees_with_its_meaning_on_its_own_case(flash: None):

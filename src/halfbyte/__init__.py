@@ -1,48 +1,45 @@
 """halfbyte: fine-tune large language models in 4 bits on whatever one machine has.
 
-The names below are loaded when first used; ``import halfbyte`` itself imports nothing heavy. Some are functions whose
-module has the same name (`train`, `load`, `merge`): the package always gives the function, and the module is reached
-with ``from halfbyte.train import ...``.
+The names below are loaded when first used; ``import halfbyte`` itself imports nothing heavy.
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import nf4 as nf4
     from .adapters.lora import attach_lora as attach_lora
     from .config.options import TrainConfig as TrainConfig
     from .engine.adamw8bit import AdamW8bit as AdamW8bit
-    from .engine.adamw8bit import PagedAdamW as PagedAdamW
-    from .engine.adamw8bit import PagedAdamW8bit as PagedAdamW8bit
+    from .engine.paged_optimizers import PagedAdamW as PagedAdamW
+    from .engine.paged_optimizers import PagedAdamW8bit as PagedAdamW8bit
     from .errors import DoesNotFit as DoesNotFit
     from .exporters.export import export as export
     from .exporters.merge import merge as merge
-    from .integrations.optimize import MemoryCallback as MemoryCallback
+    from .integrations.memory_callback import MemoryCallback as MemoryCallback
     from .integrations.optimize import optimize as optimize
     from .integrations.quantizer import BitsAndBytesConfig as BitsAndBytesConfig
-    from .planning.plan import MemoryPlan as MemoryPlan
+    from .planning.memory_plan import MemoryPlan as MemoryPlan
     from .planning.plan import plan as plan
-    from .quantization.load import load as load
     from .quantization.tensor import NF4Tensor as NF4Tensor
     from .run.directory import Run as Run
+    from .run.load import load as load
     from .training.trainer import train as train
 
 _WHERE = {
     "AdamW8bit": "engine.adamw8bit",
     "BitsAndBytesConfig": "integrations.quantizer",
     "DoesNotFit": "errors",
-    "MemoryCallback": "integrations.optimize",
-    "MemoryPlan": "planning.plan",
+    "MemoryCallback": "integrations.memory_callback",
+    "MemoryPlan": "planning.memory_plan",
     "NF4Tensor": "quantization.tensor",
-    "PagedAdamW": "engine.adamw8bit",
-    "PagedAdamW8bit": "engine.adamw8bit",
+    "PagedAdamW": "engine.paged_optimizers",
+    "PagedAdamW8bit": "engine.paged_optimizers",
     "Run": "run.directory",
     "TrainConfig": "config.options",
     "attach_lora": "adapters.lora",
     "export": "exporters.export",
-    "load": "quantization.load",
+    "load": "run.load",
     "merge": "exporters.merge",
     "optimize": "integrations.optimize",
     "plan": "planning.plan",
@@ -71,25 +68,14 @@ __all__ = [
 ]
 
 
-def _lazily(name: str) -> property:
-    def get(package: types.ModuleType) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-    def ignore(package: types.ModuleType, module: Any) -> None:
-        """The import system sets a submodule on its package; the function of that name stays."""
-
-    return property(get, ignore)
-
-
-class _Package(types.ModuleType):
-    """This module's type: properties, so that names load on first use."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "nf4":
-            return importlib.import_module(f"{__name__}.nf4")
+def __getattr__(name: str) -> Any:
+    if name == "nf4":
+        return importlib.import_module(f"{__name__}.nf4")
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return found
 
 
-for _name in _WHERE:
-    setattr(_Package, _name, _lazily(_name))
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

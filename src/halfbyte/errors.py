@@ -4,6 +4,8 @@ An error says what happened, where (``file:line``, tensor, byte), what was found
 ways out in the order we would try them. Whoever raises fills in what it knows; the command line prints it whole.
 """
 
+import errno
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,3 +115,22 @@ class Interrupted(HalfbyteError):
     def __init__(self, what: str, signal_number: int) -> None:
         super().__init__(what)
         self.exit_code = 128 + signal_number
+
+
+def is_exhaustion(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the host or of a GPU, has run out."""
+    torch = sys.modules.get("torch")  # whoever has not imported it cannot have run out of its memory
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error)
+        for sign in (
+            "out of memory",
+            "can't allocate memory",
+            "create a memory object",
+            "bad_alloc",
+            "start new thread",
+        )
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.fusion import become
+from ..model.class_swap import become
 from ..quantization.tensor import NF4Tensor
 from .lora import LoraLinear
 

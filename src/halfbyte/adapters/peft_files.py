@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
-from ..files.hub import read_header, read_json, read_tensor, write_json, write_safetensors
+from ..files.atomic import read_json, write_json
+from ..files.safetensors import read_header, read_tensor, write_safetensors
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
 from .modules_to_save import save_modules, saved_modules
 

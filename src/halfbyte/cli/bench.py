@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..config.options import BenchConfig
+from ..config.verbs import BenchConfig
 from . import console
 from .options import Verb
 
@@ -76,11 +76,11 @@ def _measured(limits: dict[str, float], rows: list[dict[str, Any]]) -> Iterator[
 
     from .. import ops
     from ..engine.adamw8bit import AdamW8bit
-    from ..quantization import tensor as nf4
+    from ..quantization.tensor import quantize
 
     generator = torch.Generator().manual_seed(0)
     w = (torch.randn(ROWS, COLUMNS, generator=generator) * 0.02).bfloat16()
-    q = nf4.quantize(w)
+    q = quantize(w)
     out = torch.empty(w.numel(), dtype=w.dtype)
     flops_rate = limits.get("bf16_flops", float("inf"))
 
@@ -91,7 +91,7 @@ def _measured(limits: dict[str, float], rows: list[dict[str, Any]]) -> Iterator[
         rows.append(row | ({"bf16_ms": times[1] * 1e3} if plain else {}))
         return name
 
-    yield add("quantize", lambda: nf4.quantize(w), w.nbytes + q.stored_bytes)
+    yield add("quantize", lambda: quantize(w), w.nbytes + q.stored_bytes)
     dequantize: Callable[[], object] = lambda: ops.dequantize_4bit(q.parts, w.numel(), w.dtype, out)  # noqa: E731
     yield add("dequantize", dequantize, w.nbytes + q.stored_bytes)
     for tokens in TOKENS:

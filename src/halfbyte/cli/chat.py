@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..config.options import ChatConfig, ModelOptions
+from ..config.options import ModelOptions
+from ..config.verbs import ChatConfig
 from ..errors import UsageError
 from ..run.directory import Run, is_run
 from . import console
@@ -12,7 +13,7 @@ from .options import Verb
 def chat(record: ChatConfig) -> dict[str, Any]:
     """Talk to MODEL: a run directory, a Hub id or a local directory. --prompt for one answer."""
     from ..data.renderer import Renderer
-    from ..quantization.load import load
+    from ..run.load import load
 
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
     run = Run.open(record.model) if is_run(record.model) else None

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..config.options import CheckpointConfig
+from ..config.verbs import CheckpointConfig
 from ..errors import ModelError
 from ..run.directory import is_run
 from . import console

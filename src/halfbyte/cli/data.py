@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..config.options import DataCheckConfig
+from ..config.verbs import DataCheckConfig
 from ..run.directory import Run, is_run
 from . import console
 from .options import Verb
@@ -13,9 +13,9 @@ from .options import Verb
 
 def check(record: DataCheckConfig) -> dict[str, Any]:
     """What of a data source will be trained, token by token; every bad row named. Reads no weights."""
-    from ..data.dataset import read_data, run_renderer
+    from ..data.dataset import data_lines, read_data
     from ..files import hub
-    from ..training.trainer import data_lines
+    from ..run.load import run_renderer
 
     run = Run.open(record.model) if is_run(record.model) else None
     base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)

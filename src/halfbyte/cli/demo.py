@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..config.options import DemoConfig, TrainConfig
+from ..config.options import TrainConfig
+from ..config.verbs import DemoConfig
 from ..errors import UsageError
 from ..run.directory import Run
 from . import console, orders
@@ -108,9 +109,10 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 def _show_plan(config: TrainConfig) -> None:
     """The bytes of each part, in 4 bits and in 16."""
     from ..files import hub
-    from ..model.architecture import read_config
-    from ..planning.plan import plan_memory, work_of
-    from ..quantization import tensor as nf4
+    from ..files.model_config import read_config
+    from ..planning.dry_run import plan_memory
+    from ..planning.workload import work_of
+    from ..quantization.tensor import stored_sizes
 
     shape = config.model_copy(update={"max_length": 96})
     sides = [
@@ -134,7 +136,7 @@ def _show_plan(config: TrainConfig) -> None:
         ["MiB", "4-bit", "16-bit"],
         lines,
     )
-    small, large = sum(nf4.stored_sizes(LLAMA_2_70B_LINEAR)) / 1e9, 2 * LLAMA_2_70B_LINEAR / 1e9
+    small, large = sum(stored_sizes(LLAMA_2_70B_LINEAR)) / 1e9, 2 * LLAMA_2_70B_LINEAR / 1e9
     console.say(
         f"a small model is mostly activations; Llama 2 70B's linear layers take {small:.1f} GB instead of {large:.1f} "
         "(see `halfbyte explain memory`)"
@@ -152,7 +154,7 @@ def _test(model: str, data: Path) -> dict[str, Any]:
     from ..data.renderer import Renderer
     from ..engine.evaluate import score
     from ..files import hub
-    from ..quantization.load import load
+    from ..run.load import load
 
     loaded, tokenizer = load(model, device="cpu")
     rows = read_data(str(data), DataOptions(), hub.resolve("demo"), renderer=Renderer(tokenizer))
@@ -160,7 +162,8 @@ def _test(model: str, data: Path) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig) -> Any:
-    from ..training.trainer import Reporter, train
+    from ..progress import Reporter
+    from ..training.trainer import train
 
     with console.steps() as shown:
         return train(config, reporter=Reporter(console.say, console.progress, shown.update, console.show_row))

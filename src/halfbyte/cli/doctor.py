@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..config.options import DoctorConfig
+from ..config.verbs import DoctorConfig
 from . import console
 from .options import Verb
 
@@ -170,13 +170,13 @@ def _bytes_check() -> dict[str, Any]:
 
     import torch
 
-    from ..quantization import tensor as nf4
+    from ..quantization.tensor import quantize
 
     n = 64 * 300 + 17
     steps = (torch.arange(n, dtype=torch.int64) * 2654435761 + 12345) % 65521
     weights = (steps.float() - 32760.0) / 65536.0
     digest = hashlib.sha256()
-    for tensor in nf4.quantize(weights).stored_tensors():
+    for tensor in quantize(weights).stored_tensors():
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     found = digest.hexdigest()
     return {"ok": found == REFERENCE_SHA256, "note": f"sha256 {found[:16]}"}

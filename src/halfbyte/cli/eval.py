@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..config.options import DataOptions, EvalConfig, ModelOptions
+from ..config.options import DataOptions, ModelOptions
+from ..config.verbs import EvalConfig
 from ..run.directory import Run, is_run
 from . import console
 from .options import Verb
@@ -11,12 +12,12 @@ from .options import Verb
 def evaluate(record: EvalConfig) -> dict[str, Any]:
     """Loss, perplexity and exact match on held-out rows; for a run, its base beside it."""
     from ..adapters.peft_files import adapter_off
-    from ..data.dataset import read_data, run_renderer
+    from ..data.dataset import data_lines, read_data
     from ..engine.evaluate import score
     from ..engine.selftest import self_test
     from ..files import hub
-    from ..quantization.load import load, load_base
-    from ..training.trainer import data_lines
+    from ..quantization.load import load_base
+    from ..run.load import load, run_renderer
 
     given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
     run = Run.open(record.model) if is_run(record.model) else None

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config.options import NEGATED, RENAMED, SWITCHES, VERBS, ExplainConfig, nearest
+from ..config.aliases import NEGATED, RENAMED, SWITCHES, nearest
+from ..config.verbs import VERBS, ExplainConfig
 from ..errors import UsageError
 from . import console
 from .options import Verb
@@ -101,7 +102,7 @@ def _nf4(record: ExplainConfig) -> Page:
     import torch
 
     from ..codebooks import BNB_QUANT_TYPES, QUANT_TYPES, derive_nf4_article, levels
-    from ..quantization import tensor as nf4
+    from ..quantization.tensor import quantize
 
     page = Page("NF4: sixteen levels where a bell curve has its weights")
     published, article = levels("nf4"), derive_nf4_article()
@@ -132,8 +133,7 @@ def _nf4(record: ExplainConfig) -> Page:
     measured: list[list[str]] = []
     for name in QUANT_TYPES:
         cells = [
-            f"{_relative_mse(nf4.quantize(w, quant_type=name).dequantize(torch.float32), w):.5f}"
-            for w in (gauss, heavy)
+            f"{_relative_mse(quantize(w, quant_type=name).dequantize(torch.float32), w):.5f}" for w in (gauss, heavy)
         ]
         measured.append([name, *cells, "yes" if name in BNB_QUANT_TYPES else "no"])
     for name, grid in (("int4, absmax", _int4_absmax), ("int4, affine (with a zero point: 4.19 bits)", _int4_affine)):
@@ -146,7 +146,7 @@ def _nf4(record: ExplainConfig) -> Page:
         ["format", "normal", "heavy tails (t, 5 d.o.f.)", "stored by bitsandbytes"],
         measured,
     )
-    codes = nf4.quantize(gauss).packed
+    codes = quantize(gauss).packed
     counts = torch.bincount(torch.cat((codes >> 4, codes & 15)).long(), minlength=16).double()
     p = counts / counts.sum()
     entropy = float(-(p * p.log2()).sum())
@@ -178,12 +178,12 @@ def _double_quant(record: ExplainConfig) -> Page:
     """What the scales cost, what quantizing them saves, and with which 8-bit numbers"""
     import torch
 
-    from ..quantization import tensor as nf4
+    from ..quantization.tensor import quantize
 
     page = Page("double quantization: the scales in 8 bits")
     torch.manual_seed(0)
     weights = torch.randn(4096, 1024)
-    single, double = nf4.quantize(weights, double_quant=False), nf4.quantize(weights)
+    single, double = quantize(weights, double_quant=False), quantize(weights)
     rows = []
     for label, tensor, formula in (
         ("fp32 scales", single, "4 + 32/64"),
@@ -270,7 +270,7 @@ def _article_gb(size: str) -> dict[str, float]:
 
 def _memory(record: ExplainConfig) -> Page:
     """The article's budget for 7B, 13B and 70B beside the one computed from the model's real shapes"""
-    from ..planning.plan import outline
+    from ..planning.dry_run import outline
 
     page = Page("where the gigabytes go, training QLoRA r=16 on all linear layers, one row of 512 tokens")
     rows: list[list[str]] = []
@@ -306,7 +306,7 @@ def _memory(record: ExplainConfig) -> Page:
 
 def _paged(record: ExplainConfig) -> Page:
     """What paging an optimizer moves, and what paged means in today's tools"""
-    from ..planning.plan import outline
+    from ..planning.dry_run import outline
 
     page = Page("paged optimizers: states that may live in the other memory")
     rows = []
@@ -375,11 +375,11 @@ def _tokens(record: ExplainConfig) -> Page:
 def _quiz(record: ExplainConfig) -> Page:
     """The article's four questions, answered with figures"""
     from ..codebooks import levels
-    from ..quantization import tensor as nf4
+    from ..quantization.tensor import stored_sizes
 
     table = levels("nf4")
     middle, tail = table[8] - table[7], table[1] - table[0]
-    codes, scales = nf4.stored_sizes(70_000_000_000)
+    codes, scales = stored_sizes(70_000_000_000)
     page = Page("the article's quiz")
     for question, answer in (
         (
@@ -461,7 +461,7 @@ def _option(name: str) -> Page:
 
 def _effect(name: str) -> str:
     """Figures for the options whose price people ask about, on Llama 2 7B."""
-    from ..planning.plan import outline
+    from ..planning.dry_run import outline
 
     settings: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "lora_r": [(f"r={r}", {"lora_r": r}) for r in (8, 16, 64)],

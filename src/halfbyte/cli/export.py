@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..config.options import ExportConfig
+from ..config.verbs import ExportConfig
 from . import console
 from .options import Verb
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..config.options import MergeConfig
+from ..config.verbs import MergeConfig
 from . import console
 from .options import Verb
 

@@ -8,6 +8,9 @@ from typing import Any
 import click
 
 from ..config import options
+from ..config.aliases import NEGATED, RENAMED, SWITCHES, translate
+from ..config.build import build, read_yaml
+from ..config.verbs import all_keys
 from ..errors import UsageError
 from . import console
 
@@ -60,7 +63,7 @@ class Verb(click.Command):
                 continue
             if not equals and waiting and self._takes(name, waiting[0]):
                 equals, value = "=", waiting.pop(0)
-            ours, notice = options.translate(name, value, set(self.declaration.model_fields), f"halfbyte {self.name}")
+            ours, notice = translate(name, value, set(self.declaration.model_fields), f"halfbyte {self.name}")
             if notice:
                 console.say(notice)
             for field, item in ours.items():
@@ -75,18 +78,18 @@ class Verb(click.Command):
         """Whether the argument after an option is its value: a text may begin with dashes, a switch has true/false."""
         field = name.replace("-", "_")
         info = self.declaration.model_fields.get(field)
-        if (info and info.annotation is bool) or field in (*options.NEGATED, *options.SWITCHES):
+        if (info and info.annotation is bool) or field in (*NEGATED, *SWITCHES):
             return following.lower() in ("true", "false", "yes", "no", "1", "0", "on", "off")
         option = following[2:].partition("=")[0].replace("-", "_")
-        known = {*self.declaration.model_fields, *options.RENAMED, *options.NEGATED, *options.SWITCHES, *_RESERVED}
+        known = {*self.declaration.model_fields, *RENAMED, *NEGATED, *SWITCHES, *_RESERVED}
         return not (following.startswith("--") and option in known)
 
     def _run(self, **given: Any) -> Any:
         path, as_json, dry_run = given.pop("config"), given.pop("as_json"), given.pop("dry_run")
         values: dict[str, Any] = {}
         if path:
-            for key, value in options.read_yaml(Path(path)).items():
-                ours, notice = options.translate(key, value, options.all_keys(), path)
+            for key, value in read_yaml(Path(path)).items():
+                ours, notice = translate(key, value, all_keys(), path)
                 if notice:
                     console.say(notice)
                 fields = self.declaration.model_fields.keys()
@@ -94,7 +97,7 @@ class Verb(click.Command):
                     fields = fields - options.PublishOptions.model_fields.keys()
                 values.update({k: v for k, v in ours.items() if k in fields})
         values.update({name: value for name, value in given.items() if value is not None})
-        record = options.build(self.declaration, values, where=path or "")
+        record = build(self.declaration, values, where=path or "")
         if isinstance(record, options.KernelOptions) and not dry_run:
             from ..ops import cpu
 

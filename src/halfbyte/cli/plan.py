@@ -8,7 +8,7 @@ from . import console
 from .options import Verb
 
 if TYPE_CHECKING:
-    from ..planning.plan import MemoryPlan
+    from ..planning.memory_plan import MemoryPlan
 
 
 def plan(record: PlanConfig) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def _typed(value: Any) -> str:
 
 def _repeated(record: PlanConfig) -> set[str]:
     """Options that were given and that a training needs again."""
-    from ..planning.plan import FITTED
+    from ..config.options import FITTED
 
     again = record.model_fields_set - {"model", "data", "fit_to", "force"}
     return again - set(FITTED[:-1]) if record.fit_to else again
@@ -42,7 +42,7 @@ def _repeated(record: PlanConfig) -> set[str]:
 
 def show(plan: "MemoryPlan", searched: bool) -> None:
     """The plan as tables."""
-    from ..planning.plan import RESERVE, gib
+    from ..planning.budget import RESERVE, gib
 
     where = {"cpu": "this machine's memory", "cuda": "the GPU's memory"}[plan.device]
     console.say(
@@ -67,7 +67,7 @@ def show(plan: "MemoryPlan", searched: bool) -> None:
 
 
 def _show_ways_out(plan: "MemoryPlan") -> None:
-    from ..planning.plan import gib
+    from ..planning.budget import gib
 
     rows = [
         [choice.flags(), gib(choice.peak_bytes), "yes" if choice.fits else "no", choice.loses or "time only"]
@@ -78,7 +78,7 @@ def _show_ways_out(plan: "MemoryPlan") -> None:
 
 def _show_search(plan: "MemoryPlan") -> None:
     """What was tried, the plan first."""
-    from ..planning.plan import gib
+    from ..planning.budget import gib
 
     rows = []
     for choice in plan.choices:
@@ -100,7 +100,7 @@ def _show_search(plan: "MemoryPlan") -> None:
 
 def _moved(change: dict[str, Any]) -> str:
     """What of a plan does not lie in memory, and how it is cut."""
-    from ..planning.plan import MOVED
+    from ..engine.reductions import MOVED
 
     words = [what for name, what in MOVED.items() if change.get(name) == "always"]
     tiled = f"MLPs {change['tokens_per_tile']} tokens at a time" if change.get("tokens_per_tile") else ""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..config.options import QuantizeConfig
+from ..config.verbs import QuantizeConfig
 from . import console
 from .options import Verb
 

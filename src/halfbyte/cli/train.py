@@ -9,7 +9,8 @@ from .options import Verb
 
 def train(record: TrainConfig) -> dict[str, Any]:
     """Fine-tune MODEL (a Hub id, a local directory, or `demo`) on rows of a file or a Hub data set."""
-    from ..training.trainer import Reporter, train
+    from ..progress import Reporter
+    from ..training.trainer import train
 
     with console.steps() as shown:
         run = train(record, reporter=Reporter(console.say, console.progress, shown.update, console.show_row))

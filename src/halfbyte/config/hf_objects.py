@@ -10,7 +10,8 @@ from os import PathLike
 from typing import Any
 
 from ..errors import UsageError
-from .options import Options, OptionsT, build
+from .build import build
+from .options import Options, OptionsT
 
 _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "BitsAndBytesConfig": {"load_in_8bit": (False,)},

@@ -1,100 +1,14 @@
-"""The one declaration of every option: YAML keys, command-line flags and the record in ``run.json`` all come from here.
+"""The one declaration of every option of a training: YAML keys, flags and the record in ``run.json`` come from here.
 
-Names are Hugging Face's own. Names other tools use for the same thing are in `RENAMED` and taken with a notice; any
-other key is an error that names the nearest one. No torch here: ``halfbyte --help`` reads this file.
+Names are Hugging Face's own; those of other tools are in `config.aliases`, the other verbs' in `config.verbs`. No torch
+here: ``halfbyte --help`` reads this file.
 """
 
-import difflib
 import json
 import re
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from ..errors import UsageError
-
-RENAMED = {
-    "max_seq_length": "max_length",
-    "max_seq_len": "max_length",
-    "cutoff_len": "max_length",
-    "sequence_len": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "batch_size": "per_device_train_batch_size",
-    "num_epochs": "num_train_epochs",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "lora_rank": "lora_r",
-    "r": "lora_r",
-    "lora_target_modules": "target_modules",
-    "lora_target": "target_modules",
-    "use_double_quant": "bnb_4bit_use_double_quant",
-    "bnb_4bit_compute_dtype": "dtype",
-    "torch_dtype": "dtype",
-    "sample_packing": "packing",
-    "gradient_clipping": "max_grad_norm",
-    "val_set_size": "eval_split",
-    "val_size": "eval_split",
-    "test_size": "eval_split",
-    "dataset_split": "dataset_train_split",
-    "split": "dataset_train_split",
-    "train_file": "data",
-    "dataset_path": "data",
-    "datasets": "data",
-    "train_on_responses_only": "assistant_only_loss",
-    "optimizer": "optim",
-    "lora_model_dir": "adapter_name_or_path",
-    "peft_use_dora": "use_dora",
-    "lora_modules_to_save": "modules_to_save",
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "dataset_name": "data",
-    "dataset": "data",
-}
-"""Other tools' names for our options."""
-
-NEGATED = {"train_on_inputs": ("completion_only_loss", "assistant_only_loss")}
-"""Renamed options whose meaning is the opposite, of these options of ours."""
-
-ADDING_TOKENS = (
-    "adding tokens is not done here: add them with transformers (resize_token_embeddings), save the model, train that"
-)
-REFUSED = {
-    **dict.fromkeys(("resize_token_embeddings", "additional_special_tokens", "added_tokens"), ADDING_TOKENS),
-    "trust_remote_code": "code that comes with a model is never run",
-    "load_in_8bit": "bases are held in 4 bits, or unquantized with load_in_4bit false",
-}
-"""Options of other tools that we know and do not have, and what to do instead."""
-
-SWITCHES = {"bf16": {"dtype": "bfloat16"}, "fp16": {"dtype": "float16"}}
-"""Switches of other tools and what they mean here when they are on."""
-
-LEFT_OUT = {
-    *("save_strategy", "eval_strategy", "evaluation_strategy", "logging_strategy", "overwrite_output_dir"),
-    *(
-        "load_best_model_at_end",
-        "dataloader_num_workers",
-        "remove_unused_columns",
-        "group_by_length",
-        "task_type",
-        "bias",
-    ),
-    *("bias", "flash_attention", "gradient_checkpointing_kwargs", "tf32", "inference_mode", "do_train", "do_eval"),
-    *(
-        "run_name",
-        "logging_dir",
-        "lora_target_linear",
-        "wandb_project",
-        "strict",
-        "dataset_prepared_path",
-    ),
-}
-"""Keys of other tools' files that have no counterpart here and change nothing that is trained."""
-
-TRUE, FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off", "none", "[]")
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 def option(default: Any, help_text: str, **rules: Any) -> Any:
@@ -397,214 +311,74 @@ class PlanConfig(TrainConfig):
     data: str = option("", "its rows' lengths are planned for; without it, rows of max_length")
 
 
-MODEL_HELP = "a run directory, a Hub id, a local directory, or `demo` for the built-in model"
+FITTED = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "kept_activations",
+    "kept_layers",
+    "max_length",
+)
+"""The options that fit_to chooses."""
 
 
-class EvalConfig(ModelOptions, DataOptions):
-    """Everything ``halfbyte eval`` reads."""
-
-    model: str = option(..., MODEL_HELP)
-    data: str = option(..., "the rows to evaluate on: a file or a Hub data set")
-    generate: bool = option(True, "answer each row's question and count exact matches")
-    max_rows: int = option(0, "the first so many rows; 0: all", ge=0)
-
-
-class DataCheckConfig(DataOptions):
-    """Everything ``halfbyte data check`` reads."""
-
-    data: str = option(..., "a file or a Hub data set")
-    model: str = option("demo", "the model whose tokenizer and template are used, or a run directory")
-    revision: str | None = option(None, "revision of a Hub model")
-    rows: int = option(3, "rows shown", ge=0)
-
-
-class CheckpointConfig(Options):
-    """Everything ``halfbyte checkpoint list`` and ``verify`` read."""
-
-    run: str = option(..., "a run directory")
-
-
-class ExplainConfig(Options):
-    """Everything ``halfbyte explain`` reads."""
-
-    topic: str | None = option(None, "int4, nf4, double-quant, paged, memory, tokens, quiz, or the name of an option")
-    model: str = option("demo", "for `tokens`: whose tokenizer and template")
-    text: str = option("two large teas and a bun, no sugar", "for `tokens`: what is said")
-
-
-class DoctorConfig(Options):
-    """Everything ``halfbyte doctor`` reads."""
-
-
-class BenchConfig(KernelOptions):
-    """Everything ``halfbyte bench`` reads."""
-
-    path: str | None = option(None, "an instruction set of the C++ library, instead of the best this processor has")
-
-
-class DemoConfig(KernelOptions):
-    """Everything ``halfbyte demo`` reads."""
-
-    output_dir: str = option("demo", "where everything goes; a directory of an earlier demo is replaced")
-    seed: int = option(42, "everything random is a function of it", ge=0, lt=2**63)
-    compare: bool = option(False, "also train LoRA on the unquantized base, and every parameter, on the same rows")
-
-
-class ChatConfig(ModelOptions):
-    """Everything ``halfbyte chat`` reads."""
-
-    model: str = option(..., MODEL_HELP)
-    prompt: str | None = option(None, "one message; its answer is printed and the program ends")
-    system: str | None = option(None, "system message")
-    max_new_tokens: int = option(256, "longest answer in tokens", ge=1)
-    temperature: float = option(0.0, "0: the likeliest token each time", ge=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability", gt=0, le=1)
-    seed: int = option(42, "for sampling", ge=0, lt=2**63)
-
-
-class QuantizeConfig(KernelOptions, FourBitOptions):
-    """Everything ``halfbyte quantize`` reads."""
-
-    model: str = option(..., "a Hub id, a local directory, or `demo` for the built-in model")
-    output_dir: str = option(..., "where the quantized model goes")
-    revision: str | None = option(None, "revision of a Hub model")
-
-
-class MergeConfig(KernelOptions, PublishOptions):
-    """Everything ``halfbyte merge`` reads."""
-
-    run: str = option(..., "a run directory")
-    onto: Literal["trained", "original"] = option(
-        "trained", "the base the adapter is added to: the 4-bit weights it was trained on, or the original ones"
-    )
-    output_dir: str = option(..., "where the merged model goes")
-    min_agreement: float = option(
-        0.99, "share of positions where merged and adapted model must predict the same token", ge=0, le=1
-    )
-    requantize: bool = option(False, "write the merged weights in 4 bits, which erases part of what the adapter adds")
-    min_survival: float = option(
-        0.9, "with requantize: the share of the adapter's effect that must survive in the median layer", ge=0, le=1
-    )
-    device: str = option("auto", "cpu, cuda or auto")
-
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, value: str) -> str:
-        return known_device(value)
-
-
-class ExportConfig(KernelOptions, PublishOptions):
-    """Everything ``halfbyte export`` reads."""
-
-    run: str = option(..., "a run directory")
-    to: Literal["peft", "hf", "bnb-4bit"] = option(
-        ...,
-        "peft: the adapter; hf: one verified model in 16 bits; bnb-4bit: the base in the 4 bits of the training, and "
-        "the adapter beside it",
-    )
-    output_dir: str = option(..., "where it goes")
-
-
-VERBS: dict[str, type[Options]] = {
-    "demo": DemoConfig,
-    "doctor": DoctorConfig,
-    "plan": PlanConfig,
-    "train": TrainConfig,
-    "chat": ChatConfig,
-    "eval": EvalConfig,
-    "merge": MergeConfig,
-    "export": ExportConfig,
-    "quantize": QuantizeConfig,
-    "data check": DataCheckConfig,
-    "checkpoint list": CheckpointConfig,
-    "explain": ExplainConfig,
-    "bench": BenchConfig,
+_MAY_CHANGE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "kernels",
+    "kept_activations",
+    "kept_layers",
+    "activation_offloading",
+    "embedding_offloading",
+    "dequantized_weights",
+    "paging",
+    "weight_streaming",
+    "tokens_per_pass",
+    "tokens_per_tile",
+    "fit_to",
+    "force",
+    "rehearse",
+    "allow_change",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "num_samples",
+    "on_nonfinite",
+    "skip_bad",
+    "allow_other_base",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "model",
+    "data",
 }
+"""Options that change no number of the training, or last bits where memory chooses them (of ``kernels`` it is compared
+what computes, not what was asked)."""
+
+STATES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
+"""Optimizers whose numbers and saved states are another one's."""
+
+_FIXED = {
+    *("lora_r", "rank_pattern", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"),
+    *("use_dora", "modules_to_save"),
+}
+"""What the saved state has the shape of: no resume can change it."""
 
 
-def all_keys() -> set[str]:
-    return {name for cls in VERBS.values() for name in cls.model_fields}
-
-
-def nearest(key: str, known: set[str]) -> str | None:
-    matches = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-    return matches[0] if matches else None
-
-
-def translate(key: str, value: Any, known: set[str], where: str) -> tuple[dict[str, Any], str | None]:
-    """A key as the user wrote it, to ours: (our keys and values, notice or None).
-
-    Raises:
-        UsageError: the key is unknown; names the nearest, or says what to do instead.
-    """
-    name = key.replace("-", "_")
-    if name in known:
-        return {name: value}, None
-    if name in NEGATED:
-        ours = NEGATED[name]
-        shown = str(str(value).lower() not in TRUE).lower()
-        return dict.fromkeys(ours, shown), f"{key} is {' and '.join(f'{o} {shown}' for o in ours)} here; taken as such"
-    if name in RENAMED:
-        return {RENAMED[name]: value}, f"{key} is called {RENAMED[name]} here; taken as such"
-    if name in LEFT_OUT or (name == "adapter" and str(value).lower() in ("lora", "qlora")):
-        return {}, f"{key} has no counterpart here and is left out"
-    if name in SWITCHES:
-        if str(value).lower() in TRUE:
-            ((ours, meaning),) = SWITCHES[name].items()
-            return {ours: meaning}, f"{key} is called {ours} {meaning} here; taken as such"
-        return {}, f"{key} {value} needs no option here"
-    if name in REFUSED and str(value).lower() in FALSE:
-        return {}, f"{key} {value} needs no option here"
-    if name in REFUSED:
-        raise UsageError(f"{key!r} is not an option here", where=where, ways_out=[REFUSED[name]])
-    close = nearest(name, known)
-    raise UsageError(
-        f"unknown option {key!r}",
-        where=where,
-        ways_out=[f"did you mean {close!r}?"] if close else ["see `halfbyte --help`"],
-    )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options of a configuration file; keys of any verb are allowed.
-
-    Raises:
-        UsageError: unreadable, no YAML mapping, or an unknown key.
-    """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML", found=str(error).replace("\n", " ")) from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} must hold a mapping of options, not a {type(value).__name__}")
-    return {str(key): item for key, item in value.items() if item is not None}  # a blank value is not given
-
-
-def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> OptionsT:
-    """A checked record from keys already translated (lists, where one string is wanted, are joined by commas).
-
-    Raises:
-        UsageError: naming every wrong value by the name the user typed.
-    """
-    for name in ("target_modules", "modules_to_save", "report_to"):
-        if isinstance(given := values.get(name), list):
-            values = {**values, name: ",".join(map(str, given))}
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            name = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            missing = item["type"] == "missing"
-            problems.append(f"{name} is required" if missing else f"{name}: {message}" if name else message)
-        found = {str(e["loc"][0]): e["input"] for e in error.errors() if e["loc"] and e["type"] != "missing"}
-        raise UsageError(
-            "; ".join(problems),
-            where=where,
-            found=", ".join(f"{name}={value!r}" for name, value in found.items()),
-        ) from error
+_YOUNGER: dict[str, Any] = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_dora": False,
+    "modules_to_save": "",
+    "adapter_name_or_path": None,
+}
+"""Options that there were checkpoints before, and the values that are as good as none."""
+OF_ADAPTER = (
+    *("adapter_name_or_path", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("use_dora", "modules_to_save", "target_modules"),
+)
+"""Options that an adapter decides which a training begins with."""
+MAY_CHANGE_BITS = {"tokens_per_pass", "tokens_per_tile"}
+"""Options by which sums are added in another order."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..engine.loss import IGNORE, ROW_MULTIPLE
 from ..errors import DataError
+from ..ops.library import ROW_MULTIPLE
 from .renderer import Encoded
 
 EVAL_TOKENS = 2048
@@ -235,3 +235,22 @@ class Schedule:
             micro = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
             steps.append([[row for unit in group for row in unit] for group in micro])
         return steps
+
+
+IGNORE = -100
+
+
+def largest_pass(rows: Sequence[Encoded], schedule: Schedule, tokens_per_pass: int) -> tuple[MicroBatch, int]:
+    """A pass no smaller, in tokens, than any of a training, and how many passes a largest micro-batch takes.
+
+    Where micro-batches go in parts it is the longest row, and a row of padding up to the limit.
+    """
+    largest = collate(rows, schedule.largest())
+    count = len(largest.input_ids)
+    if not 0 < tokens_per_pass < count:
+        return largest, 1
+    longest = max(rows, key=lambda row: len(row.input_ids))
+    most = min(count, max(tokens_per_pass, len(longest.input_ids)))
+    lack = most - len(longest.input_ids)
+    filler = [Encoded("padding", [0] * lack, [True] * lack)] if lack > 1 else []
+    return collate([longest, *filler], range(1 + len(filler))), -(-count // most)

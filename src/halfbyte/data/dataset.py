@@ -7,19 +7,19 @@ Nothing is changed in silence: every row left out, cut or held out is in the cou
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config.options import ADDING_TOKENS, DataOptions
+from ..config.aliases import ADDING_TOKENS
+from ..config.options import DataOptions, TrainConfig
 from ..errors import DataError
-from ..files import hub
-from ..model.architecture import Progress, no_progress, read_config
-from ..quantization.load import run_tokenizer
-from ..run.directory import Run
-from .batches import Prepared, prepare
+from ..files import atomic, hub
+from ..files.model_config import read_config
+from ..progress import Progress, no_progress
+from .batches import Prepared, Schedule, prepare
 from .formats import Example, read_examples
 from .renderer import Encoded, Renderer, read_template
 
@@ -143,16 +143,6 @@ def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None =
     )
 
 
-def run_renderer(run: Run, options: DataOptions) -> Renderer:
-    """The renderer a run was trained with: its tokenizer, template and clock; the masks of the options."""
-    return Renderer(
-        run_tokenizer(run),
-        assistant_only=options.assistant_only_loss,
-        completion_only=options.completion_only_loss,
-        clock=run.clock(),
-    )
-
-
 def encode(
     examples: list[Example], renderer: Renderer, progress: Progress = no_progress, skip_bad: int = 0
 ) -> tuple[list[Encoded], list[DataError]]:
@@ -233,8 +223,55 @@ def source_digest(source: str, examples: Iterable[Example]) -> str:
     """sha256 of the data: a file's bytes, or the rows of a Hub data set."""
     path = Path(source).expanduser()
     if path.is_file():
-        return hub.sha256_file(path)
+        return atomic.sha256_file(path)
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps(asdict(example), default=str).encode())
     return digest.hexdigest()
+
+
+def schedule_of(config: TrainConfig, data: Data) -> Schedule:
+    """Which rows each optimizer step trains on."""
+    return Schedule(
+        data.train.rows,
+        config.seed,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        data.max_length if config.packing else None,
+    )
+
+
+FORM_NAMES = {
+    "messages": "conversations (messages)",
+    "sharegpt": "conversations (ShareGPT)",
+    "alpaca": "instructions (alpaca)",
+    "qa": "questions and answers",
+    "prompt": "prompts and completions",
+    "turns": "prompts and completions (messages)",
+    "text": "plain text",
+    "input_ids": "ready-made ids",
+}
+
+
+def data_lines(data: Data, use: str = "trained") -> Iterator[str]:
+    """What was decided about the data, for people. use: what happens to the supervised tokens."""
+    train, limit = data.train, data.max_length
+    yield (
+        f"{len(train.rows):,} rows taken as {FORM_NAMES[data.form]}: {train.tokens:,} tokens, "
+        f"{train.supervised:,} of them {use}"
+    )
+    if data.held_out:
+        yield f"{len(data.held_out):,} rows are held out for evaluation"
+    if data.duplicates:
+        yield f"{data.duplicates:,} rows are copies of others; they are kept"
+    if train.truncated:
+        yield (
+            f"{train.truncated} rows were cut at {limit} tokens; {train.end_lost} of them lost trained tokens "
+            "and their end (--max_length raises the limit, --over_length drop leaves such rows out)"
+        )
+    if train.dropped_long:
+        yield f"{len(train.dropped_long)} rows longer than {limit} tokens were left out"
+    if train.dropped_unsupervised:
+        yield f"{len(train.dropped_unsupervised)} rows without a trained token in {limit} tokens were left out"
+    if data.ends < len(train.rows) - train.end_lost:
+        yield f"only {data.ends} of {len(train.rows)} rows train an end token: the model may not learn to stop"

@@ -16,7 +16,7 @@ from ..data.batches import EVAL_TOKENS, collate
 from ..data.dataset import Data
 from ..data.renderer import Encoded, Renderer
 from ..model import attention
-from ..model.architecture import Progress, no_progress
+from ..progress import Progress, no_progress
 from .generate import Answer, answers
 from .loss import output_head, sequence_loss
 

@@ -5,7 +5,7 @@ lines run on shapes alone: what a plan promises is what these lines allocate.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ from ..adapters.modules_to_save import save_modules
 from ..config.options import TrainConfig
 from ..data.batches import MicroBatch
 from ..errors import ModelError, UsageError
-from ..memory.paged_arrays import Slots
-from ..memory.process import counted_as, hold_gradients
+from ..memory.offload import Slots
+from ..memory.parts import counted_as
 from ..memory.recompute import Recompute, recompute_layers
 from ..model import fusion
 from ..model.host_embedding import host_table, keep_on_host, why_not
 from ..ops import cpu
 from ..ops.dequantized import DESKS, Desk
 from ..ops.library import device_type
-from .adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from .adamw8bit import AdamW8bit
 from .loss import output_head, sequence_loss
+from .paged_optimizers import PagedAdamW, PagedAdamW8bit
 from .selftest import Abilities, checkpoint_layers
 
 Note = Callable[[str, str], None]
@@ -316,3 +317,20 @@ class Learner:
         """Set the gradients to zero."""
         for buffer in self.gradients:
             buffer.zero_()
+
+
+def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Give parameters zero gradients that stay, in one buffer for each dtype and device; the buffers, to be zeroed.
+
+    A parameter that takes no part in a step then has a gradient of zero instead of none.
+    """
+    by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for p in parameters:
+        by_kind.setdefault((p.dtype, p.device), []).append(p)
+    buffers = []
+    for (dtype, device), members in by_kind.items():
+        buffer = torch.zeros(sum(p.numel() for p in members), dtype=dtype, device=device)
+        for p, part in zip(members, buffer.split([p.numel() for p in members]), strict=True):
+            p.grad = part.view_as(p)
+        buffers.append(buffer)
+    return buffers

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops
-from ..memory.process import counted_as
-from ..ops.library import device_type
+from ..data.batches import IGNORE
+from ..memory.parts import counted_as
+from ..ops.library import ROW_MULTIPLE, device_type
 
-IGNORE = -100
-ROW_MULTIPLE = 16
-"""Numbers of rows are rounded up to this, so that matrix libraries meet few shapes."""
 SCALED_ELEMENTS = 1 << 20
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 """fp32 logits held at once, bytes. On a CPU small enough that the allocator reuses the memory instead of faulting it in

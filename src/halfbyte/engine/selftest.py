@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import HalfbyteError
-from ..memory.process import is_exhaustion
+from ..errors import HalfbyteError, is_exhaustion
 from ..memory.recompute import Keep, Recompute, recompute_layers
 from ..model.attention import segments
 from .loss import output_head

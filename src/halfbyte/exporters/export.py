@@ -17,12 +17,14 @@ from typing import Any
 from ..adapters.peft_files import CONFIG, WEIGHTS
 from ..config.options import ModelOptions
 from ..errors import ModelError, StorageError, UsageError
-from ..files import hub
-from ..model.architecture import Progress, no_progress
-from ..quantization.load import load_base, refuse_other_base
-from ..quantization.tensor import quantized_names
+from ..files import atomic, hub
+from ..files.safetensors import Checkpoint
+from ..progress import Progress, no_progress
+from ..quantization.bnb_format import quantized_names
+from ..quantization.load import load_base
 from ..quantization.writer import quantize
 from ..run.directory import ADAPTER_FACTS, Run
+from ..run.load import refuse_other_base
 from .merge import merge
 
 FORMS = ("peft", "hf", "bnb-4bit")
@@ -60,10 +62,10 @@ def export(
         return {"to": to, "output_dir": str(target), **receipt.as_dict()}
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        hub.check_writable(building)
+        atomic.check_writable(building)
         whole = to != "bnb-4bit"  # the adapter, or what a full fine-tuning has in its place: the model
         facts = _result(source, building) if whole else _base_and_adapter(source, building, progress)
-        hub.sync(building)
+        atomic.sync(building)
         building.replace(target)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror}", ways_out=["free space, and repeat"]) from error
@@ -90,7 +92,7 @@ def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str
         raise UsageError("this run's base was not in 4 bits", ways_out=["--to hf", "or --to peft"])
     options = ModelOptions(**config.holding())
     base = hub.resolve(info["base"]["path"], config.revision)
-    if quantized_names(set(hub.Checkpoint(base).entries)):
+    if quantized_names(set(Checkpoint(base).entries)):
         for file in {file for pattern in hub.HUB_PATTERNS for file in base.glob(pattern)}:
             shutil.copyfile(file, target / file.name)
     else:
@@ -99,8 +101,8 @@ def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str
     digest = load_base(target, options, progress)[1].digest
     refuse_other_base(digest, info["base"]["digest"], info["base"]["path"])
     facts = _result(source, target / "adapter")
-    described = hub.read_json(target / "adapter" / CONFIG)
-    hub.write_json(target / "adapter" / CONFIG, {**described, "base_model_name_or_path": ".."})
+    described = atomic.read_json(target / "adapter" / CONFIG)
+    atomic.write_json(target / "adapter" / CONFIG, {**described, "base_model_name_or_path": ".."})
     for file in (target / "adapter").iterdir():
         if file.name not in (CONFIG, WEIGHTS, ADAPTER_FACTS):
             shutil.copyfile(file, target / file.name)

@@ -24,40 +24,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..adapters.lora import LoraLinear, lora_layers
 from ..adapters.modules_to_save import trained_whole
 from ..config.options import ModelOptions
-from ..data.dataset import encode, hold_out, run_renderer, source_digest
-from ..data.formats import Example, read_examples
 from ..data.renderer import Encoded
-from ..errors import DataError, ModelError, StorageError, UsageError, VerificationError
-from ..files import hub
-from ..model.architecture import Progress, checkpoint_names, no_progress, quantize_as
-from ..quantization.load import load, load_base
-from ..quantization.tensor import NF4Tensor, quantized_names, read_stored
+from ..errors import ModelError, StorageError, UsageError, VerificationError
+from ..files import atomic, hub
+from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
+from ..model.architecture import FP32_LIMIT
+from ..model.targets import checkpoint_names
+from ..progress import Progress, no_progress
+from ..quantization.bnb_format import quantized_names, read_stored
+from ..quantization.load import load_base
+from ..quantization.tensor import NF4Tensor
+from ..quantization.weights import quantize_as
 from ..quantization.writer import quantize
 from ..run.card import CARD, merged_card
 from ..run.directory import ADAPTER_FACTS, Run
-
-FP32_LIMIT = 3_000_000_000
-"""Models up to this many parameters are compared in fp32 arithmetic, larger ones in the run's compute dtype."""
-
-PROBE_ROWS, PROBE_TOKENS = 16, 256
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A merged model beside the running adapter, on the same rows.
-
-    kl: mean over positions of KL(running || merged), nats. greedy_agreement: share of positions with the same likeliest
-    token. loss: nats per supervised token.
-    """
-
-    kl: float
-    greedy_agreement: float
-    loss: float
+from ..run.load import load
+from .verify import Comparison, _agreement, _compare, _logits, _loss, _probes
 
 
 @dataclass(frozen=True)
@@ -122,7 +108,7 @@ def merge(
         raise UsageError("a full fine-tuning has no adapter to merge", found=str(source.adapter))
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        hub.check_writable(building)
+        atomic.check_writable(building)
         merger = _Merger(source, building, device, progress, say)
         receipt = merger.run(onto, min_agreement)
         result = merger.built[onto]
@@ -131,8 +117,8 @@ def merge(
             comparisons = {**receipt.comparisons, f"{onto}, requantized": found}
             receipt = replace(receipt, surviving=shares, comparisons=comparisons)
             say(f"what is kept, in 4 bits, predicts {found.greedy_agreement:.2%} of the tokens as the run does")
-        hub.write_json(result / "merge.json", receipt.as_dict())
-        hub.write_bytes(result / CARD, merged_card(source, source.info(), receipt.as_dict()).encode())
+        atomic.write_json(result / "merge.json", receipt.as_dict())
+        atomic.write_bytes(result / CARD, merged_card(source, source.info(), receipt.as_dict()).encode())
         try:
             result.replace(target)  # an empty directory of that name gives way
         except OSError as error:
@@ -230,7 +216,7 @@ class _Merger:
 
     def _has_both(self) -> bool:
         """Whether the base the adapter was trained on and the original one are two."""
-        stored = quantized_names(set(hub.Checkpoint(self.base).entries))
+        stored = quantized_names(set(Checkpoint(self.base).entries))
         return self.config.load_in_4bit and not stored
 
     def requantized(self, onto: str, min_survival: float) -> tuple[Path, tuple[float, float, float], Comparison]:
@@ -284,7 +270,7 @@ def surviving_share(layer: LoraLinear, options: ModelOptions) -> float:
 
 
 def _compute_dtype(base: Path, info: dict[str, Any]) -> Any:
-    elements = sum(entry.nbytes // entry.dtype.itemsize for entry in hub.Checkpoint(base).entries.values())
+    elements = sum(entry.nbytes // entry.dtype.itemsize for entry in Checkpoint(base).entries.values())
     return "float32" if elements <= FP32_LIMIT else info["compute_dtype"]
 
 
@@ -293,7 +279,7 @@ def _compute_dtype(base: Path, info: dict[str, Any]) -> Any:
 
 def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) -> None:
     """The base's shards with the adapter added; one shard in memory at a time."""
-    checkpoint = hub.Checkpoint(base)
+    checkpoint = Checkpoint(base)
     stored = quantized_names(set(checkpoint.entries))
     if stored and onto == "original":
         raise ModelError(
@@ -314,19 +300,19 @@ def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) 
             else _merged(checkpoint, name, targets[name], model, onto, name in stored)
             for name in shards[file]
         }
-        hub.write_safetensors(target / file, tensors)
+        write_safetensors(target / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(t.nbytes for t in tensors.values())
-    if list(shards) != [hub.SINGLE]:
-        hub.write_json(target / hub.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if list(shards) != [SINGLE]:
+        atomic.write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _whole(checkpoint: hub.Checkpoint, name: str, trained: Tensor) -> Tensor:
+def _whole(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:
     """A parameter that was trained itself, in the dtype it has on disk."""
     return trained.detach().to("cpu", checkpoint.entries[name].dtype)
 
 
-def _merged(checkpoint: hub.Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool) -> Tensor:
+def _merged(checkpoint: Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool) -> Tensor:
     """One tensor of the merged model, in the dtype it has on disk."""
     module_name, _, attribute = path.rpartition(".")
     try:
@@ -347,9 +333,9 @@ def _merged(checkpoint: hub.Checkpoint, name: str, path: str, model: Any, onto: 
 
 
 def _write_config(base: Path, adapter: Path, target: Path) -> None:
-    config = hub.read_json(base / "config.json")
+    config = atomic.read_json(base / "config.json")
     config.pop("quantization_config", None)
-    hub.write_json(target / "config.json", config)
+    atomic.write_json(target / "config.json", config)
     weights_of_adapter = {"adapter_model.safetensors", "adapter_config.json", ADAPTER_FACTS}
     try:
         for file in adapter.iterdir():
@@ -357,71 +343,3 @@ def _write_config(base: Path, adapter: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
     except OSError as error:
         raise StorageError(f"cannot write to {target}: {error.strerror}") from error
-
-
-# --- verifying --------------------------------------------------------------------------------------------------------
-
-
-def _probes(source: Run, say: Callable[[str], None]) -> tuple[list[Encoded], str]:
-    """Rows to compare on, with the masks of the training, and what they are: held out in it, else of its data, else
-    sentences of our own."""
-    config, info = source.config(), source.info()
-    renderer = run_renderer(source, config)
-    try:
-        found = read_examples(
-            info["data"]["source"],
-            config=config.dataset_config,
-            split=config.dataset_train_split,
-            skip_bad=config.skip_bad,
-        )
-        same = source_digest(info["data"]["source"], found.rows) == info["data"]["sha256"]
-        if not same:
-            say("the data has changed since the training: the rows compared on may be others")
-        # which rows were held out is a function of all of them
-        chosen = found.rows if config.eval_split and same else found.rows[:PROBE_ROWS]
-        rows, _ = encode(chosen, renderer, skip_bad=config.skip_bad)
-        if config.eval_split and same:
-            return _cut(hold_out(rows, config.eval_split, config.seed)[1]), "held out"
-        return _cut(rows), "of the training data" if same else "of the data as it is now"
-    except DataError as error:
-        say(f"the training data cannot be read ({error.what}): comparing on one built-in sentence instead")
-        question = [{"role": "user", "content": "What is the capital of France, and why do people travel there?"}]
-        examples = [Example("probe", [*question, {"role": "assistant", "content": "Paris. They like its museums."}])]
-        return _cut(renderer.encode(examples)), "built in"
-
-
-def _cut(rows: list[Encoded]) -> list[Encoded]:
-    """The first few, each cut; whole rows, trained or not: a long question must not leave a merge without probes."""
-    return [Encoded(r.where, r.input_ids[:PROBE_TOKENS], r.trained[:PROBE_TOKENS]) for r in rows[:PROBE_ROWS]]
-
-
-@torch.inference_mode()
-def _logits(model: Any, rows: list[Encoded]) -> list[Tensor]:
-    device = model.device
-    ids = (torch.tensor([row.input_ids], device=device) for row in rows)
-    return [model(input_ids=each, use_cache=False).logits[0].float().cpu() for each in ids]
-
-
-def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
-    same = sum(int((x.argmax(-1) == y.argmax(-1)).sum()) for x, y in zip(a, b, strict=True))
-    return same / sum(x.shape[0] for x in a)
-
-
-def _loss(logits: list[Tensor], rows: list[Encoded]) -> float:
-    """Nats per supervised token; of every token where no row has a supervised one."""
-    total, count = 0.0, 0
-    supervised = any(any(row.trained[1:]) for row in rows)
-    for values, row in zip(logits, rows, strict=True):
-        targets = torch.tensor(row.input_ids[1:])
-        chosen = torch.tensor(row.trained[1:]) if supervised else torch.ones(len(targets), dtype=torch.bool)
-        total += float(functional.cross_entropy(values[:-1][chosen], targets[chosen], reduction="sum"))
-        count += int(chosen.sum())
-    return total / max(count, 1)
-
-
-def _compare(expected: list[Tensor], got: list[Tensor], rows: list[Encoded]) -> Comparison:
-    kl, count = 0.0, 0
-    for p, q in zip(expected, got, strict=True):
-        kl += float(functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"))
-        count += p.shape[0]
-    return Comparison(max(kl / count, 0.0), _agreement(expected, got), _loss(got, rows))

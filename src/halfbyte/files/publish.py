@@ -1,11 +1,11 @@
 """A directory to the Hugging Face Hub: an adapter or a merged model with its card."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import StorageError, UsageError
-from ..run.card import is_public
-from .hub import json_bytes, read_json
+from .atomic import json_bytes, read_json
 
 
 def reserve(repo_id: str | None, private: bool) -> str:
@@ -72,3 +72,8 @@ def _refused(repo_id: str, error: Exception, state: str, ways: list[str]) -> Sto
         found=message[:300],
         ways_out=["`hf auth login`, with a token that may write", "check the name and the network", *ways],
     )
+
+
+def is_public(name: str) -> bool:
+    """Whether a name is a Hub id; a path means nothing elsewhere, and is nobody's business."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()

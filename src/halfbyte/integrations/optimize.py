@@ -10,35 +10,27 @@ Dropout masks are drawn from PyTorch's generator, one number per layer and pass:
 layer that is run again draws the same.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from .. import ops
 from ..adapters.lora import lora_linear
 from ..engine.loss import causal_lm_loss
 from ..engine.selftest import checkpoint_layers
-from ..memory.process import headroom
+from ..memory.process import UNASKED_SHARE, headroom
 from ..memory.recompute import KEEPS, Keep, Recompute
 from ..model import attention, fusion
+from ..model.class_swap import become, is_wrapped
+from ..model.recognize import form_of
 from ..ops import cpu, gpu
-from ..planning.plan import UNASKED_SHARE, MemoryPlan
-from ..planning.resident import Watch
+from ..progress import to_stderr
 from ..quantization.tensor import NESTED_BLOCK_SIZE, NF4Tensor, four_bit_linear
-from ..run.directory import MEMORY
-
-
-def to_stderr(line: str) -> None:
-    print(f"halfbyte: {line}", file=sys.stderr)
-
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
@@ -139,7 +131,7 @@ class _Lora(nn.Module):
 def _base_weight(base: Any, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
     """The frozen weight under an adapter and the type to compute in; None where PEFT has to."""
     weight = base.weight
-    if fusion.is_wrapped(base):  # what wraps it may bring the weight first (accelerate's offloading)
+    if is_wrapped(base):  # what wraps it may bring the weight first (accelerate's offloading)
         return None, x.dtype
     if isinstance(base, _FourBit):
         dtype = _computes_in(base, x)
@@ -177,7 +169,7 @@ class _Checkpointed(nn.Module):
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's output is no more than it was when its layer was tried."""
-    if fusion.is_wrapped(module):
+    if is_wrapped(module):
         return False
     if isinstance(module, _Lora):
         return module.is_ordinary
@@ -234,7 +226,7 @@ def _checkpoint(inner: Any, keep: str) -> str:
     again = _Again(run, keep, fusion.compute_dtype(inner).itemsize * outputs)
     for number, layer in enumerate(layers):
         layer.__dict__.pop("_gradient_checkpointing_func", None)
-        fusion.become(layer, _Checkpointed)
+        become(layer, _Checkpointed)
         layer.__dict__.update(again=again, number=number)
     return f"layers that are checkpointed keep their input{'' if keep == 'none' else f' (kept_activations {keep})'}"
 
@@ -335,20 +327,20 @@ def _replace_layers(inner: Any) -> _Done:
     done = _Done()
     under: set[int] = set()
     for module in list(inner.modules()):
-        if fusion.is_wrapped(module):
-            done.wrapped += bool(_kind(module)) or fusion.form_of(module) is not None
+        if is_wrapped(module):
+            done.wrapped += bool(_kind(module)) or form_of(module) is not None
             continue
         kind = _kind(module)
         if kind == "peft":
             under.add(id(module.get_base_layer()))
             plain = [name for name in module.lora_A if name not in module.lora_variant]
             done.other += not plain
-            fusion.become(module, _Lora)
+            become(module, _Lora)
             module.kept_dtypes = {name: module.lora_A[name].weight.dtype for name in plain}
             done.lora += bool(plain)
         elif kind == "bitsandbytes":
             done.packed += _unpack(module)
-            fusion.become(module, _FourBit)
+            become(module, _FourBit)
             done.four_bit += id(module) not in under
     return done
 
@@ -412,56 +404,3 @@ def _undo_upcasts(inner: Any) -> int:
 
 def _survives(values: Tensor, dtype: torch.dtype) -> bool:
     return all(torch.equal(rows.to(dtype).float(), rows) for rows in values.split(1 << 12))
-
-
-# --- a trainer --------------------------------------------------------------------------------------------------------
-
-
-class MemoryCallback(TrainerCallback):
-    """Measures a trainer's memory beside the plan: ``memory.jsonl`` in its output directory, and a line at the end.
-
-    In ``callbacks=[MemoryCallback(plan)]`` it comes after what reports to trackers; `first_in` puts it before, and
-    then ``memory_bytes`` and ``memory_planned_bytes`` are in what they log.
-
-    Args:
-        plan: from `halfbyte.plan`, of the same training by halfbyte's own trainer; None: measured only.
-        say: takes lines for people: more than was planned, and the last.
-    """
-
-    def __init__(self, plan: MemoryPlan | None = None, say: Callable[[str], None] = to_stderr) -> None:
-        self.plan, self.say = plan, say
-        self.watch: Watch | None = None
-
-    def first_in(self, trainer: Any) -> "MemoryCallback":
-        """Before every other callback of a trainer."""
-        callbacks = trainer.callback_handler.callbacks
-        callbacks[:] = [self, *(each for each in callbacks if each is not self)]
-        return self
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        file = Path(args.output_dir) / MEMORY
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-        def append(row: dict[str, Any]) -> None:
-            with file.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-
-        self.watch = Watch(
-            torch.device(args.device), {} if self.plan is None else self.plan.measurable(), append, self.say
-        )
-        self.watch.peak.restart()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.watch is not None:
-            self.watch.note("step", state.global_step, self.watch.peak.bytes())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
-        if self.watch is not None and logs is not None:
-            logs["memory_bytes"] = self.watch.peak.bytes()
-            if planned := self.watch.planned.get("step"):
-                logs["memory_planned_bytes"] = planned
-            self.watch.peak.restart()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.watch is not None and (line := self.watch.line()):
-            self.say(line)

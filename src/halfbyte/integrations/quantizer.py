@@ -26,7 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..codebooks import BNB_QUANT_TYPES
-from ..quantization.tensor import STATE_KEY, NF4Tensor, components, four_bit_linear, from_components, quantize
+from ..quantization.bnb_format import STATE_KEY, components, from_components
+from ..quantization.tensor import NF4Tensor, four_bit_linear, quantize
 
 NAME = "halfbyte"
 # their annotations are narrower than what they take

@@ -7,13 +7,11 @@ inputs) lies in blocks of its own, and what loading leaves behind is given back.
 
 import contextlib
 import ctypes
-import errno
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from ..ops.arena import ARENA
 
@@ -154,24 +152,6 @@ def bounded() -> Iterator[None]:
                 resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def is_exhaustion(error: BaseException) -> bool:
-    """Whether an exception says that memory, of the host or of a GPU, has run out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error)
-        for sign in (
-            "out of memory",
-            "can't allocate memory",
-            "create a memory object",
-            "bad_alloc",
-            "start new thread",
-        )
-    )
-
-
 def allocate_apart(smallest: int) -> None:
     """Have the C library (glibc) map blocks of so many bytes and more by themselves, so that they go back to the system
     when they are freed.
@@ -186,21 +166,6 @@ _M_MMAP_THRESHOLD = -3
 LASTING, PASSING = 1 << 16, 1 << 20
 """The smallest such blocks while a model is loaded, and else. An empty model's weights, too, are memory for a moment,
 and on the heap each would leave a hole that the next one does not fit into."""
-_part = threading.local()
-
-
-@contextlib.contextmanager
-def counted_as(part: str) -> Iterator[None]:
-    """Tensors made within this block belong to this part of a ledger (`ledger.TensorBytes`)."""
-    before, _part.name = current_part(), part
-    try:
-        yield
-    finally:
-        _part.name = before
-
-
-def current_part() -> str:
-    return getattr(_part, "name", "live layer")
 
 
 def return_freed() -> None:
@@ -222,18 +187,5 @@ def return_pinned() -> None:
             return
 
 
-def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Give parameters zero gradients that stay, in one buffer for each dtype and device; the buffers, to be zeroed.
-
-    A parameter that takes no part in a step then has a gradient of zero instead of none.
-    """
-    by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for p in parameters:
-        by_kind.setdefault((p.dtype, p.device), []).append(p)
-    buffers = []
-    for (dtype, device), members in by_kind.items():
-        buffer = torch.zeros(sum(p.numel() for p in members), dtype=dtype, device=device)
-        for p, part in zip(members, buffer.split([p.numel() for p in members]), strict=True):
-            p.grad = part.view_as(p)
-        buffers.append(buffer)
-    return buffers
+UNASKED_SHARE = 0.5
+"""Of the memory that is free, what a training may take for speed alone without being told what to fit into."""

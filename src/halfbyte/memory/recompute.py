@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..ops import dequantized
-from .paged_arrays import Slots
-from .process import counted_as
+from .offload import Slots
+from .parts import counted_as
 
 Keep = Literal["none", "attention", "mlp_in", "all"]
 KEEPS: tuple[Keep, ...] = get_args(Keep)

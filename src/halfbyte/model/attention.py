@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import ops
-from ..engine.loss import ROW_MULTIPLE
 from ..memory import recompute
-from ..ops import cpu, gpu
+from ..ops import cpu, gpu_calls
+from ..ops.library import ROW_MULTIPLE
 
 NAME = "halfbyte"
 CAUSAL = "halfbyte_causal"
@@ -108,7 +108,7 @@ def _end_to_end(t: Tensor) -> Tensor:
 
 def _is_fusable(query: Tensor, key: Tensor, value: Tensor, softcap: float | None = None) -> bool:
     whole = query.shape[0] == 1 and key.shape == value.shape
-    return whole and (cpu.serves(query) or gpu.attends(query, softcap))
+    return whole and (cpu.serves(query) or gpu_calls.attends(query, softcap))
 
 
 def _stands_for_fused(query: Tensor, window: int | None, softcap: float | None) -> bool:

@@ -7,13 +7,9 @@ numbers, forward and backward, beside the original; a kind that differs by more 
 is looked up by a model's name, and a model that nothing is known of trains as it always did.
 """
 
-import ast
 import contextlib
 import functools
-import hashlib
-import inspect
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,72 +20,12 @@ from .. import ops
 from ..memory import recompute
 from ..ops import cpu, gpu
 from . import attention
+from .class_swap import become, is_wrapped
+from .recognize import AttentionForm, Form, MlpForm, NormForm, form_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """Relative difference (norm over norm) that a few roundings more or less can cause: four units of the last place.
 In fp32 it is the accuracy of the activations' polynomials, with a margin."""
-
-
-@functools.cache
-def normal_form(function: Callable[..., Any]) -> tuple[str, tuple[str, ...]]:
-    """The body of a method with numbers for names, and the attributes of ``self`` in the order of their numbers.
-
-    Raises:
-        OSError, TypeError: its source is not at hand.
-    """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    assert isinstance(tree, ast.FunctionDef)
-    me, *arguments = [argument.arg for argument in tree.args.args]
-    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
-    stored = {
-        node.id
-        for statement in body
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    names = {name: f"v{i}" for i, name in enumerate(arguments)}
-    attributes: dict[str, str] = {}
-
-    class Renamer(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.Name:
-            if node.id in names or node.id in stored:
-                node.id = names.setdefault(node.id, f"v{len(names)}")
-            elif node.id == me:
-                node.id = "self"
-            return node
-
-        def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
-            if isinstance(node.value, ast.Name) and node.value.id == me:
-                node.attr = attributes.setdefault(node.attr, f"a{len(attributes)}")
-            self.generic_visit(node)
-            return node
-
-    return "\n".join(ast.unparse(Renamer().visit(statement)) for statement in body), tuple(attributes)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# --- norms ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NormForm:
-    """How an RMSNorm rounds (`ops.rms_norm`), and which attribute holds its eps."""
-
-    eps: str
-    offset: float
-    cast_first: bool
-
-
-_NORMS: dict[str, tuple[float, bool]] = {
-    "f3eb51cb9fe99ac0": (0.0, True),  # Llama's: the quotient is cast, then multiplied
-    "3fd67a4923a43db3": (0.0, False),  # gpt-oss's: multiplied, then cast
-    "74ceb8cbf8f11c55": (0.0, False),  # the same with the weight in fp32
-    "f0d3a1774fc2b09e": (1.0, False),  # Gemma's: 1 + weight, in fp32, with a helper for the quotient
-    "c95ba60b59dcaeb0": (0.0, False),  # Moshi's: likewise without the 1
-}
 
 
 class _Norm(torch.autograd.Function):
@@ -121,43 +57,6 @@ class FusedNorm(nn.Module):
         if x.dtype != self.weight.dtype:
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         return _Norm.apply(x, self.weight, self.form, getattr(self, self.form.eps))  # pyright: ignore[reportReturnType]
-
-
-def norm_form(module: nn.Module) -> NormForm | None:
-    """The form of an RMSNorm, None if it is not known."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or getattr(module, "bias", None) is not None:
-        return None
-    try:
-        text, names = normal_form(type(module).forward)
-        if "_norm" in names:
-            helper, names = normal_form(type(module)._norm)  # pyright: ignore[reportAttributeAccessIssue]
-            text = f"{text}\n--\n{helper}"
-    except (OSError, TypeError, SyntaxError, AttributeError, AssertionError):
-        return None
-    known = _NORMS.get(_digest(text))
-    return None if known is None or not names else NormForm(names[0], *known)
-
-
-# --- MLPs -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MlpForm:
-    """Names of an MLP's parts; ``up`` is None where one layer computes both halves, the gate first."""
-
-    gate: str
-    up: str | None
-    down: str
-    activation: str
-
-
-_MLPS = {
-    "34dea4c3151471a2": ("down", "activation", "gate", "up"),  # Llama's
-    "acf31888bbcc4c94": ("down", "activation", "gate", "up"),  # the same without a local name
-    "c17739aeb6e90d0c": ("gate", "activation", "down"),  # Phi's and GLM's: both halves from one product
-}
-"""Digest of a form to what its attributes are, in order."""
 
 
 class _Gated(torch.autograd.Function):
@@ -263,69 +162,6 @@ def tile_mlps(model: nn.Module, tokens: int) -> int:
     return len(mlps)
 
 
-def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
-    """Which of `ops.ACTIVATIONS` a function computes, judged by its values."""
-    x = torch.linspace(-100, 100, 20001, device="cpu", dtype=torch.float32)
-    one = torch.ones_like(x)
-    try:
-        values = function(x)
-    except (TypeError, RuntimeError):
-        return None
-    for name in ops.ACTIVATIONS:
-        with cpu.using("torch"):
-            expected = ops.gated(x, one, name)
-        if values.shape == x.shape and bool(((values - expected).abs() <= 1e-5 * x.abs().clamp(min=1)).all()):
-            return name
-    return None
-
-
-def mlp_form(module: nn.Module) -> MlpForm | None:
-    """The form of a gated MLP, None if it is not known."""
-    try:
-        text, names = normal_form(type(module).forward)
-    except (OSError, TypeError, SyntaxError, AssertionError):
-        return None
-    roles = _MLPS.get(_digest(text))
-    if roles is None or len(names) != len(roles):
-        return None
-    found = dict(zip(roles, names, strict=True))
-    activation = activation_name(getattr(module, found["activation"]))
-    if activation is None:
-        return None
-    return MlpForm(found["gate"], found.get("up"), found["down"], activation)
-
-
-# --- attention --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AttentionForm:
-    """Names of an attention's parts (`_ATTENTIONS`); norms are None where there are none."""
-
-    q: str
-    k: str
-    v: str
-    o: str
-    q_norm: str | None
-    k_norm: str | None
-    scaling: str
-    window: str
-    """The attribute with the sliding window, "config" if it is the configuration's, "" if there is none."""
-
-
-_PLAIN = ("dim", "q", "k", "v", "layer", "config", "training", "dropout", "scaling", "o")
-_WINDOWED = (*_PLAIN[:-1], "window", "o")
-_ATTENTIONS = {
-    "f127e6b176ce868b": (_PLAIN, ""),  # Llama's
-    "2cfedf801caa4409": (_PLAIN, "config"),  # Mistral's
-    "2c9ff5c53edaef9b": (_WINDOWED, ""),  # Qwen2's
-    "092dbd71a8ad9b70": (("dim", "q_norm", "q", "k_norm", "k", "v", *_WINDOWED[4:]), ""),  # Qwen3's
-}
-"""Digest of a form to what its attributes are, in order, and whether the configuration has the window."""
-_ROTATIONS = {("301644f6e15c52c4", "80dd76d885763d92")}
-"""Digests of ``apply_rotary_pos_emb`` and ``rotate_half`` beside an attention which do what `ops.rotate` does."""
-
-
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -377,28 +213,6 @@ class FusedAttention(nn.Module):
         return getattr(self, form.o)(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-def attention_form(module: nn.Module) -> AttentionForm | None:
-    """The form of an attention with rotary embedding, None if it is not known."""
-    forward = type(module).forward
-    try:
-        text, names = normal_form(forward)
-        around = forward.__globals__
-        beside = [_digest(normal_form(around[name])[0]) for name in ("apply_rotary_pos_emb", "rotate_half")]
-    except (OSError, TypeError, SyntaxError, AttributeError, AssertionError, KeyError):
-        return None
-    roles, window = _ATTENTIONS.get(_digest(text), ((), ""))
-    if len(names) != len(roles) or tuple(beside) not in _ROTATIONS:
-        return None
-    found = dict(zip(roles, names, strict=True))
-    if (found["dim"], found["config"], found["dropout"]) != ("head_dim", "config", "attention_dropout"):
-        return None
-    return AttentionForm(
-        *(found["q"], found["k"], found["v"], found["o"]),
-        *(found.get("q_norm"), found.get("k_norm")),
-        *(found["scaling"], found.get("window") or window),
-    )
-
-
 # --- on a model -------------------------------------------------------------------------------------------------------
 
 
@@ -417,31 +231,6 @@ class Fused:
         done = [f"{count} {name}" for count, name in counts if count]
         left = [f"{name} ({why})" for name, why in self.left.items()]
         return f"fused: {', '.join(done) or 'nothing'}" + (f"; left as they are: {', '.join(left)}" if left else "")
-
-
-Form = NormForm | MlpForm | AttentionForm
-_classes: dict[tuple[type, type], type] = {}
-
-
-def become(module: nn.Module, kind: type, name: str | None = None) -> None:
-    """Make a module, in place, of a class that is ``kind`` before what it was; called ``name``, or as it was."""
-    own = type(module)
-    if issubclass(own, kind):
-        return
-    key = (kind, own)
-    if key not in _classes:
-        _classes[key] = type(name or own.__name__, (kind, own), {"__module__": own.__module__})
-    module.__class__ = _classes[key]
-
-
-def form_of(module: nn.Module) -> Form | None:
-    """What a module is, if it is of a form that is fused here."""
-    return (mlp_form(module) or attention_form(module)) if list(module.children()) else norm_form(module)
-
-
-def is_wrapped(module: nn.Module) -> bool:
-    """Whether a module has a ``forward`` of its own, so that its class's does not run (hooks of accelerate)."""
-    return "forward" in vars(module)
 
 
 def _fused(module: nn.Module, kind: type, form: Form) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..memory.process import return_freed
 from ..ops.library import device_type
-from .fusion import become
+from .class_swap import become
 
 
 class HostEmbedding(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import codebooks
-from . import cpu, gpu
+from . import cpu, cpu_calls, gpu, gpu_calls
 from .library import define, scratch
 from .nearest import rank
 
@@ -170,7 +170,7 @@ define(
     _adamw_8bit_step,
     _adamw_8bit_step_shapes,
 )
-cpu.spell("adamw_8bit_step", _adamw_8bit_step, cpu._adamw_8bit_step)
+cpu.spell("adamw_8bit_step", _adamw_8bit_step, cpu_calls._adamw_8bit_step)
 
 
 def _case(device: torch.device) -> tuple:
@@ -195,4 +195,4 @@ def _still_case(device: torch.device) -> tuple:
     return params, [torch.zeros_like(g) for g in grads], *state, *others[4:], 1
 
 
-gpu.spell("adamw_8bit_step", _adamw_8bit_step, gpu.adamw_8bit_step, _case, _still_case)
+gpu.spell("adamw_8bit_step", _adamw_8bit_step, gpu_calls.adamw_8bit_step, _case, _still_case)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, gpu
+from . import cpu, cpu_calls, gpu, gpu_calls
 from .fourbit import FLOATS
 from .library import as_wide, define, device_type, scratch
 
@@ -140,8 +140,8 @@ define(
     _attention_grad,
     _grad_shapes,
 )
-cpu.spell("attention", _attention, cpu._attention)
-cpu.spell("attention_grad", _attention_grad, cpu._attention_grad)
+cpu.spell("attention", _attention, cpu_calls._attention)
+cpu.spell("attention_grad", _attention_grad, cpu_calls._attention_grad)
 
 
 # the small cases by which a GPU is judged
@@ -165,5 +165,5 @@ def _grad_of(case: gpu.Case) -> gpu.Case:
     return with_gradient
 
 
-gpu.spell("attention", _attention, gpu.attention, _case, _usual_case)
-gpu.spell("attention_grad", _attention_grad, gpu.attention_grad, _grad_of(_case), _grad_of(_usual_case))
+gpu.spell("attention", _attention, gpu_calls.attention, _case, _usual_case)
+gpu.spell("attention_grad", _attention_grad, gpu_calls.attention_grad, _grad_of(_case), _grad_of(_usual_case))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, gpu
+from . import cpu, cpu_calls, gpu, gpu_calls
 from .library import define, scratch
 
 DROPOUT_RESOLUTION = 65536
@@ -179,7 +179,7 @@ def _drop_shapes(x: Tensor, dropout: list[int]) -> Tensor:
 define("dropout_mask(Tensor(a!) out, int[] dropout) -> ()", _dropout_mask, _nothing)
 define("drop(Tensor x, int[] dropout) -> Tensor", _drop, _drop_shapes)
 define("add_dropped(Tensor(a!) total, Tensor x, int[] dropout) -> ()", _add_dropped, _nothing)
-cpu.spell("dropout_mask", _dropout_mask, cpu._dropout_mask)
+cpu.spell("dropout_mask", _dropout_mask, cpu_calls._dropout_mask)
 
 
 def example(device: torch.device) -> tuple:
@@ -204,6 +204,6 @@ def _adding(case: gpu.Case) -> gpu.Case:
     return both
 
 
-gpu.spell("dropout_mask", _dropout_mask, gpu.dropout_mask, example)
-gpu.spell("drop", _drop, gpu.drop, _drop_case, _usual_case)
-gpu.spell("add_dropped", _add_dropped, gpu.add_dropped, _adding(_drop_case), _adding(_usual_case))
+gpu.spell("dropout_mask", _dropout_mask, gpu_calls.dropout_mask, example)
+gpu.spell("drop", _drop, gpu_calls.drop, _drop_case, _usual_case)
+gpu.spell("add_dropped", _add_dropped, gpu_calls.add_dropped, _adding(_drop_case), _adding(_usual_case))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import codebooks
-from . import cpu, dequantized, gpu
+from . import cpu, cpu_calls, dequantized, gpu, gpu_calls
 from .dropout import NO_DROPOUT, Dropout, add_dropped, plan_dropping
 from .library import CHUNK, define, scratch
 from .nearest import rank
@@ -407,11 +407,11 @@ define(
     _input_grad,
     _input_grad_shapes,
 )
-cpu.spell("quantize_4bit", _quantize, cpu._quantize)
-cpu.spell("quantize_absmax", _quantize_absmax, cpu._quantize_absmax)
-cpu.spell("dequantize_4bit", _dequantize, cpu._dequantize)
-cpu.spell("linear_4bit", _linear, cpu._linear)
-cpu.spell("linear_4bit_input_grad", _input_grad, cpu._input_grad)
+cpu.spell("quantize_4bit", _quantize, cpu_calls._quantize)
+cpu.spell("quantize_absmax", _quantize_absmax, cpu_calls._quantize_absmax)
+cpu.spell("dequantize_4bit", _dequantize, cpu_calls._dequantize)
+cpu.spell("linear_4bit", _linear, cpu_calls._linear)
+cpu.spell("linear_4bit_input_grad", _input_grad, cpu_calls._input_grad)
 
 
 # --- on a GPU ---
@@ -419,16 +419,16 @@ cpu.spell("linear_4bit_input_grad", _input_grad, cpu._input_grad)
 
 def quantize_absmax_by_triton(absmax: Tensor, nested_quant_map: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     offset = tree_mean(absmax)
-    return *gpu.quantize_scales(absmax, offset, nested_quant_map, group), offset.clone()
+    return *gpu_calls.quantize_scales(absmax, offset, nested_quant_map, group), offset.clone()
 
 
 def linear_by_triton(x: Tensor, *args) -> Tensor:
     """A few tokens are multiplied with weights as they are read; for more the weight is dequantized first."""
     *parts, rows, bias, u, b = args
     flat = x.reshape(-1, x.shape[-1])
-    if not 0 < flat.shape[0] <= gpu.MATVEC_TOKENS or x.shape[-1] % 2:
+    if not 0 < flat.shape[0] <= gpu_calls.MATVEC_TOKENS or x.shape[-1] % 2:
         return _linear(x, *args)
-    y = gpu.matvec(flat.contiguous(), tuple(parts), rows)
+    y = gpu_calls.matvec(flat.contiguous(), tuple(parts), rows)
     if bias is not None:
         y += bias.to(y.dtype)
     if u is not None:
@@ -482,7 +482,7 @@ def _usual_linear_case(device: torch.device) -> tuple:
     return gpu.sample(device, 1, 128, seed=1), *parts, 12, None, None, None
 
 
-gpu.spell("quantize_4bit", _quantize, gpu.quantize_4bit, _weight_case)
+gpu.spell("quantize_4bit", _quantize, gpu_calls.quantize_4bit, _weight_case)
 gpu.spell("quantize_absmax", _quantize_absmax, quantize_absmax_by_triton, _scales_case)
-gpu.spell("dequantize_4bit", _dequantize, gpu.dequantize_4bit, _dequantize_case, _usual_case)
+gpu.spell("dequantize_4bit", _dequantize, gpu_calls.dequantize_4bit, _dequantize_case, _usual_case)
 gpu.spell("linear_4bit", _linear, linear_by_triton, _linear_case, _usual_linear_case)

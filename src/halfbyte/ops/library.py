@@ -62,3 +62,7 @@ def define(schema: str, meaning: Callable, shapes: Callable) -> None:
 def as_wide(t: Tensor) -> Tensor:
     """The tensor in the width passes compute in: fp32, or fp64 where it is (the tests' reference)."""
     return t if t.dtype == torch.float64 else t.float()
+
+
+ROW_MULTIPLE = 16
+"""Numbers of rows are rounded up to this, so that matrix libraries meet few shapes."""

@@ -6,7 +6,7 @@ They do few operations for each byte they read, so each is one pass over x or dy
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, cpu_calls
 from .dropout import NO_DROPOUT, Dropout, dropped, plan_dropping
 from .fourbit import FLOATS
 from .library import define
@@ -84,5 +84,5 @@ define(
     _lora_grads,
     _lora_grads_shapes,
 )
-cpu.spell("lora_input", _lora_input, cpu._lora_input)
-cpu.spell("lora_grads", _lora_grads, cpu._lora_grads)
+cpu.spell("lora_input", _lora_input, cpu_calls._lora_input)
+cpu.spell("lora_grads", _lora_grads, cpu_calls._lora_grads)

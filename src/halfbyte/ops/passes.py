@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import cpu, gpu
+from . import cpu, cpu_calls, gpu, gpu_calls
 from .fourbit import FLOATS
 from .library import as_wide, define, scratch
 
@@ -178,29 +178,29 @@ for _name, _schema, _meaning, _shapes, _cpp in (
         "(Tensor x, Tensor weight, float eps, float offset, bool cast_first) -> (Tensor, Tensor)",
         _rms_norm,
         _norm_shapes,
-        cpu._rms_norm,
+        cpu_calls._rms_norm,
     ),
     (
         "rms_norm_grad",
         "(Tensor dy, Tensor x, Tensor weight, Tensor inverse, float offset) -> Tensor",
         _rms_norm_grad,
         _like_second,
-        cpu._rms_norm_grad,
+        cpu_calls._rms_norm_grad,
     ),
-    ("gated", "(Tensor gate, Tensor up, int activation) -> Tensor", _gated, _like_first, cpu._gated),
+    ("gated", "(Tensor gate, Tensor up, int activation) -> Tensor", _gated, _like_first, cpu_calls._gated),
     (
         "gated_grad",
         "(Tensor dy, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)",
         _gated_grad,
         _two_like_second,
-        cpu._gated_grad,
+        cpu_calls._gated_grad,
     ),
     (
         "cross_entropy",
         "(Tensor logits, Tensor labels, Tensor(a!) grad) -> Tensor",
         _cross_entropy,
         _loss_shapes,
-        cpu._cross_entropy,
+        cpu_calls._cross_entropy,
     ),
 ):
     define(_name + _schema, _meaning, _shapes)
@@ -244,8 +244,8 @@ def _cross_entropy_case(device: torch.device) -> tuple:
     return logits, torch.tensor([0, 4999, -100, 17], device=device), torch.empty_like(logits)
 
 
-gpu.spell("rms_norm", _rms_norm, gpu.rms_norm, _norm_case, _wide_norm_case)
-gpu.spell("rms_norm_grad", _rms_norm_grad, gpu.rms_norm_grad, _norm_grad_case)
-gpu.spell("gated", _gated, gpu.gated, gated_example, _gelu(1), _gelu(2))
-gpu.spell("gated_grad", _gated_grad, gpu.gated_grad, _gated_grad_case, _gelu_grad(1), _gelu_grad(2))
-gpu.spell("cross_entropy", _cross_entropy, gpu.cross_entropy, _cross_entropy_case)
+gpu.spell("rms_norm", _rms_norm, gpu_calls.rms_norm, _norm_case, _wide_norm_case)
+gpu.spell("rms_norm_grad", _rms_norm_grad, gpu_calls.rms_norm_grad, _norm_grad_case)
+gpu.spell("gated", _gated, gpu_calls.gated, gated_example, _gelu(1), _gelu(2))
+gpu.spell("gated_grad", _gated_grad, gpu_calls.gated_grad, _gated_grad_case, _gelu_grad(1), _gelu_grad(2))
+gpu.spell("cross_entropy", _cross_entropy, gpu_calls.cross_entropy, _cross_entropy_case)

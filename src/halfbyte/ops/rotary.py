@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import cpu, gpu
+from . import cpu, cpu_calls, gpu, gpu_calls
 from .fourbit import FLOATS
 from .library import as_wide, define
 
@@ -34,7 +34,7 @@ def _rotate_shapes(x: Tensor, *args) -> Tensor:
 
 
 define("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _rotate, _rotate_shapes)
-cpu.spell("rotate", _rotate, cpu._rotate)
+cpu.spell("rotate", _rotate, cpu_calls._rotate)
 
 
 def _case(device: torch.device) -> tuple:
@@ -42,4 +42,4 @@ def _case(device: torch.device) -> tuple:
     return x, cos, sin, False
 
 
-gpu.spell("rotate", _rotate, gpu.rotate, _case)
+gpu.spell("rotate", _rotate, gpu_calls.rotate, _case)

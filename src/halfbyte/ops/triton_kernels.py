@@ -7,7 +7,6 @@ exact: quotients and roots are IEEE's (``div_rn``, ``sqrt_rn``), products and su
 The functions here see pointers and sizes only; `gpu` checks shapes and chooses grids.
 """
 
-# Triton compiles these functions from their source: annotations of constexpr arguments are its own.
 import triton
 import triton.language as tl
 

@@ -1,39 +1,29 @@
 """A model directory to a transformers model whose linear weights are 4-bit, one tensor in memory at a time.
 
-The model is built empty (`architecture`), then filled (`filler`). Names on disk go through transformers' own renamings.
-A model is loaded whole or not at all.
+The model is built empty (`model.architecture`), then filled (`quantization.weights`). Names on disk go through
+transformers' own renamings. A model is loaded whole or not at all.
 """
 
-import hashlib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapters.lora import target_names
-from ..adapters.peft_files import adapted_layers, load_adapter, read_adapter_config, shortest_targets
-from ..config.hf_objects import options_of
-from ..config.options import ModelOptions, TrainConfig
+from ..config.options import ModelOptions
 from ..errors import ModelError, UsageError
-from ..files import hub
-from ..memory.paged_arrays import Travel
-from ..model.architecture import (
-    Progress,
-    build_empty,
-    choose_device,
-    choose_dtype,
-    no_progress,
-    read_config,
-    refused_by_transformers,
-)
+from ..files.model_config import read_config, refused_by_transformers
+from ..files.safetensors import Checkpoint
+from ..memory.streaming import Travel
+from ..model.architecture import build_empty, choose_device, choose_dtype
+from ..model.targets import quantizable
 from ..ops import cpu
-from ..run.directory import ADAPTER_FACTS, Run, is_run
-from .weights import Filler, QuantReport
-from .writer import Kept, cached, check_quantization, remove
+from ..progress import Progress, no_progress
+from .bnb_format import check_quantization
+from .cache import Kept, cached, remove
+from .weights import Filler, QuantReport, quantize_as
 
 MIN_COVERAGE = 0.9
-ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
 
 def load_base(path: Path, options: ModelOptions, progress: Progress = no_progress) -> tuple[Any, QuantReport]:
@@ -89,7 +79,7 @@ def _load(
     dtype = choose_dtype(options.dtype, device)
     config = read_config(path)
     check_quantization(path, getattr(config, "quantization_config", None))
-    checkpoint = hub.Checkpoint(weights)
+    checkpoint = Checkpoint(weights)
     model = build_empty(config)
     filler = Filler(model, checkpoint, options, dtype, device, travel)
     filler.check_names()
@@ -128,123 +118,22 @@ def _place_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-# --- a model or a run -------------------------------------------------------------------------------------------------
-
-
-def load(model_or_run: str | Path, *objects: Any, progress: Progress = no_progress, **changes: Any) -> tuple[Any, Any]:
-    """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run directory.
-
-    Args:
-        model_or_run: Hub id, model directory or run directory. objects: a ``BitsAndBytesConfig``. changes: fields of
-            `config.ModelOptions`, above it; a run's base is held as it was in training unless changed here.
+def empty_base(config: Any, options: ModelOptions, dtype: torch.dtype) -> Any:
+    """What `load_base` makes, on the ``meta`` device: the same shapes, types and 4-bit parts, and no weights.
 
     Raises:
-        ModelError, UsageError: as `load_base` and `lora.load_adapter`.
+        ModelError: transformers cannot build it.
     """
-    given = options_of(objects, ())
-    if unfit := sorted(given.keys() - ModelOptions.model_fields.keys()):
-        raise UsageError("only a BitsAndBytesConfig says how a model is held", found=f"{', '.join(unfit[:5])}, ...")
-    changes = {**given, **changes}
-    if not is_run(model_or_run):
-        path = hub.resolve(str(model_or_run), changes.get("revision"))
-        model, _ = load_base(path, ModelOptions(**changes), progress)
-        return model, hub.load_tokenizer(path)
-    run = Run.open(model_or_run)
-    info, trained = run.info(), run.config()
-    options = ModelOptions(**{**trained.holding(), **changes})
-    if "weight_streaming" not in changes and (not options.load_in_4bit or choose_device(options.device).type != "cpu"):
-        options.weight_streaming = "never"  # what was streamed there cannot be here
-    if trained.full:
-        model, _ = load_base(run.adapter, options, progress)
-    else:
-        model, report = load_base(hub.resolve(info["base"]["path"], options.revision), options, progress)
-        if options.held_as(trained) and not changes.get("allow_other_base"):
-            way = "allow_other_base, where this is an option"
-            refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"], way)
-        load_adapter(model, run.adapter)
-        model.eval()
-    return model, run_tokenizer(run)
-
-
-def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
-    """The configuration of a training that begins with an adapter: what the adapter is decides what is trained.
-
-    Raises:
-        ModelError: no adapter, or one that is not for this base. UsageError: an option says otherwise than it.
-    """
-    if config.adapter_name_or_path is None:
-        return config
-    given = config.adapter_name_or_path
-    path = hub.resolve_adapter(given)
-    raw, adapter = read_adapter_config(path)
-    wanted = {
-        "lora_r": adapter.r,
-        "lora_alpha": adapter.alpha,
-        "use_rslora": adapter.use_rslora,
-        "rank_pattern": dict(adapter.rank_pattern),
-        "alpha_pattern": dict(adapter.alpha_pattern),
-        "use_dora": adapter.use_dora,
-        "modules_to_save": ",".join(raw.get("modules_to_save") or ()),
-    }
-    model = build_empty(read_config(base))
-    wanted["target_modules"] = ",".join(shortest_targets(model, adapted_layers(model, path)))
-    for name, value in wanted.items():
-        if name in config.model_fields_set and not _is_same(name, getattr(config, name), value, model):
-            raise UsageError(
-                f"the adapter in {path} has {name} {value!r}, and {getattr(config, name)!r} was asked for",
-                ways_out=[f"without --{name}: the adapter's own is taken"],
-            )
-    if "lora_dropout" not in config.model_fields_set:
-        wanted["lora_dropout"] = adapter.dropout
-    there = Path(given).expanduser()
-    wanted["adapter_name_or_path"] = str(there.resolve()) if there.exists() else given
-    return config.model_copy(update=wanted)
-
-
-def _is_same(name: str, asked: Any, value: Any, model: Any) -> bool:
-    """Whether an option asks for what an adapter has."""
-    if name == "target_modules":
-        return set(target_names(model, asked)) == set(target_names(model, value))
-    if name == "modules_to_save":
-        return {part.strip() for part in asked.split(",")} == set(value.split(","))
-    return asked == value
-
-
-def refuse_foreign_adapter(path: Path, digest: str, base: str) -> None:
-    """Raise ModelError if an adapter says that it was trained on another base than the one of this digest."""
-    facts = path / ADAPTER_FACTS
-    if facts.is_file():
-        before = hub.read_json(facts).get("base_digest", digest)
-        refuse_other_base(digest, before, base, "--allow_other_base true")
-
-
-def run_tokenizer(run: Run) -> Any:
-    """The tokenizer of a run, with the chat template it was trained with.
-
-    Raises:
-        ModelError: the template beside the adapter is another one.
-    """
-    tokenizer = hub.load_tokenizer(run.adapter)
-    expected = hub.read_json(run.adapter / ADAPTER_FACTS).get("template_sha256")
-    if hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() != expected:
-        raise ModelError(
-            f"the chat template in {run.adapter} is not the one this adapter was trained with",
-            ways_out=["bring back chat_template.jinja of the training", "or train again with the new template"],
-        )
-    return tokenizer
-
-
-def refuse_other_base(found: str, expected: str, path: str, allow: str = "") -> None:
-    """Raise ModelError if the base is not the one an adapter was trained on. allow: how the caller is told that it is
-    as good, if it can be."""
-    if found != expected:
-        raise ModelError(
-            f"the base in {path} is not the one this adapter was trained on: its weights have changed since",
-            found=f"digest {found[:16]}",
-            expected=f"digest {expected[:16]}",
-            ways_out=[
-                "bring back the base of the training",
-                "or train again on this one",
-                *([f"or {allow}, if you know that it is as good"] if allow else []),
-            ],
-        )
+    model = build_empty(config)
+    in_4bit = quantizable(model) if options.load_in_4bit else set()
+    for module_name, module in model.named_modules():
+        for attribute, p in module._parameters.items():
+            if p is not None:
+                value = p.data.to(dtype)
+                if f"{module_name}.{attribute}" in in_4bit:
+                    value = quantize_as(value, options).with_dtype(dtype)
+                module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+    model.tie_weights()
+    model.eval()
+    model.config.dtype = dtype
+    return model

@@ -12,11 +12,9 @@ The bytes are bitsandbytes' bytes, so reading and writing that format is a renam
 The road not taken: a module class of our own (as bitsandbytes' ``Linear4bit``) needs every tool to know it.
 """
 
-import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,16 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import codebooks, ops
-from ..errors import ModelError
-from ..files.hub import Checkpoint, write_safetensors
 from ..memory import recompute
-from ..memory.paged_arrays import Stop, Travel
+from ..memory.streaming import Stop
 
 NESTED_BLOCK_SIZE = 256
-STATE_KEY = "quant_state.bitsandbytes__"
 _TENSORS = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
-_STORED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @cache
@@ -251,142 +244,3 @@ def refuse_non_finite(absmax: Tensor, block_size: int) -> None:
             f"{int((~finite).sum())} of {absmax.numel()} blocks hold a NaN or an infinity; the first is block {block} "
             f"(elements {block * block_size}..{(block + 1) * block_size - 1} of the flattened tensor)"
         )
-
-
-# --- the checkpoint layout --------------------------------------------------------------------------------------------
-
-
-def components(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
-    """The tensors a bitsandbytes checkpoint stores for the weight ``name`` (docs/format.md).
-
-    Raises:
-        ValueError: the format has no name in bitsandbytes.
-    """
-    if tensor.quant_type not in codebooks.BNB_QUANT_TYPES:
-        raise ValueError(f"{name}: a bitsandbytes checkpoint cannot hold {tensor.quant_type!r}")
-    state: dict[str, object] = {
-        "quant_type": tensor.quant_type,
-        "blocksize": tensor.block_size,
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-    }
-    stored = {
-        name: tensor.packed.view(-1, 1),
-        f"{name}.absmax": tensor.absmax,
-        f"{name}.quant_map": tensor.quant_map.clone(),
-    }
-    if tensor.nested_absmax is not None:
-        assert tensor.nested_quant_map is not None and tensor.nested_offset is not None
-        stored[f"{name}.nested_absmax"] = tensor.nested_absmax
-        stored[f"{name}.nested_quant_map"] = tensor.nested_quant_map.clone()
-        state["nested_blocksize"] = tensor.nested_block_size
-        state["nested_dtype"] = "float32"
-        state["nested_offset"] = tensor.nested_offset.item()
-    text = json.dumps(state).encode()
-    stored[f"{name}.{STATE_KEY}{tensor.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
-    return stored
-
-
-def from_components(name: str, stored: dict[str, Tensor]) -> NF4Tensor:
-    """The tensor ``name`` from its stored parts, bit for bit.
-
-    Args:
-        stored: every tensor whose name is ``name`` or starts with ``name.``; others are ignored.
-
-    Raises:
-        ModelError: a part is missing or of the wrong size, or the state names something we do not hold.
-    """
-
-    def refuse(why: str) -> ModelError:
-        return ModelError(f"the stored 4-bit tensor {name} is damaged or unknown: {why}")
-
-    keys = [key for key in stored if key.startswith(f"{name}.{STATE_KEY}")]
-    if len(keys) != 1:
-        raise refuse(f"expected one {name}.{STATE_KEY}<type>, found {len(keys)}")
-    try:
-        state = json.loads(bytes(stored[keys[0]].tolist()))
-        quant_type, block_size = state["quant_type"], state["blocksize"]
-        dtype, shape = _DTYPE_NAMES[state["dtype"]], torch.Size(state["shape"])
-        nested = "nested_offset" in state
-        offset = torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None
-        if nested and state["nested_dtype"] != "float32":
-            raise refuse(f"nested_dtype {state['nested_dtype']!r} (only float32 is read)")
-        nested_block_size = state["nested_blocksize"] if nested else NESTED_BLOCK_SIZE
-    except (KeyError, TypeError, ValueError) as error:
-        raise refuse(f"its quant_state cannot be read ({error!r})") from error
-    if quant_type not in codebooks.BNB_QUANT_TYPES or not keys[0].endswith(STATE_KEY + quant_type):
-        raise refuse(f"quant_type {quant_type!r} (known: {', '.join(codebooks.BNB_QUANT_TYPES)})")
-    wanted = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]
-    if missing := [part for part in wanted if f"{name}.{part}" not in stored]:
-        raise refuse(f"{', '.join(missing)} missing")
-    part = {key: stored[f"{name}.{key}"].view(-1) for key in wanted}
-    parts = ops.FourBit(
-        stored[name].view(torch.uint8).view(-1),
-        part["absmax"],
-        part["quant_map"],
-        part.get("nested_absmax"),
-        part.get("nested_quant_map"),
-        offset,
-        block_size,
-        nested_block_size,
-    )
-    try:
-        ops.check_storage(parts, shape.numel())
-    except (TypeError, ValueError) as error:
-        raise refuse(str(error)) from error
-    return NF4Tensor(parts, shape, dtype, quant_type)
-
-
-def quantized_names(names: set[str]) -> set[str]:
-    """The weights among checkpoint names that are stored in 4 bits."""
-    return {name.partition(f".{STATE_KEY}")[0] for name in names if f".{STATE_KEY}" in name}
-
-
-def read_checkpoint(directory: str | Path) -> dict[str, Tensor]:
-    """All tensors of a model directory, 4-bit ones as `NF4Tensor`, bit for bit (docs/format.md)."""
-    checkpoint = Checkpoint(Path(directory))
-    quantized = quantized_names(set(checkpoint.entries))
-    return {
-        name: read_stored(checkpoint, name) if name in quantized else checkpoint.read(name)
-        for name in checkpoint
-        if name in quantized or not any(name.startswith(f"{q}.") for q in _prefixes(name) & quantized)
-    }
-
-
-def _prefixes(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:i]) for i in range(1, len(parts))}
-
-
-def stored_keys(names: Collection[str], name: str) -> list[str]:
-    """The checkpoint's tensors that make up a 4-bit weight."""
-    states = [f"{name}.{STATE_KEY}{quant_type}" for quant_type in codebooks.QUANT_TYPES]
-    return [key for key in (name, *(f"{name}.{part}" for part in _STORED), *states) if key in names]
-
-
-def read_stored(checkpoint: Checkpoint, name: str, travel: Travel | None = None, group: int = 0) -> NF4Tensor:
-    """One 4-bit tensor of a bitsandbytes checkpoint.
-
-    Args:
-        travel: codes and scales stay in the file (one that `hub.TensorFile` wrote), as members of this group of it.
-    """
-    entries = {key: checkpoint.entries[key] for key in stored_keys(checkpoint.entries, name)}
-    stays = (name, f"{name}.absmax") if travel is not None else ()
-    stored = {
-        key: travel.tensor(group, entry.file, entry.start, entry.nbytes).view(entry.dtype)
-        if travel is not None and key in stays
-        else checkpoint.read(key)
-        for key, entry in entries.items()
-    }
-    tensor = from_components(name, stored)
-    if travel is not None:
-        tensor.stop = travel.stop(group)
-    return tensor
-
-
-def write_checkpoint(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors to one safetensors file, 4-bit ones in bitsandbytes' layout (docs/format.md)."""
-    stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        stored.update(components(name, tensor) if isinstance(tensor, NF4Tensor) else {name: tensor})
-    write_safetensors(Path(path), stored)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..config.options import ModelOptions
 from ..errors import ModelError
-from ..files import hub
-from ..memory.paged_arrays import Travel
-from ..model.architecture import checkpoint_names, quantizable, quantize_as
-from .tensor import NF4Tensor, quantized_names, read_stored
+from ..files.safetensors import Checkpoint
+from ..memory.streaming import Travel
+from ..model.targets import checkpoint_names, quantizable
+from .bnb_format import quantized_names, read_stored
+from .tensor import NF4Tensor, quantize
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Filler:
     def __init__(
         self,
         model: Any,
-        checkpoint: hub.Checkpoint,
+        checkpoint: Checkpoint,
         options: ModelOptions,
         dtype: torch.dtype,
         device: torch.device,
@@ -256,3 +257,13 @@ def _parents(name: str) -> set[str]:
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def quantize_as(weight: Tensor, options: ModelOptions) -> NF4Tensor:
+    """A weight in the 4 bits that the options ask for."""
+    return quantize(
+        weight,
+        block_size=options.bnb_4bit_blocksize,
+        double_quant=options.bnb_4bit_use_double_quant,
+        quant_type=options.bnb_4bit_quant_type,
+    )

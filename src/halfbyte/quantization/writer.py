@@ -1,28 +1,22 @@
-"""A base in 4 bits on disk, as bitsandbytes stores it: written a tensor at a time, and kept in a cache.
+"""A base in 4 bits on disk, as bitsandbytes stores it, written a tensor at a time."""
 
-Weights that are streamed lie here (`load` with weight_streaming). An entry of the cache is named by the digest of what
-it holds, which is hashed again whenever it is loaded; what it was made of (files, their sizes and times, options) leads
-to it. It is a checkpoint like any other that transformers and bitsandbytes open.
-"""
-
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import codebooks
 from ..config.options import ModelOptions
-from ..errors import HalfbyteError, ModelError, StorageError, UsageError
-from ..files import hub
-from ..model.architecture import Progress, build_empty, read_config
-from ..run.directory import locked_file
-from .tensor import NESTED_BLOCK_SIZE, STATE_KEY, NF4Tensor, components, quantized_names, stored_keys
+from ..errors import StorageError, UsageError
+from ..files import atomic, hub
+from ..files.model_config import read_config
+from ..files.safetensors import INDEX, SINGLE, Checkpoint, TensorFile
+from ..model.architecture import build_empty
+from ..progress import Progress
+from .bnb_format import STATE_KEY, check_quantization, components, quantized_names, stored_keys
+from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
 from .weights import Filler, QuantReport
 
 SHARD = 4 << 30
@@ -30,19 +24,6 @@ SHARD = 4 << 30
 FACTS = "halfbyte_quantized.json"
 _STATE_ROOM = 512
 """Longest quant_state, bytes: six short entries, a shape, a number."""
-
-
-def check_quantization(path: Path, config: Any) -> None:
-    """Raise ModelError for weights quantized in a format that is not read here."""
-    if config is None:
-        return
-    values = config if isinstance(config, dict) else config.to_dict()
-    if values.get("quant_method") != "bitsandbytes" or values.get("load_in_8bit"):
-        raise ModelError(
-            f"{path} is quantized in a format that is not read here",
-            found=f"quant_method {values.get('quant_method')!r}",
-            expected="an unquantized checkpoint, or bitsandbytes 4-bit",
-        )
 
 
 def write_quantized(path: Path, options: ModelOptions, directory: Path, progress: Progress) -> QuantReport:
@@ -56,20 +37,20 @@ def write_quantized(path: Path, options: ModelOptions, directory: Path, progress
     """
     config = read_config(path)
     check_quantization(path, getattr(config, "quantization_config", None))
-    checkpoint = hub.Checkpoint(path)
+    checkpoint = Checkpoint(path)
     filler = Filler(build_empty(config), checkpoint, options, torch.bfloat16, torch.device("cpu"))
     filler.check_names()
     shards, weight_map, size = list(_shards(filler)), {}, 0
     waiting = iter(progress(filler.sources, len(filler.sources), "quantizing"))
     for number, sources in enumerate(shards):
-        name = hub.SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        name = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         known: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         late: dict[str, int] = {}
         for source in sources:
             layout = _layout(filler, source)
             late |= {key: shape[0] for key, (_, shape) in layout.items() if STATE_KEY in key}
             known |= {key: value for key, value in layout.items() if key not in late}
-        with hub.TensorFile(directory / name, known, late) as file:
+        with TensorFile(directory / name, known, late) as file:
             for _ in sources:
                 source = next(waiting)
                 value = filler.read(source)
@@ -81,11 +62,11 @@ def write_quantized(path: Path, options: ModelOptions, directory: Path, progress
     for _ in waiting:  # the progress bar ends
         pass
     if len(shards) > 1:
-        hub.write_json(directory / hub.INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    said = hub.read_json(path / "config.json")  # of stored 4-bit weights it says what they are
-    hub.write_json(directory / "config.json", said if filler.stored_4bit else {**said, **_quantization(options)})
+        atomic.write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    said = atomic.read_json(path / "config.json")  # of stored 4-bit weights it says what they are
+    atomic.write_json(directory / "config.json", said if filler.stored_4bit else {**said, **_quantization(options)})
     report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records, filler.digest())
-    hub.write_json(directory / FACTS, {"digest": report.digest, "tensors": report.tensors})
+    atomic.write_json(directory / FACTS, {"digest": report.digest, "tensors": report.tensors})
     return report
 
 
@@ -157,124 +138,24 @@ def quantize(path: Path, options: ModelOptions, output_dir: str | Path, progress
         UsageError: output_dir is not empty. ModelError, StorageError: as `write_quantized`.
     """
     target = Path(output_dir).expanduser().absolute()
-    if stored := quantized_names(set(hub.Checkpoint(path).entries)):
+    if stored := quantized_names(set(Checkpoint(path).entries)):
         raise UsageError(f"{path} is in 4 bits already", found=f"{len(stored)} weights", ways_out=["use it as it is"])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        hub.check_writable(building)
+        atomic.check_writable(building)
         report = write_quantized(path, options, building, progress)
         for pattern in hub.HUB_PATTERNS:
             for file in path.glob(pattern):
-                if file.suffix != ".safetensors" and file.name != hub.INDEX and not (building / file.name).exists():
-                    hub.write_bytes(building / file.name, file.read_bytes())
+                if file.suffix != ".safetensors" and file.name != INDEX and not (building / file.name).exists():
+                    atomic.write_bytes(building / file.name, file.read_bytes())
         if target.exists():
             target.rmdir()
         building.rename(target)
-        hub.sync(target.parent)
+        atomic.sync(target.parent)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror}", ways_out=["free space"]) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return report
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kept:
-    """An entry of the cache: its directory, the digest of its weights, and the record of their quantization."""
-
-    path: Path
-    digest: str
-    tensors: list[dict[str, Any]]
-
-
-def cache_directory() -> Path:
-    """``$HALFBYTE_CACHE``, else ``halfbyte`` in the user's cache directory."""
-    if named := os.environ.get("HALFBYTE_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"
-
-
-def cached(path: Path, options: ModelOptions, progress: Progress) -> Kept:
-    """The cache's entry for a model directory, made where there is none.
-
-    Raises:
-        ModelError, StorageError: as `write_quantized`.
-    """
-    if (path / FACTS).is_file():  # written by `write_quantized`, digest and all: it is its own entry
-        return _entry(path)
-    home, identity = cache_directory(), _identity(path, options)
-    leads = home / "sources" / f"{identity}.json"
-    if (kept := _found(home, leads)) is not None:
-        return kept
-    try:
-        leads.parent.mkdir(parents=True, exist_ok=True)
-        with locked_file(home / "sources" / f"{identity}.lock"):
-            return _found(home, leads) or _make(path, options, progress, home, leads)
-    except (OSError, StorageError) as error:
-        raise StorageError(
-            f"cannot keep the quantized weights in {home}",
-            found=error.what if isinstance(error, StorageError) else str(error.strerror),
-            ways_out=["free space there", "or name another directory: HALFBYTE_CACHE=..."],
-        ) from error
-
-
-def _found(home: Path, leads: Path) -> Kept | None:
-    try:
-        digest = hub.read_json(leads)["digest"]
-        kept = _entry(home / "bases" / digest)
-        return kept if kept.digest == digest else None
-    except (HalfbyteError, KeyError, TypeError):
-        return None  # not made yet, or removed
-
-
-def _make(path: Path, options: ModelOptions, progress: Progress, home: Path, leads: Path) -> Kept:
-    """A new entry; the caller holds the lock of what it is made of, so leftovers of that name are a dead process's."""
-    hub.check_writable(home / "bases")
-    temporary = home / "bases" / f".{leads.stem[:32]}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        report = write_quantized(path, options, temporary, progress)
-        final = home / "bases" / report.digest
-        try:
-            _entry(final)  # the same weights from elsewhere: others may be reading them
-        except (HalfbyteError, KeyError, TypeError):
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            hub.sync(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    hub.write_json(leads, {"digest": report.digest, "source": str(path)})
-    return _entry(final)
-
-
-def _entry(path: Path) -> Kept:
-    facts = hub.read_json(path / FACTS)
-    if not {"digest", "tensors"} <= facts.keys():
-        raise ModelError(f"{path / FACTS} is damaged")
-    return Kept(path, facts["digest"], facts["tensors"])
-
-
-def remove(kept: Kept) -> bool:
-    """Delete an entry of the cache; False for a directory that is somebody's, or where it cannot be."""
-    if kept.path.parent != cache_directory() / "bases":
-        return False
-    shutil.rmtree(kept.path, ignore_errors=True)
-    return not kept.path.exists()
-
-
-def _identity(path: Path, options: ModelOptions) -> str:
-    """What a quantized base is made of: files by size and time of change, and the options."""
-    files = hub.Checkpoint(path).files
-    facts: list[Any] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    facts += [options.bnb_4bit_quant_type, options.bnb_4bit_blocksize, options.bnb_4bit_use_double_quant]
-    facts += [
-        hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
-        codebooks.levels(options.bnb_4bit_quant_type),
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

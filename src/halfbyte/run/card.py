@@ -4,12 +4,12 @@ Every figure comes from the run's own files; what is not known is not written. H
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import HalfbyteError
-from ..files.hub import read_json
+from ..files.atomic import read_json
+from ..files.publish import is_public
 from .directory import EVALS, MEMORY, METRICS, PLAN_JSON, Run
 
 CARD = "README.md"
@@ -54,11 +54,6 @@ def _metadata(info: dict[str, Any], library: str) -> str:
         lines.append(f"base_model: {json.dumps(name)}")
     lines += [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}", "---"]
     return "\n".join(lines)
-
-
-def is_public(name: str) -> bool:
-    """Whether a name is a Hub id; a path means nothing elsewhere, and is nobody's business."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
 
 
 def _name(info: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ state to save; saves happen between optimizer steps only.
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -23,19 +22,11 @@ from torch import Tensor, nn
 
 from ..adapters.lora import lora_layers
 from ..adapters.peft_files import adapter_bytes, restore_adapter, save_adapter
-from ..engine.adamw8bit import AdamW8bit, PagedAdamW, PagedAdamW8bit
-from ..errors import HalfbyteError, ModelError, StorageError, UsageError
-from ..files.hub import (
-    json_bytes,
-    read_header,
-    read_json,
-    read_tensor,
-    sha256_file,
-    sync,
-    write_json,
-    write_safetensors,
-)
-from ..memory.process import is_exhaustion
+from ..engine.adamw8bit import AdamW8bit
+from ..engine.paged_optimizers import PagedAdamW, PagedAdamW8bit
+from ..errors import HalfbyteError, ModelError, StorageError, is_exhaustion
+from ..files.atomic import json_bytes, read_json, sha256_file, sync, write_json
+from ..files.safetensors import read_header, read_tensor, write_safetensors
 
 SCHEMA = 2
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
@@ -281,117 +272,3 @@ def remove_unfinished(directory: Path) -> None:
     for leftover in directory.glob(".step-*.tmp"):
         with contextlib.suppress(OSError):
             shutil.rmtree(leftover)
-
-
-# --- what a resumed run must share ---
-
-_MAY_CHANGE = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "kernels",
-    "kept_activations",
-    "kept_layers",
-    "activation_offloading",
-    "embedding_offloading",
-    "dequantized_weights",
-    "paging",
-    "weight_streaming",
-    "tokens_per_pass",
-    "tokens_per_tile",
-    "fit_to",
-    "force",
-    "rehearse",
-    "allow_change",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "eval_steps",
-    "num_samples",
-    "on_nonfinite",
-    "skip_bad",
-    "allow_other_base",
-    "report_to",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-    "model",
-    "data",
-}
-"""Options that change no number of the training, or last bits where memory chooses them (of ``kernels`` it is compared
-what computes, not what was asked)."""
-
-STATES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
-"""Optimizers whose numbers and saved states are another one's."""
-
-_FIXED = {
-    *("lora_r", "rank_pattern", "target_modules", "full", "optim", "use_rslora", "load_in_4bit"),
-    *("use_dora", "modules_to_save"),
-}
-"""What the saved state has the shape of: no resume can change it."""
-
-
-_YOUNGER: dict[str, Any] = {
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_dora": False,
-    "modules_to_save": "",
-    "adapter_name_or_path": None,
-}
-"""Options that there were checkpoints before, and the values that are as good as none."""
-
-
-ARITHMETIC = 2
-"""Raised when a release computes the same training in 16 bits with other last bits. 2: 1 / tokens is not rounded."""
-
-
-def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is compared apart."""
-    settings = {
-        key: value
-        for key, value in info["config"].items()
-        if key not in _MAY_CHANGE and not (key in _YOUNGER and value == _YOUNGER[key])
-    }
-    settings["optim"] = STATES.get(settings["optim"], settings["optim"])
-    return {
-        **settings,
-        "data": info["data"]["sha256"],
-        "template": info["template_sha256"],
-        "tokenizer": info["tokenizer_sha256"],
-        "total_steps": info["total_steps"],
-        "compute_dtype": info["compute_dtype"],
-        "threads": info["machine"]["threads"],
-        "machine": info["machine"]["device"],
-        "kernel_path": info["machine"]["kernel_path"],
-        **{name: info["versions"][name] for name in ("torch", "transformers")},
-        "arithmetic": None if info["compute_dtype"] == "float32" else ARITHMETIC,
-    }
-
-
-def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]) -> list[str]:
-    """What differs from the checkpoint's training and was allowed to, a line each.
-
-    Raises:
-        ModelError: something differs that was not allowed, or that no resume can change; names all of it.
-    """
-    before, now = state["fingerprint"], fingerprint(info)
-    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    known = before.keys() | now.keys() | {"base"}
-    if unknown := sorted(allowed - known):
-        close = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        raise UsageError(
-            f"allow_change names {unknown[0]!r}, which is nothing that can change",
-            ways_out=[f"did you mean {close[0]!r}?"] if close else [],
-        )
-    lines = {key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ}
-    refused = [key for key in differ if key not in allowed or key in _FIXED]
-    if refused:
-        free = [key for key in refused if key not in _FIXED]
-        ways = ["repeat the command as it was", "or start anew in another --output_dir"]
-        if free and len(free) == len(refused):
-            ways.insert(1, f"or accept the change, and a result that is not bit-exact: --allow_change {','.join(free)}")
-        raise ModelError(
-            "the checkpoint belongs to another training than this command describes",
-            found="; ".join(lines[key] for key in refused),
-            ways_out=ways,
-        )
-    return list(lines.values())

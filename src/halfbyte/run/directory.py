@@ -15,14 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config.options import TrainConfig, build
+from ..config.build import build
+from ..config.options import TrainConfig
 from ..errors import BusyError, ModelError, StorageError, UsageError
-from ..files.hub import read_json, write_bytes, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows: the lock file is written but two trainers are not kept apart
-    fcntl = None
+from ..files.atomic import fcntl, read_json, write_bytes, write_json
 
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
 NONFINITE, MEMORY, PLAN_JSON = "nonfinite.jsonl", "memory.jsonl", "plan.json"
@@ -181,18 +177,6 @@ class Run:
             yield
         finally:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for whoever holds it (on Windows nobody waits)."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def is_run(path: str | Path) -> bool:

@@ -15,8 +15,8 @@ from ..data.batches import MicroBatch
 from ..data.renderer import Encoded
 from ..engine.evaluate import mean_loss
 from ..engine.learner import Learner
-from ..errors import DoesNotFit
-from ..memory.process import is_exhaustion, return_freed
+from ..errors import DoesNotFit, is_exhaustion
+from ..memory.process import return_freed
 from ..model import attention
 from ..run import checkpoint
 

@@ -15,30 +15,31 @@ import math
 import os
 import platform
 import shutil
-import signal
-import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from ..adapters.initial import begin_with_adapter
 from ..adapters.lora import lora_layers, target_names
 from ..adapters.peft_files import restore_adapter, save_adapter
 from ..config.hf_objects import config_of
-from ..config.options import TrainConfig
-from ..data.batches import MicroBatch, collate
-from ..data.dataset import Data, read_data, source_digest
+from ..config.options import FITTED, MAY_CHANGE_BITS, OF_ADAPTER, TrainConfig
+from ..data.batches import MicroBatch, collate, largest_pass
+from ..data.dataset import data_lines, read_data, schedule_of, source_digest
 from ..engine.evaluate import largest_group, mean_loss
 from ..engine.generate import answers
 from ..engine.learner import Learner
+from ..engine.lr_schedule import learning_rate
+from ..engine.reductions import LEAST_TILE, TILE
 from ..engine.selftest import recomputed_line, self_test
 from ..errors import (
     BusyError,
@@ -49,65 +50,39 @@ from ..errors import (
     NonFiniteError,
     StorageError,
     UsageError,
+    is_exhaustion,
 )
-from ..files import hub
+from ..files import atomic, hub
+from ..files.model_config import read_config
 from ..files.publish import publish, reserve
-from ..memory.process import LASTING, PASSING, allocate_apart, bounded, headroom, is_exhaustion, return_freed
+from ..memory.process import LASTING, PASSING, allocate_apart, bounded, headroom, return_freed
 from ..model import attention
-from ..model.architecture import Progress, build_empty, choose_device, choose_dtype, no_progress, read_config
+from ..model.architecture import build_empty, choose_device, choose_dtype
 from ..model.fusion import fuse
 from ..ops import cpu, gpu
-from ..planning.plan import (
-    FITTED,
-    TILE,
-    CannotPlan,
-    MemoryPlan,
-    Planner,
-    gib,
-    in_words,
-    largest_pass,
-    schedule_of,
-    settled_in_words,
-    ways_in_words,
-)
-from ..planning.resident import Watch, resident, sizes
-from ..quantization.load import begin_with_adapter, load_base, refuse_foreign_adapter, refuse_other_base
+from ..planning.budget import gib
+from ..planning.dry_run import CannotPlan
+from ..planning.memory_plan import MemoryPlan, in_words, settled_in_words
+from ..planning.monitor import Watch
+from ..planning.resident import resident, sizes
+from ..planning.search import Planner, ways_in_words
+from ..progress import Reporter
+from ..quantization.load import load_base
 from ..quantization.weights import QuantReport
 from ..run import checkpoint
 from ..run.card import CARD, adapter_card
 from ..run.directory import ADAPTER_FACTS, EVALS, MEMORY, METRICS, NONFINITE, PLAN_JSON, SAMPLES, Run
+from ..run.fingerprint import changes_since, fingerprint
+from ..run.load import refuse_foreign_adapter, refuse_other_base
+from .interrupts import NOTHING_LOST, ONLY_THE_RESULT, Abandoned, Interrupts
+from .recovery import Result
 from .rehearsal import DIRECTORY, rehearse
+from .saving import _generation_config
+from .setup import _absolute, _loaded_line
 from .trackers import Trackers, tracker_names
 
-Say = Callable[[str], None]
-NOTHING_LOST = (
-    "no step was under way, so nothing is lost. Repeat the command with --resume_from_checkpoint auto to go on"
-)
-ONLY_THE_RESULT = (
-    "the training is done and its last checkpoint saved. "
-    "Repeat the command with --resume_from_checkpoint auto to write the adapter"
-)
-LEAST_TILE = 32
-OF_ADAPTER = (
-    *("adapter_name_or_path", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("use_dora", "modules_to_save", "target_modules"),
-)
-"""Options that an adapter decides which a training begins with."""
-MAY_CHANGE_BITS = {"tokens_per_pass", "tokens_per_tile"}
-"""Options by which sums are added in another order."""
-Result = TypeVar("Result")
 SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
 """Longest sample answer, and the time after which sampling is cut off."""
-
-
-@dataclass
-class Reporter:
-    """Where progress goes: lines of text, a bar over work, a call per step, and a row as `Renderer.pieces`."""
-
-    say: Say = lambda line: None
-    progress: Progress = no_progress
-    on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
-    show_row: Callable[[list[tuple[str, str]]], None] = lambda pieces: None
 
 
 def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run:
@@ -126,7 +101,7 @@ def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run
     if "kernels" in wanted.model_fields_set:
         cpu.use(wanted.kernels)  # the plan and the record are of what will compute
     run = Run(Path(wanted.output_dir).expanduser())
-    hub.check_writable(run.path)
+    atomic.check_writable(run.path)
     with run.locked():
         return Trainer(wanted, run, reporter).run_all()
 
@@ -248,7 +223,7 @@ class Trainer:
         start = 0
         allowed = {name.strip().replace("-", "_") for name in config.allow_change.split(",") if name.strip()}
         if resumed is not None:
-            changes = checkpoint.changes_since(checkpoint.read_state(resumed), info, allowed)
+            changes = changes_since(checkpoint.read_state(resumed), info, allowed)
             was = checkpoint.read_state(resumed).get("cut", {}).get("now", {})
             for name in sorted(was):
                 if was[name] != (now := getattr(config, name)):
@@ -269,7 +244,7 @@ class Trainer:
         checkpoint.refuse_full_disk(self.run.checkpoints, one, config.save_total_limit + bool(self.data.held_out))
         self.info = info
         self.run.write_info(info)
-        hub.write_json(self.run.path / "quant.json", report.as_dict())
+        atomic.write_json(self.run.path / "quant.json", report.as_dict())
         for file in (METRICS, EVALS, SAMPLES, NONFINITE, MEMORY):
             self.run.cut(file, start if resumed else -1)
         checkpoint.remove_unfinished(self.run.checkpoints)
@@ -355,7 +330,7 @@ class Trainer:
     def _promise(self, plan: MemoryPlan) -> None:
         """This plan is the one that is measured against."""
         self.plan = plan
-        hub.write_json(self.run.path / PLAN_JSON, plan.as_dict())
+        atomic.write_json(self.run.path / PLAN_JSON, plan.as_dict())
         self.watch.planned = plan.measurable()
 
     def _cut_as_before(self, cut: dict[str, dict[str, int]] | None) -> None:
@@ -776,7 +751,7 @@ class Trainer:
             "loss_scale": [self.learner.scale.value, self.learner.scale.good],
             "cut": {"given": self.given, "now": {name: getattr(self.config, name) for name in MAY_CHANGE_BITS}},
             "base_digest": self.info["base"]["digest"],
-            "fingerprint": checkpoint.fingerprint(self.info),
+            "fingerprint": fingerprint(self.info),
         }
         keep = self.config.save_total_limit
         there = {path.name for path in checkpoint.directories(self.run.checkpoints)} | {f"step-{step:08d}"}
@@ -800,16 +775,16 @@ class Trainer:
             tokenizer.chat_template = self.data.renderer.template
             tokenizer.save_pretrained(target)
             facts = {"base_digest": self.info["base"]["digest"], "template_sha256": self.info["template_sha256"]}
-            hub.write_json(target / ADAPTER_FACTS, facts)
-            hub.write_bytes(target / CARD, adapter_card(self.run, self.info).encode())
+            atomic.write_json(target / ADAPTER_FACTS, facts)
+            atomic.write_bytes(target / CARD, adapter_card(self.run, self.info).encode())
             _generation_config(self.learner.model, self.data.renderer.stop_ids()).save_pretrained(target)
-            hub.sync(target)
+            atomic.sync(target)
             older = target.with_name(f".adapter.{os.getpid()}.old.tmp")
             if self.run.adapter.exists():
                 self.run.adapter.rename(older)
             target.rename(self.run.adapter)
             shutil.rmtree(older, ignore_errors=True)
-            hub.sync(self.run.path)
+            atomic.sync(self.run.path)
         except (OSError, SafetensorError) as error:
             raise StorageError(
                 f"cannot write {self.run.adapter}: {getattr(error, 'strerror', None) or error}",
@@ -817,144 +792,3 @@ class Trainer:
             ) from error
         finally:
             shutil.rmtree(target, ignore_errors=True)
-
-
-# --- small things -----------------------------------------------------------------------------------------------------
-
-
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then linear or half-cosine to zero, or constant."""
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(total - warmup, 1)
-    if config.lr_scheduler_type == "constant":
-        return config.learning_rate
-    if config.lr_scheduler_type == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * (1 - done)
-
-
-class Abandoned(Interrupted):
-    """Raised by a signal inside `Interrupts.immediate`: what was under way can be thrown away."""
-
-
-class Interrupts:
-    """SIGINT and SIGTERM while a run is worked on: noted where state changes, acted on at once where it does not.
-
-    The first signal is noted in ``signal``; inside `immediate` it raises `Abandoned`. A second one ends the process
-    there and then, which every file of the run survives.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._message: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread() and not self.signal:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.signal = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        if self._message is not None:
-            raise self._abandoned()
-
-    def _abandoned(self) -> "Abandoned":
-        return Abandoned(f"interrupted: {self._message}", self.signal)
-
-    @contextlib.contextmanager
-    def immediate(self, message: str) -> Iterator[None]:
-        """Within this block a signal raises `Abandoned`, as does one that came before."""
-        outer, self._message = self._message, message
-        try:
-            if self.signal:
-                raise self._abandoned()
-            yield
-        finally:
-            self._message = outer
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Within this block, inside of `immediate`, a signal is noted; it raises `Abandoned` at the end."""
-        outer, self._message = self._message, None
-        try:
-            yield
-        finally:
-            self._message = outer
-        if self.signal and outer is not None:
-            raise self._abandoned()
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _generation_config(model: Any, stops: list[int]) -> Any:
-    """The base's generation settings with the end tokens of this training, in a form that can be saved."""
-    from transformers import GenerationConfig
-
-    found = model.generation_config
-    found.eos_token_id = stops
-    try:
-        found.validate(strict=True)
-    except ValueError:  # sampling settings without do_sample, as published by several models
-        found.do_sample = True
-        try:
-            found.validate(strict=True)
-        except ValueError:
-            kept = {name: getattr(found, name) for name in ("pad_token_id", "bos_token_id")}
-            return GenerationConfig(eos_token_id=stops, **kept)
-    return found
-
-
-def _loaded_line(model: Any, coverage: float, load_in_4bit: bool) -> str:
-    count = sum(p.numel() for p in model.parameters())
-    held = f"{coverage:.1%} of the weights in layers held in 4 bits" if load_in_4bit else "held unquantized"
-    return f"{type(model).__name__}: {count:,} parameters, {held}, computing in {str(model.config.dtype)[6:]}"
-
-
-FORM_NAMES = {
-    "messages": "conversations (messages)",
-    "sharegpt": "conversations (ShareGPT)",
-    "alpaca": "instructions (alpaca)",
-    "qa": "questions and answers",
-    "prompt": "prompts and completions",
-    "turns": "prompts and completions (messages)",
-    "text": "plain text",
-    "input_ids": "ready-made ids",
-}
-
-
-def data_lines(data: Data, use: str = "trained") -> Iterator[str]:
-    """What was decided about the data, for people. use: what happens to the supervised tokens."""
-    train, limit = data.train, data.max_length
-    yield (
-        f"{len(train.rows):,} rows taken as {FORM_NAMES[data.form]}: {train.tokens:,} tokens, "
-        f"{train.supervised:,} of them {use}"
-    )
-    if data.held_out:
-        yield f"{len(data.held_out):,} rows are held out for evaluation"
-    if data.duplicates:
-        yield f"{data.duplicates:,} rows are copies of others; they are kept"
-    if train.truncated:
-        yield (
-            f"{train.truncated} rows were cut at {limit} tokens; {train.end_lost} of them lost trained tokens "
-            "and their end (--max_length raises the limit, --over_length drop leaves such rows out)"
-        )
-    if train.dropped_long:
-        yield f"{len(train.dropped_long)} rows longer than {limit} tokens were left out"
-    if train.dropped_unsupervised:
-        yield f"{len(train.dropped_unsupervised)} rows without a trained token in {limit} tokens were left out"
-    if data.ends < len(train.rows) - train.end_lost:
-        yield f"only {data.ends} of {len(train.rows)} rows train an end token: the model may not learn to stop"
-
-
-def _absolute(source: str) -> str:
-    """A file's absolute path, so that later verbs find it from anywhere; a Hub id as it is."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source

@@ -1,0 +1,133 @@
+"""Files that are there whole or not at all: written aside, synced, renamed; and small JSON files, read with care.
+
+A reader sees the old file or the new one, whatever dies in between.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from ..errors import ModelError, StorageError
+
+JSON_LIMIT = 100_000_000
+"""Largest JSON file read, bytes; tokenizers reach 35 MB."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: the file is absent, no regular file, too large, no JSON, or holds something else than an object.
+    """
+    if path.exists() and (not path.is_file() or path.stat().st_size > JSON_LIMIT):
+        raise ModelError(f"{path} is not a regular file of at most {JSON_LIMIT // 10**6} MB")
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON", found=str(error)) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A whole file or none: temporary name, sync, rename.
+
+    Raises:
+        StorageError: naming the file and what the system said.
+    """
+    _write_then_rename(path, lambda temporary: temporary.write_bytes(data))
+
+
+def json_bytes(value: object) -> bytes:
+    """The bytes `write_json` writes: a function of the value."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, value: object) -> None:
+    write_bytes(path, json_bytes(value))
+
+
+def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif isinstance(error, safetensors.SafetensorError):
+            reason = str(error)
+        else:
+            raise
+        raise StorageError(
+            f"cannot write {path}: {reason}", ways_out=["free space or fix the permissions", "or choose another place"]
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Make a file or directory entry durable, where the system can (Windows opens no directories)."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(directory: Path) -> None:
+    """Create the directory and prove that a file can be written there, before hours are spent.
+
+    Raises:
+        StorageError: naming the directory and what the system said.
+    """
+    probe = directory / f".probe.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"halfbyte")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {directory}: {error.strerror}", ways_out=["name another directory with --output_dir"]
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: the lock file is written but two trainers are not kept apart
+    fcntl = None
+
+
+@contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Hold a file's lock, waiting for whoever holds it (on Windows nobody waits)."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

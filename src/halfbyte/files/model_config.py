@@ -1,0 +1,79 @@
+"""A model's ``config.json``, checked before anything believes it; code that comes with a model is never run."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import HalfbyteError, ModelError, is_exhaustion
+from . import atomic
+
+
+def read_config(path: Path) -> Any:
+    """The model's configuration as transformers knows it.
+
+    Raises:
+        ModelError: damaged, not a causal language model, or code of its own would be needed.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    raw = atomic.read_json(path / "config.json")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = "auto_map" in raw
+        raise ModelError(
+            f"{path} is not a causal language model that transformers knows",
+            found=f"model_type {model_type!r}" + (" with code of its own, which is never run" if own else ""),
+            ways_out=["update transformers, if the model is new"],
+        )
+    _check_ranges(raw, path)
+    with refused_by_transformers(f"{path}/config.json is refused by transformers"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def refused_by_transformers(what: str) -> Iterator[None]:
+    """Within this block whatever a foreign file makes transformers raise becomes a ModelError that says ``what``."""
+    try:
+        yield
+    except HalfbyteError:
+        raise
+    except Exception as error:
+        if is_exhaustion(error):  # a lack of memory says nothing about the file
+            raise
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(what, found=message[:300]) from error
+
+
+LARGEST = {
+    "num_hidden_layers": 2000,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "max_position_embeddings": 1 << 28,
+}
+"""Largest value believed of a configuration's sizes: several times what any known model has."""
+
+
+def _check_ranges(raw: dict[str, Any], path: Path) -> None:
+    """Refuse sizes that no model has, before a loop or an allocation believes them.
+
+    Raises:
+        ModelError: naming key and value.
+    """
+    for values in (raw, raw.get("text_config")):
+        for key, most in LARGEST.items():
+            value = values.get(key) if isinstance(values, dict) else None
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise ModelError(
+                    f"{path}/config.json has a value no model has",
+                    found=f"{key} = {value!r}"[:200],
+                    expected=f"1..{most}",
+                )

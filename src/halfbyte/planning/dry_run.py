@@ -1,0 +1,228 @@
+"""One training step without numbers, counted: where a plan's bytes come from.
+
+The model is built on the ``meta`` device, made trainable by the code that trains (`engine.learner`), and one
+micro-batch of the largest size goes forward, backward and through the optimizer while every storage is counted
+(`planning.tracker`). Nothing is estimated by formula that code allocates; what no tensor shows is added and named: the
+process or the GPU's context as it is, buffers of reading, and the allocator's slack. Only ``config.json`` is needed;
+row lengths of real data and headers of real weights are used where they are.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config.options import PlanConfig, TrainConfig
+from ..data.batches import collate
+from ..data.renderer import Encoded
+from ..engine.learner import Learner
+from ..engine.paged_optimizers import is_paged
+from ..engine.selftest import Abilities
+from ..errors import ModelError, is_exhaustion
+from ..files.safetensors import Checkpoint
+from ..memory.process import held_now
+from ..model import attention
+from ..model.architecture import FP32_LIMIT
+from ..model.fusion import fuse
+from ..model.host_embedding import host_table
+from ..ops.library import device_type, planning_for
+from ..quantization.load import empty_base
+from ..quantization.tensor import NF4Tensor
+from ..run import checkpoint
+from .budget import MIB
+from .memory_plan import MemoryPlan, Part
+from .resident import elsewhere, resident, sizes, weights_by_part
+from .tracker import TensorBytes
+from .workload import Work, work_of
+
+GPU_SLACK = 0.05
+"""Share of what comes and goes that PyTorch's caching allocator holds on top (assumed; blocks are 2 MiB and more)."""
+PROCESS_GROWTH = 32 * MIB
+"""What a process grows by while it loads and trains besides its tensors: code, compiled kernels, holes of the heap."""
+READ_ROOM = 8 * MIB
+
+
+class CannotPlan(ModelError):
+    """The model cannot be built or run without numbers; it may train all the same."""
+
+
+def plan_memory(
+    model_config: Any,
+    config: TrainConfig,
+    work: Work,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    stored: Checkpoint | None = None,
+    runtime_bytes: int = 0,
+    budget_bytes: int = 0,
+) -> MemoryPlan:
+    """The plan of one training.
+
+    Args:
+        model_config: a transformers configuration. device: "cpu" or "cuda". dtype: compute dtype. stored: the weights'
+            headers, where they are at hand. runtime_bytes: of the process (or the GPU's context) before anything.
+
+    Raises:
+        CannotPlan: the model cannot be built or run without numbers. ModelError: it cannot be trained like this.
+    """
+    try:
+        return _plan_memory(model_config, config, work, device, dtype, stored, runtime_bytes, budget_bytes)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        if is_exhaustion(error):
+            raise
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CannotPlan("the memory of this model cannot be planned", found=message[:200]) from error
+
+
+def _plan_memory(
+    model_config: Any,
+    config: TrainConfig,
+    work: Work,
+    device: str,
+    dtype: torch.dtype,
+    stored: Checkpoint | None,
+    runtime_bytes: int,
+    budget_bytes: int,
+) -> MemoryPlan:
+    with planning_for(device):
+        model = empty_base(model_config, config, dtype)
+        base = sizes(weights_by_part(model))
+        in_4bit = [p.numel() for p in model.parameters() if isinstance(p.data, NF4Tensor)]
+        largest = max(in_4bit, default=0)
+        quantized = sum(in_4bit)
+        fuse(model)
+        learner = Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
+        parts, streamed = resident(learner), 0
+        if config.weight_streaming == "always" and device == "cpu":
+            streamed = sum(base.pop(part) for part in STREAMED)
+            parts = {part: [] if part in STREAMED else tensors for part, tensors in parts.items()}
+        with attention.segments(model):
+            peaks, flop, calls = _run(learner, work, parts)
+        held = sizes({**resident(learner), **{part: [] for part in STREAMED if streamed}})
+    on_gpu = device == "cuda"
+    away = _away(learner, streamed)
+    step = max((peaks[phase] for phase in ("backward", "update")), key=lambda peak: peak.process)
+    phases = {}
+    for name, peak in (("step", step), ("eval", peaks.get("eval")), ("save", peaks["save"])):
+        if peak is not None:
+            slack = int(GPU_SLACK * (peak.tensors - sum(held.values()))) if on_gpu else PROCESS_GROWTH
+            phases[name] = runtime_bytes + slack + (peak.tensors if on_gpu else peak.process)
+    table = host_table(model)
+    parameters = sum({id(p): p.numel() for p in model.parameters()}.values()) + (0 if table is None else table.numel())
+    reading = _reading_bytes(stored, largest, dtype)
+    # while it is loaded, and when what is trained has its gradients and the self-test has been (with one set of them)
+    states = held["optimizer states"] if config.optim in ("adamw_8bit", "paged_adamw_8bit") else 0
+    added = held["adapters"] + held["gradients"] + states
+    load = runtime_bytes + sum(base.values()) + max(reading, added + (0 if on_gpu else PROCESS_GROWTH))
+    phases = {"load": load, "first step": phases["step"], **phases}
+    slack = phases["step"] - runtime_bytes - step.tensors
+    adapters = held["adapters"] // 4
+    ledger = [Part(part, step.parts.get(part, 0)) for part in (*held, *(p for p in step.parts if p not in held))]
+    trained = held["adapters"] or sum(p.nbytes for p in learner.trained)
+    one = trained + max(held["optimizer states"], away["paged optimizer states"])
+    ledger += [
+        Part("GPU context" if on_gpu else "the process before it", runtime_bytes),
+        Part("allocator slack", slack),
+        *(Part(part, size, "host" if on_gpu else "disk") for part, size in away.items()),
+        Part("checkpoints", (config.save_total_limit + 2) * one, "disk"),
+        Part("adapter" if adapters else "model", trained, "disk"),
+        Part("the model's files", _file_bytes(stored, parameters), "disk"),
+        *([Part("host process", held_now() + PROCESS_GROWTH + reading, "host")] if on_gpu else []),
+    ]
+    merged = parameters * (4 if parameters <= FP32_LIMIT else 2)
+    phases["merge"] = runtime_bytes + sum(base.values()) + held["adapters"] + max(merged, reading)
+    return MemoryPlan(
+        config.model,
+        device,
+        tuple(part for part in ledger if part.bytes),
+        phases,
+        step.tensors,
+        budget_bytes,
+        parameters,
+        adapters,
+        quantized,
+        len(work.batch.input_ids),
+        int(flop * work.tokens / len(work.batch.input_ids)),
+        calls * work.passes,
+        2 * away["paged optimizer states"]
+        + 2 * work.passes * (away["offloaded layer inputs"] + away["streamed weights"]),
+        work.steps,
+    )
+
+
+@dataclass(frozen=True)
+class _PeakOf:
+    """tensors, process: bytes at the peak of a phase. parts: of the tensors."""
+
+    tensors: int
+    process: int
+    parts: dict[str, int]
+
+
+STREAMED = ("4-bit codes", "scales")
+"""Parts that stay in a file with weight_streaming."""
+
+
+def _away(learner: Learner, streamed: int) -> dict[str, int]:
+    """Bytes that lie outside of the memory that is computed in, by part."""
+    optimizer, run, table = learner.optimizer, learner.recompute, host_table(learner.model)
+    inputs = 0
+    if run is not None and run.inputs.away is not None and (inputs := run.inputs.nbytes):
+        on_gpu = device_type(run.inputs.like) == "cuda"
+        inputs = 1 << (inputs - 1).bit_length() if on_gpu else inputs  # pinned in one block: a power of two
+    return {
+        "streamed weights": streamed,
+        "embedding table": 0 if table is None else table.nbytes,
+        "paged optimizer states": checkpoint.state_bytes(optimizer) if is_paged(optimizer) else 0,
+        "offloaded layer inputs": inputs,
+    }
+
+
+def _run(learner: Learner, work: Work, parts: dict[str, list[torch.Tensor]]) -> tuple[dict[str, _PeakOf], int, int]:
+    """Each phase's peak, on top of what is resident; operations and calls of a pass."""
+    found: dict[str, _PeakOf] = {}
+    count = TensorBytes(parts, elsewhere(learner))
+
+    def note(phase: str) -> None:
+        found[phase] = _PeakOf(count.peak, count.process_peak, dict(count.at_peak))
+        count.restart()
+
+    with count:
+        learner.update(1e-4)  # what an optimizer makes in its first step is there in every other
+        count.restart()
+        learner.accumulate(work.batch, max(work.batch.supervised, 1), 0, 0)
+        flop, calls = count.flop, count.calls
+        note("backward")
+        learner.clip()
+        learner.update(1e-4)
+        learner.forget()
+        note("update")
+        note("save")
+        if work.eval_tokens:
+            row = Encoded("plan", [0] * work.eval_tokens, [True] * work.eval_tokens)
+            learner.model.eval()
+            with torch.no_grad():
+                learner.loss(collate([row], [0]))
+            note("eval")
+    return found, flop, calls
+
+
+def _reading_bytes(stored: Checkpoint | None, largest_linear: int, dtype: torch.dtype) -> int:
+    """What reading the weights takes beside them: the largest tensor that does not stay as it is in its file, and room
+    to judge it. Others are read where they stay."""
+    if stored is None:
+        return READ_ROOM + 2 * largest_linear
+    whole = max((e.nbytes for e in stored.entries.values() if e.dtype != dtype), default=0)  # read, then cast
+    linear = stored.entries[max(stored.entries, key=lambda name: stored.entries[name].nbytes)]
+    return READ_ROOM + max(whole, min(linear.nbytes, largest_linear * linear.dtype.itemsize))
+
+
+def _file_bytes(stored: Checkpoint | None, parameters: int) -> int:
+    return sum(entry.nbytes for entry in stored.entries.values()) if stored else 2 * parameters
+
+
+def outline(model_config: Any, tokens: int, device: str = "cuda", **options: Any) -> MemoryPlan:
+    """The plan of one row of so many tokens for a configuration that lies nowhere, and nothing but its tensors."""
+    config = PlanConfig(model=model_config.model_type, max_length=tokens, dtype="bfloat16", **options)
+    return plan_memory(model_config, config, work_of(config, None), device=device)

@@ -1,0 +1,101 @@
+"""A model directory or a run to a model and its tokenizer; an adapter goes on no other base than its own."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ..adapters.peft_files import load_adapter
+from ..config.hf_objects import options_of
+from ..config.options import DataOptions, ModelOptions
+from ..data.renderer import Renderer
+from ..errors import ModelError, UsageError
+from ..files import atomic, hub
+from ..model.architecture import choose_device
+from ..progress import Progress, no_progress
+from ..quantization.load import load_base
+from .directory import ADAPTER_FACTS, Run, is_run
+
+
+def run_renderer(run: Run, options: DataOptions) -> Renderer:
+    """The renderer a run was trained with: its tokenizer, template and clock; the masks of the options."""
+    return Renderer(
+        run_tokenizer(run),
+        assistant_only=options.assistant_only_loss,
+        completion_only=options.completion_only_loss,
+        clock=run.clock(),
+    )
+
+
+def load(model_or_run: str | Path, *objects: Any, progress: Progress = no_progress, **changes: Any) -> tuple[Any, Any]:
+    """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run directory.
+
+    Args:
+        model_or_run: Hub id, model directory or run directory. objects: a ``BitsAndBytesConfig``. changes: fields of
+            `config.ModelOptions`, above it; a run's base is held as it was in training unless changed here.
+
+    Raises:
+        ModelError, UsageError: as `load_base` and `lora.load_adapter`.
+    """
+    given = options_of(objects, ())
+    if unfit := sorted(given.keys() - ModelOptions.model_fields.keys()):
+        raise UsageError("only a BitsAndBytesConfig says how a model is held", found=f"{', '.join(unfit[:5])}, ...")
+    changes = {**given, **changes}
+    if not is_run(model_or_run):
+        path = hub.resolve(str(model_or_run), changes.get("revision"))
+        model, _ = load_base(path, ModelOptions(**changes), progress)
+        return model, hub.load_tokenizer(path)
+    run = Run.open(model_or_run)
+    info, trained = run.info(), run.config()
+    options = ModelOptions(**{**trained.holding(), **changes})
+    if "weight_streaming" not in changes and (not options.load_in_4bit or choose_device(options.device).type != "cpu"):
+        options.weight_streaming = "never"  # what was streamed there cannot be here
+    if trained.full:
+        model, _ = load_base(run.adapter, options, progress)
+    else:
+        model, report = load_base(hub.resolve(info["base"]["path"], options.revision), options, progress)
+        if options.held_as(trained) and not changes.get("allow_other_base"):
+            way = "allow_other_base, where this is an option"
+            refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"], way)
+        load_adapter(model, run.adapter)
+        model.eval()
+    return model, run_tokenizer(run)
+
+
+def refuse_foreign_adapter(path: Path, digest: str, base: str) -> None:
+    """Raise ModelError if an adapter says that it was trained on another base than the one of this digest."""
+    facts = path / ADAPTER_FACTS
+    if facts.is_file():
+        before = atomic.read_json(facts).get("base_digest", digest)
+        refuse_other_base(digest, before, base, "--allow_other_base true")
+
+
+def run_tokenizer(run: Run) -> Any:
+    """The tokenizer of a run, with the chat template it was trained with.
+
+    Raises:
+        ModelError: the template beside the adapter is another one.
+    """
+    tokenizer = hub.load_tokenizer(run.adapter)
+    expected = atomic.read_json(run.adapter / ADAPTER_FACTS).get("template_sha256")
+    if hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() != expected:
+        raise ModelError(
+            f"the chat template in {run.adapter} is not the one this adapter was trained with",
+            ways_out=["bring back chat_template.jinja of the training", "or train again with the new template"],
+        )
+    return tokenizer
+
+
+def refuse_other_base(found: str, expected: str, path: str, allow: str = "") -> None:
+    """Raise ModelError if the base is not the one an adapter was trained on. allow: how the caller is told that it is
+    as good, if it can be."""
+    if found != expected:
+        raise ModelError(
+            f"the base in {path} is not the one this adapter was trained on: its weights have changed since",
+            found=f"digest {found[:16]}",
+            expected=f"digest {expected[:16]}",
+            ways_out=[
+                "bring back the base of the training",
+                "or train again on this one",
+                *([f"or {allow}, if you know that it is as good"] if allow else []),
+            ],
+        )

@@ -1,0 +1,5 @@
+"""A step that cannot run out of memory."""
+
+from typing import TypeVar
+
+Result = TypeVar("Result")
