@@ -2,10 +2,11 @@
 
     python bench/cpu.py [--only quant|linear|adamw|generate|load] [--rounds 3] [--json]
 
-The contestants take turns, so that a change of the machine's speed hits all alike: call by call within one process
-for single operations (``quant``, ``linear``, ``adamw``), process by process for models. torchao takes part where it is
-installed (it is no dependency of ours, not even for development). ``linear`` is forward and input gradient of one
-layer, also on each lesser instruction set the processor can play. Training steps are in ``step.py``.
+The contestants take turns, so that a change of the machine's speed hits all alike: call by call
+within one process for single operations (``quant``, ``linear``, ``adamw``), process by process for
+models. torchao takes part where it is installed (it is no dependency of ours, not even for
+development). ``linear`` is forward and input gradient of one layer, also on each lesser instruction
+set the processor can play. Training steps are in ``step.py``.
 """
 
 import argparse
@@ -24,8 +25,18 @@ from pathlib import Path
 from typing import Any
 
 GEOMETRY: dict[str, dict[str, Any]] = {
-    "0.4b": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 2816, "num_attention_heads": 16},
-    "1b": {"hidden_size": 2048, "num_hidden_layers": 22, "intermediate_size": 5632, "num_attention_heads": 32},
+    "0.4b": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 22,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+    },
 }
 KV_HEADS = {"0.4b": 16, "1b": 4}
 CONTESTANTS = {
@@ -57,7 +68,10 @@ def make_checkpoint(size: str, home: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        **GEOMETRY[size], num_key_value_heads=KV_HEADS[size], vocab_size=32000, max_position_embeddings=2048
+        **GEOMETRY[size],
+        num_key_value_heads=KV_HEADS[size],
+        vocab_size=32000,
+        max_position_embeddings=2048,
     )
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(path)
@@ -79,11 +93,14 @@ def bnb_model(path: Path) -> Any:
     )
 
 
-# --- single operations ------------------------------------------------------------------------------------------------
+# --- single operations ----------------------------------------------------------------------------
 
 
-def alternate(calls: dict[str, Callable[[], object]], seconds: float = 2.0, most: int = 25) -> dict[str, float]:
-    """Median milliseconds of each, taking turns; each gets about ``seconds`` in all, but three turns at least."""
+def alternate(
+    calls: dict[str, Callable[[], object]], seconds: float = 2.0, most: int = 25
+) -> dict[str, float]:
+    """Median milliseconds of each, taking turns; each gets about ``seconds`` in all, but three
+    turns at least."""
     turns = {}
     for who, call in calls.items():
         call()
@@ -114,7 +131,9 @@ def our_paths() -> dict[str, str]:
     """Name in the table -> path, the best first; {} where nothing was compiled."""
     from halfbyte.ops import cpu
 
-    return {"halfbyte" if i == 0 else f"halfbyte_on_{path}": path for i, path in enumerate(cpu.paths())}
+    return {
+        "halfbyte" if i == 0 else f"halfbyte_on_{path}": path for i, path in enumerate(cpu.paths())
+    }
 
 
 def torchao_nf4() -> Any:
@@ -127,7 +146,8 @@ def torchao_nf4() -> Any:
 
 
 def quant(who: str, home: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds for a 4096 x 11008 bf16 weight, block 64, double quantized; a copy of it as the yardstick."""
+    """Milliseconds for a 4096 x 11008 bf16 weight, block 64, double quantized; a copy of it as the
+    yardstick."""
     import bitsandbytes.functional as bnb
     import torch
 
@@ -144,7 +164,9 @@ def quant(who: str, home: Path) -> dict[str, dict[str, float]]:
     for name, path in our_paths().items():
         forward[name] = on_path(path, lambda: quantize(w))
         back[name] = on_path(path, lambda: ops.dequantize_4bit(q.parts, w.numel(), w.dtype, out))
-    forward["bitsandbytes"] = lambda: bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    forward["bitsandbytes"] = lambda: bnb.quantize_4bit(
+        w, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
     back["bitsandbytes"] = lambda: bnb.dequantize_4bit(packed, state)
     if ao := torchao_nf4():
         theirs = ao[0](w)
@@ -166,7 +188,8 @@ LINEAR_TOKENS = (1, 64, 512, 2048)
 
 
 def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds of forward and input gradient of one layer, and the ratio to a bf16 `nn.Linear`."""
+    """Milliseconds of forward and input gradient of one layer, and the ratio to a bf16
+    `nn.Linear`."""
     import bitsandbytes as bnb
     import torch
     from torch import nn
@@ -182,10 +205,21 @@ def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
         ours = nn.Linear(columns, 4096, bias=False, device="meta")
         ours.weight = nn.Parameter(quantize(w), requires_grad=False)
         theirs = bnb.nn.Linear4bit(
-            columns, 4096, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
+            columns,
+            4096,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            compress_statistics=True,
         )
         make: Any = bnb.nn.Params4bit
-        held = make(w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=theirs)
+        held = make(
+            w.clone(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=True,
+            module=theirs,
+        )
         theirs.weight = held
         theirs = theirs.to("cpu").train()
         ao = torchao_nf4()
@@ -194,7 +228,9 @@ def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
             x = torch.randn(tokens, columns, dtype=torch.bfloat16, requires_grad=True)
             grad = torch.randn(tokens, 4096, dtype=torch.bfloat16)
 
-            def both(layer: Callable[[Any], Any], x: Any = x, grad: Any = grad) -> Callable[[], None]:
+            def both(
+                layer: Callable[[Any], Any], x: Any = x, grad: Any = grad
+            ) -> Callable[[], None]:
                 def run() -> None:
                     x.grad = None
                     layer(x).backward(grad)
@@ -219,7 +255,8 @@ def linear(who: str, home: Path) -> dict[str, dict[str, float]]:
 
 
 def adamw(who: str, home: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds of one 8-bit AdamW step over the adapters (r=16, all linear layers) of the 0.37B model."""
+    """Milliseconds of one 8-bit AdamW step over the adapters (r=16, all linear layers) of the 0.37B
+    model."""
     import bitsandbytes
     import torch
 
@@ -227,7 +264,11 @@ def adamw(who: str, home: Path) -> dict[str, dict[str, float]]:
 
     d, ff = GEOMETRY["0.4b"]["hidden_size"], GEOMETRY["0.4b"]["intermediate_size"]
     layer = [(d, d)] * 4 + [(d, ff)] * 2 + [(ff, d)]
-    shapes = [shape for a, b in layer * GEOMETRY["0.4b"]["num_hidden_layers"] for shape in ((16, a), (b, 16))]
+    shapes = [
+        shape
+        for a, b in layer * GEOMETRY["0.4b"]["num_hidden_layers"]
+        for shape in ((16, a), (b, 16))
+    ]
     calls: dict[str, Callable[[], object]] = {}
     for name, kind in (("halfbyte", AdamW8bit), ("bitsandbytes", bitsandbytes.optim.AdamW8bit)):
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -235,14 +276,18 @@ def adamw(who: str, home: Path) -> dict[str, dict[str, float]]:
             p.grad = torch.randn_like(p)
         calls[name] = kind(params, lr=1e-4).step
     found = alternate(calls)
-    return {name: {"step_ms": ms, "against_bitsandbytes": ms / found["bitsandbytes"]} for name, ms in found.items()}
+    return {
+        name: {"step_ms": ms, "against_bitsandbytes": ms / found["bitsandbytes"]}
+        for name, ms in found.items()
+    }
 
 
-# --- generation -------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 def generate(who: str, home: Path) -> dict[str, float]:
-    """Tokens per second of transformers' `generate`, one sequence, greedy, 1.1B geometry, without the prompt."""
+    """Tokens per second of transformers' `generate`, one sequence, greedy, 1.1B geometry, without
+    the prompt."""
     import torch
 
     path = make_checkpoint("1b", home)
@@ -263,7 +308,9 @@ def generate(who: str, home: Path) -> dict[str, float]:
 
     def seconds(tokens: int) -> float:
         began = time.perf_counter()
-        model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        model.generate(
+            ids, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
         return time.perf_counter() - began
 
     with torch.inference_mode():
@@ -272,7 +319,7 @@ def generate(who: str, home: Path) -> dict[str, float]:
     return {"tokens_per_s": 1 / each, "ms_per_token": each * 1e3}
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def anonymous_bytes() -> int:
@@ -283,7 +330,8 @@ def anonymous_bytes() -> int:
 
 
 class PeakAnonymous:
-    """Within this block anonymous resident memory is sampled each 5 ms; ``mib`` is its peak over that at entry."""
+    """Within this block anonymous resident memory is sampled each 5 ms; ``mib`` is its peak over
+    that at entry."""
 
     def __enter__(self) -> "PeakAnonymous":
         self.before = self.peak = anonymous_bytes()
@@ -329,25 +377,35 @@ def load(who: str, home: Path) -> dict[str, float]:
     }
 
 
-# --- the contest ------------------------------------------------------------------------------------------------------
+# --- the contest ----------------------------------------------------------------------------------
 
 
-def contest(script: str, what: str, contestants: list[str], rounds: int, home: Path) -> dict[str, dict[str, float]]:
+def contest(
+    script: str, what: str, contestants: list[str], rounds: int, home: Path
+) -> dict[str, dict[str, float]]:
     """Each contestant in a process of its own, taking turns; medians over the rounds."""
     results: dict[str, list[dict[str, Any]]] = {who: [] for who in contestants}
     for _ in range(rounds):
         for who in contestants:
             command = [sys.executable, script, "--child", what, who, "--home", str(home)]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            )
             if done.returncode:
                 raise SystemExit(f"{what} {who} failed with {done.returncode}: {' '.join(command)}")
             results[who].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{what} {who}: {results[who][-1]}", file=sys.stderr, flush=True)
     if list(results) == ["all"]:  # one process held them all
         runs = results["all"]
-        return {who: {k: statistics.median(r[who][k] for r in runs) for k in runs[0][who]} for who in runs[0]}
-    return {who: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for who, runs in results.items()}
+        return {
+            who: {k: statistics.median(r[who][k] for r in runs) for k in runs[0][who]}
+            for who in runs[0]
+        }
+    return {
+        who: {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+        for who, runs in results.items()
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -355,8 +413,17 @@ def machine() -> dict[str, Any]:
 
     from halfbyte.ops import cpu as kernels
 
-    cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cpu = next(
+        (
+            x.split(": ")[1]
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in x
+        ),
+        "",
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -369,11 +436,17 @@ def machine() -> dict[str, Any]:
 
 def command_line(text: str | None, choices: list[str]) -> argparse.Namespace:
     """The options of a bench."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=choices)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("--home", type=Path, help="where the random checkpoints are kept; a temporary directory else")
+    parser.add_argument(
+        "--home",
+        type=Path,
+        help="where the random checkpoints are kept; a temporary directory else",
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -388,7 +461,8 @@ def main() -> None:
         home = arguments.home or Path(temporary)
         chosen = [arguments.only] if arguments.only else list(CONTESTANTS)
         report: dict[str, Any] = {
-            what: contest(__file__, what, CONTESTANTS[what], arguments.rounds, home) for what in chosen
+            what: contest(__file__, what, CONTESTANTS[what], arguments.rounds, home)
+            for what in chosen
         }
     report["machine"] = machine()
     print_report(report, arguments.json)

@@ -1,11 +1,14 @@
-"""What a GPU does: kernels checked and timed, training steps, 70B on one card, planned against measured. One call.
+"""What a GPU does: kernels checked and timed, training steps, 70B on one card, planned against
+measured. One call.
 
-    python bench/gpu.py [--only limits|check|kernels|optimizer|steps|70b|context] [--json] [--minutes 9] [--rehearse]
+    python bench/gpu.py [--only limits|check|kernels|optimizer|steps|70b|context] [--json]
+    [--minutes 9] [--rehearse]
 
-Correctness comes first, on the card itself and in bf16: every operation beside its plain-PyTorch meaning. Then what the
-card can do (a copy, a matrix product, host to device), and what is ours and bitsandbytes' (where it is installed) in
-turns, medians. Models are of the true geometry with random packed weights. What does not fit in the minutes is left
-out and said. ``--rehearse`` runs every line on this machine's CPU, tiny: it proves the script, and measures nothing.
+Correctness comes first, on the card itself and in bf16: every operation beside its plain-PyTorch
+meaning. Then what the card can do (a copy, a matrix product, host to device), and what is ours and
+bitsandbytes' (where it is installed) in turns, medians. Models are of the true geometry with random
+packed weights. What does not fit in the minutes is left out and said. ``--rehearse`` runs every
+line on this machine's CPU, tiny: it proves the script, and measures nothing.
 """
 
 import argparse
@@ -50,8 +53,8 @@ def wait() -> None:
 def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
     """Median of the times of one call, by the device's own clock.
 
-    The device is kept busy until the call is launched, so what the host takes for that is not measured (but where the
-    call itself waits for the device).
+    The device is kept busy until the call is launched, so what the host takes for that is not
+    measured (but where the call itself waits for the device).
     """
     repeats = 2 if _tiny else repeats
     work()
@@ -95,11 +98,12 @@ def bitsandbytes() -> Any:
     return found
 
 
-# --- the card ---------------------------------------------------------------------------------------------------------
+# --- the card -------------------------------------------------------------------------------------
 
 
 def limits() -> dict[str, float]:
-    """Rates to measure against: copy (read and written), bf16 product, pinned host memory to device."""
+    """Rates to measure against: copy (read and written), bf16 product, pinned host memory to
+    device."""
     n = 1 << (16 if _tiny else 30)
     source = torch.randint(0, 255, (n,), dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
@@ -118,16 +122,17 @@ def limits() -> dict[str, float]:
     }
 
 
-# --- correctness ------------------------------------------------------------------------------------------------------
+# --- correctness ----------------------------------------------------------------------------------
 
 
 def check() -> dict[str, Any]:
-    """Every operation on its small case; 4-bit codes and 8-bit AdamW bit for bit on large ones; past 2^31 elements."""
+    """Every operation on its small case; 4-bit codes and 8-bit AdamW bit for bit on large ones;
+    past 2^31 elements."""
     from halfbyte.ops import fourbit, gpu
     from halfbyte.quantization.tensor import _level_table, _scale_table, quantize
 
     found: dict[str, Any] = {}
-    for name in gpu.SPELLINGS:
+    for name in gpu.REGISTERED:
         if _tiny and name in ("attention", "attention_grad"):  # PyTorch's own, on GPUs only
             continue
         found[name] = gpu.tried(name, device()) or "agrees"
@@ -147,7 +152,9 @@ def check() -> dict[str, Any]:
         on_cpu = quantize(weight.cpu())
         for mine, theirs in zip(stored.stored_tensors(), on_cpu.stored_tensors(), strict=True):
             same = same and torch.equal(mine.cpu(), theirs)
-        found[f"4 bits of {list(shape)}"] = "the same bits as plain PyTorch and the CPU" if same else "DIFFERS"
+        found[f"4 bits of {list(shape)}"] = (
+            "the same bits as plain PyTorch and the CPU" if same else "DIFFERS"
+        )
         del weight, stored, plain
     found |= large()
     if not _tiny and torch.cuda.mem_get_info()[0] > 16 * GIB:
@@ -179,29 +186,43 @@ def large() -> dict[str, str]:
         return torch.randn(shape, device=here).to(narrow)
 
     weight = quantize(random(width // 2, width)).parts
-    few, x, w, logits = random(4, width), random(tokens, width), random(width), random(40, vocabulary)
+    few, x, w, logits = (
+        random(4, width),
+        random(tokens, width),
+        random(width),
+        random(40, vocabulary),
+    )
     labels, numbers = torch.arange(40, device=here) * 7, list(ops.Dropout(3277, 42, 1, 2, 3))
     pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
-        "matvec": (fourbit._linear, fourbit.linear_by_triton, (few, *weight, width // 2, None, None, None)),
+        "matvec": (
+            fourbit._linear,
+            fourbit.linear_by_triton,
+            (few, *weight, width // 2, None, None, None),
+        ),
         "rms_norm": (passes._rms_norm, gpu_calls.rms_norm, (x, w, 1e-6, 0.0, True)),
-        "cross_entropy": (passes._cross_entropy, gpu_calls.cross_entropy, (logits, labels, torch.empty_like(logits))),
+        "cross_entropy": (
+            passes._cross_entropy,
+            gpu_calls.cross_entropy,
+            (logits, labels, torch.empty_like(logits)),
+        ),
         "drop": (dropout._drop, gpu_calls.drop, (x, numbers)),
     }
     if not _tiny:
         q, k, v = random(tokens, 32, 128), random(tokens, 8, 128), random(tokens, 8, 128)
         rows = torch.tensor([0, 1, 1500, tokens], dtype=torch.int32)
-        form = (128**-0.5, 0, 0.0)
-        results = _attention(q, k, v, rows, *form)
-        pairs["attention"] = (_attention, gpu_calls.attention, (q, k, v, rows, *form))
-        given = (random(*q.shape), q, k, v, rows, *results, *form)
+        params = (128**-0.5, 0, 0.0)
+        results = _attention(q, k, v, rows, *params)
+        pairs["attention"] = (_attention, gpu_calls.attention, (q, k, v, rows, *params))
+        given = (random(*q.shape), q, k, v, rows, *results, *params)
         pairs["attention_grad"] = (_attention_grad, gpu_calls.attention_grad, given)
     return {
-        f"{name}, large": gpu.disagreement(meaning, ours, lambda device, given=given: given, here) or "agrees"
-        for name, (meaning, ours, given) in pairs.items()
+        f"{name}, large": gpu.disagreement(reference, ours, lambda device, given=given: given, here)
+        or "agrees"
+        for name, (reference, ours, given) in pairs.items()
     }
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------
 
 
 def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
@@ -210,7 +231,9 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
 
     bnb, found = bitsandbytes(), {}
     for shape in [(64, 128)] if _tiny else [(4096, 4096), (14336, 4096), (28672, 8192)]:
-        weight = (torch.randn(shape, device=device()) * 0.02).to(torch.bfloat16 if not _tiny else torch.float32)
+        weight = (torch.randn(shape, device=device()) * 0.02).to(
+            torch.bfloat16 if not _tiny else torch.float32
+        )
         n = weight.numel()
         # as many of each as the second-level cache does not hold, in turns
         several = range(max(1, -(-200_000_000 // (2 * n))) if not _tiny else 2)
@@ -229,9 +252,14 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
 
         works: dict[str, Callable[[], object]] = {"ours": ours, "copy": copied}
         if bnb is not None and not _tiny:
-            theirs = [bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in weights]
+            theirs = [
+                bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+                for w in weights
+            ]
 
-            def bitsandbytes_dequantizes(theirs: Any = theirs, outs: Any = outs, next_one: Any = next_one) -> None:
+            def bitsandbytes_dequantizes(
+                theirs: Any = theirs, outs: Any = outs, next_one: Any = next_one
+            ) -> None:
                 number = next(next_one)
                 codes, state = theirs[number]
                 bnb.functional.dequantize_4bit(codes, state, out=outs[number].view(state.shape))
@@ -247,7 +275,10 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
             x = torch.randn(tokens, shape[1], device=device()).to(weight.dtype)
 
             def in_4_bits(
-                x: Tensor = x, quantized: Any = quantized, rows: int = shape[0], turn: Any = next_one
+                x: Tensor = x,
+                quantized: Any = quantized,
+                rows: int = shape[0],
+                turn: Any = next_one,
             ) -> None:
                 torch.ops.halfbyte.linear_4bit(x, *quantized[next(turn)], rows, None, None, None)
 
@@ -260,16 +291,25 @@ def kernels(ceilings: dict[str, float]) -> dict[str, Any]:
     return found
 
 
-# --- optimizer --------------------------------------------------------------------------------------------------------
+# --- optimizer ------------------------------------------------------------------------------------
 
 
 def optimizer() -> dict[str, Any]:
-    """8-bit AdamW over the adapter of a 70B (1,120 tensors, 207 M parameters), resident and from the host."""
+    """8-bit AdamW over the adapter of a 70B (1,120 tensors, 207 M parameters), resident and from
+    the host."""
     import halfbyte
 
     width, mlp, layers, _, _, _ = GEOMETRY["tiny" if _tiny else "llama-2-70b"]
     kv = width // 8
-    shapes = [(width, width), (width, kv), (width, kv), (width, width), (width, mlp), (width, mlp), (mlp, width)]
+    shapes = [
+        (width, width),
+        (width, kv),
+        (width, kv),
+        (width, width),
+        (width, mlp),
+        (width, mlp),
+        (mlp, width),
+    ]
     sizes = [size for inner, outer in shapes for size in ((16, inner), (outer, 16))] * layers
 
     def tensors() -> list[torch.nn.Parameter]:
@@ -303,7 +343,7 @@ def empty() -> None:
     return_freed()
 
 
-# --- training steps ---------------------------------------------------------------------------------------------------
+# --- training steps -------------------------------------------------------------------------------
 
 
 def configuration(name: str) -> Any:
@@ -321,7 +361,9 @@ def random_model(name: str, options: Any) -> Any:
     for module in model.modules():
         for key, p in module._parameters.items():
             if p is not None:
-                module._parameters[key] = torch.nn.Parameter(_random(p, generator), requires_grad=False)
+                module._parameters[key] = torch.nn.Parameter(
+                    _random(p, generator), requires_grad=False
+                )
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device())
@@ -334,11 +376,15 @@ def _random(p: Tensor, generator: torch.Generator) -> Tensor:
     if not isinstance(p, NF4Tensor):
         if p.dim() == 1:
             return torch.ones(p.shape, dtype=p.dtype, device=device())
-        return torch.empty(p.shape, dtype=p.dtype, device=device()).normal_(0, 0.02, generator=generator)
+        return torch.empty(p.shape, dtype=p.dtype, device=device()).normal_(
+            0, 0.02, generator=generator
+        )
     parts: dict[str, Any] = p.parts._asdict()
     for name in ("packed", "absmax"):
         size = parts[name].shape
-        parts[name] = torch.randint(0, 256, size, dtype=torch.uint8, device=device(), generator=generator)
+        parts[name] = torch.randint(
+            0, 256, size, dtype=torch.uint8, device=device(), generator=generator
+        )
     parts["nested_absmax"] = torch.full_like(parts["nested_absmax"], 0.01, device=device())
     parts["nested_offset"] = torch.full((), 0.05, device=device())
     parts["quant_map"] = _level_table(p.quant_type, device())
@@ -366,7 +412,7 @@ def options_for(tokens: int, **more: Any) -> Any:
 def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any) -> dict[str, Any]:
     """Seconds and peak of a step, and what was planned; the tokens are those of so many rows."""
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import Encoded
+    from halfbyte.data.renderer import TokenizedExample
     from halfbyte.engine.learner import Learner
     from halfbyte.engine.selftest import Abilities, self_test
     from halfbyte.model import attention
@@ -377,37 +423,58 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
     tokens = 32 if _tiny else tokens
     options = options_for(tokens, **more)
     planned = plan_memory(
-        configuration(name), options, work_of(options, None), device=device().type, dtype=torch.bfloat16
+        configuration(name),
+        options,
+        work_of(options, None),
+        device=device().type,
+        dtype=torch.bfloat16,
     )
     empty()
     if not _tiny:
         torch.cuda.reset_peak_memory_stats()
     model = random_model(name, options)
     fused = fuse(model).line()
-    tested = self_test(model)  # random weights of 80 layers may round apart further than real ones: said, and no more
+    tested = self_test(
+        model
+    )  # random weights of 80 layers may round apart further than real ones: said, and no more
     notes: list[str] = []
-    learner = Learner(model, options, Abilities(True, True, 0.0, 0.0), lambda what, line: notes.append(line))
+    learner = Learner(
+        model, options, Abilities(True, True, 0.0, 0.0), lambda what, line: notes.append(line)
+    )
     empty()
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     seconds, losses = [], []
-    with attention.segments(model):
+    with attention.packed(model):
         for step in range(2 if _tiny else steps):
             ids = torch.randint(4, vocabulary, (rows, tokens // rows), generator=generator).tolist()
-            batch = collate([Encoded("bench", row, [True] * len(row)) for row in ids], range(rows))
+            batch = collate(
+                [TokenizedExample("bench", row, [True] * len(row)) for row in ids], range(rows)
+            )
             if step == 1 and not _tiny:
                 torch.cuda.reset_peak_memory_stats()
             wait()
             began = time.perf_counter()
-            losses.append(float(sum(learner.accumulate(batch, batch.supervised, step, 0)) / batch.supervised))
+            losses.append(
+                float(sum(learner.accumulate(batch, batch.supervised, step, 0)) / batch.supervised)
+            )
             learner.clip()
             learner.update(1e-4)
             learner.forget()
             wait()
             seconds.append(time.perf_counter() - began)
     each = statistics.median(seconds[1:])
-    found: dict[str, Any] = {"step_s": each, "tokens_per_s": tokens / each, "losses": losses, "fused": fused}
-    found |= {"packing_error": tested.packing_error, "head_error": tested.head_error, "kernels": kernels_in_use()}
+    found: dict[str, Any] = {
+        "step_s": each,
+        "tokens_per_s": tokens / each,
+        "losses": losses,
+        "fused": fused,
+    }
+    found |= {
+        "packing_error": tested.packing_error,
+        "head_error": tested.head_error,
+        "kernels": kernels_in_use(),
+    }
     found["notes"] = notes
     outside = planned.bytes_of("GPU context") if planned.device == "cuda" else 0
     found["planned_gb"] = (planned.phases["step"] - outside) / 1e9
@@ -421,8 +488,8 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
 
 
 def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
-    """The same step by bitsandbytes and PEFT: the article's recipe with checkpointing, weights random, too; or by the
-    same script after `halfbyte.optimize`."""
+    """The same step by bitsandbytes and PEFT: the article's recipe with checkpointing, weights
+    random, too; or by the same script after `halfbyte.optimize`."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
@@ -438,12 +505,18 @@ def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
     )
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=settings)
+        model = replace_with_bnb_linear(
+            model, modules_to_not_convert=["lm_head"], quantization_config=settings
+        )
     for module in model.modules():
         for key, p in list(module._parameters.items()):
             if p is None:
                 continue
-            shape = (module.out_features, module.in_features) if isinstance(module, bnb.nn.Linear4bit) else p.shape
+            shape = (
+                (module.out_features, module.in_features)
+                if isinstance(module, bnb.nn.Linear4bit)
+                else p.shape
+            )
             values = torch.randn(shape, device=device(), dtype=torch.bfloat16) * 0.02
             if isinstance(module, bnb.nn.Linear4bit) and key == "weight":
                 module.weight = bnb.nn.Params4bit(
@@ -455,15 +528,21 @@ def peer(name: str, tokens: int, optimized: bool = False) -> dict[str, Any]:
             if buffer is not None and buffer.is_meta:
                 module._buffers[key] = type(module)(config)._buffers[key].to(device())
     model.is_loaded_in_4bit = True
-    model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
+    model = peft.prepare_model_for_kbit_training(
+        model, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    lora = peft.LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(model, lora).train()
     said: list[str] = []
     if optimized:
         import halfbyte
 
         halfbyte.optimize(model, kept_activations="none", say=said.append)
-    optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = bnb.optim.PagedAdamW8bit(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4
+    )
     empty()
     torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
@@ -508,7 +587,10 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
             show(row)
             continue
         row["over_bf16_lora"] = four["step_s"] / bf16["step_s"]
-        variants: dict[str, dict[str, Any]] = {"kept_all": {"kept_activations": "all"}, "in_16_rows": {"rows": 16}}
+        variants: dict[str, dict[str, Any]] = {
+            "kept_all": {"kept_activations": "all"},
+            "in_16_rows": {"rows": 16},
+        }
         if not _tiny:  # a CPU has no use for these
             variants |= {stay: {"dequantized_weights": stay} for stay in ("ahead", "layer")}
         for variant, more in variants.items():
@@ -517,15 +599,21 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
             )
             if "step_s" in found_here:
                 row[f"{variant}_over_halfbyte"] = found_here["step_s"] / four["step_s"]
-                if "rows" not in more:  # bits may differ: flash attention's gradients add in no fixed order
+                if (
+                    "rows" not in more
+                ):  # bits may differ: flash attention's gradients add in no fixed order
                     pairs = zip(found_here["losses"], four["losses"], strict=True)
                     row[f"{variant}_losses_differ"] = max(abs(a / b - 1) for a, b in pairs)
         if tokens == 4096 and bitsandbytes() is not None and not _tiny:
             row["bitsandbytes_peft"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens))
-            row["bitsandbytes_peft_optimized"] = attempt(lambda tokens=tokens: peer("llama-3-8b", tokens, True))
+            row["bitsandbytes_peft_optimized"] = attempt(
+                lambda tokens=tokens: peer("llama-3-8b", tokens, True)
+            )
             if "step_s" in row["bitsandbytes_peft"]:
                 row["times_bitsandbytes_peft"] = row["bitsandbytes_peft"]["step_s"] / four["step_s"]
-                row["memory_of_bitsandbytes_peft"] = four["reserved_gb"] / row["bitsandbytes_peft"]["reserved_gb"]
+                row["memory_of_bitsandbytes_peft"] = (
+                    four["reserved_gb"] / row["bitsandbytes_peft"]["reserved_gb"]
+                )
         show(row)
     return found
 
@@ -543,7 +631,8 @@ def kernels_in_use() -> str:
 
 
 def seventy(left: Callable[[], float]) -> dict[str, Any]:
-    """Llama-2-70B, batch 1: peak and speed by length, all on the card and with what need not be there on the host."""
+    """Llama-2-70B, batch 1: peak and speed by length, all on the card and with what need not be
+    there on the host."""
     found: dict[str, Any] = {}
     host = {"activation_offloading": "always", "paging": "always", "embedding_offloading": "always"}
     for where, more in (("card", {}), ("host", {} if _tiny else host)):
@@ -554,14 +643,17 @@ def seventy(left: Callable[[], float]) -> dict[str, Any]:
                 continue
             options: dict[str, Any] = {**more}
             found[f"{tokens}_{where}"] = attempt(
-                lambda tokens=tokens, options=options: training("llama-2-70b", tokens, steps=3, **options)
+                lambda tokens=tokens, options=options: training(
+                    "llama-2-70b", tokens, steps=3, **options
+                )
             )
             show({f"{tokens}_{where}": found[f"{tokens}_{where}"]})
     return found
 
 
 def context(left: Callable[[], float]) -> dict[str, Any]:
-    """Llama-3-70B, r=32: the longest row in 48 GiB, of which what is outside of PyTorch is left out."""
+    """Llama-3-70B, r=32: the longest row in 48 GiB, of which what is outside of PyTorch is left
+    out."""
     found: dict[str, Any] = {}
     if not _tiny:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -570,9 +662,16 @@ def context(left: Callable[[], float]) -> dict[str, Any]:
         if left() < 150:
             found[f"{tokens}"] = "left out: no time"
             continue
-        more = {"lora_r": 32, "activation_offloading": "always", "paging": "always", "tokens_per_tile": 4096}
+        more = {
+            "lora_r": 32,
+            "activation_offloading": "always",
+            "paging": "always",
+            "tokens_per_tile": 4096,
+        }
         more |= {} if _tiny else {"embedding_offloading": "always"}
-        found[f"{tokens}"] = attempt(lambda tokens=tokens, more=more: training("llama-3-70b", tokens, 2, **more))
+        found[f"{tokens}"] = attempt(
+            lambda tokens=tokens, more=more: training("llama-3-70b", tokens, 2, **more)
+        )
     return found
 
 
@@ -581,7 +680,9 @@ def attempt(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except Exception as error:  # a card that is too small is a result
-        message = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        message = (
+            f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        )
         where = traceback.extract_tb(error.__traceback__)[-1]
         traceback.clear_frames(error.__traceback__)
         del error
@@ -591,7 +692,9 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 def main() -> None:
     global _tiny
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=SECTIONS)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--minutes", type=float, default=9.0, help="what takes longer is left out")
@@ -618,7 +721,13 @@ def main() -> None:
     for name, section in sections.items():
         if arguments.only in (None, name):
             report[name] = section() if _tiny else attempt(section)
-            show({"section": name, "seconds": round(time.perf_counter() - began), "found": report[name]})
+            show(
+                {
+                    "section": name,
+                    "seconds": round(time.perf_counter() - began),
+                    "found": report[name],
+                }
+            )
     if arguments.json:
         print(json.dumps(report))
 
@@ -626,14 +735,21 @@ def main() -> None:
 def machine() -> dict[str, Any]:
     import subprocess
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     names = {"torch": torch.__version__, "commit": commit}
     if _tiny:
         return {**names, "card": "none: a rehearsal"}
     card = torch.cuda.get_device_properties(0)
     from halfbyte.ops import gpu
 
-    return {**names, "card": card.name, "memory_gib": card.total_memory / GIB, "kernels": gpu.try_all()}
+    return {
+        **names,
+        "card": card.name,
+        "memory_gib": card.total_memory / GIB,
+        "kernels": gpu.try_all(),
+    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Planned memory against measured: the steady step of trainings on this machine (its GPU, if it has one).
+"""Planned memory against measured: the steady step of trainings on this machine (its GPU, if it has
+one).
 
     python bench/memory.py [--only 0.4b-1x512-none-r16] [--json]
 
-Each configuration runs in a process of its own: planned before the weights are read, then trained for four optimizer
-steps. ``tensors`` is the peak over one steady step of all tensors, counted operation by operation; ``process`` the peak
-of the process's anonymous resident memory over another (on a GPU: of what PyTorch reserved). ``short`` is how much less
-was planned than measured.
+Each configuration runs in a process of its own: planned before the weights are read, then trained
+for four optimizer steps. ``tensors`` is the peak over one steady step of all tensors, counted
+operation by operation; ``process`` the peak of the process's anonymous resident memory over another
+(on a GPU: of what PyTorch reserved). ``short`` is how much less was planned than measured.
 """
 
 import json
@@ -39,14 +40,14 @@ def measure(case: str, home: Path) -> dict[str, float]:
 
     from halfbyte.config.options import TrainConfig
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import Encoded
+    from halfbyte.data.renderer import TokenizedExample
     from halfbyte.memory.process import Peak
     from halfbyte.model import attention
-    from halfbyte.planning.resident import resident
+    from halfbyte.planning.resident import on_device
     from halfbyte.planning.search import Planner
-    from halfbyte.planning.tracker import TensorBytes
+    from halfbyte.planning.tracker import MemoryTracker
     from halfbyte.run.directory import Run
-    from halfbyte.training.trainer import Trainer
+    from halfbyte.training.step import stepper_for
 
     size, shape, keep, rank = case.split("-")
     rows, length = (int(n) for n in shape.split("x"))
@@ -65,20 +66,25 @@ def measure(case: str, home: Path) -> dict[str, float]:
     }
     config = TrainConfig(**options)
     plan = Planner(path, config, None).plan()
-    trainer = Trainer(config, Run(path))
-    trainer.build_model(path)
+    stepper = stepper_for(config, path, Run(path))
     generator = torch.Generator().manual_seed(0)
-    given = [Encoded("bench", torch.randint(4, 32000, (length,), generator=generator).tolist(), [True] * length)] * rows
+    given = [
+        TokenizedExample(
+            "bench",
+            torch.randint(4, 32000, (length,), generator=generator).tolist(),
+            [True] * length,
+        )
+    ] * rows
     batches = [collate(given, range(rows))]
-    with attention.segments(trainer.learner.model):
+    with attention.packed(stepper.learner.model):
         for step in range(2):
-            trainer.step(step, batches)
-        peak = Peak(trainer.learner.device)
-        trainer.step(2, batches)
+            stepper.run(step, batches)
+        peak = Peak(stepper.learner.device)
+        stepper.run(2, batches)
         process = peak.bytes()
-        with TensorBytes(resident(trainer.learner)) as count:
+        with MemoryTracker(on_device(stepper.learner)) as count:
             count.restart()
-            trainer.step(3, batches)
+            stepper.run(3, batches)
     scratch = plan.bytes_of("kernel scratch", "dequantized weight")
     # on a GPU the allocator is measured, which knows nothing of the context
     planned = plan.phases["step"] - plan.bytes_of("GPU context")

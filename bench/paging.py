@@ -1,13 +1,15 @@
-"""What leaving memory costs: a training step with states, layer inputs and weights in memory and out of it.
+"""What leaving memory costs: a training step with states, layer inputs and weights in memory and
+out of it.
 
     python bench/paging.py [--only modes|memory|7b|70b] [--rounds 3] [--home DIR] [--json]
 
-``modes``: the 0.37B geometry of step.py, 512 tokens, every mode in one process, step by step in turns (three times
---rounds each); ``update_ms`` is the optimizer's part. ``memory``: the same, each in a process of its own;
-``states_mib`` is what of the optimizer's states was in memory after a step. ``7b``: Llama 2 7B's geometry, random 4-bit
-weights, a step of 512 tokens with the weights in memory, streamed, and streamed within a memory limit of 4 GB (a
-control group, where one can be made). ``70b``: Llama 2 70B's geometry, one optimizer step of 256 tokens. The weights of
-the last two are written to --home first (3.8 and 36.5 GB) and stay there if it is given.
+``modes``: the 0.37B geometry of step.py, 512 tokens, every mode in one process, step by step in
+turns (three times --rounds each); ``update_ms`` is the optimizer's part. ``memory``: the same, each
+in a process of its own; ``states_mib`` is what of the optimizer's states was in memory after a
+step. ``7b``: Llama 2 7B's geometry, random 4-bit weights, a step of 512 tokens with the weights in
+memory, streamed, and streamed within a memory limit of 4 GB (a control group, where one can be
+made). ``70b``: Llama 2 70B's geometry, one optimizer step of 256 tokens. The weights of the last
+two are written to --home first (3.8 and 36.5 GB) and stay there if it is given.
 """
 
 import contextlib
@@ -30,11 +32,24 @@ MODES: dict[str, dict[str, Any]] = {
     "states_out": {"paging": "always"},
     "inputs_out": {"activation_offloading": "always"},
     "weights_out": {"weight_streaming": "always"},
-    "all_out": {"paging": "always", "activation_offloading": "always", "weight_streaming": "always"},
+    "all_out": {
+        "paging": "always",
+        "activation_offloading": "always",
+        "weight_streaming": "always",
+    },
 }
-STREAMED: dict[str, Any] = {"weight_streaming": "always", "activation_offloading": "always", "paging": "always"}
+STREAMED: dict[str, Any] = {
+    "weight_streaming": "always",
+    "activation_offloading": "always",
+    "paging": "always",
+}
 SIZES: dict[str, dict[str, Any]] = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
     "70b": {
         "hidden_size": 8192,
         "intermediate_size": 28672,
@@ -111,7 +126,9 @@ def make_packed(size: str, home: Path) -> Path:
             if name in in_4bit:
                 parts = components(name, packed(p.shape, 0))
                 late |= {key: 512 for key in parts if STATE_KEY in key}
-                known |= {key: (t.dtype, tuple(t.shape)) for key, t in parts.items() if key not in late}
+                known |= {
+                    key: (t.dtype, tuple(t.shape)) for key, t in parts.items() if key not in late
+                }
             else:
                 known[name] = (torch.bfloat16, tuple(p.shape))
         with TensorFile(path / file, known, late) as out:
@@ -135,7 +152,9 @@ def make_packed(size: str, home: Path) -> Path:
                     weight_map[key] = file
     atomic.write_json(path / INDEX, {"metadata": {}, "weight_map": weight_map})
     quantization = quantized._quantization(options)
-    atomic.write_json(path / "config.json", {**atomic.read_json(path / "config.json"), **quantization})
+    atomic.write_json(
+        path / "config.json", {**atomic.read_json(path / "config.json"), **quantization}
+    )
     digest = hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
     atomic.write_json(path / quantized.FACTS, {"digest": digest, "tensors": []})
     return path
@@ -143,8 +162,8 @@ def make_packed(size: str, home: Path) -> Path:
 
 @contextlib.contextmanager
 def limited(size: int) -> Iterator[bool]:
-    """Within this block this process and what it maps may take so many bytes, page cache included; False where no
-    control group can be made."""
+    """Within this block this process and what it maps may take so many bytes, page cache included;
+    False where no control group can be made."""
     home = Path("/sys/fs/cgroup/memory")
     group = (home if home.is_dir() else Path("/sys/fs/cgroup")) / f"halfbyte-{os.getpid()}"
     try:
@@ -164,31 +183,37 @@ def limited(size: int) -> Iterator[bool]:
 
 
 def forget(directory: Path) -> None:
-    """Have the system drop what it keeps of these files, so that they are read from disk, within a limit if there is
-    one."""
+    """Have the system drop what it keeps of these files, so that they are read from disk, within a
+    limit if there is one."""
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{key}:")
+    )
     return int(line.split()[1]) * 1024
 
 
 def disk_bytes(key: str) -> int:
     """read_bytes or write_bytes of this process: what storage was really asked for."""
-    line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith(f"{key}:"))
+    line = next(
+        line
+        for line in Path("/proc/self/io").read_text().splitlines()
+        if line.startswith(f"{key}:")
+    )
     return int(line.split()[1])
 
 
-def trainer_for(case: str, options: dict[str, Any], home: Path) -> Any:
+def config_for(case: str, options: dict[str, Any], home: Path) -> Any:
     from halfbyte.config.options import TrainConfig
-    from halfbyte.run.directory import Run
-    from halfbyte.training.trainer import Trainer
 
     path = home / f"packed-{case}" if case in SIZES else make_checkpoint("0.4b", home)
-    config = TrainConfig(
+    return TrainConfig(
         model=str(path),
         data="none",
         dtype="bfloat16",
@@ -199,18 +224,24 @@ def trainer_for(case: str, options: dict[str, Any], home: Path) -> Any:
         output_dir=str(home / "out"),
         **options,
     )
-    return Trainer(config, Run(path))
+
+
+def stepper(config: Any) -> Any:
+    from halfbyte.run.directory import Run
+    from halfbyte.training.step import stepper_for
+
+    return stepper_for(config, Path(config.model), Run(Path(config.model)))
 
 
 def batches_for(case: str) -> list[Any]:
     import torch
 
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import Encoded
+    from halfbyte.data.renderer import TokenizedExample
 
     generator, tokens = torch.Generator().manual_seed(0), TOKENS[case]
     ids = torch.randint(4, 32000, (tokens,), generator=generator).tolist()
-    return [collate([Encoded("bench", ids, [True] * tokens)], [0])]
+    return [collate([TokenizedExample("bench", ids, [True] * tokens)], [0])]
 
 
 def modes(rounds: int, home: Path) -> dict[str, dict[str, float]]:
@@ -219,8 +250,7 @@ def modes(rounds: int, home: Path) -> dict[str, dict[str, float]]:
 
     trainers: dict[str, Any] = {}
     for who, options in MODES.items():
-        trainers[who] = trainer_for("modes", options, home)
-        trainers[who].build_model(Path(trainers[who].config.model))
+        trainers[who] = stepper(config_for("modes", options, home))
         attention.register()
         trainers[who].learner.model.set_attn_implementation(attention.NAME)
     seconds: dict[str, list[float]] = {who: [] for who in MODES}
@@ -236,7 +266,7 @@ def modes(rounds: int, home: Path) -> dict[str, dict[str, float]]:
 
             trainer.learner.update = timed
             began = time.perf_counter()
-            trainer.step(step, batches_for("modes"))
+            trainer.run(step, batches_for("modes"))
             seconds[who].append(time.perf_counter() - began)
             trainer.learner.update = honest
     return {
@@ -255,7 +285,9 @@ def measure(case: str, who: str, home: Path) -> dict[str, Any]:
 
         with limited(LIMIT) as is_limited:
             return {**alone(case, STREAMED, home), "limited": is_limited}
-    return alone(case, MODES[who] if case == "memory" else STREAMED if who == "streamed" else {}, home)
+    return alone(
+        case, MODES[who] if case == "memory" else STREAMED if who == "streamed" else {}, home
+    )
 
 
 def alone(case: str, options: dict[str, Any], home: Path) -> dict[str, Any]:
@@ -265,21 +297,21 @@ def alone(case: str, options: dict[str, Any], home: Path) -> dict[str, Any]:
     from halfbyte.model import attention
     from halfbyte.planning.search import Planner
 
-    trainer = trainer_for(case, options, home)
-    path = Path(trainer.config.model)
+    config = config_for(case, options, home)
+    path = Path(config.model)
     forget(path)
-    plan = Planner(path, trainer.config, None).plan()
+    plan = Planner(path, config, None).plan()
     began = time.perf_counter()
-    trainer.build_model(path)
+    trainer = stepper(config)
     loaded = time.perf_counter() - began
     seconds, anonymous, read, written, loss = [], 0, 0, 0, 0.0
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-    with attention.segments(trainer.learner.model):
+    with attention.packed(trainer.learner.model):
         for step in range(1 if case == "70b" else 2):
             read, written = disk_bytes("read_bytes"), disk_bytes("write_bytes")
             peak = Peak(trainer.learner.device)
             began = time.perf_counter()
-            loss = trainer.step(step, batches_for(case))["loss"]
+            loss = trainer.run(step, batches_for(case))["loss"]
             seconds.append(time.perf_counter() - began)
             anonymous = max(anonymous, peak.bytes())
     optimizer = trainer.learner.optimizer
@@ -307,7 +339,11 @@ def main() -> None:
     arguments = command_line(__doc__, list(CONTESTANTS))
     if arguments.child:
         case, who = arguments.child
-        found = modes(int(os.environ[ROUNDS]), arguments.home) if who == "all" else measure(case, who, arguments.home)
+        found = (
+            modes(int(os.environ[ROUNDS]), arguments.home)
+            if who == "all"
+            else measure(case, who, arguments.home)
+        )
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,11 +1,12 @@
-"""What is planned: for the usual models on a GPU, and for other people's published runs beside their figures.
+"""What is planned: for the usual models on a GPU, and for other people's published runs beside
+their figures.
 
     python bench/plans.py [--json]
 
-Shapes are the models' published ones; nothing is downloaded. The first table is GiB at the peak of a training on a GPU
-with its context, one row at a time, r=16 on all linear layers. In the second, GB, ``theirs`` are the options of the
-published run as far as a plan has them (rank, target layers, tokens, checkpointing, optimizer), ``ours`` the same
-tokens with the defaults of ``halfbyte train``.
+Shapes are the models' published ones; nothing is downloaded. The first table is GiB at the peak of
+a training on a GPU with its context, one row at a time, r=16 on all linear layers. In the second,
+GB, ``theirs`` are the options of the published run as far as a plan has them (rank, target layers,
+tokens, checkpointing, optimizer), ``ours`` the same tokens with the defaults of ``halfbyte train``.
 """
 
 import argparse
@@ -14,7 +15,14 @@ from typing import Any
 
 
 def shape(
-    kind: str, width: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = False
+    kind: str,
+    width: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    vocabulary: int,
+    tied: bool = False,
 ) -> Any:
     """A transformers configuration. kind: Llama, Qwen2 or Qwen3."""
     import transformers
@@ -76,7 +84,9 @@ def planned(model: str, tokens: int, options: dict[str, Any]) -> int:
 
     config = PlanConfig(model=model, max_length=tokens, dtype="bfloat16", **options)
     work = work_of(config, None)
-    return plan_memory(shape(*MODELS[model]), config, work, device="cuda", runtime_bytes=CONTEXT_BYTES).peak_bytes
+    return plan_memory(
+        shape(*MODELS[model]), config, work, device="cuda", runtime_bytes=CONTEXT_BYTES
+    ).peak_bytes
 
 
 def usual_models() -> list[dict[str, Any]]:
@@ -92,7 +102,9 @@ def usual_models() -> list[dict[str, Any]]:
             ("512 in 16 bits", 512, {"load_in_4bit": False}),
         ):
             row[key] = planned(model, tokens, options)
-        row["smallest card"] = next((name for size, name in cards if row["512"] <= size * (1 - RESERVE)), "none")
+        row["smallest card"] = next(
+            (name for size, name in cards if row["512"] <= size * (1 - RESERVE)), "none"
+        )
         found.append(row)
     return found
 
@@ -100,7 +112,9 @@ def usual_models() -> list[dict[str, Any]]:
 def published() -> list[dict[str, Any]]:
     found = []
     for who, model, figure, tokens, options in ROWS:
-        rows = {name: value for name, value in options.items() if name == "per_device_train_batch_size"}
+        rows = {
+            name: value for name, value in options.items() if name == "per_device_train_batch_size"
+        }
         found.append(
             {
                 "who": who,
@@ -115,18 +129,26 @@ def published() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     arguments = parser.parse_args()
     models, others = usual_models(), published()
     if arguments.json:
         print(json.dumps({"models": models, "published": others}, indent=1))
         return
-    print("| GiB | 512 tokens | 2,048 tokens | 16-bit LoRA, 512 | smallest card for 512 |\n|---|---|---|---|---|")
+    print(
+        "| GiB | 512 tokens | 2,048 tokens | 16-bit LoRA, 512 | smallest card for 512 "
+        "|\n|---|---|---|---|---|"
+    )
     for row in models:
         sizes = " | ".join(f"{row[key] / 2**30:.1f}" for key in ("512", "2048", "512 in 16 bits"))
         print(f"| {row['model']} | {sizes} | {row['smallest card']} |")
-    print("\n| GB | model | tokens | published | planned for theirs | planned for ours |\n|---|---|---|---|---|---|")
+    print(
+        "\n| GB | model | tokens | published | planned for theirs | planned for ours "
+        "|\n|---|---|---|---|---|---|"
+    )
     for row in others:
         sizes = " | ".join(f"{row[key]:.1f}" for key in ("published_gb", "theirs_gb", "ours_gb"))
         print(f"| {row['who']} | {row['model']} | {row['tokens']:,} | {sizes} |")

@@ -1,14 +1,18 @@
-"""One optimizer step of QLoRA on this CPU, beside its peers: same work, one run, alternating, medians and ratios.
+"""One optimizer step of QLoRA on this CPU, beside its peers: same work, one run, alternating,
+medians and ratios.
 
-    python bench/step.py [--only 0.4b-1x512|1b-1x512|1b-4x256|optimize-0.4b-1x512] [--rounds 3] [--json]
+    python bench/step.py [--only 0.4b-1x512|1b-1x512|1b-4x256|optimize-0.4b-1x512] [--rounds 3]
+    [--json]
 
-Llamas with random weights, r=16 on all linear layers, alpha 32, gradient checkpointing for all. ``halfbyte`` and
-``bitsandbytes_peft`` are the article's recipe (dropout 0.05; for the peer ``prepare_model_for_kbit_training``).
-``optimized`` is ``bitsandbytes_peft`` after `halfbyte.optimize`, then also with our 8-bit AdamW. ``tuned`` peers are at
-their best: no upcast, no dropout, LoRA in bf16; beside them ``halfbyte_no_dropout``.
-``kept_all`` keeps the results of all products instead of computing them twice (``--kept_activations all``). Memory is
-the peak of anonymous memory over that of the process with everything imported; peers keep what they do not quantize
-(embeddings and head, 125 MiB at 0.4b; all weights in bf16) mapped from the file, which is not in it, ours holds them.
+Llamas with random weights, r=16 on all linear layers, alpha 32, gradient checkpointing for all.
+``halfbyte`` and ``bitsandbytes_peft`` are the article's recipe (dropout 0.05; for the peer
+``prepare_model_for_kbit_training``). ``optimized`` is ``bitsandbytes_peft`` after
+`halfbyte.optimize`, then also with our 8-bit AdamW. ``tuned`` peers are at their best: no upcast,
+no dropout, LoRA in bf16; beside them ``halfbyte_no_dropout``. ``kept_all`` keeps the results of all
+products instead of computing them twice (``--kept_activations all``). Memory is the peak of
+anonymous memory over that of the process with everything imported; peers keep what they do not
+quantize (embeddings and head, 125 MiB at 0.4b; all weights in bf16) mapped from the file, which is
+not in it, ours holds them.
 """
 
 import json
@@ -73,7 +77,12 @@ def step(case: str, who: str, home: Path) -> dict[str, float]:
             losses.append(run(ids[number % 3], number))
             seconds.append(time.perf_counter() - began)
     each = statistics.median(seconds[1:])
-    found = {"tokens_per_s": rows * length / each, "seconds": each, "peak_mib": memory.mib, "loss": losses[-1]}
+    found = {
+        "tokens_per_s": rows * length / each,
+        "seconds": each,
+        "peak_mib": memory.mib,
+        "loss": losses[-1],
+    }
     if who.startswith("halfbyte"):
         found["over_floor"] = each / (flop(size, rows, length) / matmul_rate())
     return found
@@ -91,21 +100,28 @@ def _warm_up() -> None:
 
 
 def flop(size: str, rows: int, length: int) -> float:
-    """Operations of a step with checkpointing: forward, again, and input gradients; head; attention; adapters."""
+    """Operations of a step with checkpointing: forward, again, and input gradients; head;
+    attention; adapters."""
     g, tokens = GEOMETRY[size], rows * length
     d, ff, layers = g["hidden_size"], g["intermediate_size"], g["num_hidden_layers"]
     kv = d // g["num_attention_heads"] * KV_HEADS[size]
     shapes = [(d, d), (d, kv), (d, kv), (d, d), (d, ff), (d, ff), (ff, d)]
     weights, sides = sum(a * b for a, b in shapes), sum(a + b for a, b in shapes)
     attention = rows * (2 * length**2 * d) * (2 + 2.5)
-    return layers * (6 * tokens * weights + 8 * tokens * RANK * sides + attention) + 4 * tokens * d * VOCABULARY
+    return (
+        layers * (6 * tokens * weights + 8 * tokens * RANK * sides + attention)
+        + 4 * tokens * d * VOCABULARY
+    )
 
 
 def matmul_rate() -> float:
     """Operations per second of PyTorch's own bf16 product, 512 x 4096 x 4096."""
     import torch
 
-    a, b = torch.randn(512, 4096, dtype=torch.bfloat16), torch.randn(4096, 4096, dtype=torch.bfloat16)
+    a, b = (
+        torch.randn(512, 4096, dtype=torch.bfloat16),
+        torch.randn(4096, 4096, dtype=torch.bfloat16),
+    )
     times = []
     for _ in range(15):
         began = time.perf_counter()
@@ -117,10 +133,10 @@ def matmul_rate() -> float:
 def _halfbyte(path: Path, who: str) -> Callable[[Any, int], float]:
     from halfbyte.config.options import TrainConfig
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import Encoded
+    from halfbyte.data.renderer import TokenizedExample
     from halfbyte.model import attention
     from halfbyte.run.directory import Run
-    from halfbyte.training.trainer import Trainer
+    from halfbyte.training.step import stepper_for
 
     config = TrainConfig(
         model=str(path),
@@ -130,14 +146,13 @@ def _halfbyte(path: Path, who: str) -> Callable[[Any, int], float]:
         max_steps=1000,
         kept_activations="all" if who.endswith("kept_all") else "none",
     )
-    trainer = Trainer(config, Run(path))
-    trainer.build_model(path)
+    stepper = stepper_for(config, path, Run(path))
     attention.register()
-    trainer.learner.model.set_attn_implementation(attention.NAME)
+    stepper.learner.model.set_attn_implementation(attention.NAME)
 
     def run(ids: Any, number: int) -> float:
-        rows = [Encoded("bench", row.tolist(), [True] * len(row)) for row in ids]
-        return trainer.step(number, [collate(rows, list(range(len(rows))))])["loss"]
+        rows = [TokenizedExample("bench", row.tolist(), [True] * len(row)) for row in ids]
+        return stepper.run(number, [collate(rows, list(range(len(rows))))])["loss"]
 
     return run
 
@@ -156,9 +171,15 @@ def _peer(path: Path, who: str) -> Callable[[Any, int], float]:
     else:
         model = bnb_model(path)
     if not tuned:
-        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = peft.prepare_model_for_kbit_training(
+            model, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     lora = peft.LoraConfig(
-        r=RANK, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0 if tuned else 0.05, task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=32,
+        target_modules="all-linear",
+        lora_dropout=0.0 if tuned else 0.05,
+        task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(model, lora, autocast_adapter_dtype=not tuned)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -166,7 +187,9 @@ def _peer(path: Path, who: str) -> Callable[[Any, int], float]:
     model.config.use_cache = False
     model.train()
     if "optimized" in who:
-        model = halfbyte.optimize(model, kept_activations="none" if who.endswith("nothing") else "auto")
+        model = halfbyte.optimize(
+            model, kept_activations="none" if who.endswith("nothing") else "auto"
+        )
     adamw = halfbyte.PagedAdamW8bit if who.endswith("optimizer") else bitsandbytes.optim.AdamW8bit
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
@@ -196,13 +219,17 @@ def main() -> None:
             for who in ("halfbyte", *OPTIMIZE[1:]):
                 if who in found:
                     peer = found["bitsandbytes_peft"]
-                    found[who]["times_bitsandbytes_peft"] = found[who]["tokens_per_s"] / peer["tokens_per_s"]
+                    found[who]["times_bitsandbytes_peft"] = (
+                        found[who]["tokens_per_s"] / peer["tokens_per_s"]
+                    )
             report[case] = found
             if contestants is OPTIMIZE:
                 continue
             for who in ("halfbyte_no_dropout", "halfbyte_no_dropout_kept_all"):
                 for peer in ("bitsandbytes_peft_tuned", "bf16_peft_tuned"):
-                    found[who][f"times_{peer}"] = found[who]["tokens_per_s"] / found[peer]["tokens_per_s"]
+                    found[who][f"times_{peer}"] = (
+                        found[who]["tokens_per_s"] / found[peer]["tokens_per_s"]
+                    )
     report["machine"] = machine()
     print_report(report, arguments.json)
 

@@ -1,4 +1,5 @@
-"""The QLoRA script of the article, run today and faster: four of its lines are changed, and marked below.
+"""The QLoRA script of the article, run today and faster: four of its lines are changed, and marked
+below.
 
     + import halfbyte
     + halfbyte.plan("meta-llama/Llama-2-70b-hf", bnb_config, max_length=512).check()
@@ -6,10 +7,10 @@
     - max_seq_length=512,
     + max_length=512, use_cpu=not torch.cuda.is_available(),
 
-The first says before the download whether it fits, and what to do if not. The second makes the model faster where it
-can, and says what it did. The last is the setting's name today, and what TRL asks for where there is no GPU. The
-article leaves ``dataset`` open; here it is train.jsonl in this directory, rows such as {"text": "..."} or
-{"messages": [...]}.
+The first says before the download whether it fits, and what to do if not. The second makes the
+model faster where it can, and says what it did. The last is the setting's name today, and what TRL
+asks for where there is no GPU. The article leaves ``dataset`` open; here it is train.jsonl in this
+directory, rows such as {"text": "..."} or {"messages": [...]}.
 
     pip install halfbyte bitsandbytes peft trl datasets
     python article.py

@@ -1,19 +1,20 @@
-"""How the built-in base model was made: a small Llama, pretrained on two CPU cores in well under an hour.
+"""How the built-in base model was made: a small Llama, pretrained on two CPU cores in well under an
+hour.
 
     python scripts/pretrain_base.py --corpus DIR [--output_dir src/halfbyte/builtin] [--steps 1800]
 
-Text: public-domain English books (every .txt file of DIR; the shipped model used 34 books of the Standard Ebooks
-collection, 23 MB); and dialogues written by the code below, of which the answers are trained: repeating, counting,
-spelling, number words, lists, records as JSON, continuing a sentence of a book. They teach the chat format and what any
-large model has seen plenty of (digits, JSON, copying), not the form of answer that `halfbyte demo` teaches, which
-occurs nowhere in them.
+Text: public-domain English books (every .txt file of DIR; the shipped model used 34 books of the
+Standard Ebooks collection, 23 MB); and dialogues written by the code below, of which the answers
+are trained: repeating, counting, spelling, number words, lists, records as JSON, continuing a
+sentence of a book. They teach the chat format and what any large model has seen plenty of (digits,
+JSON, copying), not the form of answer that `halfbyte demo` teaches, which occurs nowhere in them.
 
-The first quarter of the steps is dialogues alone, of the kinds that copy from the question: to attend to what was said
-is learned all at once, after some 300 steps of nothing else; mixed thinly among books it had not come after 2,000. Then
-five rows in eight are books.
+The first quarter of the steps is dialogues alone, of the kinds that copy from the question: to
+attend to what was said is learned all at once, after some 300 steps of nothing else; mixed thinly
+among books it had not come after 2,000. Then five rows in eight are books.
 
-Everything drawn is a function of --seed; the bytes of the result depend on the thread count and the torch version too,
-which `pretraining.json` beside the weights names.
+Everything drawn is a function of --seed; the bytes of the result depend on the thread count and the
+torch version too, which `pretraining.json` beside the weights names.
 """
 
 import argparse
@@ -45,15 +46,20 @@ TEMPLATE = """\
 """
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NAMES = (
-    "Anna Ben Clara David Ella Frank Grace Henry Iris Jack Kate Leo Mary Nick Olive Paul Rose Sam Tom Vera"
+    "Anna Ben Clara David Ella Frank Grace Henry Iris Jack Kate Leo Mary Nick Olive Paul Rose Sam "
+    "Tom Vera"
 ).split()
 TOWNS = "London Paris Rome York Bath Dover Leeds Oxford Madrid Vienna Bergen Cork".split()
 COLOURS = "red blue green white black yellow brown grey pink purple".split()
 NOUNS = (
-    "apple pear plum cherry orange lemon grape tea coffee milk juice water soup bread bun cake pie roll cookie "
-    "sandwich muffin scone toast salad egg cheese honey sugar salt butter cup plate spoon knife table chair "
-    "lamp book pen letter key coin hat coat shoe glove ring rope box bag ball kite drum bell boat ship cart "
-    "horse cow dog cat mouse bird duck hen fish tree leaf flower stone river road bridge house door window "
+    "apple pear plum cherry orange lemon grape tea coffee milk juice water soup bread bun cake "
+    "pie roll cookie "
+    "sandwich muffin scone toast salad egg cheese honey sugar salt butter cup plate spoon knife "
+    "table chair "
+    "lamp book pen letter key coin hat coat shoe glove ring rope box bag ball kite drum bell boat "
+    "ship cart "
+    "horse cow dog cat mouse bird duck hen fish tree leaf flower stone river road bridge house "
+    "door window "
     "garden king queen boy girl friend brother"
 ).split()
 SIZES = "small large big little tiny huge old new".split()
@@ -87,7 +93,9 @@ COPYING = (1, 4, 7, 12, 13, 14, 16)
 """Kinds of dialogue whose answer is in the question."""
 
 
-def dialogue(rng: random.Random, sentences: list[str], kinds: Sequence[int] = range(18)) -> list[tuple[str, str]]:
+def dialogue(
+    rng: random.Random, sentences: list[str], kinds: Sequence[int] = range(18)
+) -> list[tuple[str, str]]:
     """One exchange, or a few, of (question, answer)."""
     kind = rng.choice(kinds)
     some, name, town = things(rng, 4), rng.choice(NAMES), rng.choice(TOWNS)
@@ -104,7 +112,10 @@ def dialogue(rng: random.Random, sentences: list[str], kinds: Sequence[int] = ra
     if kind == 2:
         number, noun = rng.choice(some)
         question = rng.choice(
-            [f"{name} has {said}. How many {plural(noun)}?", f"How many {plural(noun)} are in: {said}?"]
+            [
+                f"{name} has {said}. How many {plural(noun)}?",
+                f"How many {plural(noun)} are in: {said}?",
+            ]
         )
         return [(question, str(number))]
     if kind == 3:
@@ -122,7 +133,9 @@ def dialogue(rng: random.Random, sentences: list[str], kinds: Sequence[int] = ra
         noun = rng.choice(NOUNS)
         if rng.random() < 0.5:
             return [(f"What is the plural of {noun}?", plural(noun))]
-        return [(f"What is one of the {plural(noun)}?", f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}")]
+        return [
+            (f"What is one of the {plural(noun)}?", f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}")
+        ]
     if kind == 7:
         words = rng.sample(NOUNS + COLOURS, rng.randint(2, 6))
         if rng.random() < 0.5:
@@ -131,7 +144,9 @@ def dialogue(rng: random.Random, sentences: list[str], kinds: Sequence[int] = ra
         return [(f"Which word follows {words[place]} in: {' '.join(words)}?", words[place + 1])]
     if kind == 8:
         size, colour, noun = rng.choice(SIZES), rng.choice(COLOURS), rng.choice(NOUNS)
-        asked = rng.choice([("What colour is it?", colour), ("How big or old is it?", size), ("What is it?", noun)])
+        asked = rng.choice(
+            [("What colour is it?", colour), ("How big or old is it?", size), ("What is it?", noun)]
+        )
         return [(f"{name} saw a {size} {colour} {noun}. {asked[0]}", asked[1])]
     if kind == 9:
         start = rng.randrange(len(sentences) - 1)
@@ -149,7 +164,10 @@ def dialogue(rng: random.Random, sentences: list[str], kinds: Sequence[int] = ra
         return [(rng.choice(["Write the numbers as digits: ", "Count: "]) + said, numbered)]
     if kind == 13:
         return [
-            (rng.choice(["How many of each? ", "Count as JSON: "]) + said, json.dumps({noun: n for n, noun in some}))
+            (
+                rng.choice(["How many of each? ", "Count as JSON: "]) + said,
+                json.dumps({noun: n for n, noun in some}),
+            )
         ]
     if kind == 14:
         singular = listed([noun for _, noun in some], rng)
@@ -177,7 +195,9 @@ def dialogue(rng: random.Random, sentences: list[str], kinds: Sequence[int] = ra
 
 
 def as_chat(turns: list[tuple[str, str]]) -> str:
-    return "".join(f"{USER}{question}{END}\n{ASSISTANT}{answer}{END}\n" for question, answer in turns)
+    return "".join(
+        f"{USER}{question}{END}\n{ASSISTANT}{answer}{END}\n" for question, answer in turns
+    )
 
 
 def read_books(corpus: Path) -> list[str]:
@@ -185,7 +205,9 @@ def read_books(corpus: Path) -> list[str]:
     if not files:
         raise SystemExit(f"{corpus} holds no .txt files")
     return [
-        re.sub(r"\n{3,}", "\n\n", f.read_text(encoding="utf-8")).translate(str.maketrans("“”‘’", "\"\"''"))
+        re.sub(r"\n{3,}", "\n\n", f.read_text(encoding="utf-8")).translate(
+            str.maketrans("“”‘’", "\"\"''")
+        )
         for f in files
     ]
 
@@ -217,7 +239,9 @@ def token_stream(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("src/halfbyte/builtin"))
     parser.add_argument("--steps", type=int, default=1800)
@@ -236,12 +260,17 @@ def main() -> None:
     ]
     copying = [as_chat(dialogue(rng, sentences, COPYING)) for _ in range(40_000)]
     dialogues = [as_chat(dialogue(rng, sentences)) for _ in range(80_000)]
-    tokenizer = make_tokenizer([*books, "\n".join(dialogues[:20_000]).replace(USER, "").replace(ASSISTANT, "")])
+    tokenizer = make_tokenizer(
+        [*books, "\n".join(dialogues[:20_000]).replace(USER, "").replace(ASSISTANT, "")]
+    )
     stream = token_stream(tokenizer, books)
     held_out, stream = stream[-40 * LENGTH :], stream[: -40 * LENGTH]
     labelled = torch.stack((stream, stream))
     first, second = chat_stream(tokenizer, copying), chat_stream(tokenizer, dialogues)
-    print(f"{len(stream):,} tokens of books, {first.shape[1] + second.shape[1]:,} of dialogues", flush=True)
+    print(
+        f"{len(stream):,} tokens of books, {first.shape[1] + second.shape[1]:,} of dialogues",
+        flush=True,
+    )
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -260,7 +289,9 @@ def main() -> None:
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=0.0, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
     generator = torch.Generator().manual_seed(args.seed)
@@ -281,7 +312,10 @@ def main() -> None:
             optimizer.zero_grad()
         if (step + 1) % 50 == 0:
             speed = (step + 1) * BATCH * LENGTH / (time.monotonic() - began)
-            print(f"step {step + 1}/{args.steps}  loss {loss.item():.3f}  {speed:.0f} tokens/s", flush=True)
+            print(
+                f"step {step + 1}/{args.steps}  loss {loss.item():.3f}  {speed:.0f} tokens/s",
+                flush=True,
+            )
         if (step + 1) % 450 == 0 or step + 1 == args.steps:
             save(model, tokenizer, args, step + 1, held_out, began)
 
@@ -327,7 +361,9 @@ def save(model, tokenizer, args, step: int, held_out: torch.Tensor, began: float
     batch = torch.stack([rows[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(39)])
     model.eval()
     with torch.no_grad():
-        loss = sum(float(loss_of(model, part, part)) * len(part) for part in batch.split(13)) / len(batch)
+        loss = sum(float(loss_of(model, part, part)) * len(part) for part in batch.split(13)) / len(
+            batch
+        )
     model.train()
     target: Path = args.output_dir
     target.mkdir(parents=True, exist_ok=True)
@@ -355,7 +391,10 @@ def save(model, tokenizer, args, step: int, held_out: torch.Tensor, began: float
         "transformers": transformers.__version__,
     }
     (target / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"saved at step {step}: {parameters:,} parameters, {loss:.3f} nats per held-out token", flush=True)
+    print(
+        f"saved at step {step}: {parameters:,} parameters, {loss:.3f} nats per held-out token",
+        flush=True,
+    )
     assert math.isfinite(loss)
 
 

@@ -2,7 +2,8 @@
 
     pip install pyte && python scripts/record_demo.py docs/demo.svg
 
-The demo runs in a real pseudo-terminal; a terminal emulator keeps the screen, which is drawn as it stands at the end.
+The demo runs in a real pseudo-terminal; a terminal emulator keeps the screen, which is drawn as it
+stands at the end.
 """
 
 import os
@@ -26,7 +27,9 @@ def record(arguments: list[str], home: str) -> pyte.Screen:
     stream = pyte.ByteStream(screen)
     ours, theirs = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(COLUMNS), "LINES": "40", "TERM": "xterm-256color"}
-    process = subprocess.Popen(arguments, stdin=theirs, stdout=theirs, stderr=theirs, cwd=home, env=environment)
+    process = subprocess.Popen(
+        arguments, stdin=theirs, stdout=theirs, stderr=theirs, cwd=home, env=environment
+    )
     os.close(theirs)
     while True:
         try:
@@ -50,7 +53,11 @@ def line_of(screen: pyte.Screen, row: int) -> Text:
             part
             for part in (
                 "bold" if cell.bold else "",
-                "" if colour == "default" else colour if not colour.isalnum() or colour.isalpha() else f"#{colour}",
+                ""
+                if colour == "default"
+                else colour
+                if not colour.isalnum() or colour.isalpha()
+                else f"#{colour}",
                 "" if cell.bg == "default" else f"on {NAMED.get(cell.bg, cell.bg)}",
             )
             if part

@@ -1,5 +1,5 @@
-"""Compile every Triton kernel for a GPU that is not there, as it would be launched. Run by test_triton.py, by itself:
-where kernels are interpreted they cannot be compiled.
+"""Compile every Triton kernel for a GPU that is not there, as it would be launched. Run by
+test_triton.py, by itself: where kernels are interpreted they cannot be compiled.
 
     python tests/compile_kernels.py [capability, such as 90]
 """
@@ -44,11 +44,15 @@ class Launches:
     def __init__(self) -> None:
         self.found: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
 
-    def __call__(self, kernel: Any, grid: Any, *args: Any, warps: int = 4, **constants: Any) -> None:
+    def __call__(
+        self, kernel: Any, grid: Any, *args: Any, warps: int = 4, **constants: Any
+    ) -> None:
         assert all(0 < size < (65536 if place else 2**31) for place, size in enumerate(grid)), grid
         names, signature, attributes, fixed = kernel.arg_names, {}, {}, dict(constants)
         for place, (name, argument) in enumerate(zip(names, args, strict=False)):
-            specialized = not isinstance(argument, Tensor) and not kernel.params[place].do_not_specialize
+            specialized = (
+                not isinstance(argument, Tensor) and not kernel.params[place].do_not_specialize
+            )
             if specialized and isinstance(argument, int) and argument == 1:
                 fixed[name] = 1
                 continue
@@ -57,7 +61,9 @@ class Launches:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(fixed, "constexpr")
         ordered = {name: signature[name] for name in names}
-        source = ASTSource(kernel, ordered, {(names.index(k),): v for k, v in fixed.items()}, attributes)
+        source = ASTSource(
+            kernel, ordered, {(names.index(k),): v for k, v in fixed.items()}, attributes
+        )
         key = f"{kernel.__name__} {ordered} {fixed} {sorted(attributes)} {warps}"
         self.found[key] = (kernel, source, {"num_warps": warps, "enable_fp_fusion": False})
 
@@ -71,7 +77,7 @@ def launches() -> Launches:
         torch.float32 if wide else torch.bfloat16
     )
     here = torch.device("cpu")
-    for name, (_, ours, cases) in gpu.SPELLINGS.items():
+    for name, (_, ours, cases) in gpu.REGISTERED.items():
         if name not in ("attention", "attention_grad"):
             for case in cases:
                 ours(*case(here))
@@ -92,7 +98,12 @@ def launches() -> Launches:
         numbers = list(ops.Dropout(100, (1 << 62) + 5, 3, 0, 17, first))
         gpu_calls.drop(wide, numbers)
         gpu_calls.add_dropped(wide, wide, numbers)
-    gpu_calls.rotate(torch.ones(4, 8, 128, dtype=narrow), torch.ones(4, 128, dtype=narrow), torch.ones(4, 128), True)
+    gpu_calls.rotate(
+        torch.ones(4, 8, 128, dtype=narrow),
+        torch.ones(4, 128, dtype=narrow),
+        torch.ones(4, 128),
+        True,
+    )
     return found
 
 
@@ -106,7 +117,14 @@ def main() -> None:
         except Exception as error:
             wrong.append(f"{key}: {type(error).__name__}: {str(error)[-300:]}")
             continue
-        exact = kernel.__name__ in ("quantize", "quantize_scales", "dequantize", "adamw_8bit", "drop", "dropout_mask")
+        exact = kernel.__name__ in (
+            "quantize",
+            "quantize_scales",
+            "dequantize",
+            "adamw_8bit",
+            "drop",
+            "dropout_mask",
+        )
         if exact and any(sign in code for sign in ("fma.rn.f32", "div.full", ".ftz", ".f64")):
             wrong.append(f"{key}: not the arithmetic of its meaning")
     print(json.dumps({"kernels": sorted(kernels), "wrong": wrong}))

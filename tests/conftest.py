@@ -1,10 +1,13 @@
-"""Shared inputs. Real ones live in ../shared (not part of this repository); tests that need them skip without it."""
+"""Shared inputs. Real ones live in ../shared (not part of this repository); tests that need them
+skip without it."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-if not Path("/dev/nvidiactl").exists():  # before anything imports Triton, whose own functions are interpreted, too
+if not Path(
+    "/dev/nvidiactl"
+).exists():  # before anything imports Triton, whose own functions are interpreted, too
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest

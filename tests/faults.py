@@ -1,10 +1,12 @@
-"""Faults on purpose: trainings that are killed, signalled and starved, each in a forked process of its own.
+"""Faults on purpose: trainings that are killed, signalled and starved, each in a forked process of
+its own.
 
     python tests/faults.py kill|signal|full --count N --seed S --home DIR
 
-prints one JSON document. torch and transformers are imported once and compute nothing here, so that every fork starts
-clean in a few milliseconds. A trial trains a tiny random Llama with packing, accumulation and dropout, disturbs it,
-resumes it until it is done, and compares sha256 of adapter and optimizer with the undisturbed run's.
+prints one JSON document. torch and transformers are imported once and compute nothing here, so that
+every fork starts clean in a few milliseconds. A trial trains a tiny random Llama with packing,
+accumulation and dropout, disturbs it, resumes it until it is done, and compares sha256 of adapter
+and optimizer with the undisturbed run's.
 """
 
 import argparse
@@ -79,7 +81,11 @@ def arguments(home: Path, out: Path) -> list[str]:
         "num_samples": 1,
         "resume_from_checkpoint": "auto",
     }
-    return ["train", str(home / "base"), *(str(x) for key, value in given.items() for x in (f"--{key}", value))]
+    return [
+        "train",
+        str(home / "base"),
+        *(str(x) for key, value in given.items() for x in (f"--{key}", value)),
+    ]
 
 
 def forked(work: Callable[[], int], log: Path) -> int:
@@ -113,7 +119,10 @@ def wait(pid: int, timeout: float = 120.0) -> int:
 
 
 def digest(out: Path) -> dict[str, str]:
-    files = ["adapter/adapter_model.safetensors", f"checkpoints/step-{STEPS:08d}/optimizer.safetensors"]
+    files = [
+        "adapter/adapter_model.safetensors",
+        f"checkpoints/step-{STEPS:08d}/optimizer.safetensors",
+    ]
     return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in files}
 
 
@@ -137,17 +146,23 @@ def logged_step(out: Path) -> int:
 
 
 def leftovers(out: Path) -> list[str]:
-    return sorted(str(p.relative_to(out)) for p in out.rglob("*") if ".tmp" in p.name or p.name.startswith(".probe"))
+    return sorted(
+        str(p.relative_to(out))
+        for p in out.rglob("*")
+        if ".tmp" in p.name or p.name.startswith(".probe")
+    )
 
 
-# --- points inside a save ---------------------------------------------------------------------------------------------
+# --- points inside a save -------------------------------------------------------------------------
 
 
 def count_points(act: Callable[[int], None], *, removals: bool = True) -> None:
-    """Call act(n) before the n-th write, sync, rename or removal inside `checkpoint.save` (in this process).
+    """Call act(n) before the n-th write, sync, rename or removal inside `checkpoint.save` (in this
+    process).
 
     Args:
-        removals: count them, too. They are told to ignore errors, so an act that raises one has no place there.
+        removals: count them, too. They are told to ignore errors, so an act that raises one has no
+            place there.
     """
     state = {"inside": False, "n": 0}
     save = checkpoint.save
@@ -187,7 +202,7 @@ def die_at(point: int) -> Callable[[], None]:
     return patch
 
 
-# --- trials -----------------------------------------------------------------------------------------------------------
+# --- trials ---------------------------------------------------------------------------------------
 
 
 def undisturbed(home: Path) -> tuple[dict[str, str], float, int]:
@@ -202,12 +217,15 @@ def undisturbed(home: Path) -> tuple[dict[str, str], float, int]:
         return cli(arguments(home, home / "counted"))
 
     assert wait(forked(counting, home / "counted.log")) == 0
-    assert digest(home / "straight") == digest(home / "counted"), "the run itself is not reproducible"
+    assert digest(home / "straight") == digest(home / "counted"), (
+        "the run itself is not reproducible"
+    )
     return digest(home / "straight"), seconds, int((home / "points").read_text())
 
 
 def kill(home: Path, count: int, seed: int) -> dict[str, Any]:
-    """kill -9 at random times and at numbered points inside saves, some thrice in a row; then resume to the end."""
+    """kill -9 at random times and at numbered points inside saves, some thrice in a row; then
+    resume to the end."""
     expected, seconds, points = undisturbed(home)
     rng = random.Random(seed)
     kills = at_points = equal = runs = worst = 0
@@ -230,9 +248,13 @@ def kill(home: Path, count: int, seed: int) -> dict[str, Any]:
             kills += 1
             at_points += inside and code == 137
             worst = max(worst, logged_step(out) - newest_step(out))
-        assert wait(forked(lambda out=out: cli(arguments(home, out)), home / "log")) == 0, (home / "log").read_text()
+        assert wait(forked(lambda out=out: cli(arguments(home, out)), home / "log")) == 0, (
+            home / "log"
+        ).read_text()
         same = digest(out) == expected and not leftovers(out)
-        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
         equal += same and steps == list(range(1, STEPS + 1))
         shutil.rmtree(out)
     return {
@@ -247,7 +269,8 @@ def kill(home: Path, count: int, seed: int) -> dict[str, Any]:
 
 
 def signals(home: Path, count: int, seed: int) -> dict[str, Any]:
-    """SIGINT or SIGTERM at random moments, every third time twice; exit code, time to leave, and an exact resume."""
+    """SIGINT or SIGTERM at random moments, every third time twice; exit code, time to leave, and an
+    exact resume."""
     expected, seconds, _ = undisturbed(home)
     rng = random.Random(seed)
     codes: dict[str, int] = {}
@@ -264,8 +287,12 @@ def signals(home: Path, count: int, seed: int) -> dict[str, Any]:
             os.kill(pid, number)
         code = wait(pid)
         slowest = max(slowest, time.monotonic() - began)
-        codes[f"{signal.Signals(number).name} -> {code}"] = codes.get(f"{signal.Signals(number).name} -> {code}", 0) + 1
-        assert wait(forked(lambda out=out: cli(arguments(home, out)), home / "log")) == 0, (home / "log").read_text()
+        codes[f"{signal.Signals(number).name} -> {code}"] = (
+            codes.get(f"{signal.Signals(number).name} -> {code}", 0) + 1
+        )
+        assert wait(forked(lambda out=out: cli(arguments(home, out)), home / "log")) == 0, (
+            home / "log"
+        ).read_text()
         equal += digest(out) == expected and not leftovers(out)
         shutil.rmtree(out)
     return {
@@ -277,7 +304,8 @@ def signals(home: Path, count: int, seed: int) -> dict[str, Any]:
 
 
 def full(home: Path, count: int, seed: int) -> dict[str, Any]:
-    """A disk that is full at every 4 KiB across a save, a file size limit, and every write, sync or rename failing."""
+    """A disk that is full at every 4 KiB across a save, a file size limit, and every write, sync or
+    rename failing."""
     _, _, points = undisturbed(home)
     return {
         "tmpfs": _disk_full(home, count),
@@ -299,13 +327,16 @@ def _after_failure(out: Path, log: Path, step_before: int) -> list[str]:
 
 
 def _trial(home: Path, out: Path, patch: Callable[[], None], tally: dict[str, Any]) -> None:
-    """One training whose second save fails: exit 5, the first checkpoint valid, nothing left, a resume exact."""
+    """One training whose second save fails: exit 5, the first checkpoint valid, nothing left, a
+    resume exact."""
     log = home / "log"
     log.unlink(missing_ok=True)
 
     def work() -> int:
         patch()
-        return cli([*arguments(home, out), "--rehearse", "false"])  # whose save would be the one that fails
+        return cli(
+            [*arguments(home, out), "--rehearse", "false"]
+        )  # whose save would be the one that fails
 
     code = wait(forked(work, log))
     tally["tried"] += 1
@@ -355,18 +386,20 @@ def _first_checkpoint(home: Path) -> None:
 def _disk_full(home: Path, count: int) -> dict[str, Any] | str:
     mount = home / "small"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", mount], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", mount], capture_output=True
+    ).returncode:
         return "no tmpfs can be mounted here"
     _first_checkpoint(home)
     tally = _tally()
     try:
         one = sum(f.stat().st_size for f in (home / "first").iterdir())
         sizes = range(0, one + (96 << 10), 4096)
-        for room in list(sizes)[:: max(1, len(sizes) // count)]:
+        for space in list(sizes)[:: max(1, len(sizes) // count)]:
             out = mount / "run"
             _prepared(home, out)
 
-            def patch(room: int = room) -> None:
+            def patch(space: int = space) -> None:
                 # the disk fills up after the free-space check, as when another program writes
                 checkpoint.refuse_full_disk = lambda *args: None
 
@@ -374,7 +407,7 @@ def _disk_full(home: Path, count: int) -> dict[str, Any] | str:
                     if n == 1:
                         free = shutil.disk_usage(mount).free
                         with open(mount / "filler", "wb", buffering=0) as file:  # noqa: PTH123
-                            file.write(b"\0" * max(0, free - room))
+                            file.write(b"\0" * max(0, free - space))
 
                 count_points(fill)
 
@@ -432,9 +465,17 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True)
     given = parser.parse_args()
     given.home.mkdir(parents=True, exist_ok=True)
-    pid = forked(lambda: make_inputs(given.home) or 0, given.home / "log")  # forked: nothing is computed in here
+    pid = forked(
+        lambda: make_inputs(given.home) or 0, given.home / "log"
+    )  # forked: nothing is computed in here
     assert wait(pid) == 0, (given.home / "log").read_text()
-    print(json.dumps({"kill": kill, "signal": signals, "full": full}[given.fault](given.home, given.count, given.seed)))
+    print(
+        json.dumps(
+            {"kill": kill, "signal": signals, "full": full}[given.fault](
+                given.home, given.count, given.seed
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

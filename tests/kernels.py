@@ -1,8 +1,10 @@
-"""Cases for the C++ library, run in a process of its own: python kernels.py LIBRARY [--count N] [--huge].
+"""Cases for the C++ library, run in a process of its own: python kernels.py LIBRARY [--count N]
+[--huge].
 
-Every buffer ends, or begins, exactly at a page that may not be touched, so a single byte too far ends the process; a
-sanitized build of the library finds what a page does not. Results are held to plain PyTorch: equal bits where an
-operation is exact, the derived tolerance where it is not. Prints how many cases ran.
+Every buffer ends, or begins, exactly at a page that may not be touched, so a single byte too far
+ends the process; a sanitized build of the library finds what a page does not. Results are held to
+plain PyTorch: equal bits where an operation is exact, the derived tolerance where it is not. Prints
+how many cases ran.
 """
 
 import argparse
@@ -64,11 +66,18 @@ class Fenced:
 
 
 def weight(
-    fence: Fence, chance: random.Random, numel: int, dtype: torch.dtype, scales: tuple[int, ...] = (-39, -30, -3, 0, 4)
+    fence: Fence,
+    chance: random.Random,
+    numel: int,
+    dtype: torch.dtype,
+    scales: tuple[int, ...] = (-39, -30, -3, 0, 4),
 ) -> tuple[torch.Tensor, ops.FourBit]:
-    """A random weight and its stored parts, each behind a fence; the parts are compared with plain PyTorch's."""
+    """A random weight and its stored parts, each behind a fence; the parts are compared with plain
+    PyTorch's."""
     block_size = chance.choice((32, 64, 64, 128, 512, 4096))
-    levels = torch.tensor(codebooks.levels(chance.choice(("nf4", "fp4", "nf4-article"))), dtype=torch.float32)
+    levels = torch.tensor(
+        codebooks.levels(chance.choice(("nf4", "fp4", "nf4-article"))), dtype=torch.float32
+    )
     w = torch.randn(numel, generator=torch.Generator().manual_seed(chance.randrange(1 << 30)))
     w *= 10.0 ** chance.choice(scales)
     if chance.random() < 0.3:
@@ -80,14 +89,17 @@ def weight(
         fence.empty((-(-numel // block_size),), torch.float32),
     )
     call(
-        cpu.active(), "hb_quantize", w.data_ptr(), _DTYPES[dtype], numel, table.data_ptr(), block_size,
-        packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), chance.choice((1, 2, 3)),
+        cpu.active(), "hb_quantize", w.data_ptr(), _DTYPES[dtype], numel, table.data_ptr(),
+        block_size, packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(),
+        chance.choice((1, 2, 3)),
     )  # fmt: skip
     with cpu.using("torch"):
         expected = ops.quantize_4bit(w, table, block_size)
     same("packed", packed, expected[0])
     same("absmax", absmax, expected[1])
-    parts = ops.FourBit(packed, absmax, table, None, None, None, block_size, chance.choice((256, 256, 3)))
+    parts = ops.FourBit(
+        packed, absmax, table, None, None, None, block_size, chance.choice((256, 256, 3))
+    )
     if chance.random() < 0.6:
         scale_table = fence.put(torch.tensor(codebooks.dynamic_map(signed=True)))
         groups = -(-absmax.numel() // parts.nested_block_size)
@@ -97,7 +109,8 @@ def weight(
             fence.empty((1,), torch.float32),
         )
         call(
-            cpu.active(), "hb_quantize_absmax", absmax.data_ptr(), absmax.numel(), scale_table.data_ptr(),
+            cpu.active(), "hb_quantize_absmax", absmax.data_ptr(), absmax.numel(),
+            scale_table.data_ptr(),
             parts.nested_block_size, codes.data_ptr(), nested.data_ptr(), groups, offset.data_ptr(),
             chance.choice((1, 2)),
         )  # fmt: skip
@@ -108,14 +121,19 @@ def weight(
         ):
             same(name, mine.view(theirs.shape), theirs)
         parts = parts._replace(
-            absmax=codes, nested_absmax=nested, nested_quant_map=scale_table, nested_offset=offset.view(())
+            absmax=codes,
+            nested_absmax=nested,
+            nested_quant_map=scale_table,
+            nested_offset=offset.view(()),
         )
     return w, parts
 
 
 def same(name: str, mine: torch.Tensor, theirs: torch.Tensor) -> None:
     if not torch.equal(mine, theirs):
-        raise AssertionError(f"{name}: {int((mine != theirs).sum())} of {mine.numel()} differ on {cpu.path_in_use()}")
+        raise AssertionError(
+            f"{name}: {int((mine != theirs).sum())} of {mine.numel()} differ on {cpu.path_in_use()}"
+        )
 
 
 def dequantize(fence: Fence, chance: random.Random, parts: ops.FourBit, numel: int) -> None:
@@ -151,7 +169,10 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
     rows, width = (chance.randrange(1, 150), chance.randrange(1, 700)) if ragged else (
         chance.choice((16, 48, 64, 100, 130, 192)), 64 * chance.randrange(1, 20)
     )  # fmt: skip
-    tokens, rank = chance.choice((1, 2, 3, 4, 5, 6, 7, 13, 33, 70, 600, 1100)), chance.choice((0, 0, 1, 4, 16, 33))
+    tokens, rank = (
+        chance.choice((1, 2, 3, 4, 5, 6, 7, 13, 33, 70, 600, 1100)),
+        chance.choice((0, 0, 1, 4, 16, 33)),
+    )
     _, parts = weight(fence, chance, rows * width, torch.bfloat16, (-30, -2, 0))
     generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
 
@@ -159,7 +180,10 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
         return fence.put(torch.randn(shape, generator=generator).to(dtype))
 
     depth, columns = (rows, width) if backward else (width, rows)
-    x, bias = values(tokens, depth), values(columns) if chance.random() < 0.4 and not backward else None
+    x, bias = (
+        values(tokens, depth),
+        values(columns) if chance.random() < 0.4 and not backward else None,
+    )
     u = values(tokens, rank) if rank else None
     low = (values(rank, columns) if backward else values(columns, rank)) if rank else None
     if backward:
@@ -177,16 +201,19 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
         exact, size = exact + u.double() @ right * seen, size + u.double().abs() @ right.abs()
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
-    # fp32 sums of n products: n roundings of at most the sum of sizes (Higham, (3.5)); then one to the result's type;
-    # subnormal products are flushed by the bf16 instructions
+    # fp32 sums of n products: n roundings of at most the sum of sizes (Higham, (3.5)); then one to
+    # the result's type; subnormal products are flushed by the bf16 instructions
     n = depth + rank + 2
     bound = (
-        n * 2.0**-24 * size + UNIT[dtype] * exact.abs() * 1.01 + (n * 2.0**-126 if dtype != torch.float16 else 2.0**-25)
+        n * 2.0**-24 * size
+        + UNIT[dtype] * exact.abs() * 1.01
+        + (n * 2.0**-126 if dtype != torch.float16 else 2.0**-25)
     )
     worst = ((got.double() - exact).abs() / bound).max().item() if got.numel() else 0
     if not worst <= 1:
         raise AssertionError(
-            f"{'dx' if backward else 'y'} off by {worst:.3g} bounds on {cpu.path_in_use()}: {dtype}, {tokens} tokens, "
+            f"{'dx' if backward else 'y'} off by {worst:.3g} bounds on {cpu.path_in_use()}: "
+            f"{dtype}, {tokens} tokens, "
             f"[{rows}, {width}], rank {rank}, block {parts.block_size}"
         )
 
@@ -194,7 +221,10 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
 def within(name: str, got: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
     worst = ((got.double() - exact).abs() / bound).max().item() if got.numel() else 0
     if not worst <= 1:
-        raise AssertionError(f"{name} off by {worst:.3g} bounds on {cpu.path_in_use()}: {got.dtype}, {list(got.shape)}")
+        raise AssertionError(
+            f"{name} off by {worst:.3g} bounds on {cpu.path_in_use()}: {got.dtype}, "
+            f"{list(got.shape)}"
+        )
 
 
 def summed(n: int, size: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -206,13 +236,20 @@ def summed(n: int, size: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) 
 def lora(fence: Fence, chance: random.Random) -> None:
     dtype, drop = chance.choice(DTYPES), random_dropout(chance)
     tokens, rank = chance.choice((1, 2, 5, 13, 70, 131)), chance.choice((1, 4, 16, 17, 40))
-    width, rows = (chance.choice((1, 7, 64, 100, 256, 300, chance.randrange(1, 600))) for _ in range(2))
+    width, rows = (
+        chance.choice((1, 7, 64, 100, 256, 300, chance.randrange(1, 600))) for _ in range(2)
+    )
     generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
 
     def values(*shape: int) -> torch.Tensor:
         return fence.put(torch.randn(shape, generator=generator).to(dtype))
 
-    x, a, dy, b = values(tokens, width), values(rank, width), values(tokens, rows), values(rows, rank)
+    x, a, dy, b = (
+        values(tokens, width),
+        values(rank, width),
+        values(tokens, rows),
+        values(rows, rank),
+    )
     seen = x.double() * kept(x, drop)
     u = ops.lora_input(x, a, drop)
     exact = seen @ a.double().t()
@@ -222,9 +259,16 @@ def lora(fence: Fence, chance: random.Random) -> None:
     exact = dy.double() @ b.double()
     within("du", du, exact, summed(rows, dy.double().abs() @ b.double().abs(), exact, dtype))
     exact = du.double().t() @ seen
-    within("dA", da, exact, summed(tokens, du.double().abs().t() @ seen.abs(), exact, torch.float32))
+    within(
+        "dA", da, exact, summed(tokens, du.double().abs().t() @ seen.abs(), exact, torch.float32)
+    )
     exact = dy.double().t() @ u.double() * 0.5
-    within("dB", db, exact, summed(tokens, dy.double().abs().t() @ u.double().abs(), exact, torch.float32))
+    within(
+        "dB",
+        db,
+        exact,
+        summed(tokens, dy.double().abs().t() @ u.double().abs(), exact, torch.float32),
+    )
 
 
 def passes(fence: Fence, chance: random.Random) -> None:
@@ -238,10 +282,25 @@ def passes(fence: Fence, chance: random.Random) -> None:
 
     tiny = 2.0**-24 if dtype == torch.float16 else 2.0**-125
 
-    def near(name: str, got: torch.Tensor, exact: torch.Tensor, roundings: float, size: torch.Tensor | float) -> None:
-        within(name, got, exact, roundings * UNIT[dtype] * (exact.abs() + size * 2.0**-10) + 2e-6 * size + tiny)
+    def near(
+        name: str,
+        got: torch.Tensor,
+        exact: torch.Tensor,
+        roundings: float,
+        size: torch.Tensor | float,
+    ) -> None:
+        within(
+            name,
+            got,
+            exact,
+            roundings * UNIT[dtype] * (exact.abs() + size * 2.0**-10) + 2e-6 * size + tiny,
+        )
 
-    x, w, dy = values(rows, width, scale=chance.choice((1e-2, 1, 30))), values(width), values(rows, width)
+    x, w, dy = (
+        values(rows, width, scale=chance.choice((1e-2, 1, 30))),
+        values(width),
+        values(rows, width),
+    )
     offset, cast_first = chance.choice(((0.0, True), (0.0, False), (1.0, False)))
     y, inverse = ops.rms_norm(x, w, 1e-6, offset, cast_first)
     wide, factor = x.double(), w.double() + offset
@@ -249,29 +308,49 @@ def passes(fence: Fence, chance: random.Random) -> None:
     near("norm", y, wide * scale * factor, 2.1, (wide * scale * factor).abs())
     g = dy.double() * factor
     exact = scale * (g - wide * scale * (g * wide * scale).mean(1, keepdim=True))
-    near("norm's gradient", ops.rms_norm_grad(dy, x, w, inverse, offset), exact, 1.1, scale * (g.abs() + 4 * g.norm()))
+    near(
+        "norm's gradient",
+        ops.rms_norm_grad(dy, x, w, inverse, offset),
+        exact,
+        1.1,
+        scale * (g.abs() + 4 * g.norm()),
+    )
 
     both = values(rows, 2 * width, scale=chance.choice((0.1, 3, 20)))
-    gate, up = both.chunk(2, 1) if chance.random() < 0.5 else (fence.put(t.contiguous()) for t in both.chunk(2, 1))
+    gate, up = (
+        both.chunk(2, 1)
+        if chance.random() < 0.5
+        else (fence.put(t.contiguous()) for t in both.chunk(2, 1))
+    )
     kind = chance.choice(ops.ACTIVATIONS)
     g, wide = gate.double().requires_grad_(), up.double()
-    form = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}.get(
+    params = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}.get(
         kind, lambda t: torch.nn.functional.gelu(t, approximate="tanh")
     )
-    f = form(g)
-    (slope,) = torch.autograd.grad(f.sum(), g)
+    f = params(g)
+    (grad_logits,) = torch.autograd.grad(f.sum(), g)
     f, g = f.detach(), g.detach()
     near("gated", ops.gated(gate, up, kind), f * wide, 1.1, g.abs() * wide.abs())
     dgate, dup = ops.gated_grad(dy, gate, up, kind)
-    near("gate's gradient", dgate, dy.double() * wide * slope, 1.1, (dy.double() * wide).abs() * (1 + g.abs()))
+    near(
+        "gate's gradient",
+        dgate,
+        dy.double() * wide * grad_logits,
+        1.1,
+        (dy.double() * wide).abs() * (1 + g.abs()),
+    )
     near("up's gradient", dup, dy.double() * f, 1.1, (dy.double() * g).abs())
 
     heads, dim = chance.choice((1, 3, 8)), 2 * chance.choice((1, 3, 16, 32, 37))
     x, back = values(rows, heads, dim), chance.random() < 0.5
     angles = torch.randn(2, rows, dim, generator=generator)
     cos, sin = fence.put(angles[0].cos().to(dtype)), fence.put(angles[1].sin().to(dtype))
-    (a, b), (c1, c2), (s1, s2) = (t.double().chunk(2, -1) for t in (x, cos.unsqueeze(1), sin.unsqueeze(1)))
-    exact = torch.cat((a * c1 + b * s2, b * c2 - a * s1) if back else (a * c1 - b * s1, b * c2 + a * s2), 2)
+    (a, b), (c1, c2), (s1, s2) = (
+        t.double().chunk(2, -1) for t in (x, cos.unsqueeze(1), sin.unsqueeze(1))
+    )
+    exact = torch.cat(
+        (a * c1 + b * s2, b * c2 - a * s1) if back else (a * c1 - b * s1, b * c2 + a * s2), 2
+    )
     near("rotation", ops.rotate(x, cos, sin, back), exact, 1.1, x.double().abs().amax())
 
     logits = values(rows, width, scale=chance.choice((0.1, 3, 40)))
@@ -280,16 +359,24 @@ def passes(fence: Fence, chance: random.Random) -> None:
     losses, _ = ops.cross_entropy(logits, labels, grad)
     wide = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
-    (slope,) = torch.autograd.grad(expected.sum(), wide) if bool((labels >= 0).any()) else (torch.zeros_like(wide),)
+    (grad_logits,) = (
+        torch.autograd.grad(expected.sum(), wide)
+        if bool((labels >= 0).any())
+        else (torch.zeros_like(wide),)
+    )
     size = logits.double().abs().amax(1) + 1
     within("losses", losses, expected.detach(), 4e-6 * size)
     within(
-        "loss's gradient", grad, slope, UNIT[dtype] * slope.abs() * 1.01 + 4e-6 * size[:, None] + UNIT[dtype] * 2.0**-14
+        "loss's gradient",
+        grad,
+        grad_logits,
+        UNIT[dtype] * grad_logits.abs() * 1.01 + 4e-6 * size[:, None] + UNIT[dtype] * 2.0**-14,
     )
 
 
 def attention(fence: Fence, chance: random.Random) -> None:
-    """Against the meaning in fp64: the norm of a row's error against the row's largest possible one."""
+    """Against the meaning in fp64: the norm of a row's error against the row's largest possible
+    one."""
     from halfbyte.ops.attention import _attention, _attention_grad
 
     dtype, kv = chance.choice(DTYPES), chance.choice((1, 2))
@@ -298,55 +385,80 @@ def attention(fence: Fence, chance: random.Random) -> None:
     tokens = sum(lengths)
     if not tokens:
         return
-    bounds = fence.put(torch.tensor([0, *(sum(lengths[: i + 1]) for i in range(len(lengths)))], dtype=torch.int32))
-    form = ops.Form(dim**-0.5, chance.choice((0, 0, 1, 5, 40)), chance.choice((0.0, 0.0, 3.0)))
+    cu_seqlens = fence.put(
+        torch.tensor([0, *(sum(lengths[: i + 1]) for i in range(len(lengths)))], dtype=torch.int32)
+    )
+    params = ops.AttentionParams(
+        dim**-0.5, chance.choice((0, 0, 1, 5, 40)), chance.choice((0.0, 0.0, 3.0))
+    )
     generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
 
     def values(n: int) -> torch.Tensor:
         if chance.random() < 0.5:  # heads outside tokens, as a transposed view
-            return fence.put(torch.randn((n, tokens, dim), generator=generator).to(dtype)).transpose(0, 1)
+            return fence.put(
+                torch.randn((n, tokens, dim), generator=generator).to(dtype)
+            ).transpose(0, 1)
         return fence.put(torch.randn((tokens, n, dim), generator=generator).to(dtype))
 
     q, dout, k, v = values(heads), values(heads), values(kv), values(kv)
-    out, lse = ops.attention(q, k, v, bounds, form)
+    out, lse = ops.attention(q, k, v, cu_seqlens, params)
     wide = [t.double() for t in (q, k, v)]
-    exact, exact_lse = _attention(*wide, bounds, *form)
-    # weights are rounded to bf16 on some paths: each then is off by one unit, and so is their sum; then the result's
+    exact, exact_lse = _attention(*wide, cu_seqlens, *params)
+    # weights are rounded to bf16 on some paths: each then is off by one unit, and so is their sum;
+    # then the result's
     unit = UNIT[dtype] if dtype == torch.bfloat16 else 2.0**-20
     size = wide[2].abs().amax((0, 1))
     within("attention", out, exact, 2 * unit * size + UNIT[dtype] * exact.abs() + 2.0**-24)
     within("lse", lse, exact_lse, torch.full_like(exact_lse, 1e-5))
     out, lse = fence.put(out), fence.put(lse)
-    found = ops.attention_grad(dout, q, k, v, bounds, out, lse, form)
-    expected = _attention_grad(dout.double(), *wide, bounds, exact, exact_lse, *form)
+    found = ops.attention_grad(dout, q, k, v, cu_seqlens, out, lse, params)
+    expected = _attention_grad(dout.double(), *wide, cu_seqlens, exact, exact_lse, *params)
     for name, mine, theirs in zip(("dq", "dk", "dv"), found, expected, strict=True):
-        # each term of the sums is a product of a few rounded factors: judged by norm, with room for cancellation
+        # each term of the sums is a product of a few rounded factors: judged by norm, with room for
+        # cancellation
         error, whole = (mine.double() - theirs).norm(), sum(t.norm() for t in expected) + 1e-3
         if not error <= 8 * max(unit, UNIT[dtype]) * whole + 1e-6:
             raise AssertionError(
-                f"{name} off by {error / whole:.2g} on {cpu.path_in_use()}: {dtype}, {lengths}, {form}"
+                f"{name} off by {error / whole:.2g} on {cpu.path_in_use()}: {dtype}, {lengths}, "
+                f"{params}"
             )
 
 
 def threads_agree(fence: Fence, chance: random.Random) -> None:
     """The same bits from any number of threads."""
-    rows, width, tokens = 64 * chance.randrange(1, 9), 64 * chance.randrange(1, 9), chance.choice((1, 3, 40))
+    rows, width, tokens = (
+        64 * chance.randrange(1, 9),
+        64 * chance.randrange(1, 9),
+        chance.choice((1, 3, 40)),
+    )
     _, parts = weight(fence, chance, rows * width, torch.bfloat16, (0,))
     x, dy = (torch.randn(tokens, n).to(chance.choice(DTYPES)) for n in (width, rows))
-    drop, form = random_dropout(chance), ops.Form(0.1, chance.choice((0, 9)))
+    drop, params = random_dropout(chance), ops.AttentionParams(0.1, chance.choice((0, 9)))
     a, b, dim = torch.randn(16, width), torch.randn(rows, 16).to(x.dtype), 16
     q, k, v = (torch.randn(tokens, n, dim).to(x.dtype) for n in (4, 2, 2))
-    bounds = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
     logits, labels = torch.randn(tokens, rows).to(x.dtype), torch.zeros(tokens, dtype=torch.int64)
 
     def everything() -> list[torch.Tensor]:
         u = ops.lora_input(x, a, drop)
         du, da, db = ops.lora_grads(dy.to(x.dtype), x, u, b, 2.0, drop)
         dx = ops.linear_4bit_input_grad(dy.to(x.dtype), parts, width, du, a, drop)
-        out, lse = ops.attention(q, k, v, bounds, form)
-        grads = ops.attention_grad(out, q, k, v, bounds, out, lse, form)
+        out, lse = ops.attention(q, k, v, cu_seqlens, params)
+        grads = ops.attention_grad(out, q, k, v, cu_seqlens, out, lse, params)
         y, losses = ops.linear_4bit(x, parts, rows), ops.cross_entropy(logits, labels)
-        return [y, ops.linear_4bit_input_grad(dy, parts, width), u, du, da, db, dx, out, lse, *grads, *losses]
+        return [
+            y,
+            ops.linear_4bit_input_grad(dy, parts, width),
+            u,
+            du,
+            da,
+            db,
+            dx,
+            out,
+            lse,
+            *grads,
+            *losses,
+        ]
 
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
@@ -364,7 +476,10 @@ def adamw(fence: Fence, chance: random.Random) -> None:
     generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
     maps = [torch.tensor(codebooks.dynamic_map(signed=s)) for s in (True, False)]
     start = [torch.randn(n, generator=generator) for n in sizes]
-    steps = [[torch.randn(n, generator=generator) * 10.0 ** chance.choice((-6, 0, 2)) for n in sizes] for _ in range(3)]
+    steps = [
+        [torch.randn(n, generator=generator) * 10.0 ** chance.choice((-6, 0, 2)) for n in sizes]
+        for _ in range(3)
+    ]
     decay = chance.choice((0.0, 0.1))
 
     def run(kernels: str) -> list[torch.Tensor]:
@@ -384,7 +499,10 @@ def adamw(fence: Fence, chance: random.Random) -> None:
 
 
 def dropout(fence: Fence, chance: random.Random) -> None:
-    numel, threshold = chance.choice((1, 7, 8, 9, 513, chance.randrange(1, 70000))), chance.choice((0, 1, 3277, 65535))
+    numel, threshold = (
+        chance.choice((1, 7, 8, 9, 513, chance.randrange(1, 70000))),
+        chance.choice((0, 1, 3277, 65535)),
+    )
     numbers = ops.Dropout(threshold, *random_counters(chance))
     out = fence.empty((numel,), torch.uint8)
     torch.ops.halfbyte.dropout_mask(out.view(torch.bool), list(numbers))
@@ -393,7 +511,8 @@ def dropout(fence: Fence, chance: random.Random) -> None:
 
 
 def huge() -> None:
-    """Weights past 2^31 elements, in sparse memory: nearly all of it is the system's one page of zeros."""
+    """Weights past 2^31 elements, in sparse memory: nearly all of it is the system's one page of
+    zeros."""
     rows, width = 40_000, 65_536
     numel = rows * width
     assert numel > 2**31
@@ -441,7 +560,9 @@ def main() -> None:
         for _ in range(arguments.count):
             fence = Fence(chance)
             cpu_calls.ARENA = Fenced(fence)  # results, too, lie behind forbidden pages
-            numel = chance.choice((1, 2, 63, 64, 65, chance.randrange(1, 5000), chance.randrange(1, 40000)))
+            numel = chance.choice(
+                (1, 2, 63, 64, 65, chance.randrange(1, 5000), chance.randrange(1, 40000))
+            )
             _, parts = weight(fence, chance, numel, chance.choice(DTYPES))
             dequantize(fence, chance, parts, numel)
             product(fence, chance, backward=False)

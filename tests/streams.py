@@ -1,9 +1,11 @@
-"""Streams of a GPU that is not there: what is computed on CPU tensors is watched as if it were asynchronous.
+"""Streams of a GPU that is not there: what is computed on CPU tensors is watched as if it were
+asynchronous.
 
-Every operation belongs to the stream that was current; events and waits order them. Two accesses to one tensor, one of
-them a write, that nothing orders are a race: on a GPU they happen in any order, here it is found without one. The
-bookkeeping is that of PyTorch's own CUDA sanitizer. Memory that is given back while a stream may still use it is
-reported, too, as PyTorch's allocator would hand it to the stream that made it.
+Every operation belongs to the stream that was current; events and waits order them. Two accesses to
+one tensor, one of them a write, that nothing orders are a race: on a GPU they happen in any order,
+here it is found without one. The bookkeeping is that of PyTorch's own CUDA sanitizer. Memory that
+is given back while a stream may still use it is reported, too, as PyTorch's allocator would hand it
+to the stream that made it.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ class Event:
 class Stream:
     """What is used of `torch.cuda.Stream`."""
 
-    def __init__(self, watch: "Watch", number: int) -> None:
+    def __init__(self, watch: "PeakMonitor", number: int) -> None:
         self.watch, self.number = watch, number
 
     def record_event(self) -> Event:
@@ -49,12 +51,17 @@ class Stream:
         self.watch.handler._handle_stream_synchronization(self.number)
 
 
-class Watch(TorchDispatchMode):
-    """Within this block streams are watched; ``races`` says what was found, ``calls`` (operation, stream) of ours."""
+class PeakMonitor(TorchDispatchMode):
+    """Within this block streams are watched; ``races`` says what was found, ``calls`` (operation,
+    stream) of ours."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.handler, self.events, self.numbers = EventHandler(), itertools.count(1), itertools.count(1)
+        self.handler, self.events, self.numbers = (
+            EventHandler(),
+            itertools.count(1),
+            itertools.count(1),
+        )
         self.now = self.computing = Stream(self, COMPUTING)
         self.races: list[str] = []
         self.calls: list[tuple[str, int]] = []
@@ -80,14 +87,23 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         written = set()
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                written |= {t.untyped_storage()._cdata for t in tree_leaves(value) if isinstance(t, Tensor)}
+                written |= {
+                    t.untyped_storage()._cdata for t in tree_leaves(value) if isinstance(t, Tensor)
+                }
         for name, value in kwargs.items():
-            if any(a.name == name and a.alias_info and a.alias_info.is_write for a in func._schema.arguments):
-                written |= {t.untyped_storage()._cdata for t in tree_leaves(value) if isinstance(t, Tensor)}
+            if any(
+                a.name == name and a.alias_info and a.alias_info.is_write
+                for a in func._schema.arguments
+            ):
+                written |= {
+                    t.untyped_storage()._cdata for t in tree_leaves(value) if isinstance(t, Tensor)
+                }
         out = func(*args, **kwargs)
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in given | written:
@@ -101,8 +117,12 @@ class Watch(TorchDispatchMode):
         if func.namespace == "halfbyte":
             self.calls.append((func._schema.name.partition("::")[2], self.now.number))
         names = {key: [] for key in reads | written}
-        found = self.handler._handle_kernel_launch(self.now.number, reads, written, written, str(func), names)
-        self.races += [f"{e.current_access.operator} and {e.previous_access.operator}" for e in found]  # pyright: ignore
+        found = self.handler._handle_kernel_launch(
+            self.now.number, reads, written, written, str(func), names
+        )
+        self.races += [
+            f"{e.current_access.operator} and {e.previous_access.operator}" for e in found
+        ]  # pyright: ignore
         return out
 
     def _given_back(self, key: int) -> None:
@@ -117,8 +137,8 @@ class Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Watch]:
-    watch = Watch()
+def watched() -> Iterator[PeakMonitor]:
+    watch = PeakMonitor()
     with pytest.MonkeyPatch.context() as patch, watch:
         patch.setattr(torch.cuda, "Stream", watch.make)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: watch.now)

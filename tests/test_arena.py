@@ -7,13 +7,13 @@ import threading
 import pytest
 import torch
 
-from halfbyte.ops.arena import SMALLEST, Arena, Pieces
+from halfbyte.ops.arena import SMALLEST, Arena, FreeList
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_pieces_never_overlap_and_all_come_back(seed: int):
     draw = random.Random(seed)
-    pieces, taken, most = Pieces(), {}, 0
+    pieces, taken, most = FreeList(), {}, 0
     for _ in range(400):
         if taken and draw.random() < 0.5:
             start = draw.choice(list(taken))
@@ -22,7 +22,9 @@ def test_pieces_never_overlap_and_all_come_back(seed: int):
         else:
             size = draw.choice([1, 4096, 70_000, 1 << 20, 20 << 20])
             start = pieces.take(size)
-            assert all(start + size <= other or other + length <= start for other, length in taken.items())
+            assert all(
+                start + size <= other or other + length <= start for other, length in taken.items()
+            )
             number = pieces.region(start)
             first, length = pieces.regions[number]
             assert first <= start and start + size <= first + length, "within one region"
@@ -38,7 +40,7 @@ def test_pieces_never_overlap_and_all_come_back(seed: int):
 
 
 def test_the_same_sequence_needs_no_more_the_second_time():
-    pieces = Pieces()
+    pieces = FreeList()
 
     def step() -> None:
         held = [pieces.take(size) for size in (3 << 20, 1 << 20, 5 << 20, 1 << 20)]
@@ -84,7 +86,8 @@ def test_autograd_keeps_a_piece_and_gives_it_back():
 
 
 def test_results_may_be_changed_in_place_by_what_comes_after():
-    """A view that an autograd function returns may not; a model that clamps its products (OLMo) does."""
+    """A view that an autograd function returns may not; a model that clamps its products (OLMo)
+    does."""
     arena = Arena()
 
     class Double(torch.autograd.Function):

@@ -18,9 +18,20 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_train_chat_merge_end_to_end(stories: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_train_chat_merge_end_to_end(
+    stories: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = str(tmp_path / "run")
-    arguments = ["train", str(stories), "--data", str(rows), "--output-dir", out, "--max_steps=30", "--json"]
+    arguments = [
+        "train",
+        str(stories),
+        "--data",
+        str(rows),
+        "--output-dir",
+        out,
+        "--max_steps=30",
+        "--json",
+    ]
     assert run([*arguments, "--learning_rate", "1e-2", "--gradient_accumulation_steps", "1"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["steps"] == 30
@@ -35,9 +46,14 @@ def test_train_chat_merge_end_to_end(stories: Path, rows: Path, tmp_path: Path, 
     assert "is not empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seed", [42, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
-def test_demo_learns_what_it_did_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int):
-    """The target of the built-in model: at most 5 % of held-out orders before, at least 90 % after, for every seed."""
+@pytest.mark.parametrize(
+    "seed", [42, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
+)
+def test_demo_learns_what_it_did_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+):
+    """The target of the built-in model: at most 5 % of held-out orders before, at least 90 % after,
+    for every seed."""
     assert run(["demo", "--output_dir", str(tmp_path / "demo"), "--seed", str(seed), "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
@@ -47,7 +63,9 @@ def test_demo_learns_what_it_did_not_know(tmp_path: Path, capsys: pytest.Capture
     assert Path(result["merged_dir"], "model.safetensors").is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/orders.jsonl").write_text("x")
-    assert run(["demo", "--output_dir", str(tmp_path / "mine")]) == 2, "somebody's directory is not replaced"
+    assert run(["demo", "--output_dir", str(tmp_path / "mine")]) == 2, (
+        "somebody's directory is not replaced"
+    )
     assert (tmp_path / "mine/orders.jsonl").read_text() == "x"
 
 
@@ -74,7 +92,11 @@ def test_orders_share_nothing_between_training_and_test():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["train", "{model}", "--data", "{rows}", "--learning_rte", "1"], 2, "did you mean 'learning_rate'?"),
+        (
+            ["train", "{model}", "--data", "{rows}", "--learning_rte", "1"],
+            2,
+            "did you mean 'learning_rate'?",
+        ),
         (["train", "{model}", "--data", "{rows}", "--learning_rate", "-1"], 2, "learning_rate"),
         (["train", "{model}", "--data", "{rows}", "--full"], 2, "--load_in_4bit false"),
         (["train", "--data", "{rows}"], 2, "model is required"),
@@ -82,8 +104,16 @@ def test_orders_share_nothing_between_training_and_test():
         (["train", "/no/such/model", "--data", "{rows}"], 6, "no model directory"),
         (["train", "{model}", "--data", "/no/rows.jsonl"], 4, "cannot read the data file"),
         (["train", "{model}", "--data", "{bad}"], 4, "bad.jsonl:1"),
-        (["train", "{model}", "--data", "{rows}", "--target_modules", "nope"], 2, "matches no linear layer"),
-        (["train", "{model}", "--data", "{rows}", "--output_dir", "{rows}/x"], 5, "cannot write to"),
+        (
+            ["train", "{model}", "--data", "{rows}", "--target_modules", "nope"],
+            2,
+            "matches no linear layer",
+        ),
+        (
+            ["train", "{model}", "--data", "{rows}", "--output_dir", "{rows}/x"],
+            5,
+            "cannot write to",
+        ),
         (["chat", "{model}/absent"], 6, "no model directory"),
         (["merge", "{model}", "-o", "x"], 6, "is not a run directory"),
     ],
@@ -130,7 +160,11 @@ def test_one_yaml_for_all_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_booleans_with_and_without_a_value(capsys: pytest.CaptureFixture[str]):
     common = ["train", "m", "--data", "d", "--dry-run", "--json"]
-    for given, expected in ((["--packing"], True), (["--packing", "false"], False), (["--packing=true"], True)):
+    for given, expected in (
+        (["--packing"], True),
+        (["--packing", "false"], False),
+        (["--packing=true"], True),
+    ):
         assert run([*common, *given]) == 0
         assert json.loads(capsys.readouterr().out)["packing"] is expected
 
@@ -145,7 +179,9 @@ def test_explain_every_topic(topic: str, capsys: pytest.CaptureFixture[str]):
     assert page["parts"] and captured.err.rstrip().splitlines()[-1].startswith("next: halfbyte")
 
 
-def test_explain_shows_the_published_figures_beside_the_articles(capsys: pytest.CaptureFixture[str]):
+def test_explain_shows_the_published_figures_beside_the_articles(
+    capsys: pytest.CaptureFixture[str],
+):
     def page(topic: str) -> str:
         assert run(["explain", topic, "--json"]) == 0
         return json.dumps(json.loads(capsys.readouterr().out)["parts"])
@@ -167,7 +203,9 @@ def test_doctor_finds_this_machine_in_order(capsys: pytest.CaptureFixture[str]):
 
 
 def test_data_check_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    lines = ['{"instruction": "Say hello.", "output": "Hello!"}'] * 3 + ['{"instruction": "Hi.", "output": "Yo."}']
+    lines = ['{"instruction": "Say hello.", "output": "Hello!"}'] * 3 + [
+        '{"instruction": "Hi.", "output": "Yo."}'
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*lines, "{bad"]))
     assert run(["data", "check", str(path)]) == 4
@@ -176,17 +214,38 @@ def test_data_check_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixtu
     captured = capsys.readouterr()
     counts = json.loads(captured.out)
     assert counts["rows"] == counts["rows_with_trained_end"] == 4
-    assert counts["duplicate_rows"] == 2 and counts["bad_rows_skipped"] == 1 and counts["form"] == "alpaca"
+    assert (
+        counts["duplicate_rows"] == 2
+        and counts["bad_rows_skipped"] == 1
+        and counts["form"] == "alpaca"
+    )
     assert counts["masked_tokens"] + counts["supervised_tokens"] == counts["tokens"]
     assert "⟦Hello!⟧⟦<|end|>⟧" in captured.err
 
 
-def test_plain_text_runs_are_continued_without_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_plain_text_runs_are_continued_without_a_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "colour of grass: ", "completion": "green"}\n' * 8)
     out = str(tmp_path / "run")
     options = ["--max_steps", "30", "--learning_rate", "1e-2", "--gradient_accumulation_steps", "1"]
-    assert run(["train", "demo", "--data", str(path), "--output_dir", out, "--lora_dropout", "0", *options]) == 0
+    assert (
+        run(
+            [
+                "train",
+                "demo",
+                "--data",
+                str(path),
+                "--output_dir",
+                out,
+                "--lora_dropout",
+                "0",
+                *options,
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     assert run(["chat", out, "--prompt", "colour of grass: ", "--json"]) == 0
     captured = capsys.readouterr()
@@ -195,13 +254,32 @@ def test_plain_text_runs_are_continued_without_a_template(tmp_path: Path, capsys
     assert "without a chat template" in captured.err
 
 
-def test_conversational_prompts_keep_their_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_conversational_prompts_keep_their_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = tmp_path / "rows.jsonl"
-    turn = {"prompt": [{"role": "user", "content": "Hi?"}], "completion": [{"role": "assistant", "content": "Yo."}]}
+    turn = {
+        "prompt": [{"role": "user", "content": "Hi?"}],
+        "completion": [{"role": "assistant", "content": "Yo."}],
+    }
     path.write_text((json.dumps(turn) + "\n") * 4)
     out = str(tmp_path / "run")
     assert (
-        run(["train", "demo", "--data", str(path), "--output_dir", out, "--max_steps", "1", "--num_samples", "0"]) == 0
+        run(
+            [
+                "train",
+                "demo",
+                "--data",
+                str(path),
+                "--output_dir",
+                out,
+                "--max_steps",
+                "1",
+                "--num_samples",
+                "0",
+            ]
+        )
+        == 0
     )
     capsys.readouterr()
     assert run(["chat", out, "--prompt", "Hi?", "--max_new_tokens", "3"]) == 0
@@ -221,7 +299,9 @@ def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert neither["completion_only_loss"] is neither["assistant_only_loss"] is True
     assert record("--bf16")["dtype"] == "bfloat16" and record("--bf16", "false")["dtype"] == "auto"
     assert record("--val_set_size", "0.1")["eval_split"] == 0.1
-    assert run(["train", "--packing", "m", "--data", "d", "--dry-run"]) == 0, "a switch does not eat the model"
+    assert run(["train", "--packing", "m", "--data", "d", "--dry-run"]) == 0, (
+        "a switch does not eat the model"
+    )
     capsys.readouterr()
     assert run([*common, "--load_in_8bit"]) == 2
     assert "bases are held in 4 bits" in capsys.readouterr().err
@@ -233,7 +313,8 @@ def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     config = tmp_path / "c.yaml"
     config.write_text(
-        "val_set_size:\nadapter: qlora\ntarget_modules: [q_proj, v_proj]\ntrust_remote_code: false\nfp16: true\n"
+        "val_set_size:\nadapter: qlora\ntarget_modules: [q_proj, v_proj]\ntrust_remote_code: "
+        "false\nfp16: true\n"
     )
     record = record("--config", str(config))
     assert record["target_modules"] == "q_proj,v_proj" and record["dtype"] == "float16"
@@ -242,7 +323,8 @@ def test_options_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_files_repository_is_the_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """One YAML serves every verb; a merge must not go over the adapter that the training published."""
+    """One YAML serves every verb; a merge must not go over the adapter that the training
+    published."""
     config = tmp_path / "c.yaml"
     config.write_text("push_to_hub: true\nhub_model_id: me/adapter\n")
 
@@ -252,14 +334,30 @@ def test_a_files_repository_is_the_trainings(tmp_path: Path, capsys: pytest.Capt
 
     assert record("train", "m", "--data", "d")["hub_model_id"] == "me/adapter"
     assert record("merge", "r", "-o", "o")["push_to_hub"] is False
-    named = record("export", "r", "--to", "peft", "-o", "o", "--push_to_hub", "true", "--hub_model_id", "me/export")
+    named = record(
+        "export",
+        "r",
+        "--to",
+        "peft",
+        "-o",
+        "o",
+        "--push_to_hub",
+        "true",
+        "--hub_model_id",
+        "me/export",
+    )
     assert named["push_to_hub"] and named["hub_model_id"] == "me/export"
 
 
 def test_help_does_not_import_torch():
     code = "import sys, halfbyte.cli as c; c.run(['--help']); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env=environment
+        ).returncode
+        == 0
+    )
 
 
 def test_package_gives_functions_not_modules():
@@ -271,7 +369,9 @@ def test_package_gives_functions_not_modules():
         _ = halfbyte.nothing
 
 
-def test_bench_shows_limits_and_ours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_bench_shows_limits_and_ours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     from halfbyte.cli import bench
     from halfbyte.ops import cpu
 
@@ -283,8 +383,14 @@ def test_bench_shows_limits_and_ours(capsys: pytest.CaptureFixture[str], monkeyp
         for path in cpu.paths():
             assert run(["bench", "--json", "--path", path]) == 0
             found = json.loads(capsys.readouterr().out)
-            assert found["path"] == path and found["limits"]["copy_bytes"] > 0 and found["limits"]["fp32_flops"] > 0
-            assert len(found["operations"]) == 9 and all(row["ms"] > 0 for row in found["operations"])
+            assert (
+                found["path"] == path
+                and found["limits"]["copy_bytes"] > 0
+                and found["limits"]["fp32_flops"] > 0
+            )
+            assert len(found["operations"]) == 9 and all(
+                row["ms"] > 0 for row in found["operations"]
+            )
     finally:
         if cpu.paths():
             cpu.choose_path(best)

@@ -24,12 +24,16 @@ def test_fp4_is_bitsandbytes():
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_dynamic_map_is_bitsandbytes(signed: bool):
-    assert torch.equal(torch.tensor(codebooks.dynamic_map(signed)), bnb.create_dynamic_map(signed=signed))
+    assert torch.equal(
+        torch.tensor(codebooks.dynamic_map(signed)), bnb.create_dynamic_map(signed=signed)
+    )
 
 
 def test_article_levels_are_symmetric_without_zero():
     levels = codebooks.levels("nf4-article")
-    assert all(math.isclose(a, -b, abs_tol=1e-7) for a, b in zip(levels, reversed(levels), strict=True))
+    assert all(
+        math.isclose(a, -b, abs_tol=1e-7) for a, b in zip(levels, reversed(levels), strict=True)
+    )
     assert 0.0 not in levels and math.isclose(levels[1], -0.7076, abs_tol=1e-4)
 
 

@@ -56,7 +56,10 @@ def test_cases_behind_forbidden_pages():
 
 
 def build(where: Path, *options: str) -> str:
-    for command in (["cmake", "-S", str(SOURCES), "-B", str(where), *options], ["cmake", "--build", str(where), "-j2"]):
+    for command in (
+        ["cmake", "-S", str(SOURCES), "-B", str(where), *options],
+        ["cmake", "--build", str(where), "-j2"],
+    ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode and "not find" in done.stderr + done.stdout:
             pytest.skip(f"cannot build here: {done.stderr[-300:]}")
@@ -65,7 +68,9 @@ def build(where: Path, *options: str) -> str:
 
 
 def runtime(name: str) -> str:
-    found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True
+    ).stdout.strip()
     if not Path(found).is_absolute():
         pytest.skip(f"no {name} here")
     return found
@@ -74,7 +79,9 @@ def runtime(name: str) -> str:
 @pytest.mark.slow
 def test_tiles_in_plain_cpp(tmp_path: Path):
     """The AMX path's logic, where there are no tiles."""
-    assert "amx-emulated" in cases(build(tmp_path, "-DHB_EMULATE_TILES=ON"), "--count", "60", "--seed", "1")
+    assert "amx-emulated" in cases(
+        build(tmp_path, "-DHB_EMULATE_TILES=ON"), "--count", "60", "--seed", "1"
+    )
 
 
 @pytest.mark.slow
@@ -86,9 +93,16 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path):
 
 @pytest.mark.slow
 def test_thread_sanitizer(tmp_path: Path):
-    library = build(tmp_path, "-DHB_EMULATE_TILES=ON", "-DHB_STD_THREADS=ON", "-DHB_SANITIZE=thread")
-    options = {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66", "OMP_NUM_THREADS": "1"}
-    assert "cases on" in cases(library, "--count", "10", LD_PRELOAD=runtime("libtsan.so"), **options)
+    library = build(
+        tmp_path, "-DHB_EMULATE_TILES=ON", "-DHB_STD_THREADS=ON", "-DHB_SANITIZE=thread"
+    )
+    options = {
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
+        "OMP_NUM_THREADS": "1",
+    }
+    assert "cases on" in cases(
+        library, "--count", "10", LD_PRELOAD=runtime("libtsan.so"), **options
+    )
 
 
 @pytest.mark.slow
@@ -105,8 +119,21 @@ def test_many_more_cases():
 
 @pytest.mark.slow
 def test_installs_without_a_compiler(tmp_path: Path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(HERE.parent)]
-    for name, compiler in (("with", {}), ("without", {"CC": "/nonexistent", "CXX": "/nonexistent"})):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        str(HERE.parent),
+    ]
+    for name, compiler in (
+        ("with", {}),
+        ("without", {"CC": "/nonexistent", "CXX": "/nonexistent"}),
+    ):
         target = tmp_path / name
         command[command.index("-w") + 1] = str(target)
         subprocess.run(command, check=True, env={**os.environ, **compiler})
@@ -130,22 +157,31 @@ def test_installs_without_a_compiler(tmp_path: Path):
     transposed=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
-def test_same_bits_for_any_layout(shape, step, dtype, block_size, quant_type, double, transposed, seed):
-    """Strided and transposed weights, every table; the path is the best here (kernels.py tries them all)."""
-    base = torch.randn([n * step for n in shape], generator=torch.Generator().manual_seed(seed)).to(dtype)
+def test_same_bits_for_any_layout(
+    shape, step, dtype, block_size, quant_type, double, transposed, seed
+):
+    """Strided and transposed weights, every table; the path is the best here (kernels.py tries them
+    all)."""
+    base = torch.randn([n * step for n in shape], generator=torch.Generator().manual_seed(seed)).to(
+        dtype
+    )
     w = base[tuple(slice(None, None, step) for _ in shape)]
     w = w.transpose(0, -1) if transposed else w
     ours = nf4.quantize(w, block_size=block_size, quant_type=quant_type, double_quant=double)
     with cpu.using("torch"):
         plain = nf4.quantize(w, block_size=block_size, quant_type=quant_type, double_quant=double)
         expected = plain.dequantize()
-    assert all(torch.equal(a, b) for a, b in zip(ours.stored_tensors(), plain.stored_tensors(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ours.stored_tensors(), plain.stored_tensors(), strict=True)
+    )
     assert torch.equal(ours.dequantize(), expected)
 
 
 @needs_library
 def test_every_bf16_gets_the_same_code(every_path: list[str]):
-    """All 65,280 finite bf16 values against block maxima over the whole range, also where products are subnormal."""
+    """All 65,280 finite bf16 values against block maxima over the whole range, also where products
+    are subnormal."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every[torch.isfinite(every)]
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
@@ -157,7 +193,9 @@ def test_every_bf16_gets_the_same_code(every_path: list[str]):
             for path in every_path:
                 cpu.choose_path(path)
                 ours = nf4.quantize(w, quant_type=quant_type, double_quant=False)
-                assert torch.equal(ours.packed, plain.packed) and torch.equal(ours.absmax, plain.absmax), path
+                assert torch.equal(ours.packed, plain.packed) and torch.equal(
+                    ours.absmax, plain.absmax
+                ), path
 
 
 @needs_library
@@ -188,8 +226,10 @@ def quantize_arguments() -> dict[str, Any]:
     w, table = torch.randn(130), torch.tensor(codebooks.levels("nf4"), dtype=torch.float32)
     packed, absmax = torch.empty(65, dtype=torch.uint8), torch.empty(3)
     return {
-        "keep": (w, table, packed, absmax), "weight": w.data_ptr(), "dtype": 0, "numel": 130, "table": table.data_ptr(),
-        "block_size": 64, "packed": packed.data_ptr(), "packed_count": 65, "absmax": absmax.data_ptr(),
+        "keep": (w, table, packed, absmax), "weight": w.data_ptr(), "dtype": 0, "numel": 130,
+        "table": table.data_ptr(),
+        "block_size": 64, "packed": packed.data_ptr(), "packed_count": 65,
+        "absmax": absmax.data_ptr(),
         "absmax_count": 3, "threads": 2,
     }  # fmt: skip
 
@@ -239,7 +279,8 @@ def test_linear_arguments_are_checked():
 
     def call(**change: Any) -> None:
         given: dict[str, Any] = {
-            "x": x.data_ptr(), "tokens": 3, "in": 64, "out": 8, "weight": cpu_calls._weight(q, 512)[0], "bias": None,
+            "x": x.data_ptr(), "tokens": 3, "in": 64, "out": 8,
+            "weight": cpu_calls._weight(q, 512)[0], "bias": None,
             "u": None, "b": None, "rank": 0, "y": y.data_ptr(), "dtype": 0, "threads": 1,
         }  # fmt: skip
         call(cpu.active(), "hb_linear", *{**given, **change}.values())
@@ -275,13 +316,19 @@ def test_linear_arguments_are_checked():
 @pytest.mark.parametrize("part", ["packed", "absmax", "quant_map", "nested_absmax"])
 def test_dequantizing_over_its_own_storage_is_refused(part: str):
     def apart(t: torch.Tensor) -> torch.Tensor:
-        """With so much room behind it that what is written from its start on overlaps nothing else."""
-        room = torch.zeros(t.numel() + 2048, dtype=t.dtype)
-        room[: t.numel()] = t
-        return room[: t.numel()]
+        """With so much room behind it that what is written from its start on overlaps nothing
+        else."""
+        space = torch.zeros(t.numel() + 2048, dtype=t.dtype)
+        space[: t.numel()] = t
+        return space[: t.numel()]
 
     q = nf4.quantize(torch.randn(8, 64)).parts
-    q = q._replace(**{name: apart(getattr(q, name)) for name in ("packed", "absmax", "quant_map", "nested_absmax")})
+    q = q._replace(
+        **{
+            name: apart(getattr(q, name))
+            for name in ("packed", "absmax", "quant_map", "nested_absmax")
+        }
+    )
     weight = cpu_calls._weight(q, 512)[0]
     with pytest.raises(ValueError, match=f"out and {part} overlap"):
         call(cpu.active(), "hb_dequantize", weight, getattr(q, part).data_ptr() // 4 * 4, 0, 512, 1)
@@ -300,8 +347,13 @@ def test_random_arguments_never_end_the_process():
             if name in ("dtype", "block_size", "threads"):
                 value = ctypes.c_int32(value).value
             # a pointer that is neither null nor ours would be read: only sizes may lie about ours
-            arguments[name] = None if name in ("weight", "table", "packed", "absmax") else ctypes.c_int64(value).value
-        # a size larger than the buffers cannot be seen by the callee, unless the counts contradict it
+            arguments[name] = (
+                None
+                if name in ("weight", "table", "packed", "absmax")
+                else ctypes.c_int64(value).value
+            )
+        # a size larger than the buffers cannot be seen by the callee, unless the counts contradict
+        # it
         if arguments["numel"] > 130 and arguments["packed_count"] == (arguments["numel"] + 1) // 2:
             continue
         try:
@@ -355,13 +407,17 @@ def test_a_foreign_library_is_refused(tmp_path: Path):
 def test_one_openmp_runtime():
     """The library shares torch's threads: two runtimes would fight for the cores."""
     loaded = {
-        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line and ".so" in line
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "omp" in line and ".so" in line
     }
     assert len({Path(file).resolve() for file in loaded}) <= 1, loaded
 
 
 @needs_library
-@pytest.mark.parametrize(("tokens", "width", "rows"), [(3, 0, 8), (0, 64, 8), (3, 64, 0), (9, 0, 8)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "rows"), [(3, 0, 8), (0, 64, 8), (3, 64, 0), (9, 0, 8)]
+)
 def test_empty_products(tokens: int, width: int, rows: int):
     """Nothing to add up leaves the bias; nothing to fill is filled."""
     q = nf4.quantize(torch.randn(rows, width)).parts
@@ -370,7 +426,9 @@ def test_empty_products(tokens: int, width: int, rows: int):
     dx = ops.linear_4bit_input_grad(torch.randn(tokens, rows), q, width)
     with cpu.using("torch"):
         assert torch.equal(y, ops.linear_4bit(torch.randn(tokens, width), q, rows, bias)) or width
-    assert y.shape == (tokens, rows) and dx.shape == (tokens, width) and (rows or not bool(dx.any()))
+    assert (
+        y.shape == (tokens, rows) and dx.shape == (tokens, width) and (rows or not bool(dx.any()))
+    )
     if not width:
         assert torch.equal(y, bias.expand(tokens, rows))
 
@@ -396,7 +454,8 @@ def work():
 threads = [threading.Thread(target=work) for _ in range(4)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-assert len(found) == 4 and len({{f[0] for f in found}}) == 1 and found[0][0] != "torch", [f[0] for f in found]
+assert len(found) == 4 and len({{f[0] for f in found}}) == 1, [f[0] for f in found]
+assert found[0][0] != "torch"
 torch.set_default_dtype(torch.float32)
 with cpu.using("torch"):
     expected = nf4.quantize(w)
@@ -441,11 +500,24 @@ def test_wrong_tensors_are_refused_before_any_backend():
     for bias in (torch.ones(1), torch.ones(7)):
         with pytest.raises(ValueError, match="bias must be"):
             ops.linear_4bit(torch.randn(3, 128), q, 64, bias)
-    p, maps = torch.randn(4096), [torch.tensor(codebooks.dynamic_map(signed=s)) for s in (True, False)]
-    numbers: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+    p, maps = (
+        torch.randn(4096),
+        [torch.tensor(codebooks.dynamic_map(signed=s)) for s in (True, False)],
+    )
+    numbers: dict[str, Any] = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "step": 1,
+    }
 
-    def step(grad: torch.Tensor = p, codes: torch.Tensor | None = None, table: torch.Tensor = maps[0]) -> None:
-        state = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)] + [torch.zeros(16) for _ in range(2)]
+    def step(
+        grad: torch.Tensor = p, codes: torch.Tensor | None = None, table: torch.Tensor = maps[0]
+    ) -> None:
+        state = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)] + [
+            torch.zeros(16) for _ in range(2)
+        ]
         state[0] = state[0] if codes is None else codes
         ops.adamw_8bit_step([p.clone()], [grad], *state, table, maps[1], **numbers)
 

@@ -15,8 +15,10 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 GENERATION = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}</s>{% endgeneration %}"
-    "{% else %}U:{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}</s>{% "
+    "endgeneration %}"
+    "{% else %}U:{{ m.content }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
 )
 TALK = [
     {"role": "user", "content": "Who are you? "},
@@ -35,7 +37,9 @@ def chatml_tokenizer(stories: Path):
 
 def trained_text(renderer: Renderer, example: Example) -> str:
     (row,) = renderer.encode([example])
-    return renderer.tokenizer.decode([i for i, flag in zip(row.input_ids, row.trained, strict=True) if flag])
+    return renderer.tokenizer.decode(
+        [i for i, flag in zip(row.input_ids, row.loss_mask, strict=True) if flag]
+    )
 
 
 def test_ids_are_those_of_every_other_tool(stories: Path, oasst_es: Path, alpaca: Path):
@@ -46,25 +50,40 @@ def test_ids_are_those_of_every_other_tool(stories: Path, oasst_es: Path, alpaca
         for example, row in zip(examples, renderer.encode(examples), strict=True):
             assert example.messages is not None
             text = renderer.render(example.messages)
-            assert row.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"], example.where
+            assert row.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"], (
+                example.where
+            )
             assert row.input_ids.count(tokenizer.bos_token_id) == 1, "one beginning token"
             answers = [m["content"] for m in example.messages if m["role"] == "assistant"]
             assert sum(
-                i == tokenizer.eos_token_id and t for i, t in zip(row.input_ids, row.trained, strict=True)
+                i == tokenizer.eos_token_id and t
+                for i, t in zip(row.input_ids, row.loss_mask, strict=True)
             ) == len(answers), "every turn's end is trained"
 
 
 def test_prefix_difference_trains_answers_and_their_ends(stories: Path):
     renderer = Renderer(chatml_tokenizer(stories))
     segments = renderer.segments(Example("x", TALK))
-    assert [s.text for s in segments if s.trained] == ["A dog.", "  <|im_end|>", "No.", "<|im_end|>"]
+    assert [s.text for s in segments if s.supervised] == [
+        "A dog.",
+        "  <|im_end|>",
+        "No.",
+        "<|im_end|>",
+    ]
     assert [s.text for s in segments if s.from_data] == ["Who are you?", "A dog.", "Really?", "No."]
-    assert renderer.stop_ids() == sorted({renderer.tokenizer.eos_token_id, renderer.special["<|im_end|>"]})
+    assert renderer.stop_ids() == sorted(
+        {renderer.tokenizer.eos_token_id, renderer.special["<|im_end|>"]}
+    )
 
 
 def test_generation_blocks_are_the_mask(stories: Path):
     renderer = Renderer(hub.load_tokenizer(stories), GENERATION)
-    assert [s.text for s in renderer.segments(Example("x", TALK)) if s.trained] == ["A dog.", "  </s>", "No.", "</s>"]
+    assert [s.text for s in renderer.segments(Example("x", TALK)) if s.supervised] == [
+        "A dog.",
+        "  </s>",
+        "No.",
+        "</s>",
+    ]
 
 
 def test_users_control_tokens_stay_text(stories: Path):
@@ -91,13 +110,17 @@ def test_templates_that_rewrite_contents_refuse_control_tokens_only(stories: Pat
 
 def test_rewriting_turns_and_endless_templates_are_refused(stories: Path):
     tokenizer = chatml_tokenizer(stories)
-    last_only = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '...' }}")
+    last_only = CHATML.replace(
+        "{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '...' }}"
+    )
     with pytest.raises(DataError, match="rewrites turn 1"):
         Renderer(tokenizer, last_only).segments(Example("x", TALK))
     with pytest.raises(DataError, match="no end token"):
         Renderer(tokenizer, CHATML.replace("<|im_end|>", "")).segments(Example("x", TALK))
     with pytest.raises(DataError, match="roles must alternate"):
-        Renderer(tokenizer, "{{ raise_exception('roles must alternate') }}").segments(Example("x", TALK))
+        Renderer(tokenizer, "{{ raise_exception('roles must alternate') }}").segments(
+            Example("x", TALK)
+        )
 
 
 def test_pad_equal_to_eos_masks_nothing(stories: Path):
@@ -110,10 +133,13 @@ def test_prompt_and_completion(stories: Path):
     renderer = Renderer(hub.load_tokenizer(stories))
     assert trained_text(renderer, Example("x", None, "once upon", " a time")) == "a time</s>"
     everything = Renderer(hub.load_tokenizer(stories), completion_only=False)
-    assert trained_text(everything, Example("x", None, "once upon", " a time")) == "once upon a time</s>"
+    assert (
+        trained_text(everything, Example("x", None, "once upon", " a time"))
+        == "once upon a time</s>"
+    )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 GOOD = {"prompt": "a", "completion": "b"}
 
@@ -140,7 +166,9 @@ def test_bad_lines_are_named(tmp_path: Path, lines: list[bytes], line: int, mess
 
 def test_line_separators_inside_strings_are_no_line_ends(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n" * 3)
+    path.write_text(
+        json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n" * 3
+    )
     (example,) = read_examples(path).rows
     assert example.prompt == "a\u2028b"
 
@@ -168,7 +196,10 @@ def test_arrays_name_the_line_of_the_element(tmp_path: Path):
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant's turn"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a string"),
         ({"messages": []}, "non-empty list"),
-        ({"prompt": [{"role": "assistant", "content": "x"}], "completion": []}, "completion has no assistant"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}], "completion": []},
+            "completion has no assistant",
+        ),
         ({"prompt": "a\ud800", "completion": "b"}, "lone surrogate U\\+D800 at character 1"),
     ],
 )

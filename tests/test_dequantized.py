@@ -1,4 +1,5 @@
-"""How long dequantized weights stay changes no bit, and streams that fill buffers ahead never race."""
+"""How long dequantized weights stay changes no bit, and streams that fill buffers ahead never
+race."""
 
 from typing import Any
 
@@ -16,15 +17,18 @@ from halfbyte.engine.learner import Learner
 from halfbyte.engine.selftest import Abilities, checkpoint_layers
 from halfbyte.errors import UsageError
 from halfbyte.ops import cpu, dequantized
-from halfbyte.ops.dequantized import DESKS, Ahead, Desk, PerLayer
+from halfbyte.ops.dequantized import BUFFERS, DequantBuffer, LayerBuffer, PrefetchBuffer
 
 SHAPES = [(48, 64), (32, 64), (96, 48), (64, 96)]
 
 
-def passes(desk: Desk, weights: list[nf4.NF4Tensor], steps: int = 3) -> list[Tensor]:
-    """Forward through all weights, then back, again and again; the second weight is used twice in a row."""
+def passes(
+    dequant_buffer: DequantBuffer, weights: list[nf4.NF4Tensor], steps: int = 3
+) -> list[Tensor]:
+    """Forward through all weights, then back, again and again; the second weight is used twice in a
+    row."""
     found = []
-    with desk.in_use(), cpu.using("torch"):
+    with dequant_buffer.in_use(), cpu.using("torch"):
         for step in range(steps):
             for weight in [weights[0], weights[1], weights[1], *weights[2:]]:
                 x = torch.full((3, weight.shape[1]), 1.0 + step)
@@ -47,22 +51,29 @@ def weights() -> list[nf4.NF4Tensor]:
 
 
 class Spelled(torch.utils._python_dispatch.TorchDispatchMode):
-    """Lets a `streams.Watch` around it see what an operation's meaning does."""
+    """Lets a `streams.PeakMonitor` around it see what an operation's meaning does."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        meaning = {"linear_4bit": "_linear", "linear_4bit_input_grad": "_input_grad"}.get(func.__name__.split(".")[0])
-        return getattr(ops.fourbit, meaning)(*args) if meaning else func(*args, **(kwargs or {}))
+        reference = {"linear_4bit": "_linear", "linear_4bit_input_grad": "_input_grad"}.get(
+            func.__name__.split(".")[0]
+        )
+        return (
+            getattr(ops.fourbit, reference)(*args) if reference else func(*args, **(kwargs or {}))
+        )
 
 
 def test_weights_come_ahead_and_nothing_races(weights: list[nf4.NF4Tensor]):
     with cpu.using("torch"):
-        expected = passes(Desk(), weights)
+        expected = passes(DequantBuffer(), weights)
     with watched() as watch, Spelled():
-        found = passes(Ahead(), weights)
+        found = passes(PrefetchBuffer(), weights)
     assert watch.races == []
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    here, ahead = (sum(call == ("dequantize_4bit", stream) for call in watch.calls) for stream in (0, 1))
-    # of a step's 9 products 6 need a weight that neither buffer holds, and 4 where the step before ended with the first
+    here, ahead = (
+        sum(call == ("dequantize_4bit", stream) for call in watch.calls) for stream in (0, 1)
+    )
+    # of a step's 9 products 6 need a weight that neither buffer holds, and 4 where the step before
+    # ended with the first
     assert (here, ahead) == (6, 2 * 4)
 
 
@@ -79,7 +90,7 @@ def test_without_an_event_there_are_races(
 
     monkeypatch.setattr(Stream, "wait_event", sometimes)
     with watched() as watch, Spelled():
-        passes(Ahead(), weights)
+        passes(PrefetchBuffer(), weights)
     assert watch.races
 
 
@@ -91,13 +102,13 @@ def test_memory_is_given_back_when_nothing_is_on_its_way_to_it(
     if not waits:
         monkeypatch.setattr(Stream, "wait_stream", lambda self, other: None)
     with watched() as watch, Spelled(), cpu.using("torch"):
-        desk = Ahead()
-        with desk.in_use():
+        dequant_buffer = PrefetchBuffer()
+        with dequant_buffer.in_use():
             # the last of those that are repeated begins to bring another
             for number in [2, 0, 1, 2, 0, 1, *([3] if ending == "larger buffers" else [])]:
                 weight = weights[number]
                 ops.linear_4bit(torch.ones(1, weight.shape[1]), weight.parts, weight.shape[0])
-        del desk
+        del dequant_buffer
     assert bool(watch.races) != waits
 
 
@@ -115,15 +126,18 @@ def test_a_model_learns_the_same_bits(kind: str):
         checkpoint_layers(model, "none", packing=True)
         expected = gradients(model)
         for name in ("product", kind):
-            desk = DESKS[name]()
+            dequant_buffer = BUFFERS[name]()
             with watched() as watch, Spelled():
                 for _ in range(2):
-                    with desk.in_use():
+                    with dequant_buffer.in_use():
                         found = gradients(model)
                     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
             assert watch.races == []
-            counts[name] = [sum(c == ("dequantize_4bit", stream) for c in watch.calls) for stream in (0, 1)]
-    # forward 7, again 6 (the last is not needed), backward 7, but the first layer's first three need no gradient
+            counts[name] = [
+                sum(c == ("dequantize_4bit", stream) for c in watch.calls) for stream in (0, 1)
+            ]
+    # forward 7, again 6 (the last is not needed), backward 7, but the first layer's first three
+    # need no gradient
     assert counts["product"] == [2 * (20 * layers - 3), 0]
     if kind == "layer":
         assert counts["layer"] == [2 * 14 * layers, 0]
@@ -139,8 +153,12 @@ def test_where_it_has_no_use_it_is_refused():
 
     with cpu.using("torch"):
         one = learner(dequantized_weights="layer")
-        assert isinstance(one.desk, PerLayer)
-        assert one.dequantize_one_by_one() and type(one.desk) is Desk and not one.dequantize_one_by_one()
+        assert isinstance(one.dequant_buffer, LayerBuffer)
+        assert (
+            one.dequantize_one_by_one()
+            and type(one.dequant_buffer) is DequantBuffer
+            and not one.dequantize_one_by_one()
+        )
         with pytest.raises(UsageError, match="no second stream"):
             learner(dequantized_weights="ahead")
         with pytest.raises(UsageError, match="no layer is run again"):

@@ -24,7 +24,13 @@ IDS = torch.arange(24).view(2, 12) * 5 % 160
 
 def gemma() -> Any:
     """Multiplies rows by a buffer of the module."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     shared = {name: getattr(small_config(), name) for name in (*names, "num_key_value_heads")}
     return Gemma2ForCausalLM(Gemma2Config(head_dim=16, tie_word_embeddings=False, **shared))
 
@@ -38,7 +44,9 @@ def test_rows_are_the_same_and_the_table_is_no_parameter(make: Any):
     assert torch.equal(model(input_ids=IDS).logits, expected)
     assert all(p is not table for p in model.parameters())
     assert host_table(model) is model.get_input_embeddings().weight
-    assert isinstance(model.get_input_embeddings(), nn.Embedding) and why_not(model) == "it is there"
+    assert (
+        isinstance(model.get_input_embeddings(), nn.Embedding) and why_not(model) == "it is there"
+    )
     assert model.device == table.device
     embedding: Any = model.get_input_embeddings()
     embedding.computes_on = torch.device("meta")
@@ -55,15 +63,18 @@ def test_a_plan_is_smaller_by_the_table_and_counts_it_on_the_host():
     assert here.parameters == there.parameters and here.phases["load"] == there.phases["load"]
 
 
-def test_a_plan_passes_over_what_this_model_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Whether a table can move is certain only when the model is built: what does not fit is said, not that."""
-    monkeypatch.setattr(Planner, "_may_move_embedding", lambda self: True)
+def test_a_plan_passes_over_what_this_model_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whether a table can move is certain only when the model is built: what does not fit is said,
+    not that."""
+    monkeypatch.setattr(Planner, "_embedding_may_move", lambda self: True)
     small_config(tie_word_embeddings=True).save_pretrained(tmp_path)
     options: dict[str, Any] = {"dtype": "bfloat16", "max_length": 64}
     assert not halfbyte.plan(str(tmp_path), device="cuda", fit_to="600MiB", **options).fits
     planner = Planner(tmp_path, PlanConfig(model=str(tmp_path), device="cuda", **options), None)
     planner.budget = Budget("cuda", 600 << 20, CONTEXT_BYTES)
-    assert planner.settle()[0] == {}
+    assert planner.resolve_auto()[0] == {}
 
 
 def test_where_it_cannot_lie_there_it_says_why():

@@ -1,4 +1,5 @@
-"""Loss and exact match against transformers' own loss and a greedy loop; the base beside the run; overfitted rows."""
+"""Loss and exact match against transformers' own loss and a greedy loop; the base beside the run;
+overfitted rows."""
 
 import json
 import shutil
@@ -39,14 +40,19 @@ def write(path: Path, pairs: list[tuple[str, str]]) -> str:
 
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
-    """The built-in model after eight rows, seen until it knows them; its tokenizer's pad token is its end token."""
+    """The built-in model after eight rows, seen until it knows them; its tokenizer's pad token is
+    its end token."""
     home = tmp_path_factory.mktemp("eight")
     shutil.copytree(hub.resolve("demo"), home / "base")
     tokenizer = hub.load_tokenizer(home / "base")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(home / "base")
     data = write(home / "rows.jsonl", EIGHT)
-    options: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "lora_dropout": 0.0}
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "lora_dropout": 0.0,
+    }
     run = halfbyte.train(
         model=str(home / "base"),
         data=data,
@@ -60,7 +66,9 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     return run, data
 
 
-def test_eight_overfitted_rows_are_answered_exactly_and_end_by_themselves(overfitted: tuple[Run, str]):
+def test_eight_overfitted_rows_are_answered_exactly_and_end_by_themselves(
+    overfitted: tuple[Run, str],
+):
     run, _data = overfitted
     model, tokenizer = load(run.path)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -69,11 +77,15 @@ def test_eight_overfitted_rows_are_answered_exactly_and_end_by_themselves(overfi
         said = answer(model, renderer, [{"role": "user", "content": question}])
         assert (said.text, said.stopped) == (wanted, True)
     samples = run.samples()
-    assert len(samples) == 8 and all(s["after"] == s["expected"] and s["after_stopped"] for s in samples)
+    assert len(samples) == 8 and all(
+        s["after"] == s["expected"] and s["after_stopped"] for s in samples
+    )
     assert not any(s["before"] == s["expected"] for s in samples)
 
 
-def test_eval_puts_the_base_beside_the_run(overfitted: tuple[Run, str], capsys: pytest.CaptureFixture[str]):
+def test_eval_puts_the_base_beside_the_run(
+    overfitted: tuple[Run, str], capsys: pytest.CaptureFixture[str]
+):
     run, data = overfitted
     assert cli(["eval", str(run.path), "--data", data, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -83,7 +95,10 @@ def test_eval_puts_the_base_beside_the_run(overfitted: tuple[Run, str], capsys: 
     base = str(run.info()["base"]["path"])
     assert cli(["eval", base, "--data", data, "--json", "--dtype", "float32"]) == 0
     alone = json.loads(capsys.readouterr().out)
-    assert alone["base"]["loss"] == pytest.approx(result["base"]["loss"], rel=1e-5) and alone["tuned"] is None
+    assert (
+        alone["base"]["loss"] == pytest.approx(result["base"]["loss"], rel=1e-5)
+        and alone["tuned"] is None
+    )
 
 
 def test_eval_scores_every_row_whatever_a_shared_configuration_holds_out(
@@ -91,28 +106,61 @@ def test_eval_scores_every_row_whatever_a_shared_configuration_holds_out(
 ):
     run, data = overfitted
     (tmp_path / "c.yaml").write_text("eval_split: 0.5\n")
-    arguments = ["eval", str(run.path), "--data", data, "--config", str(tmp_path / "c.yaml"), "--json"]
+    arguments = [
+        "eval",
+        str(run.path),
+        "--data",
+        data,
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--json",
+    ]
     assert cli([*arguments, "--generate", "false"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["rows"] == 8 and result["base"]["exact_match"] is None
 
 
-def test_eval_of_a_full_fine_tuning_puts_the_same_kind_of_base_beside_it(tmp_path: Path, capsys: Any):
+def test_eval_of_a_full_fine_tuning_puts_the_same_kind_of_base_beside_it(
+    tmp_path: Path, capsys: Any
+):
     data = write(tmp_path / "r.jsonl", EIGHT)
-    common: dict[str, Any] = {"full": True, "load_in_4bit": False, "optim": "adamw_torch", "dtype": "float32"}
+    common: dict[str, Any] = {
+        "full": True,
+        "load_in_4bit": False,
+        "optim": "adamw_torch",
+        "dtype": "float32",
+    }
     run = halfbyte.train(
-        model="demo", data=data, output_dir=str(tmp_path / "run"), max_steps=2, num_samples=0, save_steps=9, **common
+        model="demo",
+        data=data,
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        num_samples=0,
+        save_steps=9,
+        **common,
     )
     assert cli(["eval", str(run.path), "--data", data, "--generate", "false", "--json"]) == 0
     beside = json.loads(capsys.readouterr().out)["base"]["loss"]
-    arguments = ["eval", "demo", "--data", data, "--generate", "false", "--json", "--dtype", "float32"]
+    arguments = [
+        "eval",
+        "demo",
+        "--data",
+        data,
+        "--generate",
+        "false",
+        "--json",
+        "--dtype",
+        "float32",
+    ]
     assert cli([*arguments, "--load_in_4bit", "false"]) == 0
     assert json.loads(capsys.readouterr().out)["base"]["loss"] == pytest.approx(beside, rel=1e-6)
 
 
 def test_questions_too_long_for_the_limit_are_not_asked(tmp_path: Path):
     data = read_data(
-        write(tmp_path / "r.jsonl", [*EIGHT[:2], ("long " * 60, "x")]), DataOptions(max_length=40), hub.resolve("demo")
+        write(tmp_path / "r.jsonl", [*EIGHT[:2], ("long " * 60, "x")]),
+        DataOptions(max_length=40),
+        hub.resolve("demo"),
     )
     asked = [data.question(row) is not None for row in data.train.rows]
     assert asked == [True, True]
@@ -151,7 +199,9 @@ def test_loss_is_transformers_own(tmp_path: Path):
     total, tokens = 0.0, 0
     with torch.no_grad():
         for row in data.train.rows:
-            labels = torch.tensor([i if flag else -100 for i, flag in zip(row.input_ids, row.trained, strict=True)])
+            labels = torch.tensor(
+                [i if flag else -100 for i, flag in zip(row.input_ids, row.loss_mask, strict=True)]
+            )
             count = int((labels[1:] != -100).sum())
             loss = model(input_ids=torch.tensor([row.input_ids]), labels=labels[None]).loss
             total, tokens = total + float(loss) * count, tokens + count
@@ -176,7 +226,12 @@ def test_exact_match_wants_the_whole_answer_and_the_end(monkeypatch: pytest.Monk
     from halfbyte.engine.generate import Answer
 
     renderer = Renderer(hub.load_tokenizer(hub.resolve("demo")))
-    said = [Answer("yes", True), Answer("yes", False), Answer("yes and", True), Answer(" yes\n", True)]
+    said = [
+        Answer("yes", True),
+        Answer("yes", False),
+        Answer("yes and", True),
+        Answer(" yes\n", True),
+    ]
     monkeypatch.setattr(evaluate, "answers", lambda *a: said)
     found = exact_matches(None, renderer, [([5, 6], "yes")] * 4)
     assert [match for match, _ in found] == [True, False, False, True]

@@ -25,7 +25,10 @@ from halfbyte.files.safetensors import Checkpoint, write_safetensors
 from halfbyte.progress import no_progress
 from halfbyte.quantization.writer import quantize
 
-ROWS = [{"prompt": f"{word} is", "completion": f" a word of {len(word)} letters"} for word in "one three seven".split()]
+ROWS = [
+    {"prompt": f"{word} is", "completion": f" a word of {len(word)} letters"}
+    for word in "one three seven".split()
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,8 @@ def data(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def base(stories: Path, home: Path) -> Path:
-    """Of widths that are multiples of a block: bitsandbytes 0.50 dequantizes others wrongly on CPUs."""
+    """Of widths that are multiples of a block: bitsandbytes 0.50 dequantizes others wrongly on
+    CPUs."""
     torch.manual_seed(0)
     config = small_config(vocab_size=512, intermediate_size=128, max_position_embeddings=512)
     LlamaForCausalLM(config).save_pretrained(home / "base")
@@ -54,7 +58,11 @@ def base(stories: Path, home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(base: Path, home: Path, data: Path) -> halfbyte.Run:
-    options: dict[str, Any] = {"gradient_accumulation_steps": 3, "learning_rate": 2e-2, "lora_dropout": 0.0}
+    options: dict[str, Any] = {
+        "gradient_accumulation_steps": 3,
+        "learning_rate": 2e-2,
+        "lora_dropout": 0.0,
+    }
     return halfbyte.train(str(base), data, output_dir=str(home / "run"), max_steps=4, **options)
 
 
@@ -91,7 +99,9 @@ def test_every_export_runs_in_its_tool_with_our_logits(run: halfbyte.Run, home: 
     assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     with_adapter = peft.PeftModel.from_pretrained(theirs, str(home / "4bit" / "adapter")).train()
     torch.testing.assert_close(logits(with_adapter), ours, rtol=0, atol=1e-2 * size)
-    named = json.loads((home / "4bit" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    named = json.loads((home / "4bit" / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
     assert named == ".."
 
 
@@ -106,7 +116,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run: halfbyte.Run
 def test_a_base_that_has_changed_is_not_exported(base: Path, data: Path, tmp_path: Path):
     """Also one that was in 4 bits before."""
     quantize(base, ModelOptions(), tmp_path / "q", no_progress)
-    run = halfbyte.train(str(tmp_path / "q"), data, output_dir=str(tmp_path / "run"), max_steps=1, num_samples=0)
+    run = halfbyte.train(
+        str(tmp_path / "q"), data, output_dir=str(tmp_path / "run"), max_steps=1, num_samples=0
+    )
     found = halfbyte.export(run.path, tmp_path / "out", "bnb-4bit")
     assert found["digest"] == run.info()["base"]["digest"]
     assert (tmp_path / "out" / "README.md").read_bytes() == (run.adapter / "README.md").read_bytes()
@@ -135,7 +147,7 @@ def test_a_full_fine_tuning_is_exported_as_a_model(base: Path, data: Path, tmp_p
         halfbyte.export(run.path, tmp_path / "no", "peft")
 
 
-# --- a Hub on this machine --------------------------------------------------------------------------------------------
+# --- a Hub on this machine ------------------------------------------------------------------------
 
 
 class Hub(ThreadingHTTPServer):
@@ -189,7 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"errors": [], "warnings": []})
         elif self.path == "/api/repos/create":
             self.server.created.append(json.loads(body))
-            self._answer({"url": f"{self.server.address}/me/model", "name": "me/model", "id": "me/model"})
+            self._answer(
+                {"url": f"{self.server.address}/me/model", "name": "me/model", "id": "me/model"}
+            )
         elif "/preupload/" in self.path:
             # large files go another way, which is the client's business
             paths = [file["path"] for file in json.loads(body)["files"]]
@@ -201,7 +215,9 @@ class _Handler(BaseHTTPRequestHandler):
                 value = entry["value"]
                 if entry["key"] == "file":
                     self.server.files[value["path"]] = base64.b64decode(value["content"])
-            self._answer({"commitUrl": f"{self.server.address}/me/model/commit/1", "commitOid": "1" * 40})
+            self._answer(
+                {"commitUrl": f"{self.server.address}/me/model/commit/1", "commitOid": "1" * 40}
+            )
         else:
             self._answer({"error": self.path}, 404)
 
@@ -212,7 +228,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(publish, "_api", lambda: HfApi(server.address, token="hf_none", library_name="halfbyte"))
+    monkeypatch.setattr(
+        publish, "_api", lambda: HfApi(server.address, token="hf_none", library_name="halfbyte")
+    )
     yield server
     server.shutdown()
     server.server_close()
@@ -245,7 +263,9 @@ def test_exports_and_merges_are_published_by_their_verbs(
     run: halfbyte.Run, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ):
     named = ["--push_to_hub", "true", "--hub_model_id", "me/model", "--hub_private_repo", "false"]
-    assert command(["export", str(run.path), "--to", "peft", "-o", str(tmp_path / "a"), *named]) == 0
+    assert (
+        command(["export", str(run.path), "--to", "peft", "-o", str(tmp_path / "a"), *named]) == 0
+    )
     assert hub.files.keys() == {file.name for file in (tmp_path / "a").iterdir()}
     assert "published: http://127.0.0.1" in capsys.readouterr().out
     hub.files.clear()
@@ -258,12 +278,20 @@ def test_a_hub_that_refuses_is_known_before_the_work_and_loses_nothing_after(
     stories: Path, data: Path, run: halfbyte.Run, tmp_path: Path, hub: Hub
 ):
     hub.down = True
-    options: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/model", "max_steps": 1, "num_samples": 0}
+    options: dict[str, Any] = {
+        "push_to_hub": True,
+        "hub_model_id": "me/model",
+        "max_steps": 1,
+        "num_samples": 0,
+    }
     with pytest.raises(StorageError, match="before anything was done"):
         halfbyte.train(str(stories), data, output_dir=str(tmp_path / "run"), **options)
     assert not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(StorageError) as caught:
         publish.publish(run.adapter, "me/model", "a message", "the command again")
-    assert "complete on this machine" in caught.value.what and "the command again" in caught.value.ways_out
+    assert (
+        "complete on this machine" in caught.value.what
+        and "the command again" in caught.value.ways_out
+    )
     with pytest.raises(UsageError, match="hub_model_id"):
         halfbyte.train(str(stories), data, push_to_hub=True)

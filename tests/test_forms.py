@@ -1,4 +1,5 @@
-"""Data of every kind: which form a row has, what it becomes, and what is said about a row that is none."""
+"""Data of every kind: which form a row has, what it becomes, and what is said about a row that is
+none."""
 
 import gzip
 import json
@@ -33,11 +34,17 @@ def refused(tmp_path: Path, row: Any, message: str) -> DataError:
     return caught.value
 
 
-# --- forms ------------------------------------------------------------------------------------------------------------
+# --- forms ----------------------------------------------------------------------------------------
 
 
 def test_alpaca_with_everything(tmp_path: Path):
-    row = {"instruction": "do", "input": "this", "output": "done", "system": "be kind", "history": [["a", "b"]]}
+    row = {
+        "instruction": "do",
+        "input": "this",
+        "output": "done",
+        "system": "be kind",
+        "history": [["a", "b"]],
+    }
     turns = one(tmp_path, row).messages or []
     assert [t["role"] for t in turns] == ["system", "user", "assistant", "user", "assistant"]
     assert turns[3]["content"] == "do\n\nthis" and turns[4]["content"] == "done"
@@ -50,14 +57,14 @@ def test_questions_and_answers(tmp_path: Path):
 def test_real_files_of_every_kind_are_taken():
     from conftest import shared
 
-    for path, form, count in (
+    for path, format, count in (
         ("data/gsm8k/test.jsonl", "qa", 1319),
         ("data/rasbt-instruction/instruction-data.json", "alpaca", 1100),
         ("data/sharegpt/dummy_conversation.json", "sharegpt", 500),
         ("data/oasst1-chat/oasst1_val_en.jsonl", "messages", 419),
     ):
         found = read_examples(shared(path))
-        assert (found.form, len(found.rows)) == (form, count)
+        assert (found.format, len(found.rows)) == (format, count)
 
 
 def test_sharegpt(tmp_path: Path):
@@ -65,7 +72,9 @@ def test_sharegpt(tmp_path: Path):
     assert one(tmp_path, {"conversations": turns}).messages == [Q, A]
     with_system = one(tmp_path, {"conversations": turns, "system": "s"}).messages or []
     assert with_system[0] == {"role": "system", "content": "s"}
-    error = refused(tmp_path, {"conversations": [{"from": "alien", "value": "x"}, *turns]}, "unknown role")
+    error = refused(
+        tmp_path, {"conversations": [{"from": "alien", "value": "x"}, *turns]}, "unknown role"
+    )
     assert "'alien'" in error.found
 
 
@@ -86,30 +95,39 @@ def test_content_in_parts_is_joined_and_images_refused(tmp_path: Path):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     assert one(tmp_path, {"messages": [{"role": "user", "content": parts}, A]}).messages == [Q, A]
     picture = {"role": "user", "content": [{"type": "image", "url": "x"}]}
-    assert "'image'" in refused(tmp_path, {"messages": [picture, A]}, "something else than text").found
+    assert (
+        "'image'" in refused(tmp_path, {"messages": [picture, A]}, "something else than text").found
+    )
 
 
 def test_columns_that_a_table_filled_with_nulls(tmp_path: Path):
     """datasets and parquet give every message every key; a null is no value."""
-    row = {"messages": [{**Q, "tool_calls": None, "name": None}, A], "chosen": None, "rejected": None}
+    row = {
+        "messages": [{**Q, "tool_calls": None, "name": None}, A],
+        "chosen": None,
+        "rejected": None,
+    }
     assert one(tmp_path, row).messages == [Q, A]
 
 
 def test_prompt_and_completion_as_messages_train_the_completion_only(tmp_path: Path, stories: Path):
-    example = one(tmp_path, {"prompt": [Q, {"role": "assistant", "content": "read this"}, Q], "completion": [A]})
+    example = one(
+        tmp_path,
+        {"prompt": [Q, {"role": "assistant", "content": "read this"}, Q], "completion": [A]},
+    )
     renderer = Renderer(hub.load_tokenizer(stories))
-    assert [s.text for s in renderer.segments(example) if s.trained] == ["yo", "</s>"]
+    assert [s.text for s in renderer.segments(example) if s.supervised] == ["yo", "</s>"]
     everything = Renderer(hub.load_tokenizer(stories), completion_only=False)
-    assert all(s.trained for s in everything.segments(example))
+    assert all(s.supervised for s in everything.segments(example))
     refused(tmp_path, {"prompt": [Q], "completion": [Q]}, "assistant's turn")
 
 
 def test_text_and_ids(tmp_path: Path, stories: Path):
     renderer = Renderer(hub.load_tokenizer(stories))
     (row,) = renderer.encode([one(tmp_path, {"text": "once upon a time"})])
-    assert all(row.trained[1:]) and row.input_ids[-1] == renderer.tokenizer.eos_token_id
+    assert all(row.loss_mask[1:]) and row.input_ids[-1] == renderer.tokenizer.eos_token_id
     (row,) = renderer.encode([one(tmp_path, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})])
-    assert (row.input_ids, row.trained) == ([5, 6, 7], [False, True, True])
+    assert (row.input_ids, row.loss_mask) == ([5, 6, 7], [False, True, True])
     refused(tmp_path, {"input_ids": [5, 6], "labels": [5]}, "2 input_ids but 1 labels")
     refused(tmp_path, {"input_ids": [5, 6], "labels": [6, 5]}, "neither the id there nor -100")
     refused(tmp_path, {"input_ids": [5, -6]}, "negative")
@@ -131,7 +149,7 @@ def test_rows_that_are_wrong(tmp_path: Path, row: dict[str, Any], message: str):
     refused(tmp_path, row, message)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_csv_tsv_parquet_and_gzip_give_the_same_rows(tmp_path: Path):
@@ -148,7 +166,9 @@ def test_csv_tsv_parquet_and_gzip_give_the_same_rows(tmp_path: Path):
     for name in ("r.csv", "r.tsv", "r.parquet", "r.jsonl.gz", "r.json"):
         found = read_examples(tmp_path / name)
         assert [{"prompt": r.prompt, "completion": r.completion} for r in found.rows] == rows, name
-    assert read_examples(tmp_path / "r.csv").rows[1].where == f"{tmp_path / 'r.csv'}:4", "the second row's first line"
+    assert read_examples(tmp_path / "r.csv").rows[1].where == f"{tmp_path / 'r.csv'}:4", (
+        "the second row's first line"
+    )
 
 
 def test_nested_columns_of_parquet_and_json_cells_of_csv(tmp_path: Path):
@@ -169,7 +189,9 @@ def test_parquet_with_odd_types_names_the_row(tmp_path: Path):
     from pyarrow import parquet
 
     path = tmp_path / "odd.parquet"
-    parquet.write_table(pa.Table.from_pylist([{"prompt": "a", "completion": datetime.datetime(2020, 1, 1)}]), path)
+    parquet.write_table(
+        pa.Table.from_pylist([{"prompt": "a", "completion": datetime.datetime(2020, 1, 1)}]), path
+    )
     with pytest.raises(DataError, match="'completion' must be a string") as caught:
         read_examples(path)
     assert caught.value.where == f"{path} row 1" and caught.value.found == "a datetime"
@@ -267,7 +289,8 @@ def test_tools_are_checked_like_messages(tmp_path: Path, tools: Any, message: st
 
 
 def test_white_space_inside_an_answer_is_trained_whatever_the_tokenizer_trims(stories: Path):
-    """GPT-2-like tokenizers leave leading spaces out of a token's offsets: an indented line must not lose them."""
+    """GPT-2-like tokenizers leave leading spaces out of a token's offsets: an indented line must
+    not lose them."""
     from tokenizers import processors
 
     tokenizer = hub.load_tokenizer(hub.resolve("demo"))
@@ -275,11 +298,11 @@ def test_white_space_inside_an_answer_is_trained_whatever_the_tokenizer_trims(st
     renderer = Renderer(tokenizer)
     code = "if x:\n        return    y"
     (row,) = renderer.encode([Example("x", [Q, {"role": "assistant", "content": code}])])
-    trained = [i for i, flag in zip(row.input_ids, row.trained, strict=True) if flag]
+    trained = [i for i, flag in zip(row.input_ids, row.loss_mask, strict=True) if flag]
     assert tokenizer.decode(trained) == code + "<|end|>"
 
 
-# --- what is decided --------------------------------------------------------------------------------------------------
+# --- what is decided ------------------------------------------------------------------------------
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -292,12 +315,17 @@ def test_held_out_rows_are_a_function_of_the_rows_and_never_trained(tmp_path: Pa
     source = write(tmp_path / "r.jsonl", rows)
     data = read_data(source, DataOptions(eval_split=0.2), stories)
     assert 12 <= len(data.held_out) <= 13
-    held, trained = ({tuple(r.input_ids) for r in side} for side in (data.held_out, data.train.rows))
+    held, trained = (
+        {tuple(r.input_ids) for r in side} for side in (data.held_out, data.train.rows)
+    )
     assert not held & trained, "copies of a held-out row are held out, too"
     shuffled = write(tmp_path / "s.jsonl", rows[::-1])
     again = read_data(shuffled, DataOptions(eval_split=0.2), stories)
     assert {tuple(r.input_ids) for r in again.held_out} == held
-    assert {tuple(r.input_ids) for r in read_data(source, DataOptions(eval_split=9, seed=1), stories).held_out} != held
+    assert {
+        tuple(r.input_ids)
+        for r in read_data(source, DataOptions(eval_split=9, seed=1), stories).held_out
+    } != held
     assert data.duplicates == 20
     with pytest.raises(DataError, match="nothing is left to train"):
         hold_out(data.train.rows, 10**6, 0)
@@ -326,11 +354,18 @@ def test_a_template_that_raises_names_the_row(tmp_path: Path, stories: Path):
 
 
 def test_rows_the_template_refuses_can_be_skipped(stories: Path):
-    template = "{{ raise_exception('no bees') if 'bee' in messages[0].content }}{{ messages[0].content }}" + (
-        "{% if messages | length > 1 %}{% generation %}{{ messages[1].content }}</s>{% endgeneration %}{% endif %}"
+    template = (
+        "{{ raise_exception('no bees') if 'bee' in messages[0].content }}{{ messages[0].content }}"
+        + (
+            "{% if messages | length > 1 %}{% generation %}{{ messages[1].content }}</s>{% "
+            "endgeneration %}{% endif %}"
+        )
     )
     renderer = Renderer(hub.load_tokenizer(stories), template)
-    examples = [Example(f"r{i}", [{"role": "user", "content": c}, A]) for i, c in enumerate(("a", "bee", "c"))]
+    examples = [
+        Example(f"r{i}", [{"role": "user", "content": c}, A])
+        for i, c in enumerate(("a", "bee", "c"))
+    ]
     rows, bad = encode(examples, renderer, skip_bad=1)
     assert [r.where for r in rows] == ["r0", "r2"] and bad[0].where == "r1"
     with pytest.raises(DataError, match="template refused"):

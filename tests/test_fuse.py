@@ -1,4 +1,5 @@
-"""Recognizing a model's modules by their body, the numbers of the fused ones, and leaving the others alone."""
+"""Recognizing a model's modules by their body, the numbers of the fused ones, and leaving the
+others alone."""
 
 import importlib
 from pathlib import Path
@@ -12,9 +13,9 @@ from transformers import LlamaForCausalLM
 
 from halfbyte import ops
 from halfbyte.model import fusion
-from halfbyte.model.attention import segments
+from halfbyte.model.attention import packed
 from halfbyte.model.fusion import FusedMLP, FusedNorm
-from halfbyte.model.recognize import _NORMS, _digest, activation_name, normal_form
+from halfbyte.model.recognize import _NORMS, _digest, activation_name, normalized_source
 from halfbyte.ops import cpu
 from halfbyte.run.directory import EVALS
 from halfbyte.training.trainer import train
@@ -85,7 +86,8 @@ def test_a_llama(tiny_llama: LlamaForCausalLM):
     # its class is still its own
     assert type(tiny_llama.model.norm).__name__ == "FusedLlamaRMSNorm"
     assert isinstance(
-        tiny_llama.model.norm, importlib.import_module("transformers.models.llama.modeling_llama").LlamaRMSNorm
+        tiny_llama.model.norm,
+        importlib.import_module("transformers.models.llama.modeling_llama").LlamaRMSNorm,
     )
     assert fusion.fuse(tiny_llama).norms == 0  # twice is once
 
@@ -94,10 +96,16 @@ def test_a_llama(tiny_llama: LlamaForCausalLM):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_attentions_of_many_families(family: str, dtype: torch.dtype):
-    """Two rows with and without the fused rotation, a window where the family has one: outputs and gradients."""
+    """Two rows with and without the fused rotation, a window where the family has one: outputs and
+    gradients."""
     import transformers
 
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     more = {"use_sliding_window": True, "max_window_layers": 1} if family.startswith("Qwen") else {}
     config = getattr(transformers, f"{family}Config")(
         **shape, num_key_value_heads=2, head_dim=16, vocab_size=99, sliding_window=5, **more
@@ -106,13 +114,15 @@ def test_attentions_of_many_families(family: str, dtype: torch.dtype):
     model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
     model.config.dtype = dtype
     model.config.use_cache = False
-    ids, bounds = torch.arange(24)[None], torch.tensor([0, 9, 24], dtype=torch.int32)
+    ids, cu_seqlens = torch.arange(24)[None], torch.tensor([0, 9, 24], dtype=torch.int32)
     positions = torch.cat((torch.arange(9), torch.arange(15)))[None]
 
     def run() -> tuple[Tensor, Tensor]:
         model.zero_grad()
-        with segments(model):
-            hidden = model.model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds).last_hidden_state
+        with packed(model):
+            hidden = model.model(
+                input_ids=ids, position_ids=positions, cu_seq_lens_q=cu_seqlens
+            ).last_hidden_state
         (hidden.float().flatten() * torch.linspace(-1, 1, hidden.numel())).sum().backward()
         return hidden.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()
 
@@ -121,7 +131,9 @@ def test_attentions_of_many_families(family: str, dtype: torch.dtype):
     for mine, theirs in zip(run(), expected, strict=True):
         assert fusion._near(mine, theirs, {torch.float32: 2e-4, torch.bfloat16: 0.03}[dtype])
     # with a cache, or another attention, it is the model's own
-    torch.testing.assert_close(model.generate(ids[:, :5], max_new_tokens=3, do_sample=False).shape, torch.Size([1, 8]))
+    torch.testing.assert_close(
+        model.generate(ids[:, :5], max_new_tokens=3, do_sample=False).shape, torch.Size([1, 8])
+    )
 
 
 @needs_library
@@ -142,7 +154,11 @@ class OddRMSNorm(nn.Module):
         self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-6
 
     def forward(self, hidden_states):
-        return self.weight * hidden_states / (hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight
+            * hidden_states
+            / (hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
 
 @needs_library
@@ -155,9 +171,10 @@ def test_an_unknown_form_is_left_alone():
 
 @needs_library
 def test_a_kind_that_differs_is_left_alone(monkeypatch: pytest.MonkeyPatch):
-    """A form recognized wrongly (Gemma's taken for one without the 1) must not pass the comparison."""
-    text, _ = normal_form(type(norm("gemma", "GemmaRMSNorm")).forward)
-    helper, _ = normal_form(type(norm("gemma", "GemmaRMSNorm"))._norm)  # pyright: ignore[reportAttributeAccessIssue]
+    """A form recognized wrongly (Gemma's taken for one without the 1) must not pass the
+    comparison."""
+    text, _ = normalized_source(type(norm("gemma", "GemmaRMSNorm")).forward)
+    helper, _ = normalized_source(type(norm("gemma", "GemmaRMSNorm"))._norm)  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(_NORMS, _digest(f"{text}\n--\n{helper}"), (0.0, False))
     module = norm("gemma", "GemmaRMSNorm")
     own = type(module)
@@ -213,7 +230,11 @@ def test_two_hundred_steps_with_and_without(stories: Path, alpaca: Path, tmp_pat
         assert len(losses) == 200
         return losses.view(10, 20).mean(1), run.read(EVALS)[-1]["loss"]
 
-    fast, plain, other = curve("fast", "cpp", 1), curve("plain", "torch", 1), curve("other", "cpp", 2)
+    fast, plain, other = (
+        curve("fast", "cpp", 1),
+        curve("plain", "torch", 1),
+        curve("other", "cpp", 2),
+    )
     print(
         "mean losses of 20 steps:",
         *(c[0].tolist() for c in (fast, plain, other)),

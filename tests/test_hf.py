@@ -1,4 +1,5 @@
-"""`optimize` on real bitsandbytes and PEFT, `MemoryCallback` in a real Trainer, the article's script in real TRL."""
+"""`optimize` on real bitsandbytes and PEFT, `MemoryCallback` in a real Trainer, the article's
+script in real TRL."""
 
 import json
 import os
@@ -29,7 +30,9 @@ peft: Any = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 ARTICLE = Path(__file__).parent.parent / "examples" / "article.py"
 ROOT = Path(__file__).parent.parent
-needs_library = pytest.mark.skipif(cpu.active() is None, reason="without the C++ library nothing is replaced")
+needs_library = pytest.mark.skipif(
+    cpu.active() is None, reason="without the C++ library nothing is replaced"
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +52,14 @@ def adapted(path: Path, dtype: torch.dtype, prepare: bool = False, **options: An
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
-    model: Any = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=quantization, dtype=dtype
+    )
     if prepare:
         model = peft.prepare_model_for_kbit_training(model)
     torch.manual_seed(0)
@@ -66,7 +74,10 @@ def adapted(path: Path, dtype: torch.dtype, prepare: bool = False, **options: An
 
 def checkpointing(model: Any) -> Any:
     """What switches it on; newer transformers renamed it, and warns at the older name."""
-    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    return (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
 
 
 IDS = torch.arange(5, 45).view(2, 20) * 3 % 160
@@ -77,7 +88,9 @@ def outcome(model: Any, ids: Tensor = IDS, **inputs: Any) -> tuple[Tensor, dict[
     model.zero_grad(set_to_none=True)
     result = model(input_ids=ids, labels=ids, **inputs)
     result.loss.backward()
-    return result.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return result.logits.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -88,7 +101,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("where", ["whole rows", "padded", "one row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_and_gradients_are_the_scripts(checkpoint: Path, dtype: torch.dtype, where: str):
-    """In fp32 within rounding of fp32; in bf16 no further from the fp32 result than the script's own are."""
+    """In fp32 within rounding of fp32; in bf16 no further from the fp32 result than the script's
+    own are."""
     ids = IDS[:1] if where == "one row" else IDS
     mask = torch.ones_like(ids)
     if where == "padded":
@@ -110,16 +124,24 @@ def test_results_and_gradients_are_the_scripts(checkpoint: Path, dtype: torch.dt
         ours = halfbyte.optimize(theirs, say=said.append)
         our_logits, our_grads = outcome(ours, ids, **inputs)
     real = mask.bool()
-    assert difference(our_logits[real], logits[real]) < 1.2 * difference(their_logits[real], logits[real]) + 2**-9
+    assert (
+        difference(our_logits[real], logits[real])
+        < 1.2 * difference(their_logits[real], logits[real]) + 2**-9
+    )
     for name, grad in grads.items():
-        assert difference(our_grads[name], grad) < 2 * difference(their_grads[name], grad) + 2**-7, name
-    one, two, three = (torch.cat([g[name].view(-1) for name in grads]) for g in (our_grads, their_grads, grads))
+        assert (
+            difference(our_grads[name], grad) < 2 * difference(their_grads[name], grad) + 2**-7
+        ), name
+    one, two, three = (
+        torch.cat([g[name].view(-1) for name in grads]) for g in (our_grads, their_grads, grads)
+    )
     assert difference(one, three) < 1.2 * difference(two, three) + 2**-9
 
 
 @needs_library
 def test_gradients_after_an_evaluation_are_those_before(checkpoint: Path):
-    """bitsandbytes 0.50 packs weights anew for inference on CPUs, and trains on with the wrong ones."""
+    """bitsandbytes 0.50 packs weights anew for inference on CPUs, and trains on with the wrong
+    ones."""
     model = halfbyte.optimize(adapted(checkpoint, torch.bfloat16).train(), say=lambda line: None)
     _, before = outcome(model)
     model.eval()
@@ -140,8 +162,8 @@ def test_gradients_after_an_evaluation_are_those_before(checkpoint: Path):
 @needs_library
 @pytest.mark.parametrize("kept", ["none", "all", "auto"])
 def test_checkpointed_layers_draw_the_same_masks_again(checkpoint: Path, kept: str):
-    """With dropout, under autocast: the gradients with and without checkpointing are the same bits, whatever is
-    kept, and of the script's own checkpointing nothing is left."""
+    """With dropout, under autocast: the gradients with and without checkpointing are the same bits,
+    whatever is kept, and of the script's own checkpointing nothing is left."""
     model = adapted(checkpoint, torch.bfloat16, lora_dropout=0.3).train()
     halfbyte.optimize(model, kept_activations=kept, say=lambda line: None)
     runs = []
@@ -154,7 +176,9 @@ def test_checkpointed_layers_draw_the_same_masks_again(checkpoint: Path, kept: s
             runs.append(outcome(model)[1])
             runs.append(outcome(model)[1])
     first, second, again, more = runs
-    assert any(not torch.equal(first[name], second[name]) for name in first), "masks differ from pass to pass"
+    assert any(not torch.equal(first[name], second[name]) for name in first), (
+        "masks differ from pass to pass"
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(torch.equal(second[name], more[name]) for name in first)
 
@@ -167,7 +191,9 @@ def test_what_peft_does_with_a_model_goes_on(checkpoint: Path, tmp_path: Path):
     before = dict(model.state_dict())
     halfbyte.optimize(model, say=lambda line: None)
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(after[name], value) for name, value in before.items()
+    )
     for each in (plain, model):
         torch.manual_seed(3)
         each.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
@@ -192,12 +218,17 @@ def test_what_peft_does_with_a_model_goes_on(checkpoint: Path, tmp_path: Path):
     both(lambda each: each.unmerge_adapter())
     saved = [tmp_path / name / "adapter_model.safetensors" for name in ("True", "False")]
     assert saved[0].read_bytes() == saved[1].read_bytes()
-    both(lambda each: each.base_model.merge_and_unload() if each is not model else each.merge_adapter())
+    both(
+        lambda each: (
+            each.base_model.merge_and_unload() if each is not model else each.merge_adapter()
+        )
+    )
 
 
 @needs_library
 def test_modules_that_something_else_runs_are_left_and_counted(checkpoint: Path):
-    """accelerate's hooks put a forward of their own on a module: another class would change nothing."""
+    """accelerate's hooks put a forward of their own on a module: another class would change
+    nothing."""
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     model = adapted(checkpoint, torch.float32).train()
@@ -208,7 +239,9 @@ def test_modules_that_something_else_runs_are_left_and_counted(checkpoint: Path)
     said: list[str] = []
     halfbyte.optimize(model, say=said.append)
     assert any(f"left as they are: {len(hooked)} modules" in line for line in said)
-    assert "fused: 2 rotary embeddings" in said[0] and not any(isinstance(m, fusion.FusedNorm) for m in hooked)
+    assert "fused: 2 rotary embeddings" in said[0] and not any(
+        isinstance(m, fusion.FusedNorm) for m in hooked
+    )
     _, found = outcome(model)
     assert all(difference(found[name], grad) < 1e-4 for name, grad in expected.items())
 
@@ -222,8 +255,8 @@ def test_a_gpu_without_triton_leaves_the_model_and_says_why(monkeypatch: pytest.
 
 @needs_library
 def test_what_is_added_after_optimizing_is_not_skipped(checkpoint: Path):
-    """A layer's last product is not computed again where nothing depends on it; a DoRA adapter, an adapter that was not
-    there, or a hook added later depend on it."""
+    """A layer's last product is not computed again where nothing depends on it; a DoRA adapter, an
+    adapter that was not there, or a hook added later depend on it."""
 
     def with_more(model: Any) -> Any:
         torch.manual_seed(4)
@@ -240,7 +273,9 @@ def test_what_is_added_after_optimizing_is_not_skipped(checkpoint: Path):
 
     exact = with_more(adapted(checkpoint, torch.float32, target_modules=["q_proj"]))
     _, expected = outcome(exact)
-    model = halfbyte.optimize(adapted(checkpoint, torch.float32, target_modules=["q_proj"]), say=lambda line: None)
+    model = halfbyte.optimize(
+        adapted(checkpoint, torch.float32, target_modules=["q_proj"]), say=lambda line: None
+    )
     model = with_more(model)
     checkpointing(model)({"use_reentrant": False})
     _, grads = outcome(model)
@@ -257,12 +292,18 @@ def test_optimizing_leaves_no_trace_and_can_be_repeated(checkpoint: Path):
     before = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in inner.modules()]
     hooked = hasattr(inner, "_require_grads_hook") or hasattr(inner, "_require_grads_hooks")
     halfbyte.optimize(model, say=lambda line: None)
-    assert [(m.training, getattr(m, "gradient_checkpointing", None)) for m in inner.modules()] == before
-    assert (hasattr(inner, "_require_grads_hook") or hasattr(inner, "_require_grads_hooks")) == hooked
+    assert [
+        (m.training, getattr(m, "gradient_checkpointing", None)) for m in inner.modules()
+    ] == before
+    assert (
+        hasattr(inner, "_require_grads_hook") or hasattr(inner, "_require_grads_hooks")
+    ) == hooked
     logits, grads = outcome(model.train())
     said: list[str] = []
     again, again_grads = outcome(halfbyte.optimize(model, kept_activations="none", say=said.append))
-    assert torch.equal(again, logits) and all(torch.equal(again_grads[name], grads[name]) for name in grads)
+    assert torch.equal(again, logits) and all(
+        torch.equal(again_grads[name], grads[name]) for name in grads
+    )
     checkpointing(model)({"use_reentrant": False})
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward(retain_graph=True)
@@ -272,10 +313,13 @@ def test_optimizing_leaves_no_trace_and_can_be_repeated(checkpoint: Path):
 
 @needs_library
 def test_a_prepared_script_runs_in_its_compute_type(checkpoint: Path):
-    """As the same script without `prepare_model_for_kbit_training`; with a head that is trained whole, fp32 stays."""
+    """As the same script without `prepare_model_for_kbit_training`; with a head that is trained
+    whole, fp32 stays."""
     exact, _ = outcome(adapted(checkpoint, torch.float32).train())
     unprepared, _ = outcome(adapted(checkpoint, torch.bfloat16).train())
-    prepared = halfbyte.optimize(adapted(checkpoint, torch.bfloat16, prepare=True).train(), say=lambda line: None)
+    prepared = halfbyte.optimize(
+        adapted(checkpoint, torch.bfloat16, prepare=True).train(), say=lambda line: None
+    )
     found, _ = outcome(prepared)
     assert difference(found, exact) < 1.2 * difference(unprepared, exact) + 2**-9
     whole = adapted(checkpoint, torch.bfloat16, prepare=True, modules_to_save=["lm_head"]).train()
@@ -293,7 +337,11 @@ def test_upcasts_are_undone_where_nothing_is_lost(checkpoint: Path):
     model = adapted(checkpoint, torch.bfloat16, prepare=True)
     said: list[str] = []
     halfbyte.optimize(model, say=said.append)
-    frozen = {p.dtype for name, p in model.named_parameters() if "lora_" not in name and p.dtype != torch.uint8}
+    frozen = {
+        p.dtype
+        for name, p in model.named_parameters()
+        if "lora_" not in name and p.dtype != torch.uint8
+    }
     assert frozen == {torch.bfloat16} and any("back from fp32" in line for line in said)
     for name, p in model.named_parameters():
         if "lora_" in name:
@@ -340,10 +388,19 @@ def test_the_loss_is_transformers(dtype: torch.dtype):
     torch.manual_seed(0)
     labels = torch.randint(0, 50, (2, 9))
     labels[0, :4] = -100
-    for settings in ({}, {"num_items_in_batch": torch.tensor(7)}, {"num_items_in_batch": 5}, {"shift_labels": labels}):
+    for settings in (
+        {},
+        {"num_items_in_batch": torch.tensor(7)},
+        {"num_items_in_batch": 5},
+        {"shift_labels": labels},
+    ):
         results = []
         for function in (ForCausalLMLoss, causal_lm_loss):
-            logits = torch.randn(2, 9, 50, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+            logits = (
+                torch.randn(2, 9, 50, generator=torch.Generator().manual_seed(1))
+                .to(dtype)
+                .requires_grad_()
+            )
             loss = function(logits, labels, 50, **settings)
             loss.backward()
             results.append((loss.detach(), logits.grad))
@@ -357,8 +414,9 @@ def test_the_loss_is_transformers(dtype: torch.dtype):
 @needs_library
 @pytest.mark.slow
 def test_a_hundred_steps_learn_as_the_script_does():
-    """The built-in model on the demo's orders, dropout 0.05, bf16 autocast, 8-bit AdamW of bitsandbytes: the loss, ten
-    steps at a time, is as far from the script's as the script's own is with another seed."""
+    """The built-in model on the demo's orders, dropout 0.05, bf16 autocast, 8-bit AdamW of
+    bitsandbytes: the loss, ten steps at a time, is as far from the script's as the script's own is
+    with another seed."""
     import bitsandbytes
 
     from halfbyte.cli import orders
@@ -371,21 +429,27 @@ def test_a_hundred_steps_learn_as_the_script_does():
     ids = [torch.tensor(tokenizer(text)["input_ids"][:64]) for text in texts]
 
     def losses(seed: int, optimized: bool) -> Tensor:
-        model = adapted(path, torch.bfloat16, prepare=True, r=8, lora_alpha=16, lora_dropout=0.05).train()
+        model = adapted(
+            path, torch.bfloat16, prepare=True, r=8, lora_alpha=16, lora_dropout=0.05
+        ).train()
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 nn.init.zeros_(p)
         if optimized:
             halfbyte.optimize(model, say=lambda line: None)
         checkpointing(model)({"use_reentrant": False})
-        optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        optimizer = bitsandbytes.optim.AdamW8bit(
+            [p for p in model.parameters() if p.requires_grad], lr=2e-3
+        )
         torch.manual_seed(seed)
         found = []
         for step in range(100):
             batch = nn.utils.rnn.pad_sequence(ids[4 * step : 4 * step + 4], True, 0)
             labels = batch.masked_fill(batch == 0, -100)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=batch, attention_mask=(batch != 0).long(), labels=labels).loss
+                loss = model(
+                    input_ids=batch, attention_mask=(batch != 0).long(), labels=labels
+                ).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -395,7 +459,11 @@ def test_a_hundred_steps_learn_as_the_script_does():
     theirs, other_seed, ours = losses(1, False), losses(2, False), losses(1, True)
     assert theirs[-1] < 0.7 * theirs[0]
     noise = float((theirs - other_seed).abs().max())
-    assert float((ours - theirs).abs().max()) < 2 * noise + 0.01 * float(theirs[-1]), (theirs, other_seed, ours)
+    assert float((ours - theirs).abs().max()) < 2 * noise + 0.01 * float(theirs[-1]), (
+        theirs,
+        other_seed,
+        ours,
+    )
 
 
 def trainer_of(model: Any, output: Path, rows: int = 8, **settings: Any) -> Any:
@@ -404,45 +472,66 @@ def trainer_of(model: Any, output: Path, rows: int = 8, **settings: Any) -> Any:
     callbacks = settings.pop("callbacks", [])
     optimizer = settings.pop("optimizer", None)
     data = [{"input_ids": IDS[i % 2], "labels": IDS[i % 2]} for i in range(rows)]
-    options = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no"}
-    args = TrainingArguments(str(output), use_cpu=True, report_to=[], disable_tqdm=True, **{**options, **settings})
-    return Trainer(model, args, train_dataset=data, callbacks=callbacks, optimizer_cls_and_kwargs=optimizer)
+    options = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    args = TrainingArguments(
+        str(output), use_cpu=True, report_to=[], disable_tqdm=True, **{**options, **settings}
+    )
+    return Trainer(
+        model, args, train_dataset=data, callbacks=callbacks, optimizer_cls_and_kwargs=optimizer
+    )
 
 
 def test_memory_is_measured_beside_the_plan(checkpoint: Path, tmp_path: Path):
-    """It writes its file; first of all callbacks, trackers log it; our optimizer goes through the Trainer's door."""
+    """It writes its file; first of all callbacks, trackers log it; our optimizer goes through the
+    Trainer's door."""
     plan = halfbyte.plan(str(checkpoint), max_length=20, per_device_train_batch_size=2, lora_r=4)
     said: list[str] = []
     callback = halfbyte.MemoryCallback(plan, say=said.append)
     optimizer = (halfbyte.PagedAdamW8bit, {"lr": 1e-2})
     trainer = trainer_of(
-        adapted(checkpoint, torch.bfloat16), tmp_path, callbacks=[callback], optimizer=optimizer, bf16=True
+        adapted(checkpoint, torch.bfloat16),
+        tmp_path,
+        callbacks=[callback],
+        optimizer=optimizer,
+        bf16=True,
     )
     seen: list[dict[str, Any]] = []
 
     class Tracker(optimize.TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any
+        ) -> None:
             seen.append(dict(logs))
 
     trainer.add_callback(Tracker())
-    assert callback.first_in(trainer) is callback and trainer.callback_handler.callbacks[0] is callback
+    assert (
+        callback.first_in(trainer) is callback and trainer.callback_handler.callbacks[0] is callback
+    )
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, halfbyte.PagedAdamW8bit)
     rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
     assert rows[0]["phase"] == "step" and rows[0]["measured_bytes"] > 1 << 20
     assert rows[0]["planned_bytes"] == plan.phases["step"]
     logged = [row for row in seen if "loss" in row]
-    assert len(logged) == 3 and all(row["memory_planned_bytes"] == plan.phases["step"] for row in logged)
+    assert len(logged) == 3 and all(
+        row["memory_planned_bytes"] == plan.phases["step"] for row in logged
+    )
     assert all(row["memory_bytes"] > 1 << 20 for row in logged)
     assert said and "planned" in said[-1]
     assert logged[-1]["loss"] < logged[0]["loss"]
 
 
-# --- the article ------------------------------------------------------------------------------------------------------
+# --- the article ----------------------------------------------------------------------------------
 
 
 def code_lines(text: str) -> list[str]:
-    """Lines of code without comments, indentation and differences of spacing; statements of imports apart."""
+    """Lines of code without comments, indentation and differences of spacing; statements of imports
+    apart."""
     found = []
     for line in text.splitlines():
         code = re.sub(r"\s+", " ", line.split("#")[0]).strip()
@@ -459,7 +548,10 @@ def test_at_most_four_lines_of_the_article_are_changed():
     start = text.index("import torch\nfrom transformers")
     theirs = code_lines(text[start : text.index("Recorramos", start)])
     source = ARTICLE.read_text().split('"""')[2]
-    ours = [re.sub(r"SFTConfig, SFTTrainer", "SFTTrainer, SFTConfig", line) for line in code_lines(source)]
+    ours = [
+        re.sub(r"SFTConfig, SFTTrainer", "SFTTrainer, SFTConfig", line)
+        for line in code_lines(source)
+    ]
     left_open = [line for line in ours if "load_dataset" in line]  # the article has no data
     assert len(left_open) == 2
     changed = [line for line in ours if line not in theirs and line not in left_open]
@@ -467,20 +559,31 @@ def test_at_most_four_lines_of_the_article_are_changed():
     assert [line for line in theirs if line not in ours] == ["max_seq_length=512,"]
     rest = [line for line in ours if line in theirs]
     imports = sum(line.startswith(("import", "from")) for line in rest)
-    assert rest[imports:] == [line for line in theirs[imports:] if line in ours], "in the article's order"
+    assert rest[imports:] == [line for line in theirs[imports:] if line in ours], (
+        "in the article's order"
+    )
 
 
 @needs_library
 def test_the_articles_script_runs_to_the_end(stories: Path, tmp_path: Path):
-    """As it stands, but for the model's name: real bitsandbytes, PEFT and TRL, planned, optimized, trained, saved."""
+    """As it stands, but for the model's name: real bitsandbytes, PEFT and TRL, planned, optimized,
+    trained, saved."""
     pytest.importorskip("trl")
-    rows = [{"text": f"Once upon a time there was a {word}. " * 6} for word in "cat dog bird frog".split() * 5]
+    rows = [
+        {"text": f"Once upon a time there was a {word}. " * 6}
+        for word in "cat dog bird frog".split() * 5
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     text = ARTICLE.read_text().replace('"meta-llama/Llama-2-70b-hf"', repr(str(stories)))
     (tmp_path / "article.py").write_text(text.replace("logging_steps=10", "logging_steps=1"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, "article.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "article.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "35 LoRA layers" in done.stderr and "trainable params" in done.stdout

@@ -1,4 +1,5 @@
-"""The adapter: gradients against an unquantized twin and autograd, dropout from counters, files against PEFT."""
+"""The adapter: gradients against an unquantized twin and autograd, dropout from counters, files
+against PEFT."""
 
 import pytest
 import torch
@@ -12,14 +13,18 @@ from halfbyte.errors import UsageError
 from halfbyte.ops import cpu
 
 
-def adapted(config: AdapterConfig, *, quantized: bool, dtype: torch.dtype = torch.float32) -> LoraLinear:
+def adapted(
+    config: AdapterConfig, *, quantized: bool, dtype: torch.dtype = torch.float32
+) -> LoraLinear:
     """One layer; unquantized it holds the dequantized weight: the twin."""
     torch.manual_seed(3)
     layer = nn.Linear(96, 40)
     q = nf4.quantize(layer.weight.data).with_dtype(dtype)
     layer.weight = nn.Parameter(q if quantized else q.dequantize(dtype), requires_grad=False)
     layer.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
-    made = LoraLinear.from_linear(layer, config, 5, DropoutClock(7, 3, 1), torch.Generator().manual_seed(0))
+    made = LoraLinear.from_linear(
+        layer, config, 5, DropoutClock(7, 3, 1), torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         made.lora_B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     return made
@@ -47,7 +52,8 @@ def test_equals_the_twin_bit_for_bit(dtype: torch.dtype, dropout: float):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_library_gives_the_twins_numbers(dtype: torch.dtype, dropout: float):
-    """Sums in another order, then one rounding to the dtype on either side; du and u carry a rounding each, too."""
+    """Sums in another order, then one rounding to the dtype on either side; du and u carry a
+    rounding each, too."""
     config = AdapterConfig(4, 8, dropout)
     ours = gradients(adapted(config, quantized=True, dtype=dtype), dtype)
     twin = gradients(adapted(config, quantized=False, dtype=dtype), dtype)
@@ -58,7 +64,8 @@ def test_the_library_gives_the_twins_numbers(dtype: torch.dtype, dropout: float)
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_gradients_equal_autograds(rslora: bool):
-    """The hand-written backward against autograd on the formula, in fp64 terms: fp32 rounding only."""
+    """The hand-written backward against autograd on the formula, in fp64 terms: fp32 rounding
+    only."""
     config = AdapterConfig(4, 8, 0.25, rslora)
     layer = adapted(config, quantized=True)
     ours = gradients(layer, torch.float32)
@@ -79,7 +86,8 @@ def test_gradients_equal_autograds(rslora: bool):
 
 
 def test_evaluation_does_not_disturb_training():
-    """A peer's gradients are wrong after one evaluation; here train, eval, train gives the same bits."""
+    """A peer's gradients are wrong after one evaluation; here train, eval, train gives the same
+    bits."""
     layer = adapted(AdapterConfig(4, 8, 0.1), quantized=True)
     before = gradients(layer.train(), torch.float32)
     layer.zero_grad()
@@ -90,7 +98,7 @@ def test_evaluation_does_not_disturb_training():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 
 def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
@@ -114,13 +122,17 @@ def test_masks_are_philox():
     for block in range(13):
         words = philox_in_python([block, layer, micro, step], [seed & 0xFFFFFFFF, seed >> 32])
         expected += [half >= threshold for word in words for half in (word & 0xFFFF, word >> 16)]
-    mask = ops.dropout_mask(n, ops.Dropout(threshold, seed, step, micro, layer), torch.device("cpu"))
+    mask = ops.dropout_mask(
+        n, ops.Dropout(threshold, seed, step, micro, layer), torch.device("cpu")
+    )
     assert mask.tolist() == expected[:n]
 
 
 def test_masks_do_not_depend_on_how_much_is_asked_for():
     long = ops.dropout_mask(600_000, ops.Dropout(3277, 1, 2, 3, 4), torch.device("cpu"))
-    assert torch.equal(ops.dropout_mask(1000, ops.Dropout(3277, 1, 2, 3, 4), torch.device("cpu")), long[:1000])
+    assert torch.equal(
+        ops.dropout_mask(1000, ops.Dropout(3277, 1, 2, 3, 4), torch.device("cpu")), long[:1000]
+    )
     share = 1 - 3277 / 65536
     # five standard deviations of a binomial of 600,000
     assert abs(float(long.float().mean()) - share) < 5 * (share * (1 - share) / 600_000) ** 0.5

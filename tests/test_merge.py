@@ -27,11 +27,21 @@ from halfbyte.run.directory import Run
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A short training of the built-in model, rows held out."""
     home = tmp_path_factory.mktemp("merge")
-    lines = [{"prompt": f"{i} teas and {i % 7} buns", "completion": f"{i % 7} buns, {i} cups"} for i in range(80)]
+    lines = [
+        {"prompt": f"{i} teas and {i % 7} buns", "completion": f"{i % 7} buns, {i} cups"}
+        for i in range(80)
+    ]
     (home / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options: dict[str, Any] = {"max_steps": 20, "num_samples": 0, "learning_rate": 2e-3, "eval_split": 10}
+    options: dict[str, Any] = {
+        "max_steps": 20,
+        "num_samples": 0,
+        "learning_rate": 2e-3,
+        "eval_split": 10,
+    }
     options |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
-    return halfbyte.train(model="demo", data=str(home / "rows.jsonl"), output_dir=str(home / "run"), **options)
+    return halfbyte.train(
+        model="demo", data=str(home / "rows.jsonl"), output_dir=str(home / "run"), **options
+    )
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -40,38 +50,68 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def test_a_receipt_compares_both_bases_on_held_out_rows(run: Run, tmp_path: Path):
-    receipts = {onto: halfbyte.merge(run.path, tmp_path / onto, onto=onto) for onto in ("trained", "original")}
+    receipts = {
+        onto: halfbyte.merge(run.path, tmp_path / onto, onto=onto)
+        for onto in ("trained", "original")
+    }
     for onto, receipt in receipts.items():
         assert receipt.onto == onto and receipt.rows_are == "held out" and receipt.rows == 10
         assert receipt.comparisons.keys() == {"trained", "original"}
-        assert receipt.recommended == min(receipt.comparisons, key=lambda name: receipt.comparisons[name].kl)
+        assert receipt.recommended == min(
+            receipt.comparisons, key=lambda name: receipt.comparisons[name].kl
+        )
         text = (tmp_path / onto / "README.md").read_text()
         assert f"onto {onto} (this one)" in text and run.info()["base"]["digest"] in text
-        assert run.info()["data"]["sha256"] in text and "GiB planned" in text and "GiB measured" in text
+        assert (
+            run.info()["data"]["sha256"] in text
+            and "GiB planned" in text
+            and "GiB measured" in text
+        )
         assert front_matter(text)["library_name"] == "transformers"
-        assert json.loads((tmp_path / onto / "merge.json").read_text())["recommended"] == receipt.recommended
+        assert (
+            json.loads((tmp_path / onto / "merge.json").read_text())["recommended"]
+            == receipt.recommended
+        )
     a, b = receipts["trained"], receipts["original"]
     assert a.comparisons == b.comparisons, "whichever is kept"
     trained, original = a.comparisons["trained"], a.comparisons["original"]
     assert trained.kl < original.kl and a.recommended == "trained"
-    assert trained.greedy_agreement >= 0.99 and trained.loss == pytest.approx(a.running_loss, abs=2e-3)
+    assert trained.greedy_agreement >= 0.99 and trained.loss == pytest.approx(
+        a.running_loss, abs=2e-3
+    )
     # the run's own evaluation of the same rows, in bf16
     assert a.running_loss == pytest.approx(run.read("eval.jsonl")[-1]["loss"], abs=0.03)
 
 
 def test_a_run_on_an_unquantized_or_a_4_bit_base_merges_too(run: Run, tmp_path: Path):
-    """Requantized it is in 4 bits, whatever it was trained on; a 4-bit base held in 16 bits merges as it is stored."""
+    """Requantized it is in 4 bits, whatever it was trained on; a 4-bit base held in 16 bits merges
+    as it is stored."""
     data = run.info()["data"]["source"]
     assert cli(["quantize", "demo", "-o", str(tmp_path / "q")]) == 0
-    assert cli(["quantize", str(tmp_path / "q"), "-o", str(tmp_path / "again")]) == 2, "it is in 4 bits already"
-    options: dict[str, Any] = {"max_steps": 2, "num_samples": 0, "load_in_4bit": False, "data": data}
+    assert cli(["quantize", str(tmp_path / "q"), "-o", str(tmp_path / "again")]) == 2, (
+        "it is in 4 bits already"
+    )
+    options: dict[str, Any] = {
+        "max_steps": 2,
+        "num_samples": 0,
+        "load_in_4bit": False,
+        "data": data,
+    }
     for model in ("demo", str(tmp_path / "q")):
         out = tmp_path / model.rpartition("/")[2]
         out = out.with_name(f"{out.name}-run")
-        found = halfbyte.train(model=model, output_dir=str(out), rank_pattern={"v_proj": 4}, **options)
+        found = halfbyte.train(
+            model=model, output_dir=str(out), rank_pattern={"v_proj": 4}, **options
+        )
         card = (found.adapter / "README.md").read_text()
-        assert "as it is in 4 bits" not in card and "rank_pattern" in card and str(tmp_path) not in card
-        receipt = halfbyte.merge(out, out.with_name("m"), requantize=True, min_survival=0, min_agreement=0.95)
+        assert (
+            "as it is in 4 bits" not in card
+            and "rank_pattern" in card
+            and str(tmp_path) not in card
+        )
+        receipt = halfbyte.merge(
+            out, out.with_name("m"), requantize=True, min_survival=0, min_agreement=0.95
+        )
         assert list(receipt.comparisons) == ["trained", "trained, requantized"]
         assert receipt.comparisons["trained, requantized"].kl > receipt.comparisons["trained"].kl
         entries = read_header(out.with_name("m") / "model.safetensors")
@@ -79,7 +119,9 @@ def test_a_run_on_an_unquantized_or_a_4_bit_base_merges_too(run: Run, tmp_path: 
         assert str(tmp_path) not in (out.with_name("m") / "README.md").read_text()
         shutil.rmtree(out.with_name("m"))
     with pytest.raises(UsageError, match="matches no adapted layer"):
-        halfbyte.train(model="demo", output_dir=str(tmp_path / "x"), rank_pattern={"nosuch": 4}, **options)
+        halfbyte.train(
+            model="demo", output_dir=str(tmp_path / "x"), rank_pattern={"nosuch": 4}, **options
+        )
 
 
 def test_changed_data_is_not_called_held_out(run: Run, tmp_path: Path):
@@ -90,10 +132,14 @@ def test_changed_data_is_not_called_held_out(run: Run, tmp_path: Path):
         receipt = halfbyte.merge(run.path, tmp_path / "m", say=said.append)
     finally:
         source.write_text(before)
-    assert receipt.rows_are == "of the data as it is now" and any("has changed" in line for line in said)
+    assert receipt.rows_are == "of the data as it is now" and any(
+        "has changed" in line for line in said
+    )
 
 
-def test_without_room_for_the_other_merge_it_is_not_compared(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_room_for_the_other_merge_it_is_not_compared(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     module = sys.modules["halfbyte.exporters.merge"]
     honest = module._write
 
@@ -119,7 +165,12 @@ def test_the_adapter_has_a_card(run: Run):
         "pipeline_tag": "text-generation",
         "tags": ["halfbyte", "lora", "qlora"],
     }, "the built-in model has no name on the Hub"
-    for fact in (info["base"]["digest"], info["data"]["sha256"], info["template_sha256"], "PeftModel.from_pretrained"):
+    for fact in (
+        info["base"]["digest"],
+        info["data"]["sha256"],
+        info["template_sha256"],
+        "PeftModel.from_pretrained",
+    ):
         assert fact in text
     assert "70 rows" in text and "held-out loss" in text and "r 16, alpha 32" in text
 
@@ -131,7 +182,16 @@ def test_requantizing_is_refused_with_the_figure_and_done_where_it_is_accepted(
         halfbyte.merge(run.path, tmp_path / "m", requantize=True)
     assert caught.value.exit_code == 8 and "proj" in caught.value.where
     assert not list(tmp_path.iterdir()), "nothing is left"
-    command = ["merge", str(run.path), "-o", str(tmp_path / "m"), "--requantize", "--min_survival", "0", "--json"]
+    command = [
+        "merge",
+        str(run.path),
+        "-o",
+        str(tmp_path / "m"),
+        "--requantize",
+        "--min_survival",
+        "0",
+        "--json",
+    ]
     assert cli(command) == 0
     found = json.loads(capsys.readouterr().out)
     least, middle, most = found["surviving"]
@@ -143,18 +203,24 @@ def test_requantizing_is_refused_with_the_figure_and_done_where_it_is_accepted(
     assert quantized_names(set(entries)), "it is stored in 4 bits"
     assert "of the adapter's effect survive" in (tmp_path / "m/README.md").read_text()
     model, tokenizer = halfbyte.load(tmp_path / "m")
-    assert tokenizer.chat_template and torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()
+    assert (
+        tokenizer.chat_template
+        and torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()
+    )
 
 
 @pytest.mark.parametrize("in_4bit", [True, False])
 def test_what_survives_rounding(in_4bit: bool):
-    """All of a change that is large beside the distance of levels, next to nothing of one that is small."""
+    """All of a change that is large beside the distance of levels, next to nothing of one that is
+    small."""
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
     linear = nn.Linear(256, 64, bias=False)
     held = quantize(weight).with_dtype(torch.float32) if in_4bit else weight
     linear.weight = nn.Parameter(held, requires_grad=False)
-    layer = LoraLinear.from_linear(linear, AdapterConfig(8, 8), 0, DropoutClock(), torch.Generator().manual_seed(0))
+    layer = LoraLinear.from_linear(
+        linear, AdapterConfig(8, 8), 0, DropoutClock(), torch.Generator().manual_seed(0)
+    )
     shares = []
     for size in (1e-4, 3.0):
         torch.nn.init.normal_(layer.lora_B, std=1.0, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,5 @@
-"""4-bit storage: bytes against bitsandbytes, values against fp64, the tensor subclass against an ordinary weight."""
+"""4-bit storage: bytes against bitsandbytes, values against fp64, the tensor subclass against an
+ordinary weight."""
 
 import copy
 import json
@@ -15,7 +16,12 @@ from halfbyte import codebooks, ops
 from halfbyte.errors import ModelError
 from halfbyte.files.safetensors import read_header, read_tensor
 from halfbyte.ops import cpu, dequantized
-from halfbyte.quantization.bnb_format import components, from_components, read_checkpoint, write_checkpoint
+from halfbyte.quantization.bnb_format import (
+    components,
+    from_components,
+    read_checkpoint,
+    write_checkpoint,
+)
 from halfbyte.quantization.tensor import NF4Tensor, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,7 +49,8 @@ def test_codes_and_scales_equal_bitsandbytes(quant_type: str, block_size: int, d
 
 
 def test_nested_codes_differ_at_near_ties_only():
-    """bitsandbytes looks codes up in 65,536 steps and sums the mean in another order: under 1 % of codes, by one."""
+    """bitsandbytes looks codes up in 65,536 steps and sums the mean in another order: under 1 % of
+    codes, by one."""
     w = random_weight((512, 4096), torch.float32)
     _, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     ours = quantize(w)
@@ -60,7 +67,10 @@ def test_their_nested_bytes_dequantize_bit_equal(dtype: torch.dtype):
         packed, state = bnb.quantize_4bit(
             random_weight(shape, dtype), blocksize=64, quant_type="nf4", compress_statistics=True
         )
-        stored = {"w": packed, **{f"w.{key}": value for key, value in state.as_dict(packed=True).items()}}
+        stored = {
+            "w": packed,
+            **{f"w.{key}": value for key, value in state.as_dict(packed=True).items()},
+        }
         ours = from_components("w", stored)
         assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state)), shape
 
@@ -70,13 +80,15 @@ def test_bitsandbytes_opens_ours():
     ours = quantize(w)
     parts = components("w", ours)
     state = bnb.QuantState.from_dict(
-        {key.removeprefix("w."): value for key, value in parts.items() if key != "w"}, device=torch.device("cpu")
+        {key.removeprefix("w."): value for key, value in parts.items() if key != "w"},
+        device=torch.device("cpu"),
     )
     assert torch.equal(bnb.dequantize_4bit(parts["w"], state), ours.dequantize())
 
 
 def test_layout_of_a_checkpoint(tmp_path: Path):
-    """Names, shapes and JSON keys in the order bitsandbytes writes them; reading back is bit-exact."""
+    """Names, shapes and JSON keys in the order bitsandbytes writes them; reading back is
+    bit-exact."""
     ours = quantize(random_weight((64, 172), torch.bfloat16))
     write_checkpoint(tmp_path / "model.safetensors", {"a.weight": ours, "b": torch.ones(3)})
     entries = read_header(tmp_path / "model.safetensors")
@@ -96,7 +108,14 @@ def test_layout_of_a_checkpoint(tmp_path: Path):
     assert set(back) == {"a.weight", "b"}
     restored = back["a.weight"]
     assert isinstance(restored, NF4Tensor)
-    for name in ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset"):
+    for name in (
+        "packed",
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        "nested_offset",
+    ):
         assert torch.equal(getattr(restored, name), getattr(ours, name)), name
 
 
@@ -117,7 +136,9 @@ def test_damaged_components_are_named():
     st.sampled_from(["nf4", "fp4", "nf4-article"]),
     st.integers(0, 2**31),
 )
-def test_every_weight_gets_its_nearest_level(n: int, block_size: int, double: bool, quant_type: str, seed: int):
+def test_every_weight_gets_its_nearest_level(
+    n: int, block_size: int, double: bool, quant_type: str, seed: int
+):
     """fp64 oracle: no level is nearer than the chosen one, up to rounding of the scaled weight."""
     w = torch.randn(n, generator=torch.Generator().manual_seed(seed))
     q = quantize(w, block_size=block_size, double_quant=double, quant_type=quant_type)
@@ -176,7 +197,7 @@ def test_wrong_arguments_are_named():
         ops.dequantize_4bit(q.parts, 128, torch.float32)
 
 
-# --- the subclass -----------------------------------------------------------------------------------------------------
+# --- the subclass ---------------------------------------------------------------------------------
 
 
 def quantized_linear(bias: bool = True) -> nn.Linear:
@@ -249,10 +270,12 @@ def test_operations_pass_opcheck():
     x = torch.randn(3, 64)
     torch.library.opcheck(torch.ops.halfbyte.linear_4bit, (x, *q.parts, 8, None, None, None))
     torch.library.opcheck(
-        torch.ops.halfbyte.linear_4bit, (x, *q.parts, 8, x[0, :8], torch.randn(3, 2), torch.randn(8, 2))
+        torch.ops.halfbyte.linear_4bit,
+        (x, *q.parts, 8, x[0, :8], torch.randn(3, 2), torch.randn(8, 2)),
     )
     torch.library.opcheck(
-        torch.ops.halfbyte.linear_4bit_input_grad, (torch.randn(3, 8), *q.parts, 64, None, None, [0] * 5)
+        torch.ops.halfbyte.linear_4bit_input_grad,
+        (torch.randn(3, 8), *q.parts, 64, None, None, [0] * 5),
     )
     torch.library.opcheck(torch.ops.halfbyte.quantize_4bit, (torch.randn(8, 64), q.quant_map, 64))
     torch.library.opcheck(torch.ops.halfbyte.dequantize_4bit, (*q.parts, torch.empty(512)))

@@ -19,7 +19,11 @@ trl: Any = pytest.importorskip("trl")
 def four_bit(**settings: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
-    given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    given = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
     return BitsAndBytesConfig(**{**given, **settings})
 
 
@@ -29,7 +33,12 @@ def sft(**settings: Any) -> Any:
 
 def test_the_articles_objects_say_what_they_say():
     lora = peft.LoraConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.05, bias="none", task_type="CAUSAL_LM"
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+        lora_dropout=0.05,
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     args = sft(
         num_train_epochs=1,
@@ -44,7 +53,11 @@ def test_the_articles_objects_say_what_they_say():
         save_steps=100,
         max_length=512,
     )
-    config = config_of(TrainConfig, ("model", "rows.jsonl", four_bit(bnb_4bit_use_double_quant=True), lora, args), {})
+    config = config_of(
+        TrainConfig,
+        ("model", "rows.jsonl", four_bit(bnb_4bit_use_double_quant=True), lora, args),
+        {},
+    )
     ours = TrainConfig(
         model="model",
         data="rows.jsonl",
@@ -74,12 +87,25 @@ def test_every_setting_is_taken_or_refused():
     found = options_of((lora,), ())
     assert found["target_modules"] == "q_proj,v_proj" and found["use_rslora"] and found["use_dora"]
     assert found["modules_to_save"] == "lm_head" and found["rank_pattern"] == {"v_proj": 2}
-    args = sft(warmup_steps=0.1, lr_scheduler_type="cosine", optim="adamw_torch", save_steps=0.5, max_steps=7)
+    args = sft(
+        warmup_steps=0.1,
+        lr_scheduler_type="cosine",
+        optim="adamw_torch",
+        save_steps=0.5,
+        max_steps=7,
+    )
     found = options_of((args,), ())
-    assert (found["warmup_ratio"], found["lr_scheduler_type"], found["optim"]) == (0.1, "cosine", "adamw_torch")
+    assert (found["warmup_ratio"], found["lr_scheduler_type"], found["optim"]) == (
+        0.1,
+        "cosine",
+        "adamw_torch",
+    )
     assert "save_steps" not in found and found["max_steps"] == 7
     found = options_of((sft(max_length=None, lr_scheduler_type="constant", warmup_steps=9),), ())
-    assert found["max_length"] > 10**6 and (found["warmup_steps"], found["warmup_ratio"]) == (0, 0.0)
+    assert found["max_length"] > 10**6 and (found["warmup_steps"], found["warmup_ratio"]) == (
+        0,
+        0.0,
+    )
     for things, what in (
         ((peft.LoraConfig(target_modules="all-linear", bias="all"),), "bias"),
         ((peft.LoraConfig(target_modules="all-linear", init_lora_weights="pissa"),), "pissa"),
@@ -104,11 +130,17 @@ def test_plan_train_and_load_take_them(stories: Path, tmp_path: Path):
     with pytest.raises(DoesNotFit):
         halfbyte.plan(str(stories), four_bit(), fit_to="1MiB").check()
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps({"prompt": "a", "completion": f" b{i}"}) for i in range(4)))
+    rows.write_text(
+        "\n".join(json.dumps({"prompt": "a", "completion": f" b{i}"}) for i in range(4))
+    )
     args = trl.SFTConfig(str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to=[], bf16=True)
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
     run = halfbyte.train(stories, rows, four_bit(), lora, args, num_samples=0)
-    assert (run.config().lora_r, run.config().dtype, run.config().bnb_4bit_use_double_quant) == (2, "bfloat16", False)
+    assert (run.config().lora_r, run.config().dtype, run.config().bnb_4bit_use_double_quant) == (
+        2,
+        "bfloat16",
+        False,
+    )
     ours = TrainConfig(model=str(stories), data="", max_length=256)
     assert halfbyte.plan(ours).fits and not halfbyte.plan(ours, fit_to="1MiB").fits
     assert config_of(TrainConfig, (ours, lora), {"max_steps": 3}).lora_r == 2

@@ -1,4 +1,5 @@
-"""Passes and attention: gradients of the plain-PyTorch meaning in fp64, the library beside it, and their contracts."""
+"""Passes and attention: gradients of the plain-PyTorch meaning in fp64, the library beside it, and
+their contracts."""
 
 import itertools
 
@@ -13,15 +14,23 @@ from halfbyte.ops import cpu, passes, rotary
 from halfbyte.ops.attention import _attention, _attention_grad
 
 BOUNDS = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
-FORMS = [ops.Form(0.5), ops.Form(0.3, window=2), ops.Form(0.7, softcap=2.0), ops.Form(0.4, 3, 1.5)]
+FORMATS = [
+    ops.AttentionParams(0.5),
+    ops.AttentionParams(0.3, window=2),
+    ops.AttentionParams(0.7, softcap=2.0),
+    ops.AttentionParams(0.4, 3, 1.5),
+]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).requires_grad_()
 
 
 class Meaning(torch.autograd.Function):
-    """An operation and its gradient, both by their plain-PyTorch meaning, as autograd would call them."""
+    """An operation and its gradient, both by their plain-PyTorch meaning, as autograd would call
+    them."""
 
     @staticmethod
     def forward(ctx, forward, backward, *inputs):
@@ -45,7 +54,9 @@ def test_norm_gradient(offset: float):
     def apply(x: Tensor) -> Tensor:
         return Meaning.apply(
             lambda x: passes._rms_norm(x, weight, 1e-3, offset, False),
-            lambda dy, given, results: (passes._rms_norm_grad(dy, given[0], weight, results[1], offset),),
+            lambda dy, given, results: (
+                passes._rms_norm_grad(dy, given[0], weight, results[1], offset),
+            ),
             x,
         )
 
@@ -78,13 +89,13 @@ def test_gated_gradient(activation: int):
     assert torch.autograd.gradcheck(apply, (random(3, 5), random(3, 5, seed=1)))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("params", FORMATS)
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_attention_gradient(form: ops.Form, kv_heads: int):
+def test_attention_gradient(params: ops.AttentionParams, kv_heads: int):
     def apply(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return Meaning.apply(
-            lambda q, k, v: _attention(q, k, v, BOUNDS, *form),
-            lambda dout, given, results: _attention_grad(dout, *given, BOUNDS, *results, *form),
+            lambda q, k, v: _attention(q, k, v, BOUNDS, *params),
+            lambda dout, given, results: _attention_grad(dout, *given, BOUNDS, *results, *params),
             q,
             k,
             v,
@@ -103,15 +114,20 @@ def test_cross_entropy_is_pytorchs():
     functional.cross_entropy(wide, known, reduction="sum").backward()
     assert wide.grad is not None
     torch.testing.assert_close(grad.double(), wide.grad, atol=1e-6, rtol=0)
-    torch.testing.assert_close(losses.double(), functional.cross_entropy(logits, known, reduction="none").detach())
+    torch.testing.assert_close(
+        losses.double(), functional.cross_entropy(logits, known, reduction="none").detach()
+    )
 
 
 def test_attention_is_pytorchs_own():
-    """Without window and cap the meaning is scaled_dot_product_attention, for grouped heads and one row."""
+    """Without window and cap the meaning is scaled_dot_product_attention, for grouped heads and one
+    row."""
     q, k, v = (random(9, n, 8, seed=n).detach() for n in (4, 2, 2))
     out, _ = _attention(q, k, v, torch.tensor([0, 9], dtype=torch.int32), 8**-0.5, 0, 0.0)
     heads = [t.transpose(0, 1)[None] for t in (q, k, v)]
-    expected = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True, enable_gqa=True)
+    expected = functional.scaled_dot_product_attention(
+        heads[0], heads[1], heads[2], is_causal=True, enable_gqa=True
+    )
     torch.testing.assert_close(out, expected[0].transpose(0, 1))
 
 
@@ -119,16 +135,19 @@ def test_attention_is_pytorchs_own():
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_through_the_registry_as_without_the_library(window: int | None, softcap: float | None, dtype: torch.dtype):
-    """transformers' layout in and out: the fused operation and PyTorch's own attention within rounding."""
+def test_through_the_registry_as_without_the_library(
+    window: int | None, softcap: float | None, dtype: torch.dtype
+):
+    """transformers' layout in and out: the fused operation and PyTorch's own attention within
+    rounding."""
     lengths = (17, 1, 30)
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     q, k, v = (random(1, n, 48, 16, seed=n).detach().to(dtype) for n in (4, 2, 2))
 
     def run() -> list[Tensor]:
         given = [t.clone().requires_grad_() for t in (q, k, v)]
         out, _ = registered.segment_attention(
-            None, *given, None, sliding_window=window, softcap=softcap, cu_seq_lens_q=bounds
+            None, *given, None, sliding_window=window, softcap=softcap, cu_seq_lens_q=cu_seqlens
         )
         assert out.shape == (1, 48, 4, 16)
         out.float().square().sum().backward()
@@ -144,18 +163,21 @@ def test_through_the_registry_as_without_the_library(window: int | None, softcap
 def test_wrong_tensors_are_refused():
     x, w = torch.randn(2, 8), torch.randn(8)
     good = torch.randn(4, 2, 8)
-    bounds = torch.tensor([0, 4], dtype=torch.int32)
-    form = ops.Form(1.0)
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    params = ops.AttentionParams(1.0)
     for error, call in (
         (TypeError, lambda: ops.rms_norm(x, w.bfloat16(), 1e-6)),
         (ValueError, lambda: ops.rms_norm(x, w[:7], 1e-6)),
         (ValueError, lambda: ops.gated(x, x[:1], "silu")),
         (ValueError, lambda: ops.gated(x, x, "relu")),
         (ValueError, lambda: ops.cross_entropy(x, torch.zeros(3, dtype=torch.int64))),
-        (ValueError, lambda: ops.cross_entropy(x, torch.zeros(2, dtype=torch.int64), x.t().contiguous())),
-        (ValueError, lambda: ops.attention(good, good[:, :, :4], good, bounds, form)),
-        (ValueError, lambda: ops.attention(good, good, good, bounds.long(), form)),
-        (TypeError, lambda: ops.attention(good, good.half(), good, bounds, form)),
+        (
+            ValueError,
+            lambda: ops.cross_entropy(x, torch.zeros(2, dtype=torch.int64), x.t().contiguous()),
+        ),
+        (ValueError, lambda: ops.attention(good, good[:, :, :4], good, cu_seqlens, params)),
+        (ValueError, lambda: ops.attention(good, good, good, cu_seqlens.long(), params)),
+        (TypeError, lambda: ops.attention(good, good.half(), good, cu_seqlens, params)),
         (ValueError, lambda: ops.lora_input(x, w[None, :7])),
         (ValueError, lambda: ops.rotate(good, x, x)),
         (TypeError, lambda: ops.rotate(good, good[:, 0].half(), good[:, 0])),
@@ -165,15 +187,15 @@ def test_wrong_tensors_are_refused():
             call()
     if cpu.paths():
         with pytest.raises(ValueError, match="bounds"):
-            ops.attention(good, good, good, torch.tensor([0, 3], dtype=torch.int32), form)
+            ops.attention(good, good, good, torch.tensor([0, 3], dtype=torch.int32), params)
         with pytest.raises(ValueError, match="descend"):
-            ops.attention(good, good, good, torch.tensor([0, 3, 2, 4], dtype=torch.int32), form)
+            ops.attention(good, good, good, torch.tensor([0, 3, 2, 4], dtype=torch.int32), params)
 
 
 def test_shapes_on_meta():
     q, k = torch.empty(6, 4, 8, device="meta"), torch.empty(6, 2, 8, device="meta")
-    bounds = torch.tensor([0, 6], dtype=torch.int32)
-    out, lse = torch.ops.halfbyte.attention(q, k, k, bounds.to("meta"), 1.0, 0, 0.0)
+    cu_seqlens = torch.tensor([0, 6], dtype=torch.int32)
+    out, lse = torch.ops.halfbyte.attention(q, k, k, cu_seqlens.to("meta"), 1.0, 0, 0.0)
     assert out.shape == q.shape and lse.shape == (4, 6)
     for name, arguments in (
         ("rms_norm", (torch.randn(3, 8), torch.randn(8), 1e-6, 0.0, True)),
@@ -201,12 +223,20 @@ def test_what_is_not_finite_shows(dtype: torch.dtype):
             bad[1, 32] = float("nan")
             for kind in ops.ACTIVATIONS:
                 assert ops.gated(bad, torch.ones_like(bad), kind).isnan().sum() == 1, (path, kind)
-            assert ops.rms_norm(bad, bad[0], 1e-6)[0].isnan().any(1).tolist() == [False, True, False], path
+            assert ops.rms_norm(bad, bad[0], 1e-6)[0].isnan().any(1).tolist() == [
+                False,
+                True,
+                False,
+            ], path
             q = torch.ones(5, 2, 16, dtype=dtype)
             q[3, 1, 2] = float("nan")
             k = torch.ones_like(q)
-            out, lse = ops.attention(q, k, k, torch.tensor([0, 5], dtype=torch.int32), ops.Form(0.25))
-            assert out[3, 1].isnan().all() and lse[1, 3].isnan() and int(lse.isnan().sum()) == 1, path
+            out, lse = ops.attention(
+                q, k, k, torch.tensor([0, 5], dtype=torch.int32), ops.AttentionParams(0.25)
+            )
+            assert out[3, 1].isnan().all() and lse[1, 3].isnan() and int(lse.isnan().sum()) == 1, (
+                path
+            )
     finally:
         cpu.choose_path(best)
 
@@ -214,13 +244,15 @@ def test_what_is_not_finite_shows(dtype: torch.dtype):
 @pytest.mark.parametrize("window", [20, 1 << 40, 2**63 - 1])
 def test_a_window_longer_than_everything_is_none(window: int):
     q, k, v = (random(20, 2, 16, seed=n).detach().float() for n in range(3))
-    bounds = torch.tensor([0, 20], dtype=torch.int32)
-    out, lse = ops.attention(q, k, v, bounds, ops.Form(0.25))
-    wide, wide_lse = ops.attention(q, k, v, bounds, ops.Form(0.25, window=window))
+    cu_seqlens = torch.tensor([0, 20], dtype=torch.int32)
+    out, lse = ops.attention(q, k, v, cu_seqlens, ops.AttentionParams(0.25))
+    wide, wide_lse = ops.attention(q, k, v, cu_seqlens, ops.AttentionParams(0.25, window=window))
     assert torch.equal(out, wide) and torch.equal(lse, wide_lse)
     for mine, theirs in zip(
-        ops.attention_grad(q, q, k, v, bounds, out, lse, ops.Form(0.25, window=window)),
-        ops.attention_grad(q, q, k, v, bounds, out, lse, ops.Form(0.25)),
+        ops.attention_grad(
+            q, q, k, v, cu_seqlens, out, lse, ops.AttentionParams(0.25, window=window)
+        ),
+        ops.attention_grad(q, q, k, v, cu_seqlens, out, lse, ops.AttentionParams(0.25)),
         strict=True,
     ):
         assert torch.equal(mine, theirs)

@@ -1,4 +1,5 @@
-"""Our quantizer in transformers' registry: `from_pretrained` in 4 bits with and without bitsandbytes installed."""
+"""Our quantizer in transformers' registry: `from_pretrained` in 4 bits with and without
+bitsandbytes installed."""
 
 import json
 import subprocess
@@ -14,31 +15,46 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import halfbyte
 from halfbyte.quantization.tensor import NF4Tensor, ops, quantize
 
-SETTINGS: dict[str, Any] = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+SETTINGS: dict[str, Any] = {
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.bfloat16,
+}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    config = small_config(vocab_size=96, intermediate_size=128, num_hidden_layers=1, attention_bias=False)
+    config = small_config(
+        vocab_size=96, intermediate_size=128, num_hidden_layers=1, attention_bias=False
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
     return path
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_from_pretrained_holds_our_bytes_and_writes_bitsandbytes(checkpoint: Path, tmp_path: Path, quant_type: str):
+def test_from_pretrained_holds_our_bytes_and_writes_bitsandbytes(
+    checkpoint: Path, tmp_path: Path, quant_type: str
+):
     config = halfbyte.BitsAndBytesConfig(
         bnb_4bit_quant_type=quant_type, llm_int8_skip_modules=["o_proj", "lm_head"], **SETTINGS
     )
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=config, dtype=torch.bfloat16
+    )
     plain: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     assert model.is_loaded_in_4bit and model.is_quantized
     held = {name for name, p in model.named_parameters() if isinstance(p, NF4Tensor)}
     assert len(held) == 6 and not any("o_proj" in name or "lm_head" in name for name in held)
     for name in held:
-        mine, made = model.get_parameter(name), quantize(plain.get_parameter(name).data, quant_type=quant_type)
-        assert all(torch.equal(a, b) for a, b in zip(mine.stored_tensors(), made.stored_tensors(), strict=True))
+        mine, made = (
+            model.get_parameter(name),
+            quantize(plain.get_parameter(name).data, quant_type=quant_type),
+        )
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(mine.stored_tensors(), made.stored_tensors(), strict=True)
+        )
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert written["quant_method"] == "bitsandbytes" and written["load_in_4bit"]
@@ -51,11 +67,17 @@ def test_from_pretrained_holds_our_bytes_and_writes_bitsandbytes(checkpoint: Pat
         found = model(input_ids=ids).logits.float()
     assert float((found - expected).norm() / expected.norm()) < 0.02
     seen: list[torch.dtype] = []
-    wide = halfbyte.BitsAndBytesConfig(bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch.float32)
-    in_fp32: Any = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=wide, dtype=torch.bfloat16)
+    wide = halfbyte.BitsAndBytesConfig(
+        bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch.float32
+    )
+    in_fp32: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=wide, dtype=torch.bfloat16
+    )
     honest = ops.linear_4bit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "linear_4bit", lambda x, *rest: (seen.append(x.dtype), honest(x, *rest))[1])
+        patch.setattr(
+            ops, "linear_4bit", lambda x, *rest: (seen.append(x.dtype), honest(x, *rest))[1]
+        )
         assert in_fp32(input_ids=ids).logits.dtype == torch.bfloat16
     assert set(seen) == {torch.float32}, "the type that is asked for computes"
     with pytest.raises(ValueError, match="4bit"):
@@ -79,7 +101,8 @@ from transformers import AutoModelForCausalLM
 import halfbyte
 from halfbyte import BitsAndBytesConfig
 source, written = sys.argv[1:]
-config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
                             bnb_4bit_compute_dtype=torch.bfloat16)
 model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="auto")
 ids = torch.arange(11)[None]
@@ -89,7 +112,8 @@ model = AutoModelForCausalLM.from_pretrained(written)
 assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
 assert torch.equal(model(input_ids=ids).logits, expected)
 model = peft.prepare_model_for_kbit_training(model)
-model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+lora = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+model = peft.get_peft_model(model, lora)
 model = halfbyte.optimize(model.train())
 optimizer = halfbyte.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 losses = []

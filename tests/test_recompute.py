@@ -1,4 +1,5 @@
-"""Layers that are run again: the same bits whatever is kept, and how often products are computed."""
+"""Layers that are run again: the same bits whatever is kept, and how often products are
+computed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from halfbyte.adapters.lora import AdapterConfig, attach_lora
 from halfbyte.engine.selftest import checkpoint_layers
 from halfbyte.errors import ModelError
 from halfbyte.memory import recompute
-from halfbyte.memory.offload import Slots
+from halfbyte.memory.offload import OffloadPool
 from halfbyte.memory.recompute import KEEPS, Recompute, recompute_layers
 from halfbyte.model import attention
 from halfbyte.ops import cpu
@@ -36,9 +37,9 @@ def llama(tiny_config: LlamaConfig) -> LlamaForCausalLM:
 
 def gradients(model: Any) -> list[Tensor]:
     ids = torch.arange(20)[None] % 17
-    bounds = torch.tensor([0, 8, 20], dtype=torch.int32)
-    with attention.segments(model):
-        hidden = model.base_model(input_ids=ids, cu_seq_lens_q=bounds).last_hidden_state
+    cu_seqlens = torch.tensor([0, 8, 20], dtype=torch.int32)
+    with attention.packed(model):
+        hidden = model.base_model(input_ids=ids, cu_seq_lens_q=cu_seqlens).last_hidden_state
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
     found = []
     for _, layer in lora.lora_layers(model):
@@ -73,19 +74,27 @@ def test_the_same_bits_whatever_is_kept(llama: LlamaForCausalLM, kernels: str):
         expected = gradients(llama)
         for keep in KEEPS:
             line, _ = checkpoint_layers(llama, keep, packing=True)
-            assert line == f"recomputed in the backward pass: not the last product, kept activations: {keep}"
+            assert (
+                line == "recomputed in the backward pass: not the last product, kept activations: "
+                f"{keep}"
+            )
             found = gradients(llama)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), keep
 
 
-# a layer here has 3 products before attention and 4 after it, the last of which is never computed twice
+# a layer here has 3 products before attention and 4 after it, the last of which is never computed
+# twice
 @pytest.mark.parametrize(
     ("keep", "products", "attentions"),
     [("none", 7 + 6, 2), ("attention", 7 + 3, 1), ("mlp_in", 7 + 2, 1), ("all", 7, 1)],
 )
 @pytest.mark.skipif(not cpu.paths(), reason="no C++ library")
 def test_what_is_computed_twice(
-    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, keep: Any, products: int, attentions: int
+    llama: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: Any,
+    products: int,
+    attentions: int,
 ):
     checkpoint_layers(llama, keep, packing=True)
     with counted(monkeypatch) as counts:
@@ -94,7 +103,8 @@ def test_what_is_computed_twice(
 
 
 def test_a_last_product_that_matters_is_computed_again():
-    """Gemma 2 normalizes what its MLP gives, so the gradient depends on it; skipping it must be found out."""
+    """Gemma 2 normalizes what its MLP gives, so the gradient depends on it; skipping it must be
+    found out."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=160,
@@ -108,16 +118,21 @@ def test_a_last_product_that_matters_is_computed_again():
     )
     model = adapted(Gemma2ForCausalLM(config))
     expected = gradients(model)
-    assert checkpoint_layers(model, "all", packing=True)[0] == "recomputed in the backward pass: kept activations: all"
+    assert (
+        checkpoint_layers(model, "all", packing=True)[0]
+        == "recomputed in the backward pass: kept activations: all"
+    )
     assert all(torch.equal(a, b) for a, b in zip(gradients(model), expected, strict=True))
 
 
-def test_layers_that_cannot_be_run_again_are_pytorchs(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+def test_layers_that_cannot_be_run_again_are_pytorchs(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+):
     """A recomputation that gives other gradients must not be used."""
     expected = gradients(llama)
-    honest = recompute._Tape.take
+    honest = recompute.ActivationTape.take
     monkeypatch.setattr(
-        recompute._Tape,
+        recompute.ActivationTape,
         "take",
         lambda self, compute, kind: honest(self, compute, kind) * (0.5 if self.replaying else 1),
     )
@@ -126,7 +141,9 @@ def test_layers_that_cannot_be_run_again_are_pytorchs(llama: LlamaForCausalLM, m
     assert all(torch.equal(a, b) for a, b in zip(gradients(llama), expected, strict=True))
 
 
-def test_without_attention_only_all_keeps_products(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+def test_without_attention_only_all_keeps_products(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+):
     """Where attention does not report (the model's own, unpacked), no product lies before it."""
     for keep, again in (("none", 6), ("attention", 6), ("mlp_in", 6), ("all", 0)):
         assert checkpoint_layers(llama, keep, packing=False)[0].endswith(keep)
@@ -136,14 +153,19 @@ def test_without_attention_only_all_keeps_products(llama: LlamaForCausalLM, monk
         llama.zero_grad()
 
 
-def test_a_layer_with_two_differentiable_inputs_is_pytorchs(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
-    """As in models that add a trained projection to every layer: replaying would go through its graph twice."""
+def test_a_layer_with_two_differentiable_inputs_is_pytorchs(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+):
+    """As in models that add a trained projection to every layer: replaying would go through its
+    graph twice."""
     second = torch.ones(1, requires_grad=True)
     honest = Recompute.run
     monkeypatch.setattr(
         Recompute,
         "run",
-        lambda self, keep, function, hidden, *others: honest(self, keep, function, hidden, second, *others),
+        lambda self, keep, function, hidden, *others: honest(
+            self, keep, function, hidden, second, *others
+        ),
     )
     assert "by PyTorch" in checkpoint_layers(llama, "none", packing=True)[0]
     with pytest.raises(ModelError, match="second tensor"):
@@ -177,23 +199,25 @@ def test_a_step_given_up_midway_leaves_room_for_the_next(llama: LlamaForCausalLM
     recompute_layers(llama, run := Recompute("none", 2))
     expected = gradients(llama)
     for _ in range(3):
-        with attention.segments(llama):
-            bounds = torch.tensor([0, 20], dtype=torch.int32)
-            hidden = llama.model(input_ids=torch.arange(20)[None], cu_seq_lens_q=bounds).last_hidden_state
+        with attention.packed(llama):
+            cu_seqlens = torch.tensor([0, 20], dtype=torch.int32)
+            hidden = llama.model(
+                input_ids=torch.arange(20)[None], cu_seq_lens_q=cu_seqlens
+            ).last_hidden_state
         del hidden
     assert len(run.inputs.free) == 2
     assert all(torch.equal(a, b) for a, b in zip(gradients(llama), expected, strict=True))
 
 
 def test_slots_grow_and_are_reused():
-    slots = Slots(2)
-    a, b = slots.put(torch.ones(3)), slots.put(torch.full((2,), 2.0))
+    pool = OffloadPool(2)
+    a, b = pool.put(torch.ones(3)), pool.put(torch.full((2,), 2.0))
     assert a.take().tolist() == [1, 1, 1] and b.take().tolist() == [2, 2]
-    extra = slots.put(torch.zeros(3))  # more than there is room for
+    extra = pool.put(torch.zeros(3))  # more than there is room for
     del b
-    larger = slots.put(torch.zeros(2, 4))  # the room is made anew; what is in use stays what it is
+    larger = pool.put(torch.zeros(2, 4))  # the room is made anew; what is in use stays what it is
     assert a.take().tolist() == [1, 1, 1] and larger.take().shape == (2, 4)
     del a, extra, larger
-    assert len(slots.free) == 2
-    place = slots.put(torch.zeros(8)).place.data_ptr()
-    assert place in {t.data_ptr() for t in slots.free}
+    assert len(pool.free) == 2
+    place = pool.put(torch.zeros(8)).place.data_ptr()
+    assert place in {t.data_ptr() for t in pool.free}

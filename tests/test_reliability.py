@@ -1,6 +1,8 @@
-"""Nothing lost, nothing wrong in silence: damage, faults, signals, resumes and hostile input, on purpose.
+"""Nothing lost, nothing wrong in silence: damage, faults, signals, resumes and hostile input, on
+purpose.
 
-A fast sample of each; the full counts run with `make test-slow` and are published in docs/reliability.md.
+A fast sample of each; the full counts run with `make test-slow` and are published in
+docs/reliability.md.
 """
 
 import hashlib
@@ -25,7 +27,14 @@ from halfbyte.cli import run as cli
 from halfbyte.config.options import TrainConfig
 from halfbyte.data.formats import Example, read_examples
 from halfbyte.data.renderer import Renderer
-from halfbyte.errors import DataError, HalfbyteError, Interrupted, ModelError, NonFiniteError, StorageError
+from halfbyte.errors import (
+    DataError,
+    HalfbyteError,
+    Interrupted,
+    ModelError,
+    NonFiniteError,
+    StorageError,
+)
 from halfbyte.files import atomic, hub
 from halfbyte.files.model_config import read_config
 from halfbyte.files.safetensors import Checkpoint, read_header
@@ -76,7 +85,7 @@ def straight(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return halfbyte.train(**options(inputs, tmp_path_factory.mktemp("straight") / "run"))
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def flips(data: bytes, every: int, offset: int = 0) -> list[tuple[int, int]]:
@@ -103,7 +112,8 @@ def header_bytes(file: Path) -> int:
 
 
 def flip_everything(run: Run, tmp_path: Path, headers_every: int, in_data: int) -> int:
-    """Flip bits of every file of the newest checkpoint; the older one must be fallen back on. Returns flips made."""
+    """Flip bits of every file of the newest checkpoint; the older one must be fallen back on.
+    Returns flips made."""
     shutil.copytree(run.checkpoints, tmp_path / "checkpoints")
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
     rng, made = random.Random(0), 0
@@ -153,7 +163,9 @@ def test_checkpoint_verbs(straight: Run, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_best_checkpoint_is_kept(inputs: Path, tmp_path: Path):
-    run = halfbyte.train(**options(inputs, tmp_path / "run", save_steps=1, eval_split=6, eval_steps=1, max_steps=8))
+    run = halfbyte.train(
+        **options(inputs, tmp_path / "run", save_steps=1, eval_split=6, eval_steps=1, max_steps=8)
+    )
     losses = {row["step"]: row["loss"] for row in run.read("eval.jsonl") if row["step"]}
     best = min(losses, key=lambda step: losses[step])
     kept = [int(p.name[5:]) for p in sorted(run.checkpoints.iterdir())]
@@ -163,17 +175,36 @@ def test_the_best_checkpoint_is_kept(inputs: Path, tmp_path: Path):
 def test_the_best_of_those_that_exist_is_kept_and_strangers_are_left_alone(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Evaluated more often than saved, the best evaluation without a checkpoint; damage and a user's copy beside."""
-    module = sys.modules["halfbyte.training.trainer"]  # the package's attribute of that name is the function
-    losses = {0: 9.0, 1: 1.0, 2: 3.0, 3: 5.0, 4: 4.0, 5: 5.0, 6: 6.0, 7: 7.0, 8: 8.0, 9: 9.0, 10: 9.5}
+    """Evaluated more often than saved, the best evaluation without a checkpoint; damage and a
+    user's copy beside."""
+    module = sys.modules[
+        "halfbyte.training.trainer"
+    ]  # the package's attribute of that name is the function
+    losses = {
+        0: 9.0,
+        1: 1.0,
+        2: 3.0,
+        3: 5.0,
+        4: 4.0,
+        5: 5.0,
+        6: 6.0,
+        7: 7.0,
+        8: 8.0,
+        9: 9.0,
+        10: 9.5,
+    }
     calls = iter(losses.values())
     monkeypatch.setattr(module, "mean_loss", lambda *args, **more: (next(calls), 1))
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        config = TrainConfig(**options(inputs, out, eval_split=6, eval_steps=1, max_steps=10, save_steps=2))
+        config = TrainConfig(
+            **options(inputs, out, eval_split=6, eval_steps=1, max_steps=10, save_steps=2)
+        )
         halfbyte.train(config, reporter=stopped_after(8))
     names = sorted(p.name for p in (out / "checkpoints").iterdir())
-    assert names == ["step-00000002", "step-00000006", "step-00000008"], "2 is the best that was saved"
+    assert names == ["step-00000002", "step-00000006", "step-00000008"], (
+        "2 is the best that was saved"
+    )
     shutil.copytree(out / "checkpoints/step-00000002", out / "checkpoints/step-00000002.bak")
     for step in (6, 8):
         (out / f"checkpoints/step-{step:08d}/state.json").write_text("{}")
@@ -195,19 +226,26 @@ def test_a_disk_that_will_be_full_is_known_before_training(
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_a_run_without_a_valid_checkpoint_is_not_begun_anew_over_it(inputs: Path, straight: Run, tmp_path: Path):
+def test_a_run_without_a_valid_checkpoint_is_not_begun_anew_over_it(
+    inputs: Path, straight: Run, tmp_path: Path
+):
     shutil.copytree(straight.path, tmp_path / "run")
     before = digest(Run(tmp_path / "run"), 8)
-    (tmp_path / "run/checkpoints/step-00000008/.DS_Store").write_text("somebody's file is no damage")
+    (tmp_path / "run/checkpoints/step-00000008/.DS_Store").write_text(
+        "somebody's file is no damage"
+    )
     assert checkpoint.check(tmp_path / "run/checkpoints/step-00000008") == 8
     for path in (tmp_path / "run/checkpoints").iterdir():
         (path / "state.json").write_text("{}")
     with pytest.raises(ModelError, match="no valid checkpoint"):
         halfbyte.train(**options(inputs, tmp_path / "run", resume_from_checkpoint="auto"))
-    assert digest(Run(tmp_path / "run"), 8) == before and len(list((tmp_path / "run/checkpoints").iterdir())) == 2
+    assert (
+        digest(Run(tmp_path / "run"), 8) == before
+        and len(list((tmp_path / "run/checkpoints").iterdir())) == 2
+    )
 
 
-# --- resume -----------------------------------------------------------------------------------------------------------
+# --- resume ---------------------------------------------------------------------------------------
 
 
 def stopped_after(step: int) -> Reporter:
@@ -230,7 +268,9 @@ def stop_and_resume(inputs: Path, out: Path, steps: list[int], **changes: Any) -
 
 
 @pytest.mark.parametrize("step", [1, 4, 7])
-def test_a_stop_after_any_step_changes_nothing(inputs: Path, straight: Run, tmp_path: Path, step: int):
+def test_a_stop_after_any_step_changes_nothing(
+    inputs: Path, straight: Run, tmp_path: Path, step: int
+):
     run = stop_and_resume(inputs, tmp_path / "run", [step])
     assert digest(run, 8) == digest(straight, 8)
     assert [row["loss"] for row in run.metrics()] == [row["loss"] for row in straight.metrics()]
@@ -238,7 +278,8 @@ def test_a_stop_after_any_step_changes_nothing(inputs: Path, straight: Run, tmp_
 
 @pytest.mark.slow
 def test_a_stop_after_each_of_40_steps_and_ten_in_a_row(inputs: Path, tmp_path: Path):
-    """Packing, accumulation 3, dropout, several epochs; and the other optimizer, unpacked, unquantized, ten stops."""
+    """Packing, accumulation 3, dropout, several epochs; and the other optimizer, unpacked,
+    unquantized, ten stops."""
     whole = halfbyte.train(**options(inputs, tmp_path / "whole", max_steps=40))
     assert whole.metrics()[-1]["epoch"] > 2
     for step in range(1, 40):
@@ -264,10 +305,12 @@ def test_a_stop_after_each_of_40_steps_and_ten_in_a_row(inputs: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "item", ["m_codes", "v_codes", "m_absmax", "v_absmax", "small_m", "small_v", "updates", "adapter"]
+    "item",
+    ["m_codes", "v_codes", "m_absmax", "v_absmax", "small_m", "small_v", "updates", "adapter"],
 )
 def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: Path, item: str):
-    """The negative control: a checkpoint with one item zeroed (and its manifest sealed again) ends elsewhere."""
+    """The negative control: a checkpoint with one item zeroed (and its manifest sealed again) ends
+    elsewhere."""
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(Interrupted):
@@ -286,7 +329,9 @@ def test_any_state_item_lost_would_show(inputs: Path, straight: Run, tmp_path: P
         tensors[f"group0.{item}"].zero_()
         save_file(tensors, path / "optimizer.safetensors")
     manifest = atomic.read_json(path / "manifest.json")
-    manifest["files"] = {f.name: checkpoint._facts(f) for f in sorted(path.iterdir()) if f.name != "manifest.json"}
+    manifest["files"] = {
+        f.name: checkpoint._facts(f) for f in sorted(path.iterdir()) if f.name != "manifest.json"
+    }
     del manifest["digest"]
     atomic.write_json(path / "manifest.json", checkpoint._sealed(manifest))
     run = halfbyte.train(**options(inputs, tmp_path / "run", resume_from_checkpoint="auto"))
@@ -311,32 +356,53 @@ def test_a_resume_across_other_arithmetic_is_named(dtype: str):
     with pytest.raises(ModelError, match="another training") as refusal:
         changes_since({"fingerprint": older}, info, set())
     assert "--allow_change arithmetic" in " ".join(refusal.value.ways_out)
-    assert changes_since({"fingerprint": older}, info, {"arithmetic"}) == ["arithmetic: None then, 2 now"]
+    assert changes_since({"fingerprint": older}, info, {"arithmetic"}) == [
+        "arithmetic: None then, 2 now"
+    ]
 
 
 def test_changes_are_refused_or_allowed_by_name_and_recorded(inputs: Path, tmp_path: Path):
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
         halfbyte.train(TrainConfig(**options(inputs, out)), reporter=stopped_after(3))
-    changed = options(inputs, out, resume_from_checkpoint="auto", learning_rate=2e-2, weight_decay=0.1)
+    changed = options(
+        inputs, out, resume_from_checkpoint="auto", learning_rate=2e-2, weight_decay=0.1
+    )
     with pytest.raises(ModelError, match="another training") as caught:
         halfbyte.train(**changed, allow_change="learning_rate")
-    assert "weight_decay: 0.0 then, 0.1 now" in caught.value.found and "learning_rate" not in caught.value.found
+    assert (
+        "weight_decay: 0.0 then, 0.1 now" in caught.value.found
+        and "learning_rate" not in caught.value.found
+    )
     said: list[str] = []
     config = TrainConfig(**changed, allow_change="learning_rate,weight-decay")
     run = halfbyte.train(config, reporter=Reporter(say=said.append))
-    assert any("will not end as the unbroken run" in line and "weight_decay" in line for line in said)
+    assert any(
+        "will not end as the unbroken run" in line and "weight_decay" in line for line in said
+    )
     assert [c["step"] for c in run.info()["changes"]] == [3, 3]
     with pytest.raises(ModelError, match="another training") as caught:
-        halfbyte.train(**options(inputs, out, resume_from_checkpoint="auto", lora_r=8, allow_change="lora_r"))
-    assert not any("allow_change" in way for way in caught.value.ways_out), "no resume can change the rank"
+        halfbyte.train(
+            **options(inputs, out, resume_from_checkpoint="auto", lora_r=8, allow_change="lora_r")
+        )
+    assert not any("allow_change" in way for way in caught.value.ways_out), (
+        "no resume can change the rank"
+    )
 
 
-# --- kill, signal, full disk (forked processes: tests/faults.py) ------------------------------------------------------
+# --- kill, signal, full disk (forked processes: tests/faults.py) ----------------------------------
 
 
 def faults(fault: str, count: int, home: Path, timeout: int) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).parent / "faults.py"), fault, "--count", str(count), "--home", home]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "faults.py"),
+        fault,
+        "--count",
+        str(count),
+        "--home",
+        home,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
@@ -351,7 +417,12 @@ def check_kills(found: dict[str, Any], count: int) -> None:
 
 def check_signals(found: dict[str, Any]) -> None:
     assert found["runs_equal_to_the_unbroken_one"] == found["signals"]
-    assert set(found["exit_codes"]) <= {"SIGINT -> 130", "SIGTERM -> 143", "SIGINT -> 0", "SIGTERM -> 0"}
+    assert set(found["exit_codes"]) <= {
+        "SIGINT -> 130",
+        "SIGTERM -> 143",
+        "SIGINT -> 0",
+        "SIGTERM -> 0",
+    }
     assert found["exit_codes"].keys() & {"SIGINT -> 130", "SIGTERM -> 143"}
     assert found["slowest_exit_s"] < 30
 
@@ -399,7 +470,7 @@ def test_full_disk_everywhere(tmp_path: Path):
     check_full(faults("full", 1000, tmp_path, 3000))
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def poisoned(inputs: Path, tmp_path: Path, at: int) -> Callable[[], None]:
@@ -435,14 +506,16 @@ def test_a_nan_is_decided_before_the_update(inputs: Path, tmp_path: Path, decisi
     assert all("nan" not in line.lower() for line in (run.path / METRICS).read_text().splitlines())
     if decision == "skip":
         losses = [r["loss"] for r in run.metrics()]
-        assert losses[2] is None and all(isinstance(x, float) for i, x in enumerate(losses) if i != 2)
+        assert losses[2] is None and all(
+            isinstance(x, float) for i, x in enumerate(losses) if i != 2
+        )
         state = atomic.read_json(run.checkpoints / "step-00000008/state.json")
         assert state["updates"] == 7
     else:
         assert checkpoint.newest(run.checkpoints)[0].step == 2  # pyright: ignore[reportOptionalMemberAccess]
 
 
-# --- templates --------------------------------------------------------------------------------------------------------
+# --- templates ------------------------------------------------------------------------------------
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -450,10 +523,14 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "still running after"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "still running after",
+        ),
         ("{{ 'a' * 400000000 }}", "memory|characters"),
         (
-            "{% set x = namespace(s='aaaaaaaaaa') %}{% for i in range(40) %}{% set x.s = x.s + x.s %}{% endfor %}",
+            "{% set x = namespace(s='aaaaaaaaaa') %}{% for i in range(40) %}{% set x.s = x.s + "
+            "x.s %}{% endfor %}",
             "memory",
         ),
         ("{{ 'ab' * 9000000 }}", "characters, more than"),
@@ -462,7 +539,9 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         ("{% for", "unexpected|expected|Unexpected"),
     ],
 )
-def test_hostile_templates_end_as_an_error(template: str, message: str, monkeypatch: pytest.MonkeyPatch):
+def test_hostile_templates_end_as_an_error(
+    template: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
     from halfbyte.data import template as module
 
     monkeypatch.setattr(module, "SECONDS", 1.5)
@@ -480,12 +559,14 @@ def test_a_template_sees_a_clock_that_stands_still(inputs: Path):
     from datetime import datetime
 
     renderer = Renderer(
-        hub.load_tokenizer(hub.resolve("demo")), "{{ strftime_now('%Y-%m-%d') }}", clock=datetime(2001, 2, 3)
+        hub.load_tokenizer(hub.resolve("demo")),
+        "{{ strftime_now('%Y-%m-%d') }}",
+        clock=datetime(2001, 2, 3),
     )
     assert renderer.render(TURNS) == "2001-02-03"
 
 
-# --- hostile models ---------------------------------------------------------------------------------------------------
+# --- hostile models -------------------------------------------------------------------------------
 
 
 def test_links_pipes_and_giants_in_a_model_directory(inputs: Path, tmp_path: Path):
@@ -549,7 +630,9 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             del out[place:]
         elif kind == 4:
-            out[place : place + 1] = rng.choice((b"9" * 30, b"-1", b"1e400", b"null", b"[" * 2000, b'"\\ud800"', b"\0"))
+            out[place : place + 1] = rng.choice(
+                (b"9" * 30, b"-1", b"1e400", b"null", b"[" * 2000, b'"\\ud800"', b"\0")
+            )
         else:
             other = rng.randrange(len(out) + 1)
             out[place:place] = out[other : other + 40]
@@ -557,13 +640,16 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def survive(inputs: Path, home: Path, count: int, seed: int) -> dict[str, int]:
-    """Mutated headers, indexes, configurations and data files: accepted or refused by name, nothing else."""
+    """Mutated headers, indexes, configurations and data files: accepted or refused by name, nothing
+    else."""
     rng = random.Random(seed)
     base = home / "m"
     shutil.copytree(inputs / "base", base)
     weights = (base / "model.safetensors").read_bytes()
     names = list(read_header(base / "model.safetensors"))
-    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}).encode()
+    index = json.dumps(
+        {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    ).encode()
     chat = "".join(json.dumps({"messages": TURNS}) + "\n" for _ in range(3)).encode()
     table = b'prompt,completion\n"a, b",c\nd,e\n'
     config = (base / "config.json").read_bytes()

@@ -1,4 +1,5 @@
-"""Rows of a training in trackers: TensorBoard's files read back by TensorBoard; the others by stand-ins of theirs."""
+"""Rows of a training in trackers: TensorBoard's files read back by TensorBoard; the others by
+stand-ins of theirs."""
 
 import json
 import os
@@ -16,12 +17,26 @@ from halfbyte.progress import Reporter
 from halfbyte.training.trackers import Trackers
 
 
-def train(stories: Path, home: Path, reporter: Reporter | None = None, **options: Any) -> halfbyte.Run:
+def train(
+    stories: Path, home: Path, reporter: Reporter | None = None, **options: Any
+) -> halfbyte.Run:
     data = home / "rows.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": f"{i} is", "completion": f" number {i}"}) for i in range(8)))
-    settings = {"max_steps": 4, "num_samples": 0, "eval_split": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
+    data.write_text(
+        "\n".join(json.dumps({"prompt": f"{i} is", "completion": f" number {i}"}) for i in range(8))
+    )
+    settings = {
+        "max_steps": 4,
+        "num_samples": 0,
+        "eval_split": 2,
+        "gradient_accumulation_steps": 2,
+        "save_steps": 2,
+    }
     return halfbyte.train(
-        str(stories), data, output_dir=str(home / "run"), reporter=reporter, **{**settings, **options}
+        str(stories),
+        data,
+        output_dir=str(home / "run"),
+        reporter=reporter,
+        **{**settings, **options},
     )
 
 
@@ -44,7 +59,9 @@ def test_tensorboard_holds_every_row_once_also_after_a_resume(stories: Path, tmp
         for event, row in zip(logged, rows, strict=True):
             assert event.value == pytest.approx(row[key], rel=1e-6)
     evaluated = run.read("eval.jsonl")
-    assert [event.step for event in events.Scalars("eval/loss")] == [row["step"] for row in evaluated]
+    assert [event.step for event in events.Scalars("eval/loss")] == [
+        row["step"] for row in evaluated
+    ]
 
 
 class Stand:
@@ -72,15 +89,22 @@ class Stand:
         self.asked.append(("finish", None))
 
 
-def test_wandb_and_trackio_get_the_rows(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_and_trackio_get_the_rows(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     stands = {"wandb": Stand(), "trackio": Stand()}
     for name, stand in stands.items():
         monkeypatch.setitem(sys.modules, name, stand.module(name))
     run = train(stories, tmp_path, report_to="wandb, trackio")
     for stand in stands.values():
         assert stand.asked[0][0] == "init" and stand.asked[-1][0] == "finish"
-        assert stand.asked[0][1]["name"].startswith("run-") and stand.asked[0][1]["config"]["lora_r"] == 16
-        logged = {step: numbers for what, (step, numbers) in stand.asked[1:-1] if "train/loss" in numbers}
+        assert (
+            stand.asked[0][1]["name"].startswith("run-")
+            and stand.asked[0][1]["config"]["lora_r"] == 16
+        )
+        logged = {
+            step: numbers for what, (step, numbers) in stand.asked[1:-1] if "train/loss" in numbers
+        }
         assert {step: numbers["train/loss"] for step, numbers in logged.items()} == {
             row["step"]: row["loss"] for row in run.read("metrics.jsonl")
         }
@@ -96,7 +120,9 @@ def test_a_tracker_that_fails_does_not_fail_the_training(
     assert sum("no server" in line and "goes on without it" in line for line in said) == 1
 
 
-def test_a_resumed_run_is_the_same_one_there(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_resumed_run_is_the_same_one_there(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Also when a signal comes while a tracker is at work."""
     stand = Stand()
     monkeypatch.setitem(sys.modules, "wandb", stand.module("wandb"))
@@ -119,7 +145,9 @@ def test_a_resumed_run_is_the_same_one_there(stories: Path, tmp_path: Path, monk
         trackers._guarded("wandb", interrupted)
 
 
-def test_what_is_not_there_is_known_at_once(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_not_there_is_known_at_once(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match="not installed"):
         train(stories, tmp_path, report_to="wandb")

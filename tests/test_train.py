@@ -1,4 +1,5 @@
-"""The main job in process: splits, checkpointing, packing and resume change nothing; other tools load the results."""
+"""The main job in process: splits, checkpointing, packing and resume change nothing; other tools
+load the results."""
 
 import copy
 import hashlib
@@ -18,26 +19,45 @@ import halfbyte
 from halfbyte import nf4
 from halfbyte.adapters.lora import lora_layers
 from halfbyte.config.options import ModelOptions, TrainConfig
+from halfbyte.data.batches import collate
 from halfbyte.engine.lr_schedule import learning_rate
-from halfbyte.errors import BusyError, Interrupted, ModelError, NonFiniteError, StorageError, VerificationError
+from halfbyte.engine.selftest import Abilities
+from halfbyte.errors import (
+    BusyError,
+    Interrupted,
+    ModelError,
+    NonFiniteError,
+    StorageError,
+    VerificationError,
+)
 from halfbyte.files import hub
 from halfbyte.files.safetensors import INDEX
 from halfbyte.memory.recompute import KEEPS
 from halfbyte.model import attention
+from halfbyte.model.attention import packed
 from halfbyte.ops import cpu
 from halfbyte.progress import Reporter
 from halfbyte.quantization.load import load_base
 from halfbyte.run import checkpoint
 from halfbyte.run.directory import Run
-from halfbyte.training.trainer import Trainer
+from halfbyte.training.setup import read_rows
+from halfbyte.training.step import stepper_for
 
-TALKS = [("What is two and two?", "Four."), ("Name a colour.", "Blue is one."), ("Say hello.", "Hello, my friend!")]
+TALKS = [
+    ("What is two and two?", "Four."),
+    ("Name a colour.", "Blue is one."),
+    ("Say hello.", "Hello, my friend!"),
+]
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
-    lines = [json.dumps({"prompt": f"{q} {i}\n", "completion": f"{a} {i}"}) for i in range(6) for q, a in TALKS]
+    lines = [
+        json.dumps({"prompt": f"{q} {i}\n", "completion": f"{a} {i}"})
+        for i in range(6)
+        for q, a in TALKS
+    ]
     path.write_text("\n".join(lines))
     return path
 
@@ -74,16 +94,21 @@ def trained(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return halfbyte.train(**options(stories, path, home / "run", max_steps=8))
 
 
-# --- what must not change the result ----------------------------------------------------------------------------------
+# --- what must not change the result --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_what_is_kept_does_not_change_a_bit(stories: Path, rows: Path, tmp_path: Path, dtype: str):
-    """With dropout, in every setting, and where a resumed run keeps something else than it did before."""
+    """With dropout, in every setting, and where a resumed run keeps something else than it did
+    before."""
     settings = {"lora_dropout": 0.1, "dtype": dtype, "save_steps": 2}
-    whole = halfbyte.train(**options(stories, rows, tmp_path / "whole", gradient_checkpointing=False, **settings))
+    whole = halfbyte.train(
+        **options(stories, rows, tmp_path / "whole", gradient_checkpointing=False, **settings)
+    )
     for keep in KEEPS:
-        run = halfbyte.train(**options(stories, rows, tmp_path / keep, kept_activations=keep, **settings))
+        run = halfbyte.train(
+            **options(stories, rows, tmp_path / keep, kept_activations=keep, **settings)
+        )
         assert digest(run) == digest(whole), keep
     assert "kept activations: all" in run.info()["found"]["recomputed"]
     if cpu.paths():
@@ -96,12 +121,19 @@ def test_what_is_kept_does_not_change_a_bit(stories: Path, rows: Path, tmp_path:
     assert digest(halfbyte.train(**changed, resume_from_checkpoint="auto")) == digest(whole)
 
 
-def test_any_split_into_micro_batches_is_the_same_training(stories: Path, rows: Path, tmp_path: Path):
+def test_any_split_into_micro_batches_is_the_same_training(
+    stories: Path, rows: Path, tmp_path: Path
+):
     """Without dropout; sums in another order: fp32 rounding, grown over two steps of AdamW."""
     runs = []
     for batch, accumulation in ((6, 1), (1, 6), (3, 2)):
-        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        settings = options(stories, rows, tmp_path / f"{batch}", lora_dropout=0.0, max_steps=2, **changes)
+        changes = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+        }
+        settings = options(
+            stories, rows, tmp_path / f"{batch}", lora_dropout=0.0, max_steps=2, **changes
+        )
         runs.append(halfbyte.train(**settings))
     for other in runs[1:]:
         for a, b in zip(runs[0].metrics(), other.metrics(), strict=True):
@@ -118,32 +150,29 @@ def test_checkpointed_equals_not(stories: Path, rows: Path, tmp_path: Path):
 
 
 def test_a_packed_step_equals_rows_run_alone(stories: Path, rows: Path, tmp_path: Path):
-    """The same rows in one sequence, or one by one through the fallback: loss and gradients within fp32 rounding."""
+    """The same rows in one sequence, or one by one through the fallback: loss and gradients within
+    fp32 rounding."""
     results = []
     for packing in (True, False):
-        trainer = Trainer(TrainConfig(**options(stories, rows, tmp_path, lora_dropout=0.0)), Run(tmp_path))
-        trainer.read_data(stories)
-        data = trainer.data.train
-        trainer.build_model(stories)
-        from halfbyte.data.batches import collate
-        from halfbyte.engine.selftest import Abilities
-        from halfbyte.model.attention import segments
-
-        trainer.learner.abilities = Abilities(packing, True, 0.0, 0.0)
-
+        config = TrainConfig(**options(stories, rows, tmp_path, lora_dropout=0.0))
+        data = read_rows(config, stories, Reporter()).train
+        stepper = stepper_for(config, stories, Run(tmp_path))
+        stepper.learner.abilities = Abilities(packing, True, 0.0, 0.0)
         batch = [collate(data.rows, range(5)), collate(data.rows, range(5, 8))]
-        if packing:
-            with segments(trainer.learner.model):
-                row = trainer.step(0, batch)
-        else:
-            row = trainer.step(0, batch)
+        with packed(stepper.learner.model, packing):
+            row = stepper.run(0, batch)
         results.append((row["loss"], row["grad_norm"]))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing": True, "max_length": 128}, {"optim": "adamw_torch"}])
-def test_resumed_equals_unbroken(stories: Path, rows: Path, tmp_path: Path, changes: dict[str, Any]):
-    """Stopped after step 3 of 8, across an epoch, with dropout: equal adapter and optimizer, each step logged once."""
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing": True, "max_length": 128}, {"optim": "adamw_torch"}]
+)
+def test_resumed_equals_unbroken(
+    stories: Path, rows: Path, tmp_path: Path, changes: dict[str, Any]
+):
+    """Stopped after step 3 of 8, across an epoch, with dropout: equal adapter and optimizer, each
+    step logged once."""
     common = {"max_steps": 8, "save_steps": 3, "save_total_limit": 9, **changes}
     straight = halfbyte.train(**options(stories, rows, tmp_path / "straight", **common))
     broken = tmp_path / "broken"
@@ -153,7 +182,9 @@ def test_resumed_equals_unbroken(stories: Path, rows: Path, tmp_path: Path, chan
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        halfbyte.train(TrainConfig(**options(stories, rows, broken, **common)), reporter=Reporter(on_step=stop))
+        halfbyte.train(
+            TrainConfig(**options(stories, rows, broken, **common)), reporter=Reporter(on_step=stop)
+        )
     again = options(stories, rows, broken, resume_from_checkpoint="auto", **common)
     resumed = halfbyte.train(**again)
     assert digest(straight) == digest(resumed)
@@ -167,8 +198,15 @@ def test_resumed_equals_unbroken(stories: Path, rows: Path, tmp_path: Path, chan
 
 @pytest.mark.slow
 def test_resumed_equals_unbroken_at_every_step(stories: Path, rows: Path, tmp_path: Path):
-    """Packing, accumulation 3, dropout, two epochs: a stop after any step leads to the same bytes."""
-    common = {"max_steps": 8, "save_steps": 1, "packing": True, "max_length": 128, "save_total_limit": 9}
+    """Packing, accumulation 3, dropout, two epochs: a stop after any step leads to the same
+    bytes."""
+    common = {
+        "max_steps": 8,
+        "save_steps": 1,
+        "packing": True,
+        "max_length": 128,
+        "save_total_limit": 9,
+    }
     straight = halfbyte.train(**options(stories, rows, tmp_path / "straight", **common))
     for last in range(1, 8):
         broken = tmp_path / f"broken{last}"
@@ -184,16 +222,27 @@ def test_resume_refuses_another_training(stories: Path, rows: Path, tmp_path: Pa
     halfbyte.train(**options(stories, rows, tmp_path / "run", max_steps=1))
     with pytest.raises(ModelError, match="another training") as caught:
         halfbyte.train(
-            **options(stories, rows, tmp_path / "run", max_steps=1, learning_rate=1.0, resume_from_checkpoint="auto")
+            **options(
+                stories,
+                rows,
+                tmp_path / "run",
+                max_steps=1,
+                learning_rate=1.0,
+                resume_from_checkpoint="auto",
+            )
         )
     assert "learning_rate: 0.005 then, 1.0 now" in caught.value.found
     with pytest.raises(BusyError, match="already holds a run"):
         halfbyte.train(**options(stories, rows, tmp_path / "run", max_steps=1))
 
 
-def test_a_command_that_failed_early_can_be_mended_and_repeated(stories: Path, rows: Path, tmp_path: Path):
+def test_a_command_that_failed_early_can_be_mended_and_repeated(
+    stories: Path, rows: Path, tmp_path: Path
+):
     with pytest.raises(ModelError, match="8-bit AdamW"):
-        halfbyte.train(**options(stories, rows, tmp_path, full=True, load_in_4bit=False, dtype="bfloat16"))
+        halfbyte.train(
+            **options(stories, rows, tmp_path, full=True, load_in_4bit=False, dtype="bfloat16")
+        )
     assert not (tmp_path / "adapter").exists()
     halfbyte.train(**options(stories, rows, tmp_path, max_steps=1))
 
@@ -236,7 +285,11 @@ def test_a_second_trainer_is_turned_away(tmp_path: Path):
 
 def test_non_finite_loss_stops_before_the_update(stories: Path, rows: Path, tmp_path: Path):
     with pytest.raises(NonFiniteError, match="not updated") as caught:
-        halfbyte.train(**options(stories, rows, tmp_path / "run", learning_rate=1e30, max_steps=50, warmup_ratio=0.0))
+        halfbyte.train(
+            **options(
+                stories, rows, tmp_path / "run", learning_rate=1e30, max_steps=50, warmup_ratio=0.0
+            )
+        )
     assert "rows.jsonl:" in caught.value.where
 
 
@@ -251,7 +304,15 @@ def test_schedules():
 
 def test_full_fine_tuning_is_the_reference(stories: Path, rows: Path, tmp_path: Path):
     run = halfbyte.train(
-        **options(stories, rows, tmp_path / "run", full=True, load_in_4bit=False, max_steps=6, learning_rate=1e-3)
+        **options(
+            stories,
+            rows,
+            tmp_path / "run",
+            full=True,
+            load_in_4bit=False,
+            max_steps=6,
+            learning_rate=1e-3,
+        )
     )
     losses = [row["loss"] for row in run.metrics()]
     assert losses[-1] < losses[0]
@@ -262,12 +323,16 @@ def test_full_fine_tuning_is_the_reference(stories: Path, rows: Path, tmp_path: 
         assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
-# --- what others load -------------------------------------------------------------------------------------------------
+# --- what others load -----------------------------------------------------------------------------
 
 
 def probe(tokenizer: Any) -> torch.Tensor:
     return torch.tensor(
-        [tokenizer("Once upon a time, there was a big dog. It said: what is two and two?")["input_ids"]]
+        [
+            tokenizer("Once upon a time, there was a big dog. It said: what is two and two?")[
+                "input_ids"
+            ]
+        ]
     )
 
 
@@ -276,9 +341,19 @@ def test_loss_falls_and_the_run_directory_is_complete(trained: Run):
     assert losses[-1] < losses[0] - 0.3
     names = {path.name for path in trained.path.iterdir()}
     assert {"LOCK", "run.json", "metrics.jsonl", "quant.json", "checkpoints", "adapter"} <= names
-    assert set(trained.metrics()[0]) >= {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_bytes"}
+    assert set(trained.metrics()[0]) >= {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_s",
+        "memory_bytes",
+    }
     quant = json.loads((trained.path / "quant.json").read_text())
-    assert quant["coverage"] == 1.0 and all(0.003 < t["relative_mse"] < 0.02 for t in quant["tensors"])
+    assert quant["coverage"] == 1.0 and all(
+        0.003 < t["relative_mse"] < 0.02 for t in quant["tensors"]
+    )
 
 
 @torch.no_grad()
@@ -288,7 +363,9 @@ def test_peft_gives_our_logits(trained: Run, stories: Path):
     base = AutoModelForCausalLM.from_pretrained(stories)
     theirs = peft.PeftModel.from_pretrained(base, str(trained.adapter)).eval()
     ids = probe(tokenizer)
-    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -299,7 +376,9 @@ def test_merged_models_give_our_logits(trained: Run, tmp_path: Path, onto: str):
     ours, tokenizer = halfbyte.load(trained.path, load_in_4bit=onto == "trained")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = probe(tokenizer)
-    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-4
+    )
     assert hub.load_tokenizer(tmp_path / "merged").chat_template
 
 
@@ -307,7 +386,9 @@ def test_a_spoiled_merge_is_refused(trained: Run, tmp_path: Path, monkeypatch: p
     from halfbyte.adapters.lora import LoraLinear
 
     honest = LoraLinear.merged
-    monkeypatch.setattr(LoraLinear, "merged", lambda self, weight: 2 * weight - honest(self, weight))
+    monkeypatch.setattr(
+        LoraLinear, "merged", lambda self, weight: 2 * weight - honest(self, weight)
+    )
     with pytest.raises(VerificationError, match="not the model that was trained"):
         halfbyte.merge(trained.path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -315,7 +396,8 @@ def test_a_spoiled_merge_is_refused(trained: Run, tmp_path: Path, monkeypatch: p
 
 @torch.no_grad()
 def test_a_bitsandbytes_checkpoint_opens_bit_for_bit(stories: Path, tmp_path: Path):
-    """Written by transformers + bitsandbytes, sharded; the same bytes here, and the same logits in fp32."""
+    """Written by transformers + bitsandbytes, sharded; the same bytes here, and the same logits in
+    fp32."""
     q = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -339,10 +421,12 @@ def test_a_bitsandbytes_checkpoint_opens_bit_for_bit(stories: Path, tmp_path: Pa
             assert torch.equal(weight.absmax, state.absmax), name
     ids = torch.randint(3, 500, (1, 24), generator=torch.Generator().manual_seed(0))
     theirs.train()  # their evaluation path computes in bf16
-    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-4
+    )
 
 
-# --- loading: what is refused -----------------------------------------------------------------------------------------
+# --- loading: what is refused ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -390,7 +474,13 @@ def test_truncated_and_damaged_files(copy_of_stories: Path):
     file.write_bytes(whole[:-1000])
     with pytest.raises(ModelError, match="truncated"):
         load_base(copy_of_stories, ModelOptions())
-    for damaged in (b"", whole[:5], b"\xff" * 64, whole + b"x", whole.replace(b'"F32"', b'"F99"', 1)):
+    for damaged in (
+        b"",
+        whole[:5],
+        b"\xff" * 64,
+        whole + b"x",
+        whole.replace(b'"F32"', b'"F99"', 1),
+    ):
         file.write_bytes(damaged)
         with pytest.raises(ModelError, match="not an intact safetensors file"):
             load_base(copy_of_stories, ModelOptions())
@@ -399,11 +489,15 @@ def test_truncated_and_damaged_files(copy_of_stories: Path):
 def test_foreign_code_pickles_and_formats_are_refused(copy_of_stories: Path):
     config = copy_of_stories / "config.json"
     original = json.loads(config.read_text())
-    config.write_text(json.dumps({**original, "model_type": "mystery", "auto_map": {"AutoConfig": "x.Y"}}))
+    config.write_text(
+        json.dumps({**original, "model_type": "mystery", "auto_map": {"AutoConfig": "x.Y"}})
+    )
     with pytest.raises(ModelError, match="not a causal language model") as caught:
         load_base(copy_of_stories, ModelOptions())
     assert "never run" in caught.value.found
-    config.write_text(json.dumps({**original, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    config.write_text(
+        json.dumps({**original, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(ModelError, match="format that is not read"):
         load_base(copy_of_stories, ModelOptions())
     config.write_text(json.dumps(original))
@@ -430,7 +524,11 @@ def test_train_evaluate_train(stories: Path, rows: Path, tmp_path: Path):
         model.train()
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        return [layer.lora_B.grad.clone() for _, layer in lora_layers(model) if layer.lora_B.grad is not None]
+        return [
+            layer.lora_B.grad.clone()
+            for _, layer in lora_layers(model)
+            if layer.lora_B.grad is not None
+        ]
 
     before = gradients()
     model.eval()
@@ -440,15 +538,20 @@ def test_train_evaluate_train(stories: Path, rows: Path, tmp_path: Path):
     assert len(before) == 35 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-# --- fp16 -------------------------------------------------------------------------------------------------------------
+# --- fp16 -----------------------------------------------------------------------------------------
 
 
 def test_fp16_keeps_small_gradients_and_loses_no_step(stories: Path, rows: Path, tmp_path: Path):
-    """As on a card without bf16: a scale too large is halved for the same rows, and is in the log; a resume goes on
-    with it, to the same bytes; the losses are those of fp32."""
+    """As on a card without bf16: a scale too large is halved for the same rows, and is in the log;
+    a resume goes on with it, to the same bytes; the losses are those of fp32."""
     from halfbyte.engine.learner import LossScale
 
-    common: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.1, "num_samples": 0}
+    common: dict[str, Any] = {
+        "max_steps": 6,
+        "save_steps": 2,
+        "lora_dropout": 0.1,
+        "num_samples": 0,
+    }
     exact = halfbyte.train(**options(stories, rows, tmp_path / "fp32", dtype="float32", **common))
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -474,9 +577,10 @@ def test_fp16_keeps_small_gradients_and_loses_no_step(stories: Path, rows: Path,
 
 
 def test_scaled_gradients_are_nearer_than_unscaled_ones(tiny_llama: Any):
-    """Gradients so small that fp16 has no number for them, of a loss that is divided by many tokens."""
+    """Gradients so small that fp16 has no number for them, of a loss that is divided by many
+    tokens."""
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import Encoded
+    from halfbyte.data.renderer import TokenizedExample
     from halfbyte.engine.learner import Learner
     from halfbyte.engine.selftest import Abilities
 
@@ -484,11 +588,13 @@ def test_scaled_gradients_are_nearer_than_unscaled_ones(tiny_llama: Any):
     for dtype, scale in ((torch.float32, 1.0), (torch.float16, 1.0), (torch.float16, 65536.0)):
         model = copy.deepcopy(tiny_llama).to(dtype)
         model.config.dtype = dtype
-        config = TrainConfig(model="m", data="d", load_in_4bit=False, lora_dropout=0.0, gradient_checkpointing=False)
+        config = TrainConfig(
+            model="m", data="d", load_in_4bit=False, lora_dropout=0.0, gradient_checkpointing=False
+        )
         learner = Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
         learner.scale.value = scale
-        batch = collate([Encoded("row", list(range(20)), [True] * 20)], [0])
-        with attention.segments(model):
+        batch = collate([TokenizedExample("row", list(range(20)), [True] * 20)], [0])
+        with attention.packed(model):
             learner.accumulate(batch, 3_000_000, 0, 0)
         learner.config = config.model_copy(update={"max_grad_norm": 0.0})
         learner.clip()

@@ -1,5 +1,6 @@
-"""Triton's kernels in Triton's interpreter, on this CPU, beside the plain-PyTorch meaning: fp32 and fp16, every bit
-where the meaning is exact. (The interpreter gets bf16 wrong; bench/gpu.py proves that on a card.)"""
+"""Triton's kernels in Triton's interpreter, on this CPU, beside the plain-PyTorch meaning: fp32 and
+fp16, every bit where the meaning is exact. (The interpreter gets bf16 wrong; bench/gpu.py proves
+that on a card.)"""
 
 import json
 import os
@@ -40,7 +41,9 @@ def near(mine: Tensor, theirs: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("shape", [(64,), (3, 40), (7, 129), (2, 5, 33), (1,), (0,), (130, 64)])
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_quantize_and_dequantize_bit_for_bit(shape: tuple[int, ...], block_size: int, quant_type: str):
+def test_quantize_and_dequantize_bit_for_bit(
+    shape: tuple[int, ...], block_size: int, quant_type: str
+):
     """Any shape, odd sizes and short last blocks, nested and not."""
     torch.manual_seed(0)
     dtype = torch.float16 if block_size == 64 else torch.float32
@@ -72,7 +75,9 @@ def test_ties_zeros_and_broken_numbers_are_as_in_the_meaning():
     weight = torch.cat((middles, table, torch.zeros(64), torch.full((33,), 1e-39)))
     weight = torch.cat((torch.ones(1), weight, torch.tensor([-0.0])))
     for mine, theirs in zip(
-        gpu_calls.quantize_4bit(weight, table, 32), fourbit._quantize(weight, table, 32), strict=True
+        gpu_calls.quantize_4bit(weight, table, 32),
+        fourbit._quantize(weight, table, 32),
+        strict=True,
     ):
         equal(mine, theirs)
     weight[5], weight[40] = float("nan"), float("inf")
@@ -83,15 +88,23 @@ def test_ties_zeros_and_broken_numbers_are_as_in_the_meaning():
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("tokens,rows,columns", [(1, 5, 64), (3, 18, 96), (2, 7, 130), (2, 3, 2112), (1, 2, 2050)])
-def test_matvec_is_the_product_within_rounding(tokens: int, rows: int, columns: int, double_quant: bool):
+@pytest.mark.parametrize(
+    "tokens,rows,columns", [(1, 5, 64), (3, 18, 96), (2, 7, 130), (2, 3, 2112), (1, 2, 2050)]
+)
+def test_matvec_is_the_product_within_rounding(
+    tokens: int, rows: int, columns: int, double_quant: bool
+):
     """Beside fp64 of the dequantized weight; blocks may run across rows."""
     torch.manual_seed(1)
     stored = quantize(torch.randn(rows, columns), double_quant=double_quant)
     weight = stored.dequantize(torch.float32).double()
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2.0**-10)):
         x = torch.randn(tokens, columns).to(dtype)
-        near(gpu_calls.matvec(x, tuple(stored.parts), rows), (x.double() @ weight.t()).to(dtype), tolerance)
+        near(
+            gpu_calls.matvec(x, tuple(stored.parts), rows),
+            (x.double() @ weight.t()).to(dtype),
+            tolerance,
+        )
     x, bias = torch.randn(tokens, columns), torch.randn(rows)
     u, b = torch.randn(tokens, 4), torch.randn(rows, 4)
     mine = fourbit.linear_by_triton(x, *stored.parts, rows, bias, u, b)
@@ -104,7 +117,10 @@ def test_adamw_bit_for_bit_over_many_tensors_and_steps():
     sizes = [(300,), (16, 33), (1,), (4, 256), (257,)]
     params = [torch.randn(size) for size in sizes]
     arena = sum(adamw8bit.padded_size(p.numel()) for p in params)
-    maps = [torch.tensor(codebooks.dynamic_map(signed=signed), dtype=torch.float32) for signed in (True, False)]
+    maps = [
+        torch.tensor(codebooks.dynamic_map(signed=signed), dtype=torch.float32)
+        for signed in (True, False)
+    ]
 
     def state() -> list[Tensor]:
         codes = [torch.zeros(arena, dtype=torch.uint8) for _ in range(2)]
@@ -123,15 +139,30 @@ def test_adamw_bit_for_bit_over_many_tensors_and_steps():
 
 def test_adamw_tells_windows_that_begin_at_one_address_apart():
     """As a paged optimizer's do, and the whole tensor before it was paged."""
-    maps = [torch.tensor(codebooks.dynamic_map(signed=signed), dtype=torch.float32) for signed in (True, False)]
+    maps = [
+        torch.tensor(codebooks.dynamic_map(signed=signed), dtype=torch.float32)
+        for signed in (True, False)
+    ]
     mine, grad = torch.randn(1024), torch.randn(1024)
     theirs = mine.clone()
     for size in (1024, 300, 600):
-        for meaning, values in ((False, mine), (True, theirs)):
+        for reference, values in ((False, mine), (True, theirs)):
             arena = adamw8bit.padded_size(size)
             codes, scales = torch.zeros(2, arena, dtype=torch.uint8), torch.zeros(2, arena // 256)
-            step = adamw8bit._adamw_8bit_step if meaning else gpu_calls.adamw_8bit_step
-            step([values[:size]], [grad[:size]], *codes, *scales, *maps, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1)
+            step = adamw8bit._adamw_8bit_step if reference else gpu_calls.adamw_8bit_step
+            step(
+                [values[:size]],
+                [grad[:size]],
+                *codes,
+                *scales,
+                *maps,
+                1e-2,
+                0.9,
+                0.999,
+                1e-8,
+                0.0,
+                1,
+            )
         equal(mine, theirs)
 
 
@@ -170,7 +201,13 @@ def test_passes_within_rounding(dtype: torch.dtype, tolerance: float):
         near(y, wide[0].to(dtype), 3 * tolerance)
         near(inverse, wide[1].float(), 1e-6)
         dx = gpu_calls.rms_norm_grad(dy, x, weight, inverse, offset)
-        near(dx, passes._rms_norm_grad(dy.double(), x.double(), weight.double(), wide[1], offset).to(dtype), tolerance)
+        near(
+            dx,
+            passes._rms_norm_grad(dy.double(), x.double(), weight.double(), wide[1], offset).to(
+                dtype
+            ),
+            tolerance,
+        )
     both, dy = draw(4, 2, 2 * 37), draw(4, 2, 37)
     gate, up = both.chunk(2, -1)  # rows of one product
     for activation in range(len(passes.ACTIVATIONS)):
@@ -180,7 +217,9 @@ def test_passes_within_rounding(dtype: torch.dtype, tolerance: float):
             tolerance,
         )
         expected = passes._gated_grad(dy.double(), gate.double(), up.double(), activation)
-        for mine, theirs in zip(gpu_calls.gated_grad(dy, gate, up, activation), expected, strict=True):
+        for mine, theirs in zip(
+            gpu_calls.gated_grad(dy, gate, up, activation), expected, strict=True
+        ):
             near(mine, theirs.to(dtype), tolerance)
     logits, labels = draw(5, 5000) * 4, torch.tensor([0, 4999, -100, 17, 5000])
     grad, wide_grad = torch.full_like(logits, 7.0), torch.empty(5, 5000, dtype=torch.float64)
@@ -197,8 +236,8 @@ def test_passes_within_rounding(dtype: torch.dtype, tolerance: float):
 def test_a_kernel_that_differs_or_dies_gives_way(monkeypatch: pytest.MonkeyPatch):
     """What is tried before a kernel is used finds wrong bits, wrong numbers and exceptions."""
     device = torch.device("cpu")
-    meaning, case = dropout._dropout_mask, dropout.example
-    assert gpu.disagreement(meaning, gpu_calls.dropout_mask, case, device) == ""
+    reference, case = dropout._dropout_mask, dropout.example
+    assert gpu.disagreement(reference, gpu_calls.dropout_mask, case, device) == ""
 
     def wrong(out: Tensor, numbers: list[int]) -> None:
         gpu_calls.dropout_mask(out, numbers)
@@ -207,8 +246,8 @@ def test_a_kernel_that_differs_or_dies_gives_way(monkeypatch: pytest.MonkeyPatch
     def dies(out: Tensor, numbers: list[int]) -> None:
         raise RuntimeError("out of registers")
 
-    assert "1 of" in gpu.disagreement(meaning, wrong, case, device)
-    assert "out of registers" in gpu.disagreement(meaning, dies, case, device)
+    assert "1 of" in gpu.disagreement(reference, wrong, case, device)
+    assert "out of registers" in gpu.disagreement(reference, dies, case, device)
     assert "float16 values differ" in gpu.disagreement(
         passes._gated, lambda g, u, a: passes._gated(g, u, a) * 1.01, passes.gated_example, device
     )
@@ -224,7 +263,9 @@ def plain_flash(
         ahead = place[None] - place[:, None]
         seen = (ahead <= right) & ((-ahead <= left) | (left < 0))
         wide_k, wide_v = (t[a:b].repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        scores = (torch.einsum("qhd,khd->hqk", q[a:b], wide_k) * scale).masked_fill(~seen, -torch.inf)
+        scores = (torch.einsum("qhd,khd->hqk", q[a:b], wide_k) * scale).masked_fill(
+            ~seen, -torch.inf
+        )
         lse.append(scores.logsumexp(2))
         out.append(torch.einsum("hqk,khd->qhd", scores.softmax(2), wide_v))
     return torch.cat(out), torch.cat(lse, 1)
@@ -234,19 +275,45 @@ def plain_flash(
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's flash attention, which is only on GPUs, by what its signature says."""
 
-    def forward(q, k, v, rows_q, rows_k, longest_q, longest_k, p, causal, debug, *, scale, **window):
+    def forward(
+        q, k, v, rows_q, rows_k, longest_q, longest_k, p, causal, debug, *, scale, **window
+    ):
         assert (
-            rows_q is rows_k and longest_q == longest_k == int(rows_q.diff().max()) and causal and not p and not debug
+            rows_q is rows_k
+            and longest_q == longest_k == int(rows_q.diff().max())
+            and causal
+            and not p
+            and not debug
         )
         wide = (t.float() for t in (q, k, v))
-        out, lse = plain_flash(*wide, rows_q, window["window_size_left"], window["window_size_right"], scale)
+        out, lse = plain_flash(
+            *wide, rows_q, window["window_size_left"], window["window_size_right"], scale
+        )
         return out.to(q.dtype), lse, None, None, None
 
-    def backward(dout, q, k, v, out, lse, rows_q, rows_k, longest_q, longest_k, p, causal, state, unused, **more):
+    def backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        rows_q,
+        rows_k,
+        longest_q,
+        longest_k,
+        p,
+        causal,
+        state,
+        unused,
+        **more,
+    ):
         assert state.dtype == torch.uint64 and causal and not p and dout.is_contiguous()
         wide = [t.float().requires_grad_() for t in (q, k, v)]
         with torch.enable_grad():
-            again, _ = plain_flash(*wide, rows_q, more["window_size_left"], more["window_size_right"], more["scale"])
+            again, _ = plain_flash(
+                *wide, rows_q, more["window_size_left"], more["window_size_right"], more["scale"]
+            )
         return tuple(g.to(q.dtype) for g in torch.autograd.grad(again, wide, dout.float()))
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
@@ -258,34 +325,39 @@ def test_flash_attention_is_asked_for_the_same_attention(flash: None, window: in
     """Rows of several lengths, grouped heads, a window: what a GPU is asked for is the meaning."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(23, heads, 8).half() for heads in (4, 2, 2))
-    bounds = torch.tensor([0, 9, 10, 23], dtype=torch.int32)
-    form = (0.3, window, 0.0)
-    out, lse = gpu_calls.attention(q, k, v, bounds, *form)
-    expected, expected_lse = _attention(q, k, v, bounds, *form)
+    cu_seqlens = torch.tensor([0, 9, 10, 23], dtype=torch.int32)
+    params = (0.3, window, 0.0)
+    out, lse = gpu_calls.attention(q, k, v, cu_seqlens, *params)
+    expected, expected_lse = _attention(q, k, v, cu_seqlens, *params)
     near(out, expected, 2.0**-9)
     near(lse, expected_lse, 1e-5)
     dout = torch.randn_like(q)
-    mine = gpu_calls.attention_grad(dout, q, k, v, bounds, out, lse, *form)
-    for one, other in zip(mine, _attention_grad(dout, q, k, v, bounds, out, lse, *form), strict=True):
+    mine = gpu_calls.attention_grad(dout, q, k, v, cu_seqlens, out, lse, *params)
+    for one, other in zip(
+        mine, _attention_grad(dout, q, k, v, cu_seqlens, out, lse, *params), strict=True
+    ):
         near(one, other, 2.0**-8)
     with pytest.raises(ValueError, match="softcap"):
-        gpu_calls.attention(q, k, v, bounds, 0.3, window, 30.0)
+        gpu_calls.attention(q, k, v, cu_seqlens, 0.3, window, 30.0)
     assert not gpu_calls.attends(q, None), "this is a CPU"
 
 
 def test_every_spelling_agrees_with_its_meaning_on_its_own_case(flash: None):
     """The cases by which a GPU decides, run here."""
-    assert len(gpu.SPELLINGS) == 16
-    for name in gpu.SPELLINGS:
+    assert len(gpu.REGISTERED) == 16
+    for name in gpu.REGISTERED:
         assert gpu.tried(name, torch.device("cpu")) == "", name
 
 
 def test_every_kernel_compiles_for_gpus(tmp_path: Path):
-    """As it would be launched, for a GPU that is not there: the interpreter takes more than the compiler."""
+    """As it would be launched, for a GPU that is not there: the interpreter takes more than the
+    compiler."""
     script = Path(__file__).parent / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["wrong"] == [] and len(report["kernels"]) == 13
@@ -293,10 +365,19 @@ def test_every_kernel_compiles_for_gpus(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_script_for_a_gpu_runs_to_its_end():
-    """Every line of bench/gpu.py, tiny, on this CPU: what is measured on a card must not die of a slip."""
+    """Every line of bench/gpu.py, tiny, on this CPU: what is measured on a card must not die of a
+    slip."""
     script = Path(__file__).parent.parent / "bench" / "gpu.py"
-    done = subprocess.run([sys.executable, script, "--rehearse", "--json"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, script, "--rehearse", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
-    assert all(report[name] for name in ("limits", "check", "kernels", "optimizer", "steps", "70b", "context"))
+    assert all(
+        report[name]
+        for name in ("limits", "check", "kernels", "optimizer", "steps", "70b", "context")
+    )
     assert "failed" not in done.stdout and "DIFFERS" not in done.stdout

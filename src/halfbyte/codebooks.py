@@ -1,19 +1,22 @@
-"""The number formats: tables of levels, derived here and pinned to the exact values everybody stores.
+"""The number formats: tables of levels, derived here and pinned to the exact values everybody
+stores.
 
-A 4-bit format is a table of 16 levels in [-1, 1]. A block of weights is divided by a scale (its absolute maximum) and
-each weight becomes the index of the nearest level. Only the table differs between formats, so a kernel receives it as
-a tensor and the values exist once, in this file.
+A 4-bit format is a table of 16 levels in [-1, 1]. A block of weights is divided by a scale (its
+absolute maximum) and each weight becomes the index of the nearest level. Only the table differs
+between formats, so a kernel receives it as a tensor and the values exist once, in this file.
 
-NF4 (Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, appendix E) puts the levels at quantiles of the normal
-distribution, eight of them positive, seven negative, and one exactly zero. The article this project grew from gives a
-symmetric variant without an exact zero, inv_Phi((2i + 1) / 32); it is kept as ``nf4-article`` so that its figures can
-be reproduced, and its files are readable by no other tool.
+NF4 (Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, appendix E) puts the levels at quantiles of
+the normal distribution, eight of them positive, seven negative, and one exactly zero. The article
+this project grew from gives a symmetric variant without an exact zero, inv_Phi((2i + 1) / 32); it
+is kept as ``nf4-article`` so that its figures can be reproduced, and its files are readable by no
+other tool.
 
-FP4 is bitsandbytes' own (sign, two exponent bits, one mantissa bit, scaled by 1/12), in bit-pattern order, so its
-table is not sorted and holds zero twice.
+FP4 is bitsandbytes' own (sign, two exponent bits, one mantissa bit, scaled by 1/12), in bit-pattern
+order, so its table is not sorted and holds zero twice.
 
-The 8-bit "dynamic" maps (Dettmers 2015, arXiv:1511.04561) store scales of scales and optimizer moments: fewer fraction
-bits the smaller the number. Linear INT4 / INT8 with a zero point is here to be compared with, not to be stored.
+The 8-bit "dynamic" maps (Dettmers 2015, arXiv:1511.04561) store scales of scales and optimizer
+moments: fewer fraction bits the smaller the number. Linear INT4 / INT8 with a zero point is here to
+be compared with, not to be stored.
 """
 
 import itertools
@@ -65,13 +68,15 @@ def derive_nf4() -> tuple[float, ...]:
 
 
 def derive_nf4_article() -> tuple[float, ...]:
-    """The article's levels, inv_Phi((2i + 1) / 32) divided by the largest: symmetric, no exact zero."""
+    """The article's levels, inv_Phi((2i + 1) / 32) divided by the largest: symmetric, no exact
+    zero."""
     levels = [NormalDist().inv_cdf((2 * i + 1) / 32) for i in range(16)]
     return tuple(to_float32(level / levels[-1]) for level in levels)
 
 
 def derive_fp4() -> tuple[float, ...]:
-    """bitsandbytes' FP4 in bit-pattern order: sign, then 0, 1/16, 8, 12, 4, 6, 2, 3, all over 12."""
+    """bitsandbytes' FP4 in bit-pattern order: sign, then 0, 1/16, 8, 12, 4, 6, 2, 3, all over
+    12."""
     magnitudes = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
     positive = [to_float32(value / 12) for value in magnitudes]
     return (*positive, *(-value for value in positive))
@@ -100,16 +105,17 @@ BNB_QUANT_TYPES = ("nf4", "fp4")
 
 @cache
 def dynamic_map(signed: bool) -> tuple[float, ...]:
-    """The 256 sorted fp32 levels of the 8-bit dynamic format; arithmetic in fp32 as bitsandbytes does it.
+    """The 256 sorted fp32 levels of the 8-bit dynamic format; arithmetic in fp32 as bitsandbytes
+    does it.
 
-    For exponent i in 0..6 the means of neighbours in linspace(0.1, 1, 2^i + 1) (unsigned: 2^(i+1) + 1) times 10^(i-6);
-    signed maps hold both signs; 0 and 1 complete the table.
+    For exponent i in 0..6 the means of neighbours in linspace(0.1, 1, 2^i + 1) (unsigned: 2^(i+1) +
+    1) times 10^(i-6); signed maps hold both signs; 0 and 1 complete the table.
     """
     values: list[float] = []
     for i in range(7):
         count = 2 ** (i if signed else i + 1) + 1
-        bounds = _linspace_float32(0.1, 1.0, count)
-        for low, high in itertools.pairwise(bounds):
+        boundaries = _linspace_float32(0.1, 1.0, count)
+        for low, high in itertools.pairwise(boundaries):
             mean = to_float32(to_float32(low + high) / 2.0)
             # the scalar is a double there, but the product is taken in fp32
             value = to_float32(to_float32(10 ** (i - 6)) * mean)
@@ -119,25 +125,31 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
 
 
 def _linspace_float32(start: float, stop: float, count: int) -> list[float]:
-    """linspace as torch computes it in fp32: from both ends towards the middle, each value rounded once."""
+    """linspace as torch computes it in fp32: from both ends towards the middle, each value rounded
+    once."""
     start, stop = to_float32(start), to_float32(stop)
     step = to_float32(to_float32(stop - start) / (count - 1))
     half = count // 2
     return [
-        to_float32(start + step * i) if i < half else to_float32(stop - step * (count - 1 - i)) for i in range(count)
+        to_float32(start + step * i) if i < half else to_float32(stop - step * (count - 1 - i))
+        for i in range(count)
     ]
 
 
 @dataclass(frozen=True)
 class LinearGrid:
-    """Uniform b-bit quantization with a zero point, x ~ scale * (code - zero_point), as the article has it.
+    """Uniform b-bit quantization with a zero point, x ~ scale * (code - zero_point), as the article
+    has it.
 
     What happens at the edges, where the article's formula breaks:
 
-    - a range without zero is widened to hold it (``widened``), because a zero point outside 0..2^b-1 is no code; the
+    - a range without zero is widened to hold it (``widened``), because a zero point outside
+      0..2^b-1 is no code; the
       step grows accordingly and the bound s/2 holds on the wider range;
-    - a constant block has no range: the step becomes the constant's magnitude, so it is reproduced exactly;
-    - a value outside the range saturates to the nearest end, and its error is its distance to the last level, more
+    - a constant block has no range: the step becomes the constant's magnitude, so it is reproduced
+      exactly;
+    - a value outside the range saturates to the nearest end, and its error is its distance to the
+      last level, more
       than s/2 (`encode` counts them);
     - NaN and infinities are refused.
     """
@@ -169,7 +181,12 @@ class LinearGrid:
         if scale == 0.0 or not math.isfinite(scale):
             raise ValueError(f"the range [{x_min}, {x_max}] has no usable step at {bits} bits")
         # round() is half to even, as in torch and numpy: [-1, 1] at 4 bits has zero point 8
-        return cls(scale=scale, zero_point=min(max(round(-x_min / scale), 0), top), bits=bits, widened=widened)
+        return cls(
+            scale=scale,
+            zero_point=min(max(round(-x_min / scale), 0), top),
+            bits=bits,
+            widened=widened,
+        )
 
     @classmethod
     def fit(cls, values: Iterable[float], bits: int = 4) -> "LinearGrid":

@@ -1,7 +1,8 @@
 """Every failure a person can meet, with the exit code of the command line (DESIGN section 1).
 
-An error says what happened, where (``file:line``, tensor, byte), what was found and what was expected, and then the
-ways out in the order we would try them. Whoever raises fills in what it knows; the command line prints it whole.
+An error says what happened, where (``file:line``, tensor, byte), what was found and what was
+expected, and then the ways out in the order we would try them. Whoever raises fills in what it
+knows; the command line prints it whole.
 """
 
 import errno
@@ -33,7 +34,11 @@ class HalfbyteError(Exception):
 
     def __str__(self) -> str:
         lines = [self.what]
-        for label, text in (("where", self.where), ("found", self.found), ("expected", self.expected)):
+        for label, text in (
+            ("where", self.where),
+            ("found", self.found),
+            ("expected", self.expected),
+        ):
             if text:
                 lines.append(f"  {label + ':':<10}{text}")
         if self.ways_out:
@@ -61,7 +66,8 @@ class UsageError(HalfbyteError):
 
 
 class DoesNotFit(HalfbyteError):
-    """More memory is needed than there is: planned, or met. plan: the plan as it is in ``plan --json``."""
+    """More memory is needed than there is: planned, or met. plan: the plan as it is in ``plan
+    --json``."""
 
     exit_code = 3
 
@@ -119,8 +125,12 @@ class Interrupted(HalfbyteError):
 
 def is_exhaustion(error: BaseException) -> bool:
     """Whether an exception says that memory, of the host or of a GPU, has run out."""
-    torch = sys.modules.get("torch")  # whoever has not imported it cannot have run out of its memory
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+    torch = sys.modules.get(
+        "torch"
+    )  # whoever has not imported it cannot have run out of its memory
+    if isinstance(error, MemoryError) or (
+        torch is not None and isinstance(error, torch.OutOfMemoryError)
+    ):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -134,3 +144,8 @@ def is_exhaustion(error: BaseException) -> bool:
             "start new thread",
         )
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,7 +22,8 @@ Say = Callable[[str], None]
 
 @dataclass
 class Reporter:
-    """Where progress goes: lines of text, a bar over work, a call per step, and a row as `Renderer.pieces`."""
+    """Where progress goes: lines of text, a bar over work, a call per step, and a row as
+    `Renderer.pieces`."""
 
     say: Say = lambda line: None
     progress: Progress = no_progress

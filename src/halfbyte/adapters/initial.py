@@ -15,10 +15,12 @@ ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
 
 def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
-    """The configuration of a training that begins with an adapter: what the adapter is decides what is trained.
+    """The configuration of a training that begins with an adapter: what the adapter is decides what
+    is trained.
 
     Raises:
-        ModelError: no adapter, or one that is not for this base. UsageError: an option says otherwise than it.
+        ModelError: no adapter, or one that is not for this base.
+        UsageError: an option says otherwise than it.
     """
     if config.adapter_name_or_path is None:
         return config
@@ -37,9 +39,12 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
     model = build_empty(read_config(base))
     wanted["target_modules"] = ",".join(shortest_targets(model, adapted_layers(model, path)))
     for name, value in wanted.items():
-        if name in config.model_fields_set and not _is_same(name, getattr(config, name), value, model):
+        if name in config.model_fields_set and not _is_same(
+            name, getattr(config, name), value, model
+        ):
             raise UsageError(
-                f"the adapter in {path} has {name} {value!r}, and {getattr(config, name)!r} was asked for",
+                f"the adapter in {path} has {name} {value!r}, and {getattr(config, name)!r} was "
+                "asked for",
                 ways_out=[f"without --{name}: the adapter's own is taken"],
             )
     if "lora_dropout" not in config.model_fields_set:

@@ -1,6 +1,7 @@
 """LoRA on a linear layer whose base is frozen, in 4 bits or 16 (Hu et al. 2021, arXiv:2106.09685).
 
-    y = x W^T + b + s * drop(x) A^T B^T        A: [r, in], B: [out, r], s = alpha / r (rsLoRA: alpha / sqrt(r))
+    y = x W^T + b + s * drop(x) A^T B^T
+    A: [r, in], B: [out, r], s = alpha / r (rsLoRA: alpha / sqrt(r))
 
 One autograd function computes both branches, so that only x, u,
 the rounded A and B and the 4-bit weight are kept for the backward pass:
@@ -9,18 +10,20 @@ the rounded A and B and the 4-bit weight are kept for the backward pass:
     du = dy (s B)                          [.., r]
     dB = s * dy^T u,   dA = du^T drop(x),   dx = dy W + drop^T(du A)
 
-The dropout mask is a function of (seed, step, micro-batch, layer) (`ops.Dropout`): it is recomputed, never stored, and
-the factor 1 / (1 - p) is folded into s, and s into B before B is rounded. A and B are fp32 masters; products run in
-the dtype of x, and the adapter's term joins the base's before the sum is rounded.
+The dropout mask is a function of (seed, step, micro-batch, layer) (`ops.Dropout`): it is
+recomputed, never stored, and the factor 1 / (1 - p) is folded into s, and s into B before B is
+rounded. A and B are fp32 masters; products run in the dtype of x, and the adapter's term joins the
+base's before the sum is rounded.
 
-DoRA (Liu et al. 2024, arXiv:2402.09353) scales each output to a trained magnitude m: y = (m / n) * (x W^T + s drop(x)
-A^T B^T) + b, where n, which takes no gradient, holds the norms of the rows of W + s B A. They are found without that
-matrix: n^2 = |W|^2 + 2 s B . (A W^T)^T + s^2 B A A^T . B, row by row, which costs a product with r tokens. With
-dropout PEFT drops the base's input in the changed part, too; here it is the adapter's alone, as in LoRA.
+DoRA (Liu et al. 2024, arXiv:2402.09353) scales each output to a trained magnitude m: y = (m / n) *
+(x W^T + s drop(x) A^T B^T) + b, where n, which takes no gradient, holds the norms of the rows of W
++ s B A. They are found without that matrix: n^2 = |W|^2 + 2 s B . (A W^T)^T + s^2 B A A^T . B, row
+by row, which costs a product with r tokens. With dropout PEFT drops the base's input in the changed
+part, too; here it is the adapter's alone, as in LoRA.
 
-`LoraLinear` is a `torch.nn.Linear` with two more parameters, made in place from one: the model keeps its module names
-and the checkpoint keeps its tensor names. Files are PEFT's (`adapter`). The road not taken is a wrapper module, which
-renames every weight below it.
+`LoraLinear` is a `torch.nn.Linear` with two more parameters, made in place from one: the model
+keeps its module names and the checkpoint keeps its tensor names. Files are PEFT's (`adapter`). The
+road not taken is a wrapper module, which renames every weight below it.
 """
 
 import hashlib
@@ -42,7 +45,8 @@ from ..quantization.tensor import NF4Tensor
 
 @dataclass
 class DropoutClock:
-    """The counters every mask of a model is a function of; the training loop sets them, the layers read them."""
+    """The counters every mask of a model is a function of; the training loop sets them, the layers
+    read them."""
 
     seed: int = 0
     step: int = 0
@@ -55,8 +59,8 @@ class DropoutClock:
 class AdapterConfig:
     """What describes an adapter, apart from its weights.
 
-    rank_pattern, alpha_pattern: other r and alpha for the layers whose path, or its end after a dot, matches the
-    regular expression, as in PEFT; the first that does.
+    rank_pattern, alpha_pattern: other r and alpha for the layers whose path, or its end after a
+    dot, matches the regular expression, as in PEFT; the first that does.
     """
 
     r: int
@@ -69,7 +73,10 @@ class AdapterConfig:
 
     def of(self, name: str) -> "AdapterConfig":
         """What holds for one layer, by its path."""
-        r, alpha = _by_pattern(self.rank_pattern, name, self.r), _by_pattern(self.alpha_pattern, name, self.alpha)
+        r, alpha = (
+            _by_pattern(self.rank_pattern, name, self.r),
+            _by_pattern(self.alpha_pattern, name, self.alpha),
+        )
         return replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     @property
@@ -85,10 +92,11 @@ def _by_pattern(patterns: Mapping[str, int], name: str, default: int) -> int:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with an adapter. Made by `from_linear`; has ``lora_A`` [r, in] and ``lora_B`` [out, r] in fp32.
+    """A linear layer with an adapter. Made by `from_linear`; has ``lora_A`` [r, in] and ``lora_B``
+    [out, r] in fp32.
 
-    With DoRA also ``lora_magnitude_vector`` [out] in fp32, else None; and ``weight_squares`` [out], the squared norms
-    of the weight's rows.
+    With DoRA also ``lora_magnitude_vector`` [out] in fp32, else None; and ``weight_squares`` [out],
+    the squared norms of the weight's rows.
     """
 
     lora_A: nn.Parameter
@@ -108,10 +116,13 @@ class LoraLinear(nn.Linear):
         clock: DropoutClock,
         generator: torch.Generator,
     ) -> "LoraLinear":
-        """Turn a linear layer into this class in place; A is Kaiming-uniform (PEFT's choice), B zero."""
+        """Turn a linear layer into this class in place; A is Kaiming-uniform (PEFT's choice), B
+        zero."""
         device = linear.weight.device
         bound = 1 / math.sqrt(linear.in_features)
-        a = torch.empty(adapter.r, linear.in_features, device="meta" if device.type == "meta" else "cpu")
+        a = torch.empty(
+            adapter.r, linear.in_features, device="meta" if device.type == "meta" else "cpu"
+        )
         if not a.is_meta:
             a.uniform_(-bound, bound, generator=generator)
         linear.__class__ = cls
@@ -128,7 +139,15 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         bias = self.bias if self.lora_magnitude_vector is None else None
-        y = lora_linear(input, self.weight, bias, self.lora_A, self.lora_B, self.adapter.scaling, self._dropout())
+        y = lora_linear(
+            input,
+            self.weight,
+            bias,
+            self.lora_A,
+            self.lora_B,
+            self.adapter.scaling,
+            self._dropout(),
+        )
         if self.lora_magnitude_vector is None:
             return y
         norms = recompute.remember(self.norms) if self.training else self._norms_at_rest()
@@ -156,7 +175,11 @@ class LoraLinear(nn.Linear):
             aw = ops.linear_4bit(a, self.weight.parts, self.out_features)
         else:
             aw = functional.linear(a.to(self.weight.dtype), self.weight).float()
-        squares = self.weight_squares + 2 * s * (b * aw.t()).sum(1) + s * s * ((b @ (a @ a.t())) * b).sum(1)
+        squares = (
+            self.weight_squares
+            + 2 * s * (b * aw.t()).sum(1)
+            + s * s * ((b @ (a @ a.t())) * b).sum(1)
+        )
         return squares.clamp(min=1e-30).sqrt()
 
     _norms: tuple[tuple[int, int], Tensor] | None
@@ -178,10 +201,13 @@ class LoraLinear(nn.Linear):
             return ops.NO_DROPOUT
         threshold, clock = ops.drop_threshold(self.adapter.dropout), self.clock
         first = clock.first * self.in_features
-        return ops.Dropout(threshold, clock.seed, clock.step, clock.micro_batch, self.layer_index, first)
+        return ops.Dropout(
+            threshold, clock.seed, clock.step, clock.micro_batch, self.layer_index, first
+        )
 
     def merged(self, weight: Tensor) -> Tensor:
-        """What the adapter makes of a weight, fp32 [out, in]: W + s B A, with DoRA its rows of the trained norms."""
+        """What the adapter makes of a weight, fp32 [out, in]: W + s B A, with DoRA its rows of the
+        trained norms."""
         a, b = (p.detach().to(weight.device) for p in (self.lora_A, self.lora_B))
         total = weight.float() + (b @ a) * self.adapter.scaling
         if self.lora_magnitude_vector is None:
@@ -191,16 +217,27 @@ class LoraLinear(nn.Linear):
 
     def base_weight(self) -> Tensor:
         """The frozen weight as an ordinary tensor."""
-        return self.weight.dequantize() if isinstance(self.weight, NF4Tensor) else self.weight.detach()
+        return (
+            self.weight.dequantize() if isinstance(self.weight, NF4Tensor) else self.weight.detach()
+        )
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, dropout: ops.Dropout
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    dropout: ops.Dropout,
 ) -> Tensor:
     """x W^T + bias + scaling * drop(x) a^T b^T, [.., out], with gradients for all but the weight.
 
     Args:
-        x: [.., in]. weight: [out, in], an `NF4Tensor` or a frozen one in the type of x. a: [r, in]. b: [out, r].
+        x: [.., in].
+        weight: [out, in], an `NF4Tensor` or a frozen one in the type of x.
+        a: [r, in].
+        b: [out, r].
     """
     return _LoraLinear.apply(x, weight, bias, a, b, scaling, dropout)  # pyright: ignore[reportReturnType]
 
@@ -252,7 +289,7 @@ def _input_grad(dy: Tensor, weight: Tensor, du: Tensor, a: Tensor, dropout: ops.
     return ops.add_low_rank(dy @ weight, du, a, dropout)
 
 
-# --- on a model -------------------------------------------------------------------------------------------------------
+# --- on a model -----------------------------------------------------------------------------------
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -262,28 +299,42 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Return True if any layer of the model is adapted."""
+    return next(lora_layers(model), None) is not None
+
+
 def target_names(model: Any, target_modules: str) -> list[str]:
     """Paths of the linear layers that ``target_modules`` selects (all but the output embedding).
 
     Args:
-        target_modules: "all-linear", last names separated by commas, or a regular expression matching whole paths.
+        target_modules: "all-linear", last names separated by commas, or a regular expression
+            matching whole paths.
 
     Raises:
         UsageError: nothing matches, or a name in the list matches nothing; tells what there is.
     """
     head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
     if target_modules == "all-linear":
         chosen, unmatched = linear, []
     elif re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", target_modules):
         suffixes = [part.strip() for part in target_modules.split(",")]
         chosen = [name for name in linear if any(ends_with(name, suffix) for suffix in suffixes)]
-        unmatched = [suffix for suffix in suffixes if not any(ends_with(name, suffix) for name in linear)]
+        unmatched = [
+            suffix for suffix in suffixes if not any(ends_with(name, suffix) for name in linear)
+        ]
     else:
         try:
             pattern = re.compile(target_modules)
         except re.error as error:
-            raise UsageError(f"target_modules is no valid regular expression: {error}", found=target_modules) from error
+            raise UsageError(
+                f"target_modules is no valid regular expression: {error}", found=target_modules
+            ) from error
         chosen, unmatched = [name for name in linear if pattern.fullmatch(name)], []
     if unmatched or not chosen:
         there = sorted({name.rpartition(".")[2] for name in linear})
@@ -300,16 +351,24 @@ def ends_with(name: str, suffix: str) -> bool:
 
 
 def attach_lora(
-    model: Any, adapter: AdapterConfig, target_modules: str | list[str] = "all-linear", *, seed: int = 42
+    model: Any,
+    adapter: AdapterConfig,
+    target_modules: str | list[str] = "all-linear",
+    *,
+    seed: int = 42,
 ) -> list[str]:
-    """Freeze the model and put an adapter on its linear layers, in place. Returns the adapted paths.
+    """Freeze the model and put an adapter on its linear layers, in place. Returns the adapted
+    paths.
 
     Args:
         target_modules: as for `target_names`, or a list of whole paths.
 
-    The initial A of a layer is a function of (seed, its path). Every layer shares one `DropoutClock` (``.clock``).
+    The initial A of a layer is a function of (seed, its path). Every layer shares one
+    `DropoutClock` (``.clock``).
     """
-    names = target_names(model, target_modules) if isinstance(target_modules, str) else target_modules
+    names = (
+        target_names(model, target_modules) if isinstance(target_modules, str) else target_modules
+    )
     model.requires_grad_(False)
     clock = DropoutClock(seed)
     for index, name in enumerate(names):

@@ -1,7 +1,9 @@
-"""Whole modules that are trained beside an adapter (PEFT's ``modules_to_save``): an output head, embeddings, norms.
+"""Whole modules that are trained beside an adapter (PEFT's ``modules_to_save``): an output head,
+embeddings, norms.
 
-Their parameters become fp32 masters, as an adapter's are; the module computes with them in the type it had, so nothing
-after it changes its type. It is made, in place, a subclass of its own class, and keeps its name in the model.
+Their parameters become fp32 masters, as an adapter's are; the module computes with them in the type
+it had, so nothing after it changes its type. It is made, in place, a subclass of its own class, and
+keeps its name in the model.
 """
 
 import contextlib
@@ -12,26 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.class_swap import become
+from ..model.class_swap import swap_class
 from ..quantization.tensor import NF4Tensor
 from .lora import LoraLinear
 
 
-class SavedModule(nn.Module):
+class TrainableModule(nn.Module):
     """A module with trained fp32 parameters; its class is also a subclass of the original's.
 
-    ``called``: the name it was asked for by. ``off``: it computes with its original parameters, which must be kept.
+    ``called``: the name it was asked for by. ``off``: it computes with its original parameters,
+    which must be kept.
     """
 
-    called: str
+    requested_as: str
     computes_in: torch.dtype
     originals: dict[str, Tensor] | None
     cast: dict[str, tuple[int, Tensor]]
-    off: bool
+    disabled: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own: Any = super()
-        if isinstance(self, nn.Embedding) and not self.off:  # cast what is looked up, not the whole table
+        if (
+            isinstance(self, nn.Embedding) and not self.disabled
+        ):  # cast what is looked up, not the whole table
             return own.forward(*args, **kwargs).to(self.computes_in)
         with self._parameters_as_given():
             return own.forward(*args, **kwargs)
@@ -41,10 +46,11 @@ class SavedModule(nn.Module):
 
     @contextlib.contextmanager
     def _parameters_as_given(self) -> Iterator[None]:
-        """Within this block the parameters are the trained ones in the type to compute in, or the original ones."""
-        if self.off and self.originals is None:
-            raise RuntimeError(f"the original parameters of {self.called} were not kept")
-        values = self.originals if self.off and self.originals is not None else self.trained()
+        """Within this block the parameters are the trained ones in the type to compute in, or the
+        original ones."""
+        if self.disabled and self.originals is None:
+            raise RuntimeError(f"the original parameters of {self.requested_as} were not kept")
+        values = self.originals if self.disabled and self.originals is not None else self.trained()
         shadowed = []
         try:
             for path, value in values.items():
@@ -71,51 +77,61 @@ class SavedModule(nn.Module):
         return self.cast[path][1]
 
 
-def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+def trainable_modules(model: nn.Module) -> Iterator[tuple[str, TrainableModule]]:
     """(path, module) of every module that is trained whole."""
     for name, module in model.named_modules():
-        if isinstance(module, SavedModule):
+        if isinstance(module, TrainableModule):
             yield name, module
 
 
 def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of whole modules, by their paths in the model; tied ones under each."""
     found: dict[str, nn.Parameter] = {}
-    for path, module in saved_modules(model):
+    for path, module in trainable_modules(model):
         found.update({f"{path}.{name}": p for name, p in module.trained().items()})
     return found
 
 
-def save_modules(model: Any, names: list[str], *, keep_originals: bool = False) -> None:
+def make_modules_trainable(model: Any, names: list[str], *, keep_originals: bool = False) -> None:
     """Have modules trained whole, in place.
 
     Args:
-        names: ends of paths, as PEFT takes them ("norm" is every layer's, "model.norm" the last). keep_originals: for
-            `adapter.adapter_off`; takes memory.
+        names: ends of paths, as PEFT takes them ("norm" is every layer's, "model.norm" the last).
+        keep_originals: for `adapter.adapter_off`; takes memory.
 
     Raises:
-        UsageError: a name matches nothing, what it matches is held in 4 bits or adapted, or shares its weights with a
-            module that is not named.
+        UsageError: a name matches nothing, what it matches is held in 4 bits or adapted, or shares
+            its weights with a module that is not named.
     """
     found: dict[str, str] = {}
-    for called in names:
-        paths = [path for path, _ in model.named_modules() if path and path.endswith(called)]
+    for requested_as in names:
+        paths = [path for path, _ in model.named_modules() if path and path.endswith(requested_as)]
         if not paths:
             there = sorted(
-                {path.rpartition(".")[2] for path, module in model.named_modules() if list(module.parameters())}
+                {
+                    path.rpartition(".")[2]
+                    for path, module in model.named_modules()
+                    if list(module.parameters())
+                }
             )
-            raise UsageError(f"modules_to_save names {called!r}, which is no module", expected=", ".join(there))
-        found.update(dict.fromkeys(paths, called))
+            raise UsageError(
+                f"modules_to_save names {requested_as!r}, which is no module",
+                expected=", ".join(there),
+            )
+        found.update(dict.fromkeys(paths, requested_as))
     inside = {id(p) for path in found for p in model.get_submodule(path).parameters()}
     shared = _sharing(model, inside, set(found))
     if shared:
         raise UsageError(
-            f"modules_to_save names {', '.join(sorted(set(names)))}, whose weights are also those of {shared}",
-            ways_out=[f"name both: --modules_to_save {','.join([*names, shared.rpartition('.')[2]])}"],
+            f"modules_to_save names {', '.join(sorted(set(names)))}, whose weights are also those "
+            f"of {shared}",
+            ways_out=[
+                f"name both: --modules_to_save {','.join([*names, shared.rpartition('.')[2]])}"
+            ],
         )
     masters: dict[nn.Parameter, nn.Parameter] = {}
-    for path, called in found.items():
-        _train_whole(model.get_submodule(path), path, called, keep_originals, masters)
+    for path, requested_as in found.items():
+        _train_whole(model.get_submodule(path), path, requested_as, keep_originals, masters)
 
 
 def _sharing(model: nn.Module, inside: set[int], paths: set[str]) -> str | None:
@@ -128,13 +144,21 @@ def _sharing(model: nn.Module, inside: set[int], paths: set[str]) -> str | None:
 
 
 def _train_whole(
-    module: nn.Module, path: str, called: str, keep_originals: bool, masters: dict[nn.Parameter, nn.Parameter]
+    module: nn.Module,
+    path: str,
+    requested_as: str,
+    keep_originals: bool,
+    masters: dict[nn.Parameter, nn.Parameter],
 ) -> None:
     for name, p in module.named_parameters():
         if isinstance(p, NF4Tensor) or any(isinstance(m, LoraLinear) for m in module.modules()):
             raise UsageError(
-                f"modules_to_save names {called!r}, and {path}.{name} is held in 4 bits or adapted",
-                ways_out=["name modules that are neither: lm_head, embed_tokens, norms", "--load_in_4bit false"],
+                f"modules_to_save names {requested_as!r}, and {path}.{name} is held in 4 bits or "
+                "adapted",
+                ways_out=[
+                    "name modules that are neither: lm_head, embed_tokens, norms",
+                    "--load_in_4bit false",
+                ],
             )
     dtype = next(module.parameters()).dtype
     originals = {name: p.detach() for name, p in module.named_parameters()}
@@ -144,7 +168,7 @@ def _train_whole(
                 if p not in masters:
                     masters[p] = nn.Parameter(p.detach().to(torch.float32, copy=True))
                 inner._parameters[name] = masters[p]
-    become(module, SavedModule)
-    module.called, module.computes_in = called, dtype  # pyright: ignore[reportArgumentType]
+    swap_class(module, TrainableModule)
+    module.requested_as, module.computes_in = requested_as, dtype  # pyright: ignore[reportArgumentType]
     module.__dict__.update(originals=originals if keep_originals else None, cast={})
-    module.off = False  # pyright: ignore[reportArgumentType]
+    module.disabled = False  # pyright: ignore[reportArgumentType]

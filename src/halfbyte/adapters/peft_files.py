@@ -1,7 +1,8 @@
 """Adapters as files: what PEFT reads and writes, on a model of ours.
 
-``adapter_model.safetensors`` holds A and B of each layer (and DoRA's magnitudes) under PEFT's names, and whole modules
-that were trained beside them (``modules_to_save``); ``adapter_config.json`` describes them.
+``adapter_model.safetensors`` holds A and B of each layer (and DoRA's magnitudes) under PEFT's
+names, and whole modules that were trained beside them (``modules_to_save``);
+``adapter_config.json`` describes them.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from ..errors import ModelError, UsageError
 from ..files.atomic import read_json, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
-from .modules_to_save import save_modules, saved_modules
+from .modules_to_save import make_modules_trainable, trainable_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -42,28 +43,35 @@ def adapter_bytes(model: nn.Module) -> int:
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What an adapter consists of, by the names in PEFT's files."""
-    found = {f"{_PREFIX}{name}.{key}": p for name, layer in lora_layers(model) for key, p in layer.trained().items()}
-    for name, module in saved_modules(model):
+    found = {
+        f"{_PREFIX}{name}.{key}": p
+        for name, layer in lora_layers(model)
+        for key, p in layer.trained().items()
+    }
+    for name, module in trainable_modules(model):
         found.update({f"{_PREFIX}{name}.{key}": p for key, p in module.trained().items()})
     return found
 
 
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Within this block the model is its base: adapted layers are the linear layers they were made from, and whole
-    modules have their own weights (if `load_adapter` kept them)."""
-    layers, modules = [layer for _, layer in lora_layers(model)], [module for _, module in saved_modules(model)]
+    """Within this block the model is its base: adapted layers are the linear layers they were made
+    from, and whole modules have their own weights (if `load_adapter` kept them)."""
+    layers, modules = (
+        [layer for _, layer in lora_layers(model)],
+        [module for _, module in trainable_modules(model)],
+    )
     for layer in layers:
         layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
     for module in modules:
-        module.off = True
+        module.disabled = True
     try:
         yield
     finally:
         for layer in layers:
             layer.__class__ = LoraLinear
         for module in modules:
-            module.off = False
+            module.disabled = False
 
 
 def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
@@ -86,15 +94,23 @@ def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": sorted({module.called for _, module in saved_modules(model)}) or None,
-        "rank_pattern": {name: layer.adapter.r for name, layer in layers.items() if layer.adapter.r != r},
-        "alpha_pattern": {name: layer.adapter.alpha for name, layer in layers.items() if layer.adapter.alpha != alpha},
+        "modules_to_save": sorted({module.requested_as for _, module in trainable_modules(model)})
+        or None,
+        "rank_pattern": {
+            name: layer.adapter.r for name, layer in layers.items() if layer.adapter.r != r
+        },
+        "alpha_pattern": {
+            name: layer.adapter.alpha
+            for name, layer in layers.items()
+            if layer.adapter.alpha != alpha
+        },
         "use_dora": adapter.use_dora,
     }
 
 
 def shortest_targets(model: Any, names: list[str]) -> list[str]:
-    """Last names where they select exactly these layers in PEFT (which matches by suffix), else whole paths."""
+    """Last names where they select exactly these layers in PEFT (which matches by suffix), else
+    whole paths."""
     last = sorted({name.rpartition(".")[2] for name in names})
     everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched = {name for name in everything if any(ends_with(name, suffix) for suffix in last)}
@@ -114,14 +130,17 @@ def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any
     """Put a PEFT adapter on a model, in place. Returns its configuration.
 
     Raises:
-        ModelError: no LoRA adapter, a feature we do not have, or tensors that do not fit; all mismatches at once.
+        ModelError: no LoRA adapter, a feature we do not have, or tensors that do not fit; all
+            mismatches at once.
     """
     config, adapter = read_adapter_config(directory)
     attach_lora(model, adapter, adapted_layers(model, directory), seed=seed)
     try:
-        save_modules(model, config.get("modules_to_save") or [], keep_originals=True)
+        make_modules_trainable(model, config.get("modules_to_save") or [], keep_originals=True)
     except UsageError as error:
-        raise ModelError(f"the adapter in {directory} does not fit this model", found=error.what) from error
+        raise ModelError(
+            f"the adapter in {directory} does not fit this model", found=error.what
+        ) from error
     restore_adapter(model, directory)
     return config
 
@@ -134,12 +153,16 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]
     """
     config = read_json(directory / CONFIG)
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{directory} is not a LoRA adapter", found=f"peft_type {config.get('peft_type')!r}")
+        raise ModelError(
+            f"{directory} is not a LoRA adapter", found=f"peft_type {config.get('peft_type')!r}"
+        )
     used = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         used.append(f"bias={config['bias']}")
     if used:
-        raise ModelError(f"the adapter in {directory} uses {', '.join(used)}, which is not supported here")
+        raise ModelError(
+            f"the adapter in {directory} uses {', '.join(used)}, which is not supported here"
+        )
     adapter = AdapterConfig(
         config.get("r", 8),
         config.get("lora_alpha", 8),
@@ -161,8 +184,13 @@ def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
             wrong[name] = value
     if not isinstance(adapter.dropout, int | float) or not 0 <= adapter.dropout < 1:
         wrong["lora_dropout"] = adapter.dropout
-    for name, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
-        for pattern, value in patterns.items() if isinstance(patterns, dict) else [(str(patterns), 0)]:
+    for name, patterns in (
+        ("rank_pattern", adapter.rank_pattern),
+        ("alpha_pattern", adapter.alpha_pattern),
+    ):
+        for pattern, value in (
+            patterns.items() if isinstance(patterns, dict) else [(str(patterns), 0)]
+        ):
             try:
                 re.compile(pattern)
             except (re.error, TypeError):
@@ -171,7 +199,9 @@ def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
                 wrong[f"{name}[{pattern!r}]"] = value
     if wrong:
         found = ", ".join(f"{name} = {value!r}"[:100] for name, value in wrong.items())
-        raise ModelError(f"{file} has values that are not taken", found=found, expected="whole numbers from 1 on")
+        raise ModelError(
+            f"{file} has values that are not taken", found=found, expected="whole numbers from 1 on"
+        )
 
 
 def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
@@ -184,11 +214,11 @@ def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
     entries = read_header(directory / WEIGHTS)
     names = sorted({match.group(1) for name in entries if (match := pattern.fullmatch(name))})
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    strangers = [name for name in names if name not in linear]
-    if not names or strangers:
+    unknown = [name for name in names if name not in linear]
+    if not names or unknown:
         raise ModelError(
             f"the adapter in {directory} does not fit this model",
-            found=f"adapts {', '.join(strangers[:5])}" if names else "no lora_A / lora_B tensors",
+            found=f"adapts {', '.join(unknown[:5])}" if names else "no lora_A / lora_B tensors",
             expected="linear layers of the base model it was trained on",
         )
     return names
@@ -212,7 +242,9 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
         if name in found and found[name].shape != tuple(parameter.shape)
     ]
     if problems:
-        listed = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        listed = "; ".join(sorted(problems)[:10]) + (
+            f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        )
         raise ModelError(f"the adapter {file} does not fit this model", found=listed)
     with torch.no_grad():
         for name, parameter in wanted.items():

@@ -1,4 +1,5 @@
-"""The command line: parse, call, show. Verbs are loaded when used, so ``--help`` answers at once."""
+"""The command line: parse, call, show. Verbs are loaded when used, so ``--help`` answers at
+once."""
 
 import contextlib
 import importlib
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-from ..errors import HalfbyteError, Interrupted, UsageError
+from ..errors import HalfbyteError, Interrupted, UsageError, first_line, is_exhaustion
 from . import console
 
 VERBS = {
@@ -69,7 +70,8 @@ def run(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM ends a verb as Ctrl-C does: what is half done is cleaned up. Training handles both by itself."""
+    """SIGTERM ends a verb as Ctrl-C does: what is half done is cleaned up. Training handles both by
+    itself."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -99,18 +101,10 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _fail(UsageError(error.format_message(), ways_out=["see `halfbyte --help`"]))
     except (KeyboardInterrupt, click.Abort):
         return _fail(Interrupted("interrupted", signal.SIGINT))
-    except MemoryError:
-        return _out_of_memory("not enough memory")
-    except RuntimeError as error:
-        if debug:
-            raise
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            return _out_of_memory(str(error).splitlines()[0])
-        return _unforeseen(error)
     except Exception as error:
         if debug:
             raise
-        return _unforeseen(error)
+        return _out_of_memory(first_line(error)) if is_exhaustion(error) else _unforeseen(error)
 
 
 def _fail(error: HalfbyteError) -> int:
@@ -122,16 +116,19 @@ def _fail(error: HalfbyteError) -> int:
 
 def _out_of_memory(found: str) -> int:
     error = HalfbyteError(
-        "out of memory", found=found, ways_out=["lower --max_length", "lower --per_device_train_batch_size"]
+        "out of memory",
+        found=found,
+        ways_out=["lower --max_length", "lower --per_device_train_batch_size"],
     )
     error.exit_code = 3
     return _fail(error)
 
 
 def _unforeseen(error: Exception) -> int:
-    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = first_line(error)
     return _fail(
         HalfbyteError(
-            f"unforeseen {type(error).__name__}: {message}", ways_out=["repeat with --debug and report the traceback"]
+            f"unforeseen {type(error).__name__}: {message}",
+            ways_out=["repeat with --debug and report the traceback"],
         )
     )

@@ -1,8 +1,8 @@
 """``halfbyte bench``: this machine's limits, and what we reach of them.
 
-An operation can be no faster than its bytes at the rate of a copy and its products at the rate of the arithmetic units
-fed from registers; its limit is the larger of the two times. All figures are medians; peers are measured by
-``bench/cpu.py``.
+An operation can be no faster than its bytes at the rate of a copy and its products at the rate of
+the arithmetic units fed from registers; its limit is the larger of the two times. All figures are
+medians; peers are measured by ``bench/cpu.py``.
 """
 
 import statistics
@@ -27,16 +27,25 @@ def bench(record: BenchConfig) -> dict[str, Any]:
 
     if record.path:
         cpu.choose_path(record.path)
-    console.say(f"kernels: {cpu.why() if not record.path else record.path}; {torch.get_num_threads()} threads")
+    console.say(
+        f"kernels: {cpu.why() if not record.path else record.path}; {torch.get_num_threads()} "
+        "threads"
+    )
     limits, rows = _limits(), []
     steps = 3 + 2 * len(TOKENS)
     for _ in console.progress(_measured(limits, rows), steps, "measuring"):
         pass
-    fast = f"{limits['bf16_flops'] / 1e9:,.0f} GFLOP/s in bf16, " if limits.get("bf16_flops") else ""
-    slow = (
-        f"{limits['fp32_flops'] / 1e9:,.0f} in fp32" if limits.get("fp32_flops") else "products: no library to measure"
+    fast = (
+        f"{limits['bf16_flops'] / 1e9:,.0f} GFLOP/s in bf16, " if limits.get("bf16_flops") else ""
     )
-    console.say(f"limits: copying {limits['copy_bytes'] / 1e9:.1f} GB/s (read and written), {fast}{slow}")
+    slow = (
+        f"{limits['fp32_flops'] / 1e9:,.0f} in fp32"
+        if limits.get("fp32_flops")
+        else "products: no library to measure"
+    )
+    console.say(
+        f"limits: copying {limits['copy_bytes'] / 1e9:.1f} GB/s (read and written), {fast}{slow}"
+    )
     console.table(
         f"a weight of {ROWS} x {COLUMNS}, against the limits",
         ["", "ms", "limit", "reached", "bf16 layer", "ratio"],
@@ -53,7 +62,12 @@ def bench(record: BenchConfig) -> dict[str, Any]:
         ],
     )
     console.say("next: halfbyte doctor")
-    return {"path": cpu.path_in_use(), "threads": torch.get_num_threads(), "limits": limits, "operations": rows}
+    return {
+        "path": cpu.path_in_use(),
+        "threads": torch.get_num_threads(),
+        "limits": limits,
+        "operations": rows,
+    }
 
 
 def _limits() -> dict[str, float]:
@@ -84,7 +98,13 @@ def _measured(limits: dict[str, float], rows: list[dict[str, Any]]) -> Iterator[
     out = torch.empty(w.numel(), dtype=w.dtype)
     flops_rate = limits.get("bf16_flops", float("inf"))
 
-    def add(name: str, call: Callable[[], object], size: float, flops: float = 0, plain: Callable | None = None) -> str:
+    def add(
+        name: str,
+        call: Callable[[], object],
+        size: float,
+        flops: float = 0,
+        plain: Callable | None = None,
+    ) -> str:
         times = _alternate([call, *([plain] if plain else [])])
         limit = max(size / limits["copy_bytes"], flops / flops_rate)
         row = {"operation": name, "ms": times[0] * 1e3, "limit_ms": limit * 1e3}
@@ -115,7 +135,11 @@ def _measured(limits: dict[str, float], rows: list[dict[str, Any]]) -> Iterator[
     p = torch.nn.Parameter(torch.randn(PARAMETERS, generator=generator))
     p.grad = torch.randn(PARAMETERS, generator=generator)
     # parameter read and written, gradient read, two codes read and written
-    yield add(f"8-bit AdamW, {PARAMETERS / 1e6:.1f} M", AdamW8bit([p], lr=1e-6).step, PARAMETERS * (8 + 4 + 4))
+    yield add(
+        f"8-bit AdamW, {PARAMETERS / 1e6:.1f} M",
+        AdamW8bit([p], lr=1e-6).step,
+        PARAMETERS * (8 + 4 + 4),
+    )
 
 
 def _median(call: Callable[[], object], turns: int) -> float:

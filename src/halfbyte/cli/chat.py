@@ -15,19 +15,30 @@ def chat(record: ChatConfig) -> dict[str, Any]:
     from ..data.renderer import Renderer
     from ..run.load import load
 
-    given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
+    given = {
+        key: getattr(record, key)
+        for key in ModelOptions.model_fields
+        if key in record.model_fields_set
+    }
     run = Run.open(record.model) if is_run(record.model) else None
     model, tokenizer = load(record.model, progress=console.progress, **given)
     renderer = Renderer(tokenizer, clock=run.clock() if run else None)
     # a run trained on texts continues texts: a chat template is a form it never saw
     plain = run is not None and run.info()["data"]["form"] in ("prompt", "text")
     if plain:
-        console.say("this run was trained on plain texts: what you type is continued, without a chat template")
+        console.say(
+            "this run was trained on plain texts: what you type is continued, without a chat "
+            "template"
+        )
         if record.system:
-            raise UsageError("a system message needs a chat template, which this run was not trained with")
+            raise UsageError(
+                "a system message needs a chat template, which this run was not trained with"
+            )
     opening = [{"role": "system", "content": record.system}] if record.system else []
     if record.prompt is not None:
-        question = record.prompt if plain else [*opening, {"role": "user", "content": record.prompt}]
+        question = (
+            record.prompt if plain else [*opening, {"role": "user", "content": record.prompt}]
+        )
         said = _turn(record, model, renderer, question)
         if run is not None and run.config().full:
             console.say(f"next: halfbyte eval {record.model} --data held_out.jsonl")
@@ -42,7 +53,10 @@ def chat(record: ChatConfig) -> dict[str, Any]:
         turns.append({"role": "user", "content": line})
         said = _turn(record, model, renderer, line if plain else turns)
         turns.append({"role": "assistant", "content": said.text})
-    console.say(f"next: halfbyte {'merge ' + record.model + ' --onto trained -o merged' if run else 'explain nf4'}")
+    console.say(
+        "next: halfbyte "
+        f"{'merge ' + record.model + ' --onto trained -o merged' if run else 'explain nf4'}"
+    )
     return {"messages": turns}
 
 
@@ -69,7 +83,9 @@ def _turn(record: ChatConfig, model: Any, renderer: Any, prompt: str | list[dict
     )
     console.piece("\n")
     if not said.stopped:
-        console.say(f"(cut off after {record.max_new_tokens} tokens; --max_new_tokens raises the limit)")
+        console.say(
+            f"(cut off after {record.max_new_tokens} tokens; --max_new_tokens raises the limit)"
+        )
     return said
 
 

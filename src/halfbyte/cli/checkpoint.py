@@ -25,7 +25,13 @@ def _found(record: CheckpointConfig) -> list[dict[str, Any]]:
         step = int(path.name.removeprefix("step-"))
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         rows.append(
-            {"path": str(path), "step": step, "bytes": size, "held_out_loss": losses.get(step), "damage": wrong}
+            {
+                "path": str(path),
+                "step": step,
+                "bytes": size,
+                "held_out_loss": losses.get(step),
+                "damage": wrong,
+            }
         )
     return rows
 
@@ -60,7 +66,9 @@ def verify(record: CheckpointConfig) -> dict[str, Any]:
         raise ModelError(
             f"{len(damaged)} of {len(result['checkpoints'])} checkpoints are damaged",
             found="; ".join(row["damage"] for row in damaged),
-            ways_out=["a resume takes the newest valid one and sets these aside (damaged-step-...)"],
+            ways_out=[
+                "a resume takes the newest valid one and sets these aside (damaged-step-...)"
+            ],
         )
     return result
 

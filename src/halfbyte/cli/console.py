@@ -31,8 +31,14 @@ def _people() -> Console:
 
 def say(line: str) -> None:
     people = _people()
-    if line.startswith("next: halfbyte") and shutil.which("halfbyte") is None and sys.argv[0].endswith("halfbyte"):
-        line = line.replace("halfbyte", sys.argv[0], 1)  # as it was called: a fresh .venv is on nobody's PATH
+    if (
+        line.startswith("next: halfbyte")
+        and shutil.which("halfbyte") is None
+        and sys.argv[0].endswith("halfbyte")
+    ):
+        line = line.replace(
+            "halfbyte", sys.argv[0], 1
+        )  # as it was called: a fresh .venv is on nobody's PATH
     people.print(line, markup=False, soft_wrap=not people.is_terminal)
 
 
@@ -51,14 +57,19 @@ _STYLES = {"read": "dim", "trained": "green", "end": "bold white on green"}
 
 
 def show_row(pieces: list[tuple[str, str]]) -> None:
-    """A row of training data: what is only read dim, what is trained green, its end token marked. Without colours,
-    trained text stands in brackets."""
+    """A row of training data: what is only read dim, what is trained green, its end token marked.
+    Without colours, trained text stands in brackets."""
     people, text = _people(), Text()
     coloured = people.color_system is not None
     for piece, kind in pieces:
         shown = piece if len(piece) <= 600 else piece[:400] + " [...] " + piece[-150:]
-        text.append(shown if coloured or kind == "read" else f"⟦{shown}⟧", style=_STYLES[kind] if coloured else "")
-    legend = Text("dim: read only   ", style="dim") if coloured else Text("outside ⟦⟧: read only   ")
+        text.append(
+            shown if coloured or kind == "read" else f"⟦{shown}⟧",
+            style=_STYLES[kind] if coloured else "",
+        )
+    legend = (
+        Text("dim: read only   ", style="dim") if coloured else Text("outside ⟦⟧: read only   ")
+    )
     legend.append("green: trained" if coloured else "⟦trained⟧", style="green" if coloured else "")
     people.print(Padding(text, (0, 0, 0, 2)), soft_wrap=False)
     people.print(Padding(legend, (0, 0, 0, 2)))
@@ -107,7 +118,12 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def progress(items: Iterable[str], total: int, title: str) -> Iterable[str]:
     """The items, with a bar that shows itself once two seconds have passed."""
     bar = Progress(
-        TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=_people(), transient=True
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=_people(),
+        transient=True,
     )
     began, shown = time.monotonic(), False
     task = bar.add_task(title, total=total)
@@ -133,7 +149,10 @@ class StepProgress:
 
     def update(self, row: dict[str, Any], total: int) -> None:
         loss = "not finite, skipped" if row["loss"] is None else f"{row['loss']:.3f}"
-        text = f"loss {loss}  {row['tokens_per_s']:.0f} tokens/s  memory {row['memory_bytes'] / 2**30:.2f} GiB"
+        text = (
+            f"loss {loss}  {row['tokens_per_s']:.0f} tokens/s  memory "
+            f"{row['memory_bytes'] / 2**30:.2f} GiB"
+        )
         if self._first == 0:
             self._first, self._began = row["step"], time.monotonic()
         if _people().is_terminal:

@@ -12,7 +12,8 @@ from .options import Verb
 
 
 def check(record: DataCheckConfig) -> dict[str, Any]:
-    """What of a data source will be trained, token by token; every bad row named. Reads no weights."""
+    """What of a data source will be trained, token by token; every bad row named. Reads no
+    weights."""
     from ..data.dataset import data_lines, read_data
     from ..files import hub
     from ..run.load import run_renderer
@@ -22,24 +23,30 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
     renderer = None
     if run is not None and record.chat_template is None:
         renderer = run_renderer(run, run.config())
-    data = read_data(record.data, record, base, say=console.say, progress=console.progress, renderer=renderer)
+    data = read_data(
+        record.data, record, base, say=console.say, progress=console.progress, renderer=renderer
+    )
     for line in data_lines(data):
         console.say(line)
     train = data.train
     lengths = sorted(len(row.input_ids) for row in train.rows)
     counts: dict[str, Any] = {
         **data.counts(),
-        "masked_tokens": train.tokens - sum(sum(row.trained) for row in train.rows),
+        "masked_tokens": train.tokens - sum(sum(row.loss_mask) for row in train.rows),
         "tokens_cut_off": train.tokens_cut,
         "max_length": data.max_length,
         "longest": lengths[-1],
         "median_length": int(statistics.median(lengths)),
-        "form": data.form,
+        "form": data.format,
     }
     console.table(
         f"{record.data} as {record.model} reads it",
         ["", "count"],
-        [[key.replace("_", " "), f"{value:,}"] for key, value in counts.items() if isinstance(value, int)],
+        [
+            [key.replace("_", " "), f"{value:,}"]
+            for key, value in counts.items()
+            if isinstance(value, int)
+        ],
     )
     for where in (train.dropped_unsupervised + train.dropped_long)[:10]:
         console.say(f"left out: {where}")

@@ -1,4 +1,5 @@
-"""``halfbyte demo``: the built-in model learns to turn spoken orders into JSON, and everything around it."""
+"""``halfbyte demo``: the built-in model learns to turn spoken orders into JSON, and everything
+around it."""
 
 import json
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 from ..config.options import TrainConfig
 from ..config.verbs import DemoConfig
 from ..errors import UsageError
+from ..ledger import Part
 from ..run.directory import Run
 from . import console, orders
 from .options import Verb
@@ -22,7 +24,8 @@ ASKED = "two large teas and a bun, no sugar"
 
 
 def demo(record: DemoConfig) -> dict[str, Any]:
-    """Fine-tune the built-in model in 4 bits on spoken orders, offline on the CPU: plan, train, compare, merge."""
+    """Fine-tune the built-in model in 4 bits on spoken orders, offline on the CPU: plan, train,
+    compare, merge."""
     began = time.monotonic()
     home = Path(record.output_dir).expanduser()
     _clear(home)
@@ -30,17 +33,23 @@ def demo(record: DemoConfig) -> dict[str, Any]:
     _write(home / "orders.jsonl", rows)
     _write(home / "held_out.jsonl", held_out)
     console.say(
-        f"the task: a spoken order becomes JSON. {len(rows):,} rows to learn from, {len(held_out)} other orders to be "
+        f"the task: a spoken order becomes JSON. {len(rows):,} rows to learn from, "
+        f"{len(held_out)} other orders to be "
         "tested on"
     )
     config = _config(home, "run", record.seed)
     _show_plan(config)
     before = _test(config.model, home / "held_out.jsonl")
-    console.say(f"before training it answers {before['exact_match']:.0%} of the held-out orders exactly")
+    console.say(
+        f"before training it answers {before['exact_match']:.0%} of the held-out orders exactly"
+    )
     run = _train(config)
     console.samples(run.samples())
     after = _test(str(run.path), home / "held_out.jsonl")
-    console.say(f"exact on held-out orders: {before['exact_match']:.0%} before, {after['exact_match']:.0%} after")
+    console.say(
+        f"exact on held-out orders: {before['exact_match']:.0%} before, "
+        f"{after['exact_match']:.0%} after"
+    )
     result = {
         "exact_match_before": before["exact_match"],
         "exact_match_after": after["exact_match"],
@@ -51,7 +60,10 @@ def demo(record: DemoConfig) -> dict[str, Any]:
         result["compare"] = _compare(home, record.seed, after)
     receipt = _merge(run.path, home / "merged")
     seconds = time.monotonic() - began
-    console.say(f"done in {seconds:.0f} s. In {home}: the run (run/), its rows, and the merged model (merged/)")
+    console.say(
+        f"done in {seconds:.0f} s. In {home}: the run (run/), its rows, and the merged model "
+        "(merged/)"
+    )
     console.say(f'next: halfbyte chat {run.path} --prompt "{ASKED}"')
     return {
         **result,
@@ -86,11 +98,14 @@ def _config(home: Path, name: str, seed: int, **changes: Any) -> TrainConfig:
 
 
 def _clear(home: Path) -> None:
-    """Remove an earlier demo's own files; a directory that no demo made, or that is being trained in, is an error."""
+    """Remove an earlier demo's own files; a directory that no demo made, or that is being trained
+    in, is an error."""
     if not home.exists():
         home.mkdir(parents=True)
     elif not home.is_dir() or (any(home.iterdir()) and not (home / MARK).is_file()):
-        raise UsageError(f"{home} holds something else than a demo", ways_out=["name another --output_dir"])
+        raise UsageError(
+            f"{home} holds something else than a demo", ways_out=["name another --output_dir"]
+        )
     (home / MARK).write_text("made by `halfbyte demo`, which may replace the files it made here\n")
     for name in OWN:
         if (home / name / "run.json").is_file():
@@ -123,7 +138,7 @@ def _show_plan(config: TrainConfig) -> None:
         )
         for in_4bit in (True, False)
     ]
-    held = ("4-bit codes", "scales", "16-bit layers")
+    held = (Part.CODES, Part.SCALES, Part.LAYERS)
     lines = [["the linear layers", *(_mib(side.bytes_of(*held)) for side in sides)]]
     for part in sides[0].ledger:
         if part.part not in (*held, "allocator slack") and part.where == "device":
@@ -131,14 +146,16 @@ def _show_plan(config: TrainConfig) -> None:
     lines.append(["together", *(_mib(side.tensor_bytes) for side in sides)])
     count = sides[0].parameters
     console.table(
-        f"the plan: {count / 1e6:.1f} M parameters, {sides[0].lora_parameters / 1e6:.2f} M of an adapter trained "
+        f"the plan: {count / 1e6:.1f} M parameters, {sides[0].lora_parameters / 1e6:.2f} M of an "
+        "adapter trained "
         "(Python and PyTorch themselves take some 400 MiB more)",
         ["MiB", "4-bit", "16-bit"],
         lines,
     )
     small, large = sum(stored_sizes(LLAMA_2_70B_LINEAR)) / 1e9, 2 * LLAMA_2_70B_LINEAR / 1e9
     console.say(
-        f"a small model is mostly activations; Llama 2 70B's linear layers take {small:.1f} GB instead of {large:.1f} "
+        f"a small model is mostly activations; Llama 2 70B's linear layers take {small:.1f} GB "
+        f"instead of {large:.1f} "
         "(see `halfbyte explain memory`)"
     )
 
@@ -158,7 +175,9 @@ def _test(model: str, data: Path) -> dict[str, Any]:
 
     loaded, tokenizer = load(model, device="cpu")
     rows = read_data(str(data), DataOptions(), hub.resolve("demo"), renderer=Renderer(tokenizer))
-    return score(loaded, rows, rows.train.rows, packed=True, generate=True, progress=console.progress).as_dict()
+    return score(
+        loaded, rows, rows.train.rows, packed=True, generate=True, progress=console.progress
+    ).as_dict()
 
 
 def _train(config: TrainConfig) -> Any:
@@ -166,7 +185,9 @@ def _train(config: TrainConfig) -> Any:
     from ..training.trainer import train
 
     with console.steps() as shown:
-        return train(config, reporter=Reporter(console.say, console.progress, shown.update, console.show_row))
+        return train(
+            config, reporter=Reporter(console.say, console.progress, shown.update, console.show_row)
+        )
 
 
 def _compare(home: Path, seed: int, qlora: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +217,8 @@ def _merge(run: Path, target: Path) -> Any:
 
     receipt = merge(run, target, say=console.say)
     console.say(
-        f"merged and verified: {receipt.greedy_agreement:.2%} of {receipt.tokens:,} predicted tokens are the same, "
+        f"merged and verified: {receipt.greedy_agreement:.2%} of {receipt.tokens:,} predicted "
+        "tokens are the same, "
         f"logits differ by at most {receipt.max_logit_difference:.1e}"
     )
     return receipt

@@ -1,4 +1,5 @@
-"""``halfbyte doctor``: this machine, the versions, and every fast path with the reason it is on or off."""
+"""``halfbyte doctor``: this machine, the versions, and every fast path with the reason it is on or
+off."""
 
 import contextlib
 import os
@@ -13,8 +14,19 @@ from . import console
 from .options import Verb
 
 MINIMUM = {"torch": "2.11", "transformers": "5.17"}
-PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "datasets", "pyarrow")
-OPTIONAL = {"bitsandbytes": "not needed; its files are read and written here", "peft": "not needed; its files too"}
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "datasets",
+    "pyarrow",
+)
+OPTIONAL = {
+    "bitsandbytes": "not needed; its files are read and written here",
+    "peft": "not needed; its files too",
+}
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 
@@ -25,10 +37,22 @@ def doctor(record: DoctorConfig) -> dict[str, Any]:
     checks = _checks()
     console.table("machine", ["", ""], [[key, _shown(value)] for key, value in machine.items()])
     console.table("versions", ["", ""], [[name, note] for name, note in versions.items()])
-    console.table("fast paths", ["", "", "why"], [[p["path"], "on" if p["on"] else "off", p["why"]] for p in paths])
-    console.table("checks", ["", "", ""], [[c["check"], "ok" if c["ok"] else "FAILS", c["note"]] for c in checks])
+    console.table(
+        "fast paths",
+        ["", "", "why"],
+        [[p["path"], "on" if p["on"] else "off", p["why"]] for p in paths],
+    )
+    console.table(
+        "checks",
+        ["", "", ""],
+        [[c["check"], "ok" if c["ok"] else "FAILS", c["note"]] for c in checks],
+    )
     wrong = [c["check"] for c in checks if not c["ok"]]
-    console.say(f"{len(wrong)} checks fail: {', '.join(wrong)}" if wrong else "everything that is needed is here")
+    console.say(
+        f"{len(wrong)} checks fail: {', '.join(wrong)}"
+        if wrong
+        else "everything that is needed is here"
+    )
     console.say("next: halfbyte demo")
     return {"machine": machine, "versions": versions, "fast_paths": paths, "checks": checks}
 
@@ -55,7 +79,8 @@ def _machine() -> dict[str, Any]:
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
         found[f"cuda:{number}"] = (
-            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, capability {card.major}.{card.minor}"
+            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, capability "
+            f"{card.major}.{card.minor}"
         )
     return found
 
@@ -74,7 +99,9 @@ def _memory() -> tuple[int, int]:
 def _cpu_lines() -> dict[str, str]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        return {
+            key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+        }
     return {}
 
 
@@ -114,7 +141,9 @@ def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
         )
     else:
         why = (
-            "the processor multiplies bf16" if fast else "the processor has no bf16 instructions: fp32 is used instead"
+            "the processor multiplies bf16"
+            if fast
+            else "the processor has no bf16 instructions: fp32 is used instead"
         )
     return [
         {
@@ -127,7 +156,8 @@ def _fast_paths(machine: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "path": "fused passes",
             "on": gpu.wanted() if device.type == "cuda" else cpu.active() is not None,
-            "why": "norms, gated MLPs, rotary embeddings, cross-entropy; on CPUs also attention and LoRA: where a "
+            "why": "norms, gated MLPs, rotary embeddings, cross-entropy; on CPUs also attention "
+            "and LoRA: where a "
             "model's own are of a known form (a training says which)",
         },
         {
@@ -153,7 +183,9 @@ def _checks() -> list[dict[str, Any]]:
     for name, least in MINIMUM.items():
         version = metadata.version(name)
         ok = Version(version.partition("+")[0]) >= Version(least)
-        checks.append({"check": f"{name} is new enough", "ok": ok, "note": f"{version}, at least {least}"})
+        checks.append(
+            {"check": f"{name} is new enough", "ok": ok, "note": f"{version}, at least {least}"}
+        )
     checks.append({"check": "4-bit bytes are the reference's", **_bytes_check()})
     locks = os.name == "posix"
     note = "flock" if locks else "no flock here: two trainers on one run are not kept apart"
@@ -162,7 +194,8 @@ def _checks() -> list[dict[str, Any]]:
 
 
 REFERENCE_SHA256 = "7e1f0c94cfb3178c1f15bd31fc32b1069ce6af24c2ab149dcca15679cb1f4d2b"
-"""Of the codes and scales of the tensor below, double-quantized: equal on every machine, backend and thread count."""
+"""Of the codes and scales of the tensor below, double-quantized: equal on every machine, backend
+and thread count."""
 
 
 def _bytes_check() -> dict[str, Any]:

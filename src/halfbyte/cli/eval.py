@@ -19,7 +19,11 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     from ..quantization.load import load_base
     from ..run.load import load, run_renderer
 
-    given = {key: getattr(record, key) for key in ModelOptions.model_fields if key in record.model_fields_set}
+    given = {
+        key: getattr(record, key)
+        for key in ModelOptions.model_fields
+        if key in record.model_fields_set
+    }
     run = Run.open(record.model) if is_run(record.model) else None
     renderer = None
     # every row given is evaluated: what a shared configuration holds out is for training
@@ -27,7 +31,9 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     if run is not None:
         trained = run.config()
         kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
-        given_here = {key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
+        given_here = {
+            key: getattr(trained, key) for key in kept if key not in record.model_fields_set
+        }
         options = options.model_copy(update=given_here)
         if record.chat_template is None:
             renderer = run_renderer(run, options)
@@ -49,7 +55,9 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     packed = self_test(model).packing
 
     def measure(tested: Any) -> dict[str, Any]:
-        return score(tested, data, rows, packed=packed, generate=record.generate, progress=console.progress).as_dict()
+        return score(
+            tested, data, rows, packed=packed, generate=record.generate, progress=console.progress
+        ).as_dict()
 
     tuned = None
     if run is None:
@@ -70,8 +78,14 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
             [label, *(show(side) for side in (found, tuned) if side)]
             for label, show in (
                 ("loss", lambda s: "not finite" if s["loss"] is None else f"{s['loss']:.4f}"),
-                ("perplexity", lambda s: "-" if s["perplexity"] is None else f"{s['perplexity']:.2f}"),
-                ("exact match", lambda s: "-" if s["exact_match"] is None else f"{s['exact_match']:.1%}"),
+                (
+                    "perplexity",
+                    lambda s: "-" if s["perplexity"] is None else f"{s['perplexity']:.2f}",
+                ),
+                (
+                    "exact match",
+                    lambda s: "-" if s["exact_match"] is None else f"{s['exact_match']:.1%}",
+                ),
             )
         ],
     )

@@ -1,5 +1,5 @@
-"""``halfbyte explain TOPIC``: the article this project grew from, alive: its tables computed now, on this machine, and
-the published or measured figure beside the article's wherever they differ."""
+"""``halfbyte explain TOPIC``: the article this project grew from, alive: its tables computed now,
+on this machine, and the published or measured figure beside the article's wherever they differ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from typing import Any
 from ..config.aliases import NEGATED, RENAMED, SWITCHES, nearest
 from ..config.verbs import VERBS, ExplainConfig
 from ..errors import UsageError
+from ..ledger import Part
 from . import console
 from .options import Verb
 
@@ -27,11 +28,16 @@ class Page:
 
 
 def explain(record: ExplainConfig) -> dict[str, Any]:
-    """The article's ideas with live numbers: int4, nf4, double-quant, paged, memory, tokens, quiz, or any option."""
+    """The article's ideas with live numbers: int4, nf4, double-quant, paged, memory, tokens, quiz,
+    or any option."""
     topic = (record.topic or "").strip().replace("-", "_").lower()
     if not topic:
         page = Page("topics")
-        page.table("", ["topic", ""], [[name.replace("_", "-"), (f.__doc__ or "")] for name, f in _TOPICS.items()])
+        page.table(
+            "",
+            ["topic", ""],
+            [[name.replace("_", "-"), (f.__doc__ or "")] for name, f in _TOPICS.items()],
+        )
         page.text("Or the name of any option, such as `halfbyte explain lora_r`.")
         following = "int4"
     elif topic in _TOPICS:
@@ -49,7 +55,7 @@ def explain(record: ExplainConfig) -> dict[str, Any]:
     return {"topic": record.topic, "title": page.title, "parts": page.parts}
 
 
-# --- formats ----------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 _WEIGHTS = (-0.8, -0.45, -0.12, 0.0, 0.07, 0.33, 0.61, 0.95)
 
@@ -67,10 +73,12 @@ def _int4(record: ExplainConfig) -> Page:
     codes, _ = grid.encode(_WEIGHTS)
     back = grid.decode(codes)
     rows = [
-        [f"{x:+.2f}", str(q), f"{y:+.4f}", f"{abs(x - y):.4f}"] for x, q, y in zip(_WEIGHTS, codes, back, strict=True)
+        [f"{x:+.2f}", str(q), f"{y:+.4f}", f"{abs(x - y):.4f}"]
+        for x, q, y in zip(_WEIGHTS, codes, back, strict=True)
     ]
     page.table(
-        f"the article's eight weights: s = {grid.scale:.4f}, z = {grid.zero_point}, s/2 = {grid.scale / 2:.4f}",
+        f"the article's eight weights: s = {grid.scale:.4f}, z = {grid.zero_point}, s/2 = "
+        f"{grid.scale / 2:.4f}",
         ["x", "code", "back", "error"],
         rows,
     )
@@ -98,7 +106,8 @@ def _int4(record: ExplainConfig) -> Page:
 
 
 def _nf4(record: ExplainConfig) -> Page:
-    """Levels at quantiles of the normal distribution: the article's, the published ones, and their errors measured now"""
+    """Levels at quantiles of the normal distribution: the article's, the published ones, and their
+    errors measured now"""
     import torch
 
     from ..codebooks import BNB_QUANT_TYPES, QUANT_TYPES, derive_nf4_article, levels
@@ -133,12 +142,23 @@ def _nf4(record: ExplainConfig) -> Page:
     measured: list[list[str]] = []
     for name in QUANT_TYPES:
         cells = [
-            f"{_relative_mse(quantize(w, quant_type=name).dequantize(torch.float32), w):.5f}" for w in (gauss, heavy)
+            f"{_relative_mse(quantize(w, quant_type=name).dequantize(torch.float32), w):.5f}"
+            for w in (gauss, heavy)
         ]
         measured.append([name, *cells, "yes" if name in BNB_QUANT_TYPES else "no"])
-    for name, grid in (("int4, absmax", _int4_absmax), ("int4, affine (with a zero point: 4.19 bits)", _int4_affine)):
+    for name, grid in (
+        ("int4, absmax", _int4_absmax),
+        ("int4, affine (with a zero point: 4.19 bits)", _int4_affine),
+    ):
         measured.append(
-            [name, *(f"{_relative_mse(grid(w.view(-1, block)).view(-1), w):.5f}" for w in (gauss, heavy)), "no"]
+            [
+                name,
+                *(
+                    f"{_relative_mse(grid(w.view(-1, block)).view(-1), w):.5f}"
+                    for w in (gauss, heavy)
+                ),
+                "no",
+            ]
         )
     measured.sort(key=lambda row: row[1])
     page.table(
@@ -193,7 +213,9 @@ def _double_quant(record: ExplainConfig) -> Page:
         error = _relative_mse(tensor.dequantize(torch.float32), weights)
         rows.append([label, formula, f"{bits:.4f}", f"{bits / 8:.4f}", f"{error:.6f}"])
     page.table(
-        "measured on 4096 x 1024 normal weights", ["", "bits a weight", "measured", "bytes", "relative error"], rows
+        "measured on 4096 x 1024 normal weights",
+        ["", "bits a weight", "measured", "bytes", "relative error"],
+        rows,
     )
     saved = (8 * (single.stored_bytes - double.stored_bytes) / weights.numel()) / 8
     page.text(
@@ -207,7 +229,10 @@ def _double_quant(record: ExplainConfig) -> Page:
         "relative error of a scale, rms",
         ["8-bit numbers", "error"],
         [
-            ["dynamic map, mean subtracted (published, stored by every tool)", f"{_rms(restored, scales):.2%}"],
+            [
+                "dynamic map, mean subtracted (published, stored by every tool)",
+                f"{_rms(restored, scales):.2%}",
+            ],
             ["IEEE-like FP8 E4M3, as the article says", f"{_rms(fp8, scales):.2%}"],
         ],
     )
@@ -219,7 +244,9 @@ def _rms(value: Any, reference: Any) -> float:
 
 
 def _restored_scales(tensor: Any) -> Any:
-    groups = tensor.nested_absmax.repeat_interleave(tensor.nested_block_size)[: tensor.absmax.numel()]
+    groups = tensor.nested_absmax.repeat_interleave(tensor.nested_block_size)[
+        : tensor.absmax.numel()
+    ]
     return tensor.nested_quant_map[tensor.absmax.long()] * groups + tensor.nested_offset
 
 
@@ -231,11 +258,21 @@ def _fp8_scales(scales: Any) -> Any:
     return ((groups / top).to(torch.float8_e4m3fn).float() * top).view(-1)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 _LLAMA2 = {
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "7B": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "13B": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
     "70B": {
         "hidden_size": 8192,
         "intermediate_size": 28672,
@@ -272,21 +309,27 @@ def _memory(record: ExplainConfig) -> Page:
     """The article's budget for 7B, 13B and 70B beside the one computed from the model's real shapes"""
     from ..planning.dry_run import outline
 
-    page = Page("where the gigabytes go, training QLoRA r=16 on all linear layers, one row of 512 tokens")
+    page = Page(
+        "where the gigabytes go, training QLoRA r=16 on all linear layers, one row of 512 tokens"
+    )
     rows: list[list[str]] = []
     totals = []
     for size in console.progress(list(_LLAMA2), len(_LLAMA2), "building empty models"):
         plan = outline(llama2(size), 512)
         theirs = _article_gb(size)
         ours = {
-            "base": plan.bytes_of("4-bit codes", "scales", "embeddings and head", "norms and biases"),
-            "adapters": plan.bytes_of("adapters"),
-            "optimizer and gradients": plan.bytes_of("gradients", "optimizer states"),
-            "activations": plan.bytes_of("kept layer inputs", "live layer", "logits chunk", "dequantized weight"),
+            "base": plan.bytes_of(Part.CODES, Part.SCALES, Part.EMBEDDINGS, Part.NORMS),
+            Part.ADAPTERS: plan.bytes_of(Part.ADAPTERS),
+            "optimizer and gradients": plan.bytes_of(Part.GRADIENTS, Part.OPTIMIZER),
+            "activations": plan.bytes_of(
+                Part.LAYER_INPUTS, Part.LIVE_LAYER, Part.LOGITS, Part.DEQUANTIZED_WEIGHT
+            ),
         }
         for part, count in ours.items():
             rows.append([f"{size} {part}", f"{theirs[part]:.2f}", f"{count / 1e9:.2f}"])
-        rows.append([f"{size} together", f"{sum(theirs.values()):.2f}", f"{plan.tensor_bytes / 1e9:.2f}"])
+        rows.append(
+            [f"{size} together", f"{sum(theirs.values()):.2f}", f"{plan.tensor_bytes / 1e9:.2f}"]
+        )
         totals.append((size, plan))
     page.table("GB", ["", "article", "computed"], rows)
     last = totals[-1][1]
@@ -313,12 +356,12 @@ def _paged(record: ExplainConfig) -> Page:
     for size in console.progress(["7B", "70B"], 2, "building empty models"):
         small = outline(llama2(size), 512)
         full = outline(llama2(size), 512, optim="adamw_torch")
-        count = small.bytes_of("optimizer states")
+        count = small.bytes_of(Part.OPTIMIZER)
         rows.append(
             [
                 size,
                 f"{small.lora_parameters / 1e6:.1f} M",
-                f"{full.bytes_of('optimizer states') / 1e9:.2f}",
+                f"{full.bytes_of(Part.OPTIMIZER) / 1e9:.2f}",
                 f"{count / 1e9:.2f}",
                 f"{2 * count / 25e9 * 1e3:.0f} ms",
             ]
@@ -355,15 +398,27 @@ def _tokens(record: ExplainConfig) -> Page:
     from ..files import hub
 
     renderer = Renderer(hub.load_tokenizer(hub.resolve(record.model)))
-    turns = [{"role": "user", "content": record.text}, {"role": "assistant", "content": "An answer."}]
+    turns = [
+        {"role": "user", "content": record.text},
+        {"role": "assistant", "content": "An answer."},
+    ]
     (row,) = renderer.encode([Example("the example", turns)])
     page = Page("from a conversation to ids")
     page.text(f"The template of {record.model} writes: {renderer.render(turns)!r}")
     shown = [
-        [str(i), str(index), repr(renderer.tokenizer.convert_ids_to_tokens(index)), "trained" if flag else "read"]
-        for i, (index, flag) in enumerate(zip(row.input_ids, row.trained, strict=True))
+        [
+            str(i),
+            str(index),
+            repr(renderer.tokenizer.convert_ids_to_tokens(index)),
+            "trained" if flag else "read",
+        ]
+        for i, (index, flag) in enumerate(zip(row.input_ids, row.loss_mask, strict=True))
     ]
-    page.table(f"{len(row.input_ids)} tokens, {sum(row.trained)} of them trained", ["", "id", "token", ""], shown)
+    page.table(
+        f"{len(row.input_ids)} tokens, {sum(row.loss_mask)} of them trained",
+        ["", "id", "token", ""],
+        shown,
+    )
     page.text(
         """The loss counts trained tokens only, each once. The end token is trained, or the model would never stop; it is told
         by its place, not by its id, so a tokenizer whose padding is the end token loses nothing. Text of a row that looks
@@ -384,23 +439,32 @@ def _quiz(record: ExplainConfig) -> Page:
     for question, answer in (
         (
             "Why do NF4's levels lie at quantiles of a normal distribution instead of evenly?",
-            f"Trained weights look normal: most are near zero. The gap between levels is {middle:.3f} there and {tail:.3f} at the "
-            "edge, so precision goes where the weights are. See `explain nf4` for the error this saves.",
+            "Trained weights look normal: most are near zero. The gap between levels is "
+            f"{middle:.3f} there and {tail:.3f} at the "
+            "edge, so precision goes where the weights are. See `explain nf4` for the error this "
+            "saves.",
         ),
         (
             "What does double quantization compress, and what for?",
-            "The scales, one per 64 weights. In fp32 they cost 0.5 bits a weight, in 8 bits with a scale per 256 of them "
-            f"{8 * scales / 70e9:.3f}: {70e9 * (0.5 / 8) / 1e9 - scales / 1e9:.1f} GB less for 70 billion weights.",
+            "The scales, one per 64 weights. In fp32 they cost 0.5 bits a weight, in 8 bits with "
+            "a scale per 256 of them "
+            f"{8 * scales / 70e9:.3f}: {70e9 * (0.5 / 8) / 1e9 - scales / 1e9:.1f} GB less for 70 "
+            "billion weights.",
         ),
         (
             "In which precision are the matrix products of a QLoRA step computed?",
-            "In 16 bits (bf16, or fp16 on older cards). The 4-bit weight is expanded block by block when it is needed and "
-            "forgotten again; the adapter's master weights and the optimizer's arithmetic are fp32.",
+            "In 16 bits (bf16, or fp16 on older cards). The 4-bit weight is expanded block by "
+            "block when it is needed and "
+            "forgotten again; the adapter's master weights and the optimizer's arithmetic are "
+            "fp32.",
         ),
         (
-            "How much do the base weights of a 70B model take in NF4 with double quantization, against fp16?",
-            f"{(codes + scales) / 1e9:.1f} GB against 140 GB if all 70e9 weights are counted, a factor of "
-            f"{140e9 / (codes + scales):.2f}. Of Llama 2 70B, embeddings and head stay in 16 bits: see `explain memory`.",
+            "How much do the base weights of a 70B model take in NF4 with double quantization, "
+            "against fp16?",
+            f"{(codes + scales) / 1e9:.1f} GB against 140 GB if all 70e9 weights are counted, a "
+            "factor of "
+            f"{140e9 / (codes + scales):.2f}. Of Llama 2 70B, embeddings and head stay in 16 "
+            "bits: see `explain memory`.",
         ),
     ):
         page.text(f"Q: {question}")
@@ -419,7 +483,7 @@ _TOPICS: dict[str, Callable[[ExplainConfig], Page]] = {
 }
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 def _option(name: str) -> Page:
@@ -429,7 +493,9 @@ def _option(name: str) -> Page:
         UsageError: no topic and no option of that name.
     """
     declared = {verb: cls.model_fields for verb, cls in VERBS.items()}
-    asked = RENAMED.get(name, NEGATED[name][0] if name in NEGATED else next(iter(SWITCHES.get(name, [name]))))
+    asked = RENAMED.get(
+        name, NEGATED[name][0] if name in NEGATED else next(iter(SWITCHES.get(name, [name])))
+    )
     where = [verb for verb, fields in declared.items() if asked in fields]
     if not where:
         known = {*_TOPICS, *(key for fields in declared.values() for key in fields)}
@@ -470,11 +536,17 @@ def _effect(name: str) -> str:
         "optim": [("adamw_8bit", {}), ("adamw_torch", {"optim": "adamw_torch"})],
         "paging": [("in memory", {}), ("always", {"paging": "always"})],
         "embedding_offloading": [("never", {}), ("always", {"embedding_offloading": "always"})],
-        "dequantized_weights": [(stay, {"dequantized_weights": stay}) for stay in ("product", "ahead", "layer")],
+        "dequantized_weights": [
+            (stay, {"dequantized_weights": stay}) for stay in ("product", "ahead", "layer")
+        ],
         "activation_offloading": [("never", {}), ("always", {"activation_offloading": "always"})],
         "gradient_checkpointing": [("on", {}), ("off", {"gradient_checkpointing": False})],
-        "kept_activations": [(keep, {"kept_activations": keep}) for keep in ("none", "attention", "mlp_in", "all")],
-        "per_device_train_batch_size": [(f"{n} rows", {"per_device_train_batch_size": n}) for n in (1, 2, 4)],
+        "kept_activations": [
+            (keep, {"kept_activations": keep}) for keep in ("none", "attention", "mlp_in", "all")
+        ],
+        "per_device_train_batch_size": [
+            (f"{n} rows", {"per_device_train_batch_size": n}) for n in (1, 2, 4)
+        ],
     }
     if name == "max_length":
         plans = [(f"{t} tokens", outline(llama2("7B"), t)) for t in (512, 2048, 8192)]

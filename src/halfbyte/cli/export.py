@@ -10,7 +10,8 @@ from .options import Verb
 OPENS = {
     "peft": 'PeftModel.from_pretrained(base, "{0}")',
     "hf": 'AutoModelForCausalLM.from_pretrained("{0}", dtype="auto")',
-    "bnb-4bit": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{0}"), "{0}/adapter")',
+    "bnb-4bit": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{0}"), '
+    '"{0}/adapter")',
 }
 
 
@@ -20,11 +21,16 @@ def export(record: ExportConfig) -> dict[str, Any]:
     from ..files.publish import publish, reserve
 
     repository = reserve(record.hub_model_id, record.hub_private_repo) if record.push_to_hub else ""
-    found = export(record.run, record.output_dir, record.to, progress=console.progress, say=console.say)
+    found = export(
+        record.run, record.output_dir, record.to, progress=console.progress, say=console.say
+    )
     console.say(f"{record.to}: in {record.output_dir}")
     if repository:
         again = f"hf upload {repository} {record.output_dir}"
-        console.say(f"published: {publish(Path(record.output_dir), repository, 'exported with halfbyte', again)}")
+        console.say(
+            "published: "
+            f"{publish(Path(record.output_dir), repository, 'exported with halfbyte', again)}"
+        )
     console.say(f"next, in Python: {OPENS[record.to].format(record.output_dir)}")
     return found
 

@@ -27,13 +27,23 @@ def merge(record: MergeConfig) -> dict[str, Any]:
     )
     console.say(
         f"verified on {receipt.tokens} tokens of {receipt.rows} rows ({receipt.compute_dtype}): "
-        f"logits differ by at most {receipt.max_logit_difference:.2e} (largest {receipt.largest_logit:.1f}), "
+        f"logits differ by at most {receipt.max_logit_difference:.2e} (largest "
+        f"{receipt.largest_logit:.1f}), "
         f"{receipt.greedy_agreement:.2%} of the predicted tokens are the same"
     )
     rows = [["the run, unmerged", "", "", f"{receipt.running_loss:.4f}"]]
     for onto, found in receipt.comparisons.items():
-        mark = " (recommended)" if onto == receipt.recommended and len(receipt.comparisons) > 1 else ""
-        rows.append([f"onto {onto}{mark}", f"{found.kl:.2e}", f"{found.greedy_agreement:.2%}", f"{found.loss:.4f}"])
+        mark = (
+            " (recommended)" if onto == receipt.recommended and len(receipt.comparisons) > 1 else ""
+        )
+        rows.append(
+            [
+                f"onto {onto}{mark}",
+                f"{found.kl:.2e}",
+                f"{found.greedy_agreement:.2%}",
+                f"{found.loss:.4f}",
+            ]
+        )
     title = f"beside the model that was trained, on {receipt.rows} rows {receipt.rows_are}"
     console.table(title, ["", "KL divergence, nats", "same token", "loss"], rows)
     if receipt.recommended != receipt.onto:
@@ -41,7 +51,10 @@ def merge(record: MergeConfig) -> dict[str, Any]:
     console.say(f"the merged model is in {record.output_dir}")
     if repository:
         again = f"hf upload {repository} {record.output_dir}"
-        console.say(f"published: {publish(Path(record.output_dir), repository, 'merged with halfbyte', again)}")
+        console.say(
+            "published: "
+            f"{publish(Path(record.output_dir), repository, 'merged with halfbyte', again)}"
+        )
     held = "" if record.requantize else " --load_in_4bit false"
     console.say(f'next: halfbyte chat {record.output_dir}{held} --prompt "..."')
     return {"output_dir": record.output_dir, **receipt.as_dict()}

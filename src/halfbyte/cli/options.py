@@ -1,4 +1,5 @@
-"""Command-line options from the pydantic declarations in `config`: one option a field, dash or underscore."""
+"""Command-line options from the pydantic declarations in `config`: one option a field, dash or
+underscore."""
 
 import json
 from collections.abc import Callable
@@ -20,9 +21,10 @@ _RESERVED = {"config", "dry_run", "json", "help"}
 class Verb(click.Command):
     """A verb whose options are the fields of a configuration class.
 
-    Unknown options name the nearest; other tools' names are taken with a notice; ``--config`` gives a YAML file that
-    the flags override; booleans are ``--packing``, ``--packing true`` or ``--packing false``. What ``call`` returns is
-    the JSON document; its ``exit_code``, if it has one, is the command's.
+    Unknown options name the nearest; other tools' names are taken with a notice; ``--config`` gives
+    a YAML file that the flags override; booleans are ``--packing``, ``--packing true`` or
+    ``--packing false``. What ``call`` returns is the JSON document; its ``exit_code``, if it has
+    one, is the command's.
     """
 
     def __init__(
@@ -35,47 +37,74 @@ class Verb(click.Command):
     ) -> None:
         self.declaration, self.call = declaration, call
         self.short = {f"-{letter}": field for letter, field in (short or {}).items()}
-        params: list[click.Parameter] = [click.Argument([field], required=False) for field in positional]
+        params: list[click.Parameter] = [
+            click.Argument([field], required=False) for field in positional
+        ]
         for field, info in declaration.model_fields.items():
             if field not in positional:
                 params.append(self._option(field, info))
-        params.append(click.Option(["--config"], metavar="FILE", help="YAML file of options; flags override it"))
-        params.append(click.Option(["--dry-run", "dry_run"], is_flag=True, help="check the options and stop"))
-        params.append(click.Option(["--json", "as_json"], is_flag=True, help="one JSON document on stdout"))
+        params.append(
+            click.Option(
+                ["--config"], metavar="FILE", help="YAML file of options; flags override it"
+            )
+        )
+        params.append(
+            click.Option(["--dry-run", "dry_run"], is_flag=True, help="check the options and stop")
+        )
+        params.append(
+            click.Option(["--json", "as_json"], is_flag=True, help="one JSON document on stdout")
+        )
         super().__init__(name, params=params, callback=self._run, help=(call.__doc__ or "").strip())
 
     def _option(self, field: str, info: Any) -> click.Option:
         names = [f"--{field}", f"--{field.replace('_', '-')}"] if "_" in field else [f"--{field}"]
         names += [letter for letter, target in self.short.items() if target == field]
-        default = "" if info.is_required() or info.default is None else f"  [{_shown(info.default)}]"
-        more: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if info.annotation is bool else {}
-        return click.Option([*names, field], help=f"{info.description}{default}", metavar=_metavar(info), **more)
+        default = (
+            "" if info.is_required() or info.default is None else f"  [{_shown(info.default)}]"
+        )
+        more: dict[str, Any] = (
+            {"is_flag": False, "flag_value": "true"} if info.annotation is bool else {}
+        )
+        return click.Option(
+            [*names, field], help=f"{info.description}{default}", metavar=_metavar(info), **more
+        )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         translated, waiting = [], list(args)
         while waiting:
             argument = waiting.pop(0)
             name, equals, value = argument[2:].partition("=")
-            if not argument.startswith("--") or argument == "--" or name.replace("-", "_") in _RESERVED:
+            if (
+                not argument.startswith("--")
+                or argument == "--"
+                or name.replace("-", "_") in _RESERVED
+            ):
                 translated.append(argument)
                 if name == "config" and not equals and waiting:
                     translated.append(waiting.pop(0))
                 continue
             if not equals and waiting and self._takes(name, waiting[0]):
                 equals, value = "=", waiting.pop(0)
-            ours, notice = translate(name, value, set(self.declaration.model_fields), f"halfbyte {self.name}")
+            ours, notice = translate(
+                name, value, set(self.declaration.model_fields), f"halfbyte {self.name}"
+            )
             if notice:
                 console.say(notice)
             for field, item in ours.items():
                 if field not in self.declaration.model_fields:
                     raise UsageError(f"--{name} is not an option of `halfbyte {self.name}`")
-                if not equals and not notice and self.declaration.model_fields[field].annotation is bool:
+                if (
+                    not equals
+                    and not notice
+                    and self.declaration.model_fields[field].annotation is bool
+                ):
                     equals, item = "=", "true"
                 translated.append(f"--{field}={item}" if equals or notice else f"--{field}")
         return super().parse_args(ctx, translated)
 
     def _takes(self, name: str, following: str) -> bool:
-        """Whether the argument after an option is its value: a text may begin with dashes, a switch has true/false."""
+        """Whether the argument after an option is its value: a text may begin with dashes, a switch
+        has true/false."""
         field = name.replace("-", "_")
         info = self.declaration.model_fields.get(field)
         if (info and info.annotation is bool) or field in (*NEGATED, *SWITCHES):
@@ -93,7 +122,10 @@ class Verb(click.Command):
                 if notice:
                     console.say(notice)
                 fields = self.declaration.model_fields.keys()
-                if self.name in ("merge", "export"):  # a file's repository is the training's: theirs is named with them
+                if self.name in (
+                    "merge",
+                    "export",
+                ):  # a file's repository is the training's: theirs is named with them
                     fields = fields - options.PublishOptions.model_fields.keys()
                 values.update({k: v for k, v in ours.items() if k in fields})
         values.update({name: value for name, value in given.items() if value is not None})
@@ -115,6 +147,8 @@ def _shown(default: Any) -> str:
 
 
 def _metavar(info: Any) -> str:
-    if getattr(info.annotation, "__args__", None) and all(isinstance(a, str) for a in info.annotation.__args__):
+    if getattr(info.annotation, "__args__", None) and all(
+        isinstance(a, str) for a in info.annotation.__args__
+    ):
         return "|".join(info.annotation.__args__)
     return {bool: "BOOL", int: "N", float: "X"}.get(info.annotation, "TEXT")

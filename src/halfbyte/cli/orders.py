@@ -1,7 +1,8 @@
-"""The demo's task: an order as it is spoken becomes JSON. Rows are written here, each a function of (seed, its number).
+"""The demo's task: an order as it is spoken becomes JSON. Rows are written here, each a function of
+(seed, its number).
 
-    two large teas and a bun, no sugar
-    {"items": [{"item": "tea", "count": 2, "size": "large"}, {"item": "bun", "count": 1}], "without": ["sugar"]}
+    two large teas and a bun, no sugar {"items": [{"item": "tea", "count": 2, "size": "large"},
+    {"item": "bun", "count": 1}], "without": ["sugar"]}
 
 Held-out rows share no sentence with training rows, nor, spoken in other words, an order.
 """

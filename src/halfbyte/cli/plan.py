@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def plan(record: PlanConfig) -> dict[str, Any]:
-    """Memory and time of a training from MODEL's config.json alone; --data for real lengths, --fit-to to search."""
+    """Memory and time of a training from MODEL's config.json alone; --data for real lengths,
+    --fit-to to search."""
     from ..planning.plan import plan
 
     found = plan(record, say=console.say, progress=console.progress)
@@ -24,7 +25,9 @@ def plan(record: PlanConfig) -> dict[str, Any]:
         options = " ".join([f"--data {record.data or 'rows.jsonl'}", *given])
         console.say(f"next: halfbyte train {record.model} {options}{changed}")
     else:
-        console.say("next: halfbyte plan with a smaller model, or --fit-to the memory of another machine")
+        console.say(
+            "next: halfbyte plan with a smaller model, or --fit-to the memory of another machine"
+        )
     return {**found.as_dict(), "exit_code": 0 if found.fits else 3}
 
 
@@ -34,10 +37,10 @@ def _typed(value: Any) -> str:
 
 def _repeated(record: PlanConfig) -> set[str]:
     """Options that were given and that a training needs again."""
-    from ..config.options import FITTED
+    from ..config.options import SEARCHED
 
     again = record.model_fields_set - {"model", "data", "fit_to", "force"}
-    return again - set(FITTED[:-1]) if record.fit_to else again
+    return again - set(SEARCHED) if record.fit_to else again
 
 
 def show(plan: "MemoryPlan", searched: bool) -> None:
@@ -46,20 +49,32 @@ def show(plan: "MemoryPlan", searched: bool) -> None:
 
     where = {"cpu": "this machine's memory", "cuda": "the GPU's memory"}[plan.device]
     console.say(
-        f"{plan.parameters:,} parameters, {plan.quantized_parameters:,} of them in 4 bits, {plan.lora_parameters:,} in "
+        f"{plan.parameters:,} parameters, {plan.quantized_parameters:,} of them in 4 bits, "
+        f"{plan.lora_parameters:,} in "
         f"the adapter; {plan.tokens:,} tokens in the largest micro-batch"
     )
-    held = sorted((part for part in plan.ledger if part.where == "device"), key=lambda part: -part.bytes)
+    held = sorted(
+        (part for part in plan.ledger if part.where == "device"), key=lambda part: -part.bytes
+    )
     rows = [[part.part, gib(part.bytes)] for part in held]
-    console.table(f"{where}, at the peak of a step", ["part", "bytes"], [*rows, ["together", gib(plan.phases["step"])]])
+    console.table(
+        f"{where}, at the peak of a step",
+        ["part", "bytes"],
+        [*rows, ["together", gib(plan.phases["step"])]],
+    )
     phases = [[phase, gib(size)] for phase, size in plan.phases.items()]
     console.table("peak of each phase (merge is a command of its own)", ["phase", "bytes"], phases)
-    others = [[part.part, part.where, gib(part.bytes)] for part in plan.ledger if part.where != "device"]
+    others = [
+        [part.part, part.where, gib(part.bytes)] for part in plan.ledger if part.where != "device"
+    ]
     console.table("elsewhere", ["part", "where", "bytes"], others)
     if plan.choices:
         (_show_search if searched else _show_ways_out)(plan)
     if plan.seconds is not None:
-        console.say(f"estimated time: {duration(plan.seconds)} for {plan.steps:,} steps, at this machine's speed now")
+        console.say(
+            f"estimated time: {duration(plan.seconds)} for {plan.steps:,} steps, at this "
+            "machine's speed now"
+        )
     if plan.budget_bytes:
         verdict = "it fits" if plan.fits else "it does not fit"
         budget = f"{gib(plan.budget_bytes)}, {RESERVE:.0%} of which stay free"
@@ -70,7 +85,12 @@ def _show_ways_out(plan: "MemoryPlan") -> None:
     from ..planning.budget import gib
 
     rows = [
-        [choice.flags(), gib(choice.peak_bytes), "yes" if choice.fits else "no", choice.loses or "time only"]
+        [
+            choice.flags(),
+            gib(choice.peak_bytes),
+            "yes" if choice.fits else "no",
+            choice.loses or "time only",
+        ]
         for choice in plan.choices
     ]
     console.table("ways out, each by itself", ["change", "peak", "fits", "costs"], rows)
@@ -87,7 +107,8 @@ def _show_search(plan: "MemoryPlan") -> None:
         rows.append(
             [
                 str(change["kept_activations"]) + (f" in {some} layers" if some >= 0 else ""),
-                f"{change['per_device_train_batch_size']} x {change['gradient_accumulation_steps']}",
+                f"{change['per_device_train_batch_size']} x "
+                f"{change['gradient_accumulation_steps']}",
                 gib(choice.peak_bytes),
                 f"{choice.relative_time:.2f}",
                 "yes" if choice.fits else "no",
@@ -100,10 +121,14 @@ def _show_search(plan: "MemoryPlan") -> None:
 
 def _moved(change: dict[str, Any]) -> str:
     """What of a plan does not lie in memory, and how it is cut."""
-    from ..engine.reductions import MOVED
+    from ..engine.reductions import moved
 
-    words = [what for name, what in MOVED.items() if change.get(name) == "always"]
-    tiled = f"MLPs {change['tokens_per_tile']} tokens at a time" if change.get("tokens_per_tile") else ""
+    words = moved(change)
+    tiled = (
+        f"MLPs {change['tokens_per_tile']} tokens at a time"
+        if change.get("tokens_per_tile")
+        else ""
+    )
     return "; ".join(filter(None, [f"out of memory: {', '.join(words)}" if words else "", tiled]))
 
 

@@ -14,17 +14,23 @@ def quantize(record: QuantizeConfig) -> dict[str, Any]:
     from ..quantization.writer import quantize
 
     options = ModelOptions(**{name: getattr(record, name) for name in FourBitOptions.model_fields})
-    report = quantize(hub.resolve(record.model, record.revision), options, record.output_dir, console.progress)
+    report = quantize(
+        hub.resolve(record.model, record.revision), options, record.output_dir, console.progress
+    )
     before = sum(each["weights"] for each in report.tensors) * 2
     after = sum(each["bytes"] for each in report.tensors)
     errors = [each["relative_mse"] for each in report.tensors if "relative_mse" in each]
     console.say(
-        f"{len(report.tensors)} weights, {report.coverage:.1%} of those in layers: {before / 1e6:,.1f} MB in 16 bits, "
-        f"{after / 1e6:,.1f} MB in 4" + (f"; squared error {max(errors):.3%} of the weights' at most" if errors else "")
+        f"{len(report.tensors)} weights, {report.coverage:.1%} of those in layers: "
+        f"{before / 1e6:,.1f} MB in 16 bits, "
+        f"{after / 1e6:,.1f} MB in 4"
+        + (f"; squared error {max(errors):.3%} of the weights' at most" if errors else "")
     )
     console.say(f"the quantized model is in {record.output_dir}")
     console.say(f"next: halfbyte train {record.output_dir} --data my.jsonl")
     return {"output_dir": record.output_dir, "bytes": after, **report.as_dict()}
 
 
-command = Verb("quantize", QuantizeConfig, quantize, positional=("model",), short={"o": "output_dir"})
+command = Verb(
+    "quantize", QuantizeConfig, quantize, positional=("model",), short={"o": "output_dir"}
+)

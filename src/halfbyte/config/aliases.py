@@ -1,7 +1,7 @@
 """Other tools' names for our options, and what becomes of an option as a user typed it.
 
-Names other tools use for the same thing are in `RENAMED` and taken with a notice; any other key is an error that names
-the nearest one.
+Names other tools use for the same thing are in `RENAMED` and taken with a notice; any other key is
+an error that names the nearest one.
 """
 
 import difflib
@@ -54,10 +54,13 @@ NEGATED = {"train_on_inputs": ("completion_only_loss", "assistant_only_loss")}
 """Renamed options whose meaning is the opposite, of these options of ours."""
 
 ADDING_TOKENS = (
-    "adding tokens is not done here: add them with transformers (resize_token_embeddings), save the model, train that"
+    "adding tokens is not done here: add them with transformers "
+    "(resize_token_embeddings), save the model, train that"
 )
 REFUSED = {
-    **dict.fromkeys(("resize_token_embeddings", "additional_special_tokens", "added_tokens"), ADDING_TOKENS),
+    **dict.fromkeys(
+        ("resize_token_embeddings", "additional_special_tokens", "added_tokens"), ADDING_TOKENS
+    ),
     "trust_remote_code": "code that comes with a model is never run",
     "load_in_8bit": "bases are held in 4 bits, or unquantized with load_in_4bit false",
 }
@@ -67,7 +70,13 @@ SWITCHES = {"bf16": {"dtype": "bfloat16"}, "fp16": {"dtype": "float16"}}
 """Switches of other tools and what they mean here when they are on."""
 
 LEFT_OUT = {
-    *("save_strategy", "eval_strategy", "evaluation_strategy", "logging_strategy", "overwrite_output_dir"),
+    *(
+        "save_strategy",
+        "eval_strategy",
+        "evaluation_strategy",
+        "logging_strategy",
+        "overwrite_output_dir",
+    ),
     *(
         "load_best_model_at_end",
         "dataloader_num_workers",
@@ -76,7 +85,15 @@ LEFT_OUT = {
         "task_type",
         "bias",
     ),
-    *("bias", "flash_attention", "gradient_checkpointing_kwargs", "tf32", "inference_mode", "do_train", "do_eval"),
+    *(
+        "bias",
+        "flash_attention",
+        "gradient_checkpointing_kwargs",
+        "tf32",
+        "inference_mode",
+        "do_train",
+        "do_eval",
+    ),
     *(
         "run_name",
         "logging_dir",
@@ -96,7 +113,9 @@ def nearest(key: str, known: set[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def translate(key: str, value: Any, known: set[str], where: str) -> tuple[dict[str, Any], str | None]:
+def translate(
+    key: str, value: Any, known: set[str], where: str
+) -> tuple[dict[str, Any], str | None]:
     """A key as the user wrote it, to ours: (our keys and values, notice or None).
 
     Raises:
@@ -108,15 +127,17 @@ def translate(key: str, value: Any, known: set[str], where: str) -> tuple[dict[s
     if name in NEGATED:
         ours = NEGATED[name]
         shown = str(str(value).lower() not in TRUE).lower()
-        return dict.fromkeys(ours, shown), f"{key} is {' and '.join(f'{o} {shown}' for o in ours)} here; taken as such"
+        return dict.fromkeys(
+            ours, shown
+        ), f"{key} is {' and '.join(f'{o} {shown}' for o in ours)} here; taken as such"
     if name in RENAMED:
         return {RENAMED[name]: value}, f"{key} is called {RENAMED[name]} here; taken as such"
     if name in LEFT_OUT or (name == "adapter" and str(value).lower() in ("lora", "qlora")):
         return {}, f"{key} has no counterpart here and is left out"
     if name in SWITCHES:
         if str(value).lower() in TRUE:
-            ((ours, meaning),) = SWITCHES[name].items()
-            return {ours: meaning}, f"{key} is called {ours} {meaning} here; taken as such"
+            ((ours, wanted),) = SWITCHES[name].items()
+            return {ours: wanted}, f"{key} is called {ours} {wanted} here; taken as such"
         return {}, f"{key} {value} needs no option here"
     if name in REFUSED and str(value).lower() in FALSE:
         return {}, f"{key} {value} needs no option here"

@@ -21,16 +21,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML", found=str(error).replace("\n", " ")) from error
+        raise UsageError(
+            f"{path} is not valid YAML", found=str(error).replace("\n", " ")
+        ) from error
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise UsageError(f"{path} must hold a mapping of options, not a {type(value).__name__}")
-    return {str(key): item for key, item in value.items() if item is not None}  # a blank value is not given
+    return {
+        str(key): item for key, item in value.items() if item is not None
+    }  # a blank value is not given
 
 
 def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> OptionsT:
-    """A checked record from keys already translated (lists, where one string is wanted, are joined by commas).
+    """A checked record from keys already translated (lists, where one string is wanted, are joined
+    by commas).
 
     Raises:
         UsageError: naming every wrong value by the name the user typed.
@@ -46,8 +51,14 @@ def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> Op
             name = ".".join(str(part) for part in item["loc"])
             message = item["msg"].removeprefix("Value error, ")
             missing = item["type"] == "missing"
-            problems.append(f"{name} is required" if missing else f"{name}: {message}" if name else message)
-        found = {str(e["loc"][0]): e["input"] for e in error.errors() if e["loc"] and e["type"] != "missing"}
+            problems.append(
+                f"{name} is required" if missing else f"{name}: {message}" if name else message
+            )
+        found = {
+            str(e["loc"][0]): e["input"]
+            for e in error.errors()
+            if e["loc"] and e["type"] != "missing"
+        }
         raise UsageError(
             "; ".join(problems),
             where=where,

@@ -1,8 +1,9 @@
 """Configuration objects of transformers, PEFT and TRL where options of ours are wanted.
 
-A script that has a ``BitsAndBytesConfig``, a ``LoraConfig`` and an ``SFTConfig`` (or ``TrainingArguments``) passes them
-as they are. They are recognized by the names of their classes, so none of these packages is imported here. What an
-object says and we do not do is an error if it would change what is trained, and left out if it would not.
+A script that has a ``BitsAndBytesConfig``, a ``LoraConfig`` and an ``SFTConfig`` (or
+``TrainingArguments``) passes them as they are. They are recognized by the names of their classes,
+so none of these packages is imported here. What an object says and we do not do is an error if it
+would change what is trained, and left out if it would not.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .build import build
-from .options import Options, OptionsT
+from .options import RULES, Options, OptionsT
 
 _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "BitsAndBytesConfig": {"load_in_8bit": (False,)},
@@ -31,7 +32,8 @@ _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
             (None, [], ()),
         ),
         **dict.fromkeys(
-            ("megatron_config", "alora_invocation_tokens", "target_parameters", "arrow_config"), (None, [])
+            ("megatron_config", "alora_invocation_tokens", "target_parameters", "arrow_config"),
+            (None, []),
         ),
         **dict.fromkeys(("use_qalora", "lora_bias", "ensure_weight_tying"), (False,)),
     },
@@ -40,26 +42,27 @@ _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
         "loss_type": ("nll", None),
         "truncation_mode": ("keep_start",),
         **dict.fromkeys(
-            ("neftune_noise_alpha", "lr_scheduler_kwargs", "optim_args", "optim_target_modules", "data_seed"),
+            (
+                "neftune_noise_alpha",
+                "lr_scheduler_kwargs",
+                "optim_args",
+                "optim_target_modules",
+                "data_seed",
+            ),
             (None, {}, ""),
         ),
         **dict.fromkeys(
-            ("deepspeed", "fsdp", "eos_token", "chat_template_path", "model_init_kwargs"), (None, [], {}, "", False)
+            ("deepspeed", "fsdp", "eos_token", "chat_template_path", "model_init_kwargs"),
+            (None, [], {}, "", False),
         ),
     },
 }
-"""Settings that would change what is trained and have no counterpart here: the values that change nothing."""
+"""Settings that would change what is trained and have no counterpart here: the values that change
+nothing."""
 
 WHOLE_ROWS = 1 << 30
 """Longer than any model's context, to which rows are cut in any case."""
 
-_SAME = (
-    *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("gradient_checkpointing", "logging_steps", "save_steps", "seed", "packing"),
-    *("assistant_only_loss", "completion_only_loss", "max_length", "activation_offloading", "save_total_limit"),
-)
-"""Settings of a trainer that are called the same here; None: ours."""
 
 _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw_torch"),
@@ -67,17 +70,26 @@ _OPTIMIZERS = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+_SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
 
 
-def options_of(things: tuple[Any, ...], names: tuple[str, ...] = ("model", "data")) -> dict[str, Any]:
-    """Options that positional arguments stand for: strings and paths by their order, objects by their class.
+def options_of(
+    things: tuple[Any, ...], names: tuple[str, ...] = ("model", "data")
+) -> dict[str, Any]:
+    """Options that positional arguments stand for: strings and paths by their order, objects by
+    their class.
 
     Args:
         names: the options that strings and paths are, in order.
 
     Raises:
-        UsageError: an object of another class, too many strings, or a setting without a counterpart.
+        UsageError: an object of another class, too many strings, or a setting without a
+            counterpart.
     """
     options: dict[str, Any] = {}
     objects: dict[str, dict[str, Any]] = {}
@@ -85,7 +97,9 @@ def options_of(things: tuple[Any, ...], names: tuple[str, ...] = ("model", "data
     for thing in things:
         if isinstance(thing, str | PathLike):
             if not left:
-                raise UsageError(f"{thing!r} is one name too many", expected=", ".join(names) or "none")
+                raise UsageError(
+                    f"{thing!r} is one name too many", expected=", ".join(names) or "none"
+                )
             options[left.pop(0)] = str(thing)
             continue
         classes = [c.__name__ for c in type(thing).__mro__]
@@ -93,7 +107,9 @@ def options_of(things: tuple[Any, ...], names: tuple[str, ...] = ("model", "data
         if kind == "TrainingArguments" and classes[0] != kind and "SFTConfig" not in classes:
             kind = None  # of a trainer for something else
         if kind is None:
-            raise UsageError(f"a {type(thing).__name__} says nothing here", expected=", ".join(_NEUTRAL))
+            raise UsageError(
+                f"a {type(thing).__name__} says nothing here", expected=", ".join(_NEUTRAL)
+            )
         _refuse_unknown(kind, thing)
         objects[kind] = _READERS[kind](thing)
     for kind in _NEUTRAL:  # what a trainer computes in stands above what 4-bit layers are said to
@@ -102,9 +118,12 @@ def options_of(things: tuple[Any, ...], names: tuple[str, ...] = ("model", "data
 
 
 def config_of(cls: type[OptionsT], things: tuple[Any, ...], options: dict[str, Any]) -> OptionsT:
-    """A configuration: one that is given as it is, or one of positional arguments and options by name."""
+    """A configuration: one that is given as it is, or one of positional arguments and options by
+    name."""
     ours = [thing for thing in things if isinstance(thing, Options)]
-    others = tuple(thing for thing in things if thing is not None and not isinstance(thing, Options))
+    others = tuple(
+        thing for thing in things if thing is not None and not isinstance(thing, Options)
+    )
     if len(ours) == 1 and isinstance(ours[0], cls) and not others and not options:
         return ours[0]
     given: dict[str, Any] = {}
@@ -118,7 +137,8 @@ def _refuse_unknown(kind: str, thing: Any) -> None:
     wrong = {name: value for name, value in given.items() if value not in _NEUTRAL[kind][name]}
     if wrong:
         raise UsageError(
-            f"a setting of this {type(thing).__name__} would change what is trained, and has no counterpart here",
+            f"a setting of this {type(thing).__name__} would change what is trained, and has no "
+            "counterpart here",
             found=", ".join(f"{name}={value!r}" for name, value in wrong.items()),
         )
 
@@ -126,7 +146,10 @@ def _refuse_unknown(kind: str, thing: Any) -> None:
 def _of_bitsandbytes(thing: Any) -> dict[str, Any]:
     skipped = set(thing.llm_int8_skip_modules or ()) - {"lm_head"}
     if skipped:
-        raise UsageError("the layers held in 4 bits cannot be chosen here", found=f"llm_int8_skip_modules {skipped}")
+        raise UsageError(
+            "the layers held in 4 bits cannot be chosen here",
+            found=f"llm_int8_skip_modules {skipped}",
+        )
     found: dict[str, Any] = {
         "load_in_4bit": thing.load_in_4bit,
         "bnb_4bit_quant_type": thing.bnb_4bit_quant_type,
@@ -140,7 +163,10 @@ def _of_bitsandbytes(thing: Any) -> dict[str, Any]:
 def _of_lora(thing: Any) -> dict[str, Any]:
     targets = thing.target_modules
     if targets is None:
-        raise UsageError("this LoraConfig leaves target_modules to PEFT", ways_out=['target_modules="all-linear"'])
+        raise UsageError(
+            "this LoraConfig leaves target_modules to PEFT",
+            ways_out=['target_modules="all-linear"'],
+        )
     return {
         "lora_r": thing.r,
         "lora_alpha": thing.lora_alpha,
@@ -155,7 +181,8 @@ def _of_lora(thing: Any) -> dict[str, Any]:
 
 
 def _of_trainer(thing: Any) -> dict[str, Any]:
-    found = {name: value for name in _SAME if (value := getattr(thing, name, None)) is not None}
+    same = [name for name, rules in RULES.items() if rules.in_trainer]
+    found = {name: value for name in same if (value := getattr(thing, name, None)) is not None}
     if getattr(thing, "max_length", 0) is None:
         found["max_length"] = WHOLE_ROWS
     if "save_total_limit" in found:
@@ -167,7 +194,10 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
         value = getattr(thing, name)
         value = getattr(value, "value", value)
         if value not in known:
-            raise UsageError(f"{name} {value} has no counterpart here", expected=", ".join(sorted(set(known.values()))))
+            raise UsageError(
+                f"{name} {value} has no counterpart here",
+                expected=", ".join(sorted(set(known.values()))),
+            )
         found[name] = known[value]
     warmup = thing.warmup_steps or 0
     if getattr(thing.lr_scheduler_type, "value", thing.lr_scheduler_type) == "constant":
@@ -175,10 +205,14 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
     ratio = warmup if 0 < warmup < 1 else getattr(thing, "warmup_ratio", None) or 0.0
     found.update(warmup_steps=0 if warmup < 1 else int(warmup), warmup_ratio=ratio)
     reports = getattr(thing, "report_to", None) or []
-    found["report_to"] = ",".join(name for name in reports if name in ("tensorboard", "wandb", "trackio")) or "none"
+    found["report_to"] = (
+        ",".join(name for name in reports if name in ("tensorboard", "wandb", "trackio")) or "none"
+    )
     if getattr(thing, "push_to_hub", False):
         private = getattr(thing, "hub_private_repo", None)
-        found.update(push_to_hub=True, hub_model_id=thing.hub_model_id, hub_private_repo=private is not False)
+        found.update(
+            push_to_hub=True, hub_model_id=thing.hub_model_id, hub_private_repo=private is not False
+        )
     if thing.bf16 or thing.fp16:
         found["dtype"] = "bfloat16" if thing.bf16 else "float16"
     if getattr(thing, "use_cpu", False):
@@ -186,4 +220,8 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
     return found
 
 
-_READERS = {"BitsAndBytesConfig": _of_bitsandbytes, "LoraConfig": _of_lora, "TrainingArguments": _of_trainer}
+_READERS = {
+    "BitsAndBytesConfig": _of_bitsandbytes,
+    "LoraConfig": _of_lora,
+    "TrainingArguments": _of_trainer,
+}

@@ -14,8 +14,8 @@ from .options import (
     PublishOptions,
     TrainConfig,
     known_device,
-    option,
 )
+from .rules import option
 
 MODEL_HELP = "a run directory, a Hub id, a local directory, or `demo` for the built-in model"
 
@@ -33,7 +33,9 @@ class DataCheckConfig(DataOptions):
     """Everything ``halfbyte data check`` reads."""
 
     data: str = option(..., "a file or a Hub data set")
-    model: str = option("demo", "the model whose tokenizer and template are used, or a run directory")
+    model: str = option(
+        "demo", "the model whose tokenizer and template are used, or a run directory"
+    )
     revision: str | None = option(None, "revision of a Hub model")
     rows: int = option(3, "rows shown", ge=0)
 
@@ -47,7 +49,9 @@ class CheckpointConfig(Options):
 class ExplainConfig(Options):
     """Everything ``halfbyte explain`` reads."""
 
-    topic: str | None = option(None, "int4, nf4, double-quant, paged, memory, tokens, quiz, or the name of an option")
+    topic: str | None = option(
+        None, "int4, nf4, double-quant, paged, memory, tokens, quiz, or the name of an option"
+    )
     model: str = option("demo", "for `tokens`: whose tokenizer and template")
     text: str = option("two large teas and a bun, no sugar", "for `tokens`: what is said")
 
@@ -59,15 +63,21 @@ class DoctorConfig(Options):
 class BenchConfig(KernelOptions):
     """Everything ``halfbyte bench`` reads."""
 
-    path: str | None = option(None, "an instruction set of the C++ library, instead of the best this processor has")
+    path: str | None = option(
+        None, "an instruction set of the C++ library, instead of the best this processor has"
+    )
 
 
 class DemoConfig(KernelOptions):
     """Everything ``halfbyte demo`` reads."""
 
-    output_dir: str = option("demo", "where everything goes; a directory of an earlier demo is replaced")
+    output_dir: str = option(
+        "demo", "where everything goes; a directory of an earlier demo is replaced"
+    )
     seed: int = option(42, "everything random is a function of it", ge=0, lt=2**63)
-    compare: bool = option(False, "also train LoRA on the unquantized base, and every parameter, on the same rows")
+    compare: bool = option(
+        False, "also train LoRA on the unquantized base, and every parameter, on the same rows"
+    )
 
 
 class ChatConfig(ModelOptions):
@@ -78,7 +88,9 @@ class ChatConfig(ModelOptions):
     system: str | None = option(None, "system message")
     max_new_tokens: int = option(256, "longest answer in tokens", ge=1)
     temperature: float = option(0.0, "0: the likeliest token each time", ge=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability", gt=0, le=1)
+    top_p: float = option(
+        1.0, "sample from the likeliest tokens that make up this probability", gt=0, le=1
+    )
     seed: int = option(42, "for sampling", ge=0, lt=2**63)
 
 
@@ -95,15 +107,25 @@ class MergeConfig(KernelOptions, PublishOptions):
 
     run: str = option(..., "a run directory")
     onto: Literal["trained", "original"] = option(
-        "trained", "the base the adapter is added to: the 4-bit weights it was trained on, or the original ones"
+        "trained",
+        "the base the adapter is added to: the 4-bit weights it was trained on, or the original "
+        "ones",
     )
     output_dir: str = option(..., "where the merged model goes")
     min_agreement: float = option(
-        0.99, "share of positions where merged and adapted model must predict the same token", ge=0, le=1
+        0.99,
+        "share of positions where merged and adapted model must predict the same token",
+        ge=0,
+        le=1,
     )
-    requantize: bool = option(False, "write the merged weights in 4 bits, which erases part of what the adapter adds")
+    requantize: bool = option(
+        False, "write the merged weights in 4 bits, which erases part of what the adapter adds"
+    )
     min_survival: float = option(
-        0.9, "with requantize: the share of the adapter's effect that must survive in the median layer", ge=0, le=1
+        0.9,
+        "with requantize: the share of the adapter's effect that must survive in the median layer",
+        ge=0,
+        le=1,
     )
     device: str = option("auto", "cpu, cuda or auto")
 
@@ -119,7 +141,8 @@ class ExportConfig(KernelOptions, PublishOptions):
     run: str = option(..., "a run directory")
     to: Literal["peft", "hf", "bnb-4bit"] = option(
         ...,
-        "peft: the adapter; hf: one verified model in 16 bits; bnb-4bit: the base in the 4 bits of the training, and "
+        "peft: the adapter; hf: one verified model in 16 bits; bnb-4bit: the base in the 4 bits "
+        "of the training, and "
         "the adapter beside it",
     )
     output_dir: str = option(..., "where it goes")

@@ -1,7 +1,8 @@
-"""Tokenized rows to micro-batches, as a function of (seed, epoch): nothing is carried, so any step can be replayed.
+"""Tokenized rows to micro-batches, as a function of (seed, epoch): nothing is carried, so any step
+can be replayed.
 
-A *unit* is what ``per_device_train_batch_size`` counts: one row, or with packing one bin of rows that fills
-``max_length``. A micro-batch lays the rows of its units end to end; an optimizer step is
+A *unit* is what ``per_device_train_batch_size`` counts: one row, or with packing one bin of rows
+that fills ``max_length``. A micro-batch lays the rows of its units end to end; an optimizer step is
 ``gradient_accumulation_steps`` micro-batches. The last step of an epoch takes what is left.
 """
 
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from ..errors import DataError
 from ..ops.library import ROW_MULTIPLE
-from .renderer import Encoded
+from .renderer import TokenizedExample
 
 EVAL_TOKENS = 2048
 """An evaluation lays rows end to end up to this many tokens."""
@@ -25,7 +26,7 @@ EVAL_TOKENS = 2048
 class Prepared:
     """Rows ready to train on, and the count of everything that was done to them."""
 
-    rows: list[Encoded]
+    rows: list[TokenizedExample]
     given: int = 0
     truncated: int = 0
     end_lost: int = 0
@@ -39,7 +40,7 @@ class Prepared:
 
     @property
     def supervised(self) -> int:
-        return sum(sum(row.trained[1:]) for row in self.rows)
+        return sum(sum(row.loss_mask[1:]) for row in self.rows)
 
     def counts(self) -> dict[str, int]:
         return {
@@ -53,7 +54,11 @@ class Prepared:
         }
 
 
-def prepare(rows: Sequence[Encoded], max_length: int, over_length: Literal["truncate", "drop", "error"]) -> Prepared:
+def prepare(
+    rows: Sequence[TokenizedExample],
+    max_length: int,
+    over_length: Literal["truncate", "drop", "error"],
+) -> Prepared:
     """Rows no longer than max_length, each with something to learn.
 
     Raises:
@@ -72,20 +77,23 @@ def prepare(rows: Sequence[Encoded], max_length: int, over_length: Literal["trun
             if over_length == "drop":
                 result.dropped_long.append(row.where)
                 continue
-            kept = Encoded(row.where, row.input_ids[:max_length], row.trained[:max_length])
+            kept = TokenizedExample(
+                row.where, row.input_ids[:max_length], row.loss_mask[:max_length]
+            )
         # the first token of a row is predicted by nothing
-        if not any(kept.trained[1:]):
+        if not any(kept.loss_mask[1:]):
             result.dropped_unsupervised.append(row.where)
             continue
         if kept is not row:
             result.truncated += 1
             result.tokens_cut += len(row.input_ids) - max_length
-            result.end_lost += any(row.trained[max_length:])
+            result.end_lost += any(row.loss_mask[max_length:])
         result.rows.append(kept)
     if not result.rows:
         raise DataError(
             f"none of {result.given} rows is left",
-            found=f"{len(result.dropped_long)} too long, {len(result.dropped_unsupervised)} without a trained token "
+            found=f"{len(result.dropped_long)} too long, {len(result.dropped_unsupervised)} "
+            "without a trained token "
             f"within max_length {max_length}",
             where=(result.dropped_long + result.dropped_unsupervised)[0] if result.given else "",
             ways_out=["raise --max_length", "or look at the rows: the answer must lie within it"],
@@ -95,15 +103,17 @@ def prepare(rows: Sequence[Encoded], max_length: int, over_length: Literal["trun
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows laid end to end. input_ids, position_ids, labels: int64 [T]; bounds: int32 [rows + 1], from 0 to T.
+    """Rows laid end to end. input_ids, position_ids, labels: int64 [T]; bounds: int32 [rows + 1],
+    from 0 to T.
 
-    labels[t] is the token that position t shall predict, or `IGNORE`. rows: their places in the data file.
+    labels[t] is the token that position t shall predict, or `IGNORE`. rows: their places in the
+    data file.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-    bounds: Tensor
+    cu_seqlens: Tensor
     rows: tuple[str, ...]
 
     @property
@@ -111,14 +121,18 @@ class MicroBatch:
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> "MicroBatch":
-        ids, positions, labels = (t.to(device) for t in (self.input_ids, self.position_ids, self.labels))
-        return MicroBatch(ids, positions, labels, self.bounds, self.rows)
+        ids, positions, labels = (
+            t.to(device) for t in (self.input_ids, self.position_ids, self.labels)
+        )
+        return MicroBatch(ids, positions, labels, self.cu_seqlens, self.rows)
 
     def padded(self) -> "MicroBatch":
-        """The same rows, and a row of padding up to a multiple of `ROW_MULTIPLE` tokens, which nothing is trained on.
+        """The same rows, and a row of padding up to a multiple of `ROW_MULTIPLE` tokens, which
+        nothing is trained on.
 
-        Matrix units work on 16 rows at a time, so the padding is nearly free; and a library that compiles and keeps a
-        kernel per shape (oneDNN: about a megabyte each) then meets few shapes instead of one for every row length.
+        Matrix units work on 16 rows at a time, so the padding is nearly free; and a library that
+        compiles and keeps a kernel per shape (oneDNN: about a megabyte each) then meets few shapes
+        instead of one for every row length.
         """
         lack = -len(self.input_ids) % ROW_MULTIPLE
         if lack == 0:
@@ -128,48 +142,51 @@ class MicroBatch:
             functional.pad(self.input_ids, (0, lack)),
             torch.cat((self.position_ids, positions)),
             functional.pad(self.labels, (0, lack), value=IGNORE),
-            torch.cat((self.bounds, self.bounds[-1:] + lack)),
+            torch.cat((self.cu_seqlens, self.cu_seqlens[-1:] + lack)),
             self.rows,
         )
 
     def split(self, most: int) -> list[tuple[int, "MicroBatch"]]:
-        """Parts of whole rows that follow each other, of at most ``most`` tokens where a single row has no more; and
-        the token of this micro-batch that each begins with."""
-        bounds = self.bounds.tolist()
+        """Parts of whole rows that follow each other, of at most ``most`` tokens where a single row
+        has no more; and the token of this micro-batch that each begins with."""
+        cu_seqlens = self.cu_seqlens.tolist()
         parts, first = [], 0
-        for row in range(1, len(bounds)):
-            if row + 1 == len(bounds) or bounds[row + 1] - bounds[first] > most:
-                parts.append((bounds[first], self._rows(first, row)))
+        for row in range(1, len(cu_seqlens)):
+            if row + 1 == len(cu_seqlens) or cu_seqlens[row + 1] - cu_seqlens[first] > most:
+                parts.append((cu_seqlens[first], self._rows(first, row)))
                 first = row
         return parts
 
     def _rows(self, first: int, last: int) -> "MicroBatch":
         """Rows ``first`` to ``last`` (exclusive)."""
-        a, b = int(self.bounds[first]), int(self.bounds[last])
+        a, b = int(self.cu_seqlens[first]), int(self.cu_seqlens[last])
         return MicroBatch(
             self.input_ids[a:b],
             self.position_ids[a:b],
             self.labels[a:b],
-            self.bounds[first : last + 1] - a,
+            self.cu_seqlens[first : last + 1] - a,
             self.rows[first:last],
         )
 
 
-def collate(rows: Sequence[Encoded], indices: Sequence[int]) -> MicroBatch:
+def collate(rows: Sequence[TokenizedExample], indices: Sequence[int]) -> MicroBatch:
     """The chosen rows end to end."""
-    ids, positions, labels, bounds = [], [], [], [0]
+    ids, positions, labels, cu_seqlens = [], [], [], [0]
     for index in indices:
         row = rows[index]
         ids += row.input_ids
         positions += range(len(row.input_ids))
-        labels += [token if flag else IGNORE for token, flag in zip(row.input_ids[1:], row.trained[1:], strict=True)]
+        labels += [
+            token if flag else IGNORE
+            for token, flag in zip(row.input_ids[1:], row.loss_mask[1:], strict=True)
+        ]
         labels.append(IGNORE)
-        bounds.append(len(ids))
+        cu_seqlens.append(len(ids))
     return MicroBatch(
         torch.tensor(ids),
         torch.tensor(positions),
         torch.tensor(labels),
-        torch.tensor(bounds, dtype=torch.int32),
+        torch.tensor(cu_seqlens, dtype=torch.int32),
         tuple(rows[index].where for index in indices),
     )
 
@@ -181,10 +198,11 @@ def permutation(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows into bins of at most ``capacity`` tokens: best fit, longest first, ties and bins in the epoch's order.
+    """Rows into bins of at most ``capacity`` tokens: best fit, longest first, ties and bins in the
+    epoch's order.
 
-    Bins are indexed by the space they have left, so the search is over lengths and not over bins. The number of bins
-    depends on the lengths only, so every epoch has as many steps as the first.
+    Bins are indexed by the space they have left, so the search is over lengths and not over bins.
+    The number of bins depends on the lengths only, so every epoch has as many steps as the first.
     """
     rank = {row: place for place, row in enumerate(order)}
     bins: list[list[int]] = []
@@ -206,13 +224,13 @@ def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[li
 class Schedule:
     """Which rows each optimizer step trains on."""
 
-    rows: Sequence[Encoded]
+    rows: Sequence[TokenizedExample]
     seed: int
     batch_size: int
     accumulation: int
     pack_to: int | None = None
 
-    def units(self, epoch: int) -> list[list[int]]:
+    def sequences(self, epoch: int) -> list[list[int]]:
         """The epoch's units in order, each a list of row numbers."""
         order = permutation(len(self.rows), self.seed, epoch)
         if self.pack_to is None:
@@ -220,28 +238,36 @@ class Schedule:
         return pack([len(row.input_ids) for row in self.rows], order, self.pack_to)
 
     def largest(self) -> list[int]:
-        """Row numbers of a micro-batch no smaller, in tokens, than any of any epoch: of the longest units."""
+        """Row numbers of a micro-batch no smaller, in tokens, than any of any epoch: of the longest
+        units."""
         tokens = [len(row.input_ids) for row in self.rows]
-        units = sorted(self.units(0), key=lambda unit: -sum(tokens[i] for i in unit))
-        return [row for unit in units[: self.batch_size] for row in unit]
+        sequences = sorted(
+            self.sequences(0), key=lambda sequence: -sum(tokens[i] for i in sequence)
+        )
+        return [row for sequence in sequences[: self.batch_size] for row in sequence]
 
     def epoch(self, epoch: int) -> list[list[list[int]]]:
         """Per step, per micro-batch, the row numbers."""
-        units = self.units(epoch)
+        sequences = self.sequences(epoch)
         per_step = self.batch_size * self.accumulation
         steps = []
-        for start in range(0, len(units), per_step):
-            chosen = units[start : min(start + per_step, len(units))]
-            micro = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
-            steps.append([[row for unit in group for row in unit] for group in micro])
+        for start in range(0, len(sequences), per_step):
+            chosen = sequences[start : min(start + per_step, len(sequences))]
+            micro = [
+                chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)
+            ]
+            steps.append([[row for sequence in group for row in sequence] for group in micro])
         return steps
 
 
 IGNORE = -100
 
 
-def largest_pass(rows: Sequence[Encoded], schedule: Schedule, tokens_per_pass: int) -> tuple[MicroBatch, int]:
-    """A pass no smaller, in tokens, than any of a training, and how many passes a largest micro-batch takes.
+def largest_pass(
+    rows: Sequence[TokenizedExample], schedule: Schedule, tokens_per_pass: int
+) -> tuple[MicroBatch, int]:
+    """A pass no smaller, in tokens, than any of a training, and how many passes a largest
+    micro-batch takes.
 
     Where micro-batches go in parts it is the longest row, and a row of padding up to the limit.
     """
@@ -252,5 +278,5 @@ def largest_pass(rows: Sequence[Encoded], schedule: Schedule, tokens_per_pass: i
     longest = max(rows, key=lambda row: len(row.input_ids))
     most = min(count, max(tokens_per_pass, len(longest.input_ids)))
     lack = most - len(longest.input_ids)
-    filler = [Encoded("padding", [0] * lack, [True] * lack)] if lack > 1 else []
-    return collate([longest, *filler], range(1 + len(filler))), -(-count // most)
+    padding = [TokenizedExample("padding", [0] * lack, [True] * lack)] if lack > 1 else []
+    return collate([longest, *padding], range(1 + len(padding))), -(-count // most)

@@ -1,7 +1,9 @@
-"""A data source to rows ready for training or evaluation: read, rendered, cut to length, held out, counted.
+"""A data source to rows ready for training or evaluation: read, rendered, cut to length, held out,
+counted.
 
-Training, evaluation, ``data check`` and a merge's probes all come through here, so they see the same ids and masks.
-Nothing is changed in silence: every row left out, cut or held out is in the counts (`Data.counts`).
+Training, evaluation, ``data check`` and a merge's probes all come through here, so they see the
+same ids and masks. Nothing is changed in silence: every row left out, cut or held out is in the
+counts (`Data.counts`).
 """
 
 import hashlib
@@ -21,7 +23,7 @@ from ..files.model_config import read_config
 from ..progress import Progress, no_progress
 from .batches import Prepared, Schedule, prepare
 from .formats import Example, read_examples
-from .renderer import Encoded, Renderer, read_template
+from .renderer import Renderer, TokenizedExample, read_template
 
 BATCH = 256
 """Rows tokenized at once."""
@@ -34,12 +36,12 @@ class Data:
     examples: as read, by place. train: what is trained on. held_out: evaluated, never trained on.
     """
 
-    form: str
+    format: str
     renderer: Renderer
     max_length: int
     examples: dict[str, Example]
     train: Prepared
-    held_out: list[Encoded]
+    held_out: list[TokenizedExample]
     bad: list[DataError] = field(default_factory=list)
     duplicates: int = 0
     ends: int = 0
@@ -53,8 +55,9 @@ class Data:
             "rows_with_trained_end": self.ends,
         }
 
-    def question(self, row: Encoded) -> tuple[list[int], str] | None:
-        """Ids that ask for a row's last answer, and the answer; None where there is none, or it is too long to ask."""
+    def question(self, row: TokenizedExample) -> tuple[list[int], str] | None:
+        """Ids that ask for a row's last answer, and the answer; None where there is none, or it is
+        too long to ask."""
         pair = self.renderer.question_and_answer(self.examples[row.where])
         return None if pair is None or len(pair[0]) >= self.max_length else pair
 
@@ -73,16 +76,22 @@ def read_data(
     """Everything that can be known about the data before the weights are read.
 
     Args:
-        source: a file or Hub id. base: the model's directory (its config.json and tokenizer are read). renderer: used
-            instead of one made from base's tokenizer and the options. clock: what a template that asks for it sees.
+        source: a file or Hub id.
+        base: the model's directory (its config.json and tokenizer are read).
+        renderer: used instead of one made from base's tokenizer and the options.
+        clock: what a template that asks for it sees.
         training: refuse rows of which none trains an end.
 
     Raises:
-        DataError: naming the row: unreadable, unknown form, refused by the template, too long (``over_length error``),
-            ids the model does not have, nothing left to train, or an end token that no row trains.
+        DataError: naming the row: unreadable, unknown form, refused by the template, too long
+            (``over_length error``), ids the model does not have, nothing left to train, or an end
+            token that no row trains.
     """
     found = read_examples(
-        source, config=options.dataset_config, split=options.dataset_train_split, skip_bad=options.skip_bad
+        source,
+        config=options.dataset_config,
+        split=options.dataset_train_split,
+        skip_bad=options.skip_bad,
     )
     for error in found.bad:
         say(f"skipped a bad row: {error.where}: {error.what}")
@@ -104,14 +113,20 @@ def read_data(
             held_out = prepare(held_out, max_length, options.over_length).rows
         except DataError as error:
             error.what = f"of the rows held out for evaluation: {error.what}"
-            error.ways_out = ("hold out more rows, or others: --eval_split, --seed", *error.ways_out)
+            error.ways_out = (
+                "hold out more rows, or others: --eval_split, --seed",
+                *error.ways_out,
+            )
             raise
         if len(held_out) < given:
-            say(f"{given - len(held_out)} held-out rows are left out: too long, or without a trained token")
+            say(
+                f"{given - len(held_out)} held-out rows are left out: too long, or without a "
+                "trained token"
+            )
     if len({example.where for example in found.rows}) != len(found.rows):
         raise AssertionError(f"rows of {source} share a place")
     data = Data(
-        form=found.form,
+        format=found.format,
         renderer=renderer,
         max_length=max_length,
         examples={example.where: example for example in found.rows},
@@ -119,9 +134,9 @@ def read_data(
         held_out=held_out,
         bad=found.bad + bad,
         duplicates=len(rows) - len({_digest(row, "") for row in rows}),
-        ends=_rows_with_trained_end(train.rows, renderer),
+        ends=_rows_with_supervised_end(train.rows, renderer),
     )
-    if training and data.ends == 0 and data.form != "input_ids":
+    if training and data.ends == 0 and data.format != "input_ids":
         raise DataError(
             "no row trains the end of an answer, so the model would never learn to stop",
             where=train.rows[0].where,
@@ -145,13 +160,14 @@ def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None =
 
 def encode(
     examples: list[Example], renderer: Renderer, progress: Progress = no_progress, skip_bad: int = 0
-) -> tuple[list[Encoded], list[DataError]]:
-    """Ids and masks of all rows; up to skip_bad rows that the template refuses are left out and returned.
+) -> tuple[list[TokenizedExample], list[DataError]]:
+    """Ids and masks of all rows; up to skip_bad rows that the template refuses are left out and
+    returned.
 
     Raises:
         DataError: naming the first row beyond that.
     """
-    rows: list[Encoded] = []
+    rows: list[TokenizedExample] = []
     bad: list[DataError] = []
     starts = [str(start) for start in range(0, len(examples), BATCH)]
     for start in progress(starts, len(starts), "tokenizing"):
@@ -171,7 +187,7 @@ def encode(
     return rows, bad
 
 
-def refuse_unknown_ids(rows: Iterable[Encoded], vocabulary: int) -> None:
+def refuse_unknown_ids(rows: Iterable[TokenizedExample], vocabulary: int) -> None:
     """Raise DataError for the first row with an id past the model's embeddings."""
     for row in rows:
         if (highest := max(row.input_ids, default=0)) >= vocabulary:
@@ -185,8 +201,11 @@ def refuse_unknown_ids(rows: Iterable[Encoded], vocabulary: int) -> None:
             )
 
 
-def hold_out(rows: list[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """(to train on, held out): a share of the rows below 1, else that many; equal rows stay on one side.
+def hold_out(
+    rows: list[TokenizedExample], share: float, seed: int
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    """(to train on, held out): a share of the rows below 1, else that many; equal rows stay on one
+    side.
 
     Raises:
         DataError: nothing would be left to train on.
@@ -196,7 +215,9 @@ def hold_out(rows: list[Encoded], share: float, seed: int) -> tuple[list[Encoded
         return rows, []
     order = sorted(range(len(rows)), key=lambda i: (_digest(rows[i], str(seed)), i))
     out = set(order[:wanted])
-    while wanted < len(rows) and _digest(rows[order[wanted]], "") == _digest(rows[order[wanted - 1]], ""):
+    while wanted < len(rows) and _digest(rows[order[wanted]], "") == _digest(
+        rows[order[wanted - 1]], ""
+    ):
         out.add(order[wanted])
         wanted += 1
     kept = [row for i, row in enumerate(rows) if i not in out]
@@ -208,14 +229,18 @@ def hold_out(rows: list[Encoded], share: float, seed: int) -> tuple[list[Encoded
     return kept, [row for i, row in enumerate(rows) if i in out]
 
 
-def _digest(row: Encoded, salt: str) -> bytes:
+def _digest(row: TokenizedExample, salt: str) -> bytes:
     return hashlib.sha256(salt.encode() + array("q", row.input_ids).tobytes()).digest()
 
 
-def _rows_with_trained_end(rows: list[Encoded], renderer: Renderer) -> int:
+def _rows_with_supervised_end(rows: list[TokenizedExample], renderer: Renderer) -> int:
     stops = set(renderer.stop_ids())
     return sum(
-        any(flag and index in stops for index, flag in zip(row.input_ids, row.trained, strict=True)) for row in rows
+        any(
+            flag and index in stops
+            for index, flag in zip(row.input_ids, row.loss_mask, strict=True)
+        )
+        for row in rows
     )
 
 
@@ -241,7 +266,7 @@ def schedule_of(config: TrainConfig, data: Data) -> Schedule:
     )
 
 
-FORM_NAMES = {
+FORMAT_NAMES = {
     "messages": "conversations (messages)",
     "sharegpt": "conversations (ShareGPT)",
     "alpaca": "instructions (alpaca)",
@@ -257,7 +282,7 @@ def data_lines(data: Data, use: str = "trained") -> Iterator[str]:
     """What was decided about the data, for people. use: what happens to the supervised tokens."""
     train, limit = data.train, data.max_length
     yield (
-        f"{len(train.rows):,} rows taken as {FORM_NAMES[data.form]}: {train.tokens:,} tokens, "
+        f"{len(train.rows):,} rows taken as {FORMAT_NAMES[data.format]}: {train.tokens:,} tokens, "
         f"{train.supervised:,} of them {use}"
     )
     if data.held_out:
@@ -266,12 +291,19 @@ def data_lines(data: Data, use: str = "trained") -> Iterator[str]:
         yield f"{data.duplicates:,} rows are copies of others; they are kept"
     if train.truncated:
         yield (
-            f"{train.truncated} rows were cut at {limit} tokens; {train.end_lost} of them lost trained tokens "
+            f"{train.truncated} rows were cut at {limit} tokens; {train.end_lost} of them lost "
+            "trained tokens "
             "and their end (--max_length raises the limit, --over_length drop leaves such rows out)"
         )
     if train.dropped_long:
         yield f"{len(train.dropped_long)} rows longer than {limit} tokens were left out"
     if train.dropped_unsupervised:
-        yield f"{len(train.dropped_unsupervised)} rows without a trained token in {limit} tokens were left out"
+        yield (
+            f"{len(train.dropped_unsupervised)} rows without a trained token in {limit} tokens "
+            "were left out"
+        )
     if data.ends < len(train.rows) - train.end_lost:
-        yield f"only {data.ends} of {len(train.rows)} rows train an end token: the model may not learn to stop"
+        yield (
+            f"only {data.ends} of {len(train.rows)} rows train an end token: the model may not "
+            "learn to stop"
+        )

@@ -1,9 +1,10 @@
 """What a row means: the columns of the forms people use, to one `Example`.
 
-The first row decides the form of the whole source. Seven are known: conversations (``messages``, with tools and
-system; ShareGPT's ``conversations``), alpaca (``instruction``, ``input``, ``output``, ``system``, ``history``),
-``question`` and ``answer``, prompt and completion (strings or messages), plain ``text``, and ``input_ids``. Preference
-pairs are recognized and refused: their second answer would be trained as if it were wanted.
+The first row decides the form of the whole source. Seven are known: conversations (``messages``,
+with tools and system; ShareGPT's ``conversations``), alpaca (``instruction``, ``input``,
+``output``, ``system``, ``history``), ``question`` and ``answer``, prompt and completion (strings or
+messages), plain ``text``, and ``input_ids``. Preference pairs are recognized and refused: their
+second answer would be trained as if it were wanted.
 """
 
 import json
@@ -28,7 +29,7 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-FORMS = (
+FORMATS = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}',
     '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}',
     '{"instruction": ..., "input": ..., "output": ...}',
@@ -44,8 +45,9 @@ IGNORED_LABEL, DEEPEST = -100, 64
 class Example:
     """One row: a conversation, a prompt (string) with its completion, or ids.
 
-    messages: the conversation; those before ``trained_from`` are read only. tools: handed to the template.
-    prompt, completion: strings; a plain text is a completion without a prompt. input_ids, trained: ready-made.
+    messages: the conversation; those before ``supervised_from`` are read only. tools: handed to the
+    template. prompt, completion: strings; a plain text is a completion without a prompt. input_ids,
+    loss_mask: ready-made.
     """
 
     where: str
@@ -53,28 +55,32 @@ class Example:
     prompt: str = ""
     completion: str = ""
     tools: list[Any] | None = None
-    trained_from: int = 0
+    supervised_from: int = 0
     input_ids: list[int] | None = None
-    trained: list[bool] | None = None
+    loss_mask: list[bool] | None = None
 
 
 @dataclass(frozen=True)
 class Examples:
     """A source's rows and the form they were taken for."""
 
-    form: str
+    format: str
     rows: list[Example]
     bad: list[DataError]
 
 
-def read_examples(data: str | Path, *, config: str | None = None, split: str = "train", skip_bad: int = 0) -> Examples:
+def read_examples(
+    data: str | Path, *, config: str | None = None, split: str = "train", skip_bad: int = 0
+) -> Examples:
     """All rows of a source.
 
     Args:
-        config, split: of a Hub data set. skip_bad: so many bad rows are left out (and returned); one more is an error.
+        config, split: of a Hub data set.
+        skip_bad: so many bad rows are left out (and returned); one more is an error.
 
     Raises:
-        DataError: naming file and line: unreadable, unknown or changing columns, wrong types, no rows.
+        DataError: naming file and line: unreadable, unknown or changing columns, wrong types, no
+            rows.
     """
     bad: list[DataError] = []
 
@@ -84,11 +90,13 @@ def read_examples(data: str | Path, *, config: str | None = None, split: str = "
         bad.append(error)
 
     rows: list[Example] = []
-    form = ""
-    for where, row in read_rows(data, config=config, split=split, refuse=refuse if skip_bad else raise_it):
+    format = ""
+    for where, row in read_rows(
+        data, config=config, split=split, refuse=refuse if skip_bad else raise_it
+    ):
         try:
-            form = form or form_of(row, where)
-            rows.append(_READERS[form](row, where))
+            format = format or format_of(row, where)
+            rows.append(_READERS[format](row, where))
         except DataError as error:
             refuse(error)
     if not rows:
@@ -97,10 +105,10 @@ def read_examples(data: str | Path, *, config: str | None = None, split: str = "
             where=bad[0].where if bad else "",
             expected="a JSON array of objects, one JSON object per line, or a table",
         )
-    return Examples(form, rows, bad)
+    return Examples(format, rows, bad)
 
 
-def form_of(row: dict[str, Any], where: str) -> str:
+def format_of(row: dict[str, Any], where: str) -> str:
     """Which form a row has, by its columns.
 
     Raises:
@@ -113,7 +121,7 @@ def form_of(row: dict[str, Any], where: str) -> str:
             where=where,
             ways_out=["rename the good answers to `completion` and drop `rejected`"],
         )
-    for form, columns in (
+    for format, columns in (
         ("messages", {"messages"}),
         ("sharegpt", {"conversations"}),
         ("alpaca", {"instruction", "output"}),
@@ -123,29 +131,33 @@ def form_of(row: dict[str, Any], where: str) -> str:
         ("text", {"text"}),
     ):
         if columns <= has:
-            turns = form == "prompt" and isinstance(_loaded(row["prompt"], dict), list)
-            return "turns" if turns else form
+            turns = format == "prompt" and isinstance(_loaded(row["prompt"], dict), list)
+            return "turns" if turns else format
     raise DataError(
         "the columns fit no known form",
         where=where,
         found=", ".join(map(str, row)) or "no columns",
-        expected=" or ".join(FORMS),
+        expected=" or ".join(FORMATS),
         ways_out=["rename the columns"],
     )
 
 
-# --- one reader a form ------------------------------------------------------------------------------------------------
+# --- one reader a form ----------------------------------------------------------------------------
 
 
 def _from_messages(row: dict[str, Any], where: str) -> Example:
-    return Example(where, _messages(row.get("messages"), where, "messages"), tools=_tools(row, where))
+    return Example(
+        where, _messages(row.get("messages"), where, "messages"), tools=_tools(row, where)
+    )
 
 
 def _from_sharegpt(row: dict[str, Any], where: str) -> Example:
     turns = _messages(row.get("conversations"), where, "conversations")
     if system := _string(row, "system", where, optional=True):
         if turns[0]["role"] == "system" and turns[0]["content"] != system:
-            raise DataError("the row has two system messages: its own and the conversation's", where=where)
+            raise DataError(
+                "the row has two system messages: its own and the conversation's", where=where
+            )
         turns = turns[1:] if turns[0]["role"] == "system" else turns
         turns = [{"role": "system", "content": system}, *turns]
     return Example(where, turns, tools=_tools(row, where))
@@ -160,9 +172,15 @@ def _from_alpaca(row: dict[str, Any], where: str) -> Example:
         turns.append({"role": "system", "content": system})
     for number, pair in enumerate(_loaded(row.get("history"), list) or []):
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
-            raise DataError("history must be a list of [question, answer] pairs", where=f"{where} history {number}")
+            raise DataError(
+                "history must be a list of [question, answer] pairs",
+                where=f"{where} history {number}",
+            )
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": _string(row, "output", where)}]
+    turns += [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": _string(row, "output", where)},
+    ]
     return Example(where, _messages(turns, where, "output"))
 
 
@@ -179,8 +197,10 @@ def _from_prompt(row: dict[str, Any], where: str) -> Example:
     if isinstance(prompt, list) and isinstance(completion, list):
         turns = _messages(prompt + completion, where, "prompt + completion")
         if not any(turn["role"] == "assistant" for turn in turns[len(prompt) :]):
-            raise DataError("the completion has no assistant's turn: there is nothing to train", where=where)
-        return Example(where, turns, tools=_tools(row, where), trained_from=len(prompt))
+            raise DataError(
+                "the completion has no assistant's turn: there is nothing to train", where=where
+            )
+        return Example(where, turns, tools=_tools(row, where), supervised_from=len(prompt))
     answer = _string(row, "completion", where)
     if not answer:
         raise DataError("the completion is empty: there is nothing to train", where=where)
@@ -197,17 +217,20 @@ def _from_text(row: dict[str, Any], where: str) -> Example:
 def _from_ids(row: dict[str, Any], where: str) -> Example:
     ids = _integers(row.get("input_ids"), where, "input_ids")
     if row.get("labels") is None:
-        return Example(where, input_ids=ids, trained=[True] * len(ids))
+        return Example(where, input_ids=ids, loss_mask=[True] * len(ids))
     labels = _integers(row["labels"], where, "labels")
     if len(labels) != len(ids):
         raise DataError(f"{len(ids)} input_ids but {len(labels)} labels", where=where)
-    if wrong := [i for i, (a, b) in enumerate(zip(ids, labels, strict=True)) if b not in (a, IGNORED_LABEL)]:
+    if wrong := [
+        i for i, (a, b) in enumerate(zip(ids, labels, strict=True)) if b not in (a, IGNORED_LABEL)
+    ]:
         raise DataError(
-            f"label {labels[wrong[0]]} at position {wrong[0]} is neither the id there nor {IGNORED_LABEL}",
+            f"label {labels[wrong[0]]} at position {wrong[0]} is neither the id there nor "
+            f"{IGNORED_LABEL}",
             where=where,
             ways_out=["labels stand beside their ids; they are shifted when the loss is computed"],
         )
-    return Example(where, input_ids=ids, trained=[label != IGNORED_LABEL for label in labels])
+    return Example(where, input_ids=ids, loss_mask=[label != IGNORED_LABEL for label in labels])
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {
@@ -222,7 +245,7 @@ _READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {
 }
 
 
-# --- cells ------------------------------------------------------------------------------------------------------------
+# --- cells ----------------------------------------------------------------------------------------
 
 
 def _string(row: dict[str, Any], column: str, where: str, *, optional: bool = False) -> str:
@@ -230,18 +253,26 @@ def _string(row: dict[str, Any], column: str, where: str, *, optional: bool = Fa
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        found = "no such column" if column not in row else "null" if value is None else f"a {type(value).__name__}"
+        found = (
+            "no such column"
+            if column not in row
+            else "null"
+            if value is None
+            else f"a {type(value).__name__}"
+        )
         raise DataError(f"column {column!r} must be a string", where=where, found=found)
     return _encodable(value, where)
 
 
 def _encodable(text: str, where: str) -> str:
-    """The text, if it can be text: JSON can escape half of a character (a lone surrogate), and NUL ends strings."""
+    """The text, if it can be text: JSON can escape half of a character (a lone surrogate), and NUL
+    ends strings."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} is no text",
+            f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} is no "
+            "text",
             where=where,
             ways_out=["write the character whole, or remove it"],
         ) from error
@@ -255,7 +286,8 @@ def _encodable(text: str, where: str) -> str:
 
 
 def _loaded(value: Any, of: type) -> Any:
-    """A list as it is; a cell that holds a JSON list of such items (tables have only strings) read."""
+    """A list as it is; a cell that holds a JSON list of such items (tables have only strings)
+    read."""
     if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
         try:
             found = json.loads(value)
@@ -280,7 +312,9 @@ def _tools(row: dict[str, Any], where: str) -> list[Any] | None:
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
-            raise DataError("column 'tools' is not valid JSON", where=where, found=str(error)) from error
+            raise DataError(
+                "column 'tools' is not valid JSON", where=where, found=str(error)
+            ) from error
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -297,10 +331,14 @@ def _messages(value: Any, where: str, column: str) -> list[dict[str, Any]]:
         raise DataError(f"column {column!r} must be a non-empty list of messages", where=where)
     turns = [_message(message, f"{where} message {number}") for number, message in enumerate(value)]
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise DataError("the conversation has no assistant's turn: there is nothing to train", where=where)
+        raise DataError(
+            "the conversation has no assistant's turn: there is nothing to train", where=where
+        )
     for number, (turn, before) in enumerate(zip(turns[1:], turns, strict=False), 1):
         if turn["role"] == "system":
-            raise DataError("a system message stands after the first turn", where=f"{where} message {number}")
+            raise DataError(
+                "a system message stands after the first turn", where=f"{where} message {number}"
+            )
         if turn["role"] == before["role"] == "user":
             raise DataError(
                 "two user's turns follow each other: roles are out of order",
@@ -319,7 +357,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         turn = {"role": role or str(message["from"]), "content": turn.pop("value", None), **turn}
     if turn.get("role") not in ROLES:
         expected = ", ".join(ROLES if "role" in message else SHAREGPT_ROLES)
-        raise DataError("unknown role", where=where, found=repr(turn.get("role")), expected=expected)
+        raise DataError(
+            "unknown role", where=where, found=repr(turn.get("role")), expected=expected
+        )
     content = turn.get("content")
     if isinstance(content, list):
         content = _joined_parts(content, where)
@@ -338,9 +378,18 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 def _joined_parts(parts: list[Any], where: str) -> str:
     texts = []
     for part in parts:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+        if not (
+            isinstance(part, dict)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
+        ):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise DataError("a message holds something else than text", where=where, found=repr(kind), expected="text")
+            raise DataError(
+                "a message holds something else than text",
+                where=where,
+                found=repr(kind),
+                expected="text",
+            )
         texts.append(part["text"])
     return "".join(texts)
 
@@ -367,6 +416,10 @@ def _leaves(value: Any, where: str = "") -> list[str]:
 
 
 def other_strings(example: Example) -> list[str]:
-    """Strings of a conversation that reach the template beside the contents: tool calls, names, tool schemas."""
-    turns = [[v for k, v in turn.items() if k not in ("role", "content")] for turn in example.messages or []]
+    """Strings of a conversation that reach the template beside the contents: tool calls, names,
+    tool schemas."""
+    turns = [
+        [v for k, v in turn.items() if k not in ("role", "content")]
+        for turn in example.messages or []
+    ]
     return _leaves([turns, example.tools or []], example.where)

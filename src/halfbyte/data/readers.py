@@ -1,9 +1,10 @@
-"""Data sources to rows: JSON, JSONL, CSV, TSV and parquet files (JSON and text also gzipped), and Hub data sets.
+"""Data sources to rows: JSON, JSONL, CSV, TSV and parquet files (JSON and text also gzipped), and
+Hub data sets.
 
-A row is a mapping of columns with its place in the source (``file:line``), which every later message about the row
-names. JSON and CSV are read here because no reader at hand knows lines and bytes; parquet and the Hub go through
-pyarrow and datasets. Lines of JSONL end at the newline byte only: JSON allows U+2028 inside strings. What a row means
-is not decided here (`forms`).
+A row is a mapping of columns with its place in the source (``file:line``), which every later
+message about the row names. JSON and CSV are read here because no reader at hand knows lines and
+bytes; parquet and the Hub go through pyarrow and datasets. Lines of JSONL end at the newline byte
+only: JSON allows U+2028 inside strings. What a row means is not decided here (`forms`).
 """
 
 import csv
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, HalfbyteError
+from ..errors import DataError, HalfbyteError, first_line
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, and its columns."""
@@ -39,14 +40,19 @@ def read_rows(
     """The rows of a file or of a Hub data set.
 
     Args:
-        data: a path, or a Hub id (``owner/name``). config, split: of a Hub data set. refuse: called with the error of
-            each bad row; raises it by default.
+        data: a path, or a Hub id (``owner/name``).
+        config, split: of a Hub data set.
+        refuse: called with the error of each bad row; raises it by default.
 
     Raises:
         DataError: naming file and line: unreadable, not UTF-8, not JSON, not a table.
     """
     path = Path(data).expanduser()
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(data)) and not str(data).endswith((*SUFFIXES, ".gz")):
+    if (
+        not path.exists()
+        and re.fullmatch(r"[\w.-]+/[\w.-]+", str(data))
+        and not str(data).endswith((*SUFFIXES, ".gz"))
+    ):
         yield from _hub(str(data), config, split)
         return
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -65,14 +71,18 @@ def read_rows(
         yield from _objects(_lines(path, raw, refuse), refuse)
 
 
-# --- bytes and text ---------------------------------------------------------------------------------------------------
+# --- bytes and text -------------------------------------------------------------------------------
 
 
 def _read_bytes(path: Path) -> bytes:
     if path.is_dir():
-        raise DataError(f"{path} is a directory", ways_out=["name a .json, .jsonl, .csv or .parquet file in it"])
+        raise DataError(
+            f"{path} is a directory", ways_out=["name a .json, .jsonl, .csv or .parquet file in it"]
+        )
     if path.exists() and not path.is_file():
-        raise DataError(f"{path} is not a regular file", ways_out=["write the rows to a file first"])
+        raise DataError(
+            f"{path} is not a regular file", ways_out=["write the rows to a file first"]
+        )
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -84,7 +94,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _unpacked(path: Path, raw: bytes) -> bytes:
-    """A gzip file's content, no more than `UNPACKED_LIMIT` of it in memory whatever the file claims."""
+    """A gzip file's content, no more than `UNPACKED_LIMIT` of it in memory whatever the file
+    claims."""
     parts, size = [], 0
     try:
         while raw:
@@ -121,7 +132,7 @@ def _text(path: Path, raw: bytes) -> str:
         raise _not_utf8(path, raw, 1, error) from error
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def _objects(pairs: Iterator[tuple[str, Any]], refuse: Refuse) -> Iterator[Row]:
@@ -129,12 +140,18 @@ def _objects(pairs: Iterator[tuple[str, Any]], refuse: Refuse) -> Iterator[Row]:
         if isinstance(value, dict):
             yield where, value
         else:
-            refuse(DataError(f"a row must be a JSON object, not a {type(value).__name__}", where=where))
+            refuse(
+                DataError(f"a row must be a JSON object, not a {type(value).__name__}", where=where)
+            )
 
 
 def _bad_json(where: str, error: ValueError | RecursionError) -> DataError:
     message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"not valid JSON: {message}", where=where, ways_out=["mend or remove this row", "--skip_bad N"])
+    return DataError(
+        f"not valid JSON: {message}",
+        where=where,
+        ways_out=["mend or remove this row", "--skip_bad N"],
+    )
 
 
 def _lines(path: Path, raw: bytes, refuse: Refuse) -> Iterator[tuple[str, Any]]:
@@ -177,15 +194,20 @@ def _array_items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if position < len(text) and text[position] == ",":
             position = skip_space(position + 1)
         elif position < len(text) and text[position] != "]":
-            raise DataError("the JSON array is not closed here", where=f"{path}:{text.count(chr(10), 0, position) + 1}")
+            raise DataError(
+                "the JSON array is not closed here",
+                where=f"{path}:{text.count(chr(10), 0, position) + 1}",
+            )
     if position >= len(text):
-        raise DataError("the JSON array has no closing bracket: the file is cut off", where=f"{path}:{line}")
+        raise DataError(
+            "the JSON array has no closing bracket: the file is cut off", where=f"{path}:{line}"
+        )
     if text[position + 1 :].strip():
         number = text.count("\n", 0, skip_space(position + 1)) + 1
         raise DataError("text follows the end of the JSON array", where=f"{path}:{number}")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def _table(path: Path, text: str, delimiter: str, refuse: Refuse) -> Iterator[Row]:
@@ -198,7 +220,9 @@ def _table(path: Path, text: str, delimiter: str, refuse: Refuse) -> Iterator[Ro
             cells = next(reader, None)
         except csv.Error as error:
             raise DataError(
-                f"not valid CSV: {error}", where=f"{path}:{begins}", ways_out=["mend the quotes of this row"]
+                f"not valid CSV: {error}",
+                where=f"{path}:{begins}",
+                ways_out=["mend the quotes of this row"],
             ) from error
         if cells is None:
             return
@@ -234,7 +258,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield f"{path} row {number}", row
     except (OSError, pyarrow.ArrowException, ValueError) as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         raise DataError(f"cannot read the parquet file {path}", found=message) from error
 
 
@@ -247,8 +271,10 @@ def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:
         table = load_dataset(name, config, split=split)
     except HalfbyteError:
         raise
-    except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (
+        Exception
+    ) as error:  # the hub client raises some twenty types; all mean the same to the user
+        message = first_line(error)
         raise DataError(
             f"{name!r} is neither a file nor a Hub data set that can be read",
             found=message,

@@ -1,18 +1,22 @@
-"""The one renderer: a conversation to text, token ids and a mask. Training, chat and export all use it.
+"""The one renderer: a conversation to text, token ids and a mask. Training, chat and export all use
+it.
 
-The text of a row comes from two sources, and mixing them up is how models are broken: the *template* writes control
-tokens, the *data* must not (a user's ``<|im_end|>`` is text). And some characters are trained, the others only read.
-So a row is rendered to `Segment`s, each from the template or from data, trained or not; then the whole text is
-tokenized once (so the ids are those any other tool gets from the same conversation) and the mask is read off the
-character positions. It is never read off token ids: where pad equals eos, that masks the end.
+The text of a row comes from two sources, and mixing them up is how models are broken: the
+*template* writes control tokens, the *data* must not (a user's ``<|im_end|>`` is text). And some
+characters are trained, the others only read. So a row is rendered to `Segment`s, each from the
+template or from data, trained or not; then the whole text is tokenized once (so the ids are those
+any other tool gets from the same conversation) and the mask is read off the character positions. It
+is never read off token ids: where pad equals eos, that masks the end.
 
-Where does a segment come from? Contents are wrapped in markers (two private-use characters), rendered, and the markers
-removed; if that gives the unmarked rendering, the markers tell which characters are data. Templates that inspect or
-rewrite contents fail that test; then the row is taken only if no content holds the text of a control token.
+Where does a segment come from? Contents are wrapped in markers (two private-use characters),
+rendered, and the markers removed; if that gives the unmarked rendering, the markers tell which
+characters are data. Templates that inspect or rewrite contents fail that test; then the row is
+taken only if no content holds the text of a control token.
 
-What is trained? Where the template marks it with ``{% generation %}``, that. Else, turn by turn, the text by which
-the rendering grows from "up to the question, asking for an answer" to "up to the answer", after checking that these
-are prefixes of the whole. Templates that rewrite earlier turns fail that test and are refused by name.
+What is trained? Where the template marks it with ``{% generation %}``, that. Else, turn by turn,
+the text by which the rendering grows from "up to the question, asking for an answer" to "up to the
+answer", after checking that these are prefixes of the whole. Templates that rewrite earlier turns
+fail that test and are refused by name.
 """
 
 import hashlib
@@ -33,7 +37,8 @@ from .template import TemplateProcess
 BUILTIN_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == 'system' -%}{{ message.content + '\\n\\n' }}
-{%- elif message.role == 'assistant' -%}{{ '### Assistant:\\n' + message.content + eos_token + '\\n' }}
+{%- elif message.role == 'assistant' -%}\
+{{ '### Assistant:\\n' + message.content + eos_token + '\\n' }}
 {%- else -%}{{ '### User:\\n' + message.content + '\\n' }}
 {%- endif -%}
 {%- endfor -%}
@@ -53,25 +58,27 @@ class Segment:
 
     text: str
     from_data: bool
-    trained: bool
+    supervised: bool
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenizedExample:
     """A tokenized row: ids, and for each whether the model is trained to predict it."""
 
     where: str
     input_ids: list[int]
-    trained: list[bool]
+    loss_mask: list[bool]
 
 
 class Renderer:
     """Conversations to ids for one tokenizer and template.
 
     Args:
-        tokenizer: a fast transformers tokenizer. template: Jinja text used instead of the tokenizer's own.
-        assistant_only: train the assistant's turns only. completion_only: train the completion only. clock: the time
-            a template that asks for it sees; now, if not given.
+        tokenizer: a fast transformers tokenizer.
+        template: Jinja text used instead of the tokenizer's own.
+        assistant_only: train the assistant's turns only.
+        completion_only: train the completion only.
+        clock: the time a template that asks for it sees; now, if not given.
 
     Raises:
         DataError: no template, none can be built (no end token), or the template cannot be used.
@@ -90,19 +97,24 @@ class Renderer:
         self.assistant_only, self.completion_only = assistant_only, completion_only
         if tokenizer.eos_token_id is None:
             raise DataError(
-                "the tokenizer has no end token (eos_token), so a model trained with it could never stop",
+                "the tokenizer has no end token (eos_token), so a model trained with it could "
+                "never stop",
                 ways_out=["set eos_token in tokenizer_config.json"],
             )
         self.template = template or _template_of(tokenizer) or _builtin(tokenizer)
         # as Jinja reads it, and as it comes back from a file
         self.template = self.template.replace("\r\n", "\n").replace("\r", "\n")
         self.special: dict[str, int] = {
-            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+            token.content: index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special
         }
         self.clock = clock or datetime.now()
         self._process = TemplateProcess(self.template, tokenizer.special_tokens_map, self.clock)
         self._stand_in = {text: chr(_STAND_IN + n) for n, text in enumerate(self.special)}
-        self._special_pattern = re.compile("|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)))
+        self._special_pattern = re.compile(
+            "|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True))
+        )
         self._backend = self._tokenizer_without_control_words()
         self._original_id: dict[int, int] = {}
         for text, character in self._stand_in.items():
@@ -115,7 +127,8 @@ class Renderer:
         return hashlib.sha256(self.template.encode()).hexdigest()
 
     def _tokenizer_without_control_words(self) -> Tokenizer:
-        """A copy that reads control tokens as plain text, and stand-in characters as control tokens."""
+        """A copy that reads control tokens as plain text, and stand-in characters as control
+        tokens."""
         backend = Tokenizer.from_str(_untrimmed(self.tokenizer.backend_tokenizer.to_str()))
         backend.no_padding()
         backend.no_truncation()
@@ -131,7 +144,8 @@ class Renderer:
                 )
                 if backend.add_tokens([stand_in]) != 1:
                     raise DataError(
-                        f"the tokenizer uses the private character U+{ord(self._stand_in[token.content]):X}"
+                        "the tokenizer uses the private character "
+                        f"U+{ord(self._stand_in[token.content]):X}"
                     )
         backend.encode_special_tokens = True
         return backend
@@ -139,7 +153,11 @@ class Renderer:
     # --- text ---
 
     def render(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, add_generation_prompt: bool = False
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
     ) -> str:
         """The template's text for a conversation.
 
@@ -149,7 +167,11 @@ class Renderer:
         return self._render(messages, tools, add_generation_prompt, False)[0]
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool, want_spans: bool
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        add_generation_prompt: bool,
+        want_spans: bool,
     ) -> tuple[str, list[tuple[int, int]]]:
         return self._process.render(messages, tools, add_generation_prompt, want_spans)
 
@@ -157,7 +179,8 @@ class Renderer:
         """A row as pieces of known origin.
 
         Raises:
-            DataError: naming the row: the template raised, rewrites earlier turns, or writes no end token.
+            DataError: naming the row: the template raised, rewrites earlier turns, or writes no end
+                token.
         """
         if example.messages is None:
             return [
@@ -174,8 +197,9 @@ class Renderer:
             raise
 
     def _trained_spans(self, example: Example, text: str) -> list[tuple[int, int]]:
-        """Character spans of what is trained: the assistant's turns, each up to and with its end token, or all."""
-        messages, tools, first = example.messages or [], example.tools, example.trained_from
+        """Character spans of what is trained: the assistant's turns, each up to and with its end
+        token, or all."""
+        messages, tools, first = example.messages or [], example.tools, example.supervised_from
         if not (self.completion_only if first else self.assistant_only):
             return [(0, len(text))]
         if _GENERATION.search(self.template):
@@ -186,7 +210,9 @@ class Renderer:
                     raise self._rewrites(first)
                 spans = [span for span in spans if span[1] > len(read)]
             if not spans:
-                raise DataError("the template's {% generation %} marks nothing in this conversation")
+                raise DataError(
+                    "the template's {% generation %} marks nothing in this conversation"
+                )
             return spans
         spans = []
         for index, message in enumerate(messages):
@@ -208,17 +234,20 @@ class Renderer:
             f"the chat template rewrites turn {index} when the conversation goes on, "
             "so what to train cannot be told from its output",
             ways_out=[
-                "use a template with {% generation %} around the assistant's text (--chat_template)",
+                "use a template with {% generation %} around the assistant's text "
+                "(--chat_template)",
                 "or split such rows into conversations that end with the assistant's turn",
             ],
         )
 
     def _end_of_turn(self, after: str, start: int, text: str) -> int | None:
-        """Where a turn that begins at start ends: after the last control token that closes it in the whole text.
+        """Where a turn that begins at start ends: after the last control token that closes it in
+        the whole text.
 
         Args:
-            after: the conversation up to this turn. text: all of it. A template may close a *conversation* with more
-                control tokens than a turn (Phi's end of text); those are given back where it goes on.
+            after: the conversation up to this turn.
+            text: all of it. A template may close a *conversation* with more control tokens than a
+                turn (Phi's end of text); those are given back where it goes on.
 
         Returns:
             None if the whole text does not go on from this turn.
@@ -232,22 +261,29 @@ class Renderer:
             tail = match.start()
         if text.startswith(after):
             raise DataError(
-                "the chat template writes no end token after the assistant's turn, so the model would never learn to "
+                "the chat template writes no end token after the assistant's turn, so the model "
+                "would never learn to "
                 "stop",
                 found=repr(after[start:][-40:]),
-                ways_out=["give a template that ends the turn with the end token (--chat_template)"],
+                ways_out=[
+                    "give a template that ends the turn with the end token (--chat_template)"
+                ],
             )
         return None
 
-    def _data_spans(self, example: Example, text: str, *, asking: bool = False) -> list[tuple[int, int]]:
+    def _data_spans(
+        self, example: Example, text: str, *, asking: bool = False
+    ) -> list[tuple[int, int]]:
         """Character spans of the rendered text that come from the contents."""
         messages, where = example.messages or [], example.where
         contents = [message["content"] for message in messages]
         if culprit := next(
-            (m.group() for c in other_strings(example) for m in self._special_pattern.finditer(c)), None
+            (m.group() for c in other_strings(example) for m in self._special_pattern.finditer(c)),
+            None,
         ):
             raise DataError(
-                f"the text {culprit!r} in a tool or tool call of this row would become a control token",
+                f"the text {culprit!r} in a tool or tool call of this row would become a control "
+                "token",
                 where=where,
                 ways_out=["change that text in the row"],
             )
@@ -257,12 +293,18 @@ class Renderer:
             marked = [{**m, "content": _mark(m["content"])} for m in messages]
             marked_text = self.render(marked, example.tools, add_generation_prompt=asking)
         if marked_text is None or marked_text.replace(_OPEN, "").replace(_CLOSE, "") != text:
-            if culprit := next((m.group() for c in contents for m in self._special_pattern.finditer(c)), None):
+            if culprit := next(
+                (m.group() for c in contents for m in self._special_pattern.finditer(c)), None
+            ):
                 raise DataError(
-                    f"the text {culprit!r} in this row would become a control token: the chat template rewrites "
+                    f"the text {culprit!r} in this row would become a control token: the chat "
+                    "template rewrites "
                     "contents, so its own tokens cannot be told from the row's",
                     where=where,
-                    ways_out=["change that text in the row", "or give another template with --chat_template"],
+                    ways_out=[
+                        "change that text in the row",
+                        "or give another template with --chat_template",
+                    ],
                 )
             return []
         spans, removed, opened = [], 0, 0
@@ -277,21 +319,25 @@ class Renderer:
 
     # --- ids ---
 
-    def encode(self, examples: list[Example]) -> list[Encoded]:
+    def encode(self, examples: list[Example]) -> list[TokenizedExample]:
         """Ids and masks of many rows (the tokenizer works on them in parallel)."""
-        encoded = {i: _ready(example) for i, example in enumerate(examples) if example.input_ids is not None}
+        encoded = {
+            i: _ready(example)
+            for i, example in enumerate(examples)
+            if example.input_ids is not None
+        }
         chosen = [i for i in range(len(examples)) if i not in encoded]
         encoded.update(zip(chosen, self._encode([examples[i] for i in chosen]), strict=True))
         return [encoded[i] for i in range(len(examples))]
 
-    def _encode(self, examples: list[Example]) -> list[Encoded]:
+    def _encode(self, examples: list[Example]) -> list[TokenizedExample]:
         pieces = [self.segments(example) for example in examples]
         texts, spans = [], []
         for row in pieces:
             text, trained = "", []
             for segment in row:
                 shown = self._shown(segment)
-                if segment.trained:
+                if segment.supervised:
                     trained.append((len(text), len(text) + len(shown)))
                 text += shown
             texts.append(text)
@@ -313,7 +359,8 @@ class Renderer:
         return results
 
     def _shown(self, segment: Segment) -> str:
-        """What the tokenizer sees: control tokens of the template as stand-ins, the data as it is."""
+        """What the tokenizer sees: control tokens of the template as stand-ins, the data as it
+        is."""
         if segment.from_data or not self.special:
             return segment.text
         return self._special_pattern.sub(lambda match: self._stand_in[match.group()], segment.text)
@@ -321,7 +368,9 @@ class Renderer:
     def _original_ids(self, ids: list[int]) -> list[int]:
         return [self._original_id.get(index, index) for index in ids]
 
-    def _mask(self, where: str, result: Any, spans: list[tuple[int, int]], append_end: bool) -> Encoded:
+    def _mask(
+        self, where: str, result: Any, spans: list[tuple[int, int]], append_end: bool
+    ) -> TokenizedExample:
         ids = self._original_ids(result.ids)
         trained, span = [], 0
         for start, stop in result.offsets:
@@ -333,55 +382,78 @@ class Renderer:
                 ids.append(self.tokenizer.eos_token_id)
                 trained.append(True)
             trained[-1] = True
-        return Encoded(where, ids, trained)
+        return TokenizedExample(where, ids, trained)
 
-    def prompt_ids(self, prompt: str | list[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:
-        """What generation starts from: ids of a conversation that asks for the assistant's turn, or of a plain text."""
+    def prompt_ids(
+        self, prompt: str | list[dict[str, Any]], tools: list[Any] | None = None
+    ) -> list[int]:
+        """What generation starts from: ids of a conversation that asks for the assistant's turn, or
+        of a plain text."""
         if isinstance(prompt, str):
             (result,) = self._encode_batch([prompt], [True])
             ids = self._original_ids(result.ids)
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
         text = self.render(prompt, tools, add_generation_prompt=True)
-        row = _cut(text, self._data_spans(Example("the prompt", prompt, tools=tools), text, asking=True), [])
+        row = _cut(
+            text,
+            self._data_spans(Example("the prompt", prompt, tools=tools), text, asking=True),
+            [],
+        )
         (result,) = self._encode_batch(["".join(map(self._shown, row))], [False])
         return self._original_ids(result.ids)
 
     def question_and_answer(self, example: Example) -> tuple[list[int], str] | None:
-        """The ids that ask for a row's last answer, and that answer; None where there is no question (plain text)."""
+        """The ids that ask for a row's last answer, and that answer; None where there is no
+        question (plain text)."""
         if example.messages is not None:
-            last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+            last = max(
+                i for i, message in enumerate(example.messages) if message["role"] == "assistant"
+            )
             asked = any(message["role"] in ("user", "tool") for message in example.messages[:last])
             if not asked or example.messages[last].get("tool_calls"):
                 return None
-            return self.prompt_ids(example.messages[:last], example.tools), example.messages[last]["content"]
+            return self.prompt_ids(example.messages[:last], example.tools), example.messages[last][
+                "content"
+            ]
         if not example.prompt:
             return None
         return self.prompt_ids(example.prompt), example.completion
 
-    def pieces(self, row: Encoded) -> list[tuple[str, str]]:
-        """A row as (text, kind) for people, kind one of "read", "trained", "end" (a trained control token)."""
+    def pieces(self, row: TokenizedExample) -> list[tuple[str, str]]:
+        """A row as (text, kind) for people, kind one of "read", "trained", "end" (a trained control
+        token)."""
         kinds = [
             "read" if not flag else "end" if index in self.special.values() else "trained"
-            for index, flag in zip(row.input_ids, row.trained, strict=True)
+            for index, flag in zip(row.input_ids, row.loss_mask, strict=True)
         ]
         result, start, shown = [], 0, ""
         for kind, group in itertools.groupby(kinds):
             stop = start + len(list(group))
             whole = self.tokenizer.decode(row.input_ids[:stop], clean_up_tokenization_spaces=False)
-            piece = whole[len(shown) :] if whole.startswith(shown) else self.tokenizer.decode(row.input_ids[start:stop])
+            piece = (
+                whole[len(shown) :]
+                if whole.startswith(shown)
+                else self.tokenizer.decode(row.input_ids[start:stop])
+            )
             result.append((piece, kind))
             start, shown = stop, whole
         return result
 
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the tokenizer's end token, and the control tokens the template trains after it."""
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        """Ids that end an answer: the tokenizer's end token, and the control tokens the template
+        trains after it."""
+        turns = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "answer"},
+        ]
         stops, control = {self.tokenizer.eos_token_id}, set(self.special.values())
         try:
             (row,) = self.encode([Example("the template's own example", turns)])
-        except DataError:  # texts are trained without a template: one that cannot be used then ends nothing
+        except (
+            DataError
+        ):  # texts are trained without a template: one that cannot be used then ends nothing
             return sorted(stops)
-        for index, flag in zip(reversed(row.input_ids), reversed(row.trained), strict=True):
+        for index, flag in zip(reversed(row.input_ids), reversed(row.loss_mask), strict=True):
             if index in control and flag:
                 stops.add(index)
             elif self.tokenizer.decode([index]).strip():
@@ -390,7 +462,8 @@ class Renderer:
 
 
 def _refuse_left_out(example: Example, text: str) -> None:
-    """Raise DataError where the template leaves tools or tool calls out: an empty answer would be trained instead."""
+    """Raise DataError where the template leaves tools or tool calls out: an empty answer would be
+    trained instead."""
     calls = [call for turn in example.messages or [] for call in turn.get("tool_calls") or []]
     for kind, items in (("tool call", calls), ("tool", example.tools or [])):
         for item in items:
@@ -400,26 +473,32 @@ def _refuse_left_out(example: Example, text: str) -> None:
                 raise DataError(
                     f"the chat template leaves the {kind} {name!r} out",
                     where=example.where,
-                    ways_out=["give a template that writes tools (--chat_template)", "or remove them from the rows"],
+                    ways_out=[
+                        "give a template that writes tools (--chat_template)",
+                        "or remove them from the rows",
+                    ],
                 )
 
 
 def _untrimmed(serialized: str) -> str:
-    """A serialized tokenizer whose offsets hold every character: some trim white space, which then looks untrained."""
+    """A serialized tokenizer whose offsets hold every character: some trim white space, which then
+    looks untrained."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: False if key == "trim_offsets" else walk(item) for key, item in value.items()}
+            return {
+                key: False if key == "trim_offsets" else walk(item) for key, item in value.items()
+            }
         return [walk(item) for item in value] if isinstance(value, list) else value
 
     data = json.loads(serialized)
     return json.dumps({**data, "post_processor": walk(data.get("post_processor"))})
 
 
-def _ready(example: Example) -> Encoded:
+def _ready(example: Example) -> TokenizedExample:
     """A row that came as ids; without a mask of its own everything is trained."""
     ids = example.input_ids or []
-    return Encoded(example.where, ids, example.trained or [True] * len(ids))
+    return TokenizedExample(example.where, ids, example.loss_mask or [True] * len(ids))
 
 
 def _template_of(tokenizer: Any) -> str | None:
@@ -448,7 +527,8 @@ def read_template(path: str) -> str:
 
 
 def _mark(content: str) -> str:
-    """The content between markers, white space at its ends left outside, where a template may trim it."""
+    """The content between markers, white space at its ends left outside, where a template may trim
+    it."""
     core = content.strip()
     if not core:
         return content
@@ -458,7 +538,9 @@ def _mark(content: str) -> str:
 
 def _cut(text: str, data: list[tuple[int, int]], trained: list[tuple[int, int]]) -> list[Segment]:
     """The text cut where its origin or its training changes."""
-    edges = sorted({0, len(text), *(e for span in data for e in span), *(e for span in trained for e in span)})
+    edges = sorted(
+        {0, len(text), *(e for span in data for e in span), *(e for span in trained for e in span)}
+    )
 
     def inside(spans: list[tuple[int, int]], start: int) -> bool:
         return any(low <= start < high for low, high in spans)

@@ -1,9 +1,10 @@
 """Chat templates, run where they can do no harm: in a child process with limits.
 
-A template is a program that came with somebody's model. transformers' sandbox keeps it from Python's insides, not from
-`'a' * 400000000` or three nested loops to 99,999. So it is compiled and run in a forked child that has a time limit a
-rendering, a memory limit, a limit on what it may return, no open files but its pipe, and dies with its parent. The
-clock it sees (`strftime_now`) stands still at the time it is given, so that a resumed run renders the same ids.
+A template is a program that came with somebody's model. transformers' sandbox keeps it from
+Python's insides, not from `'a' * 400000000` or three nested loops to 99,999. So it is compiled and
+run in a forked child that has a time limit a rendering, a memory limit, a limit on what it may
+return, no open files but its pipe, and dies with its parent. The clock it sees (`strftime_now`)
+stands still at the time it is given, so that a resumed run renders the same ids.
 
 Where there is no fork (Windows, macOS), the child starts anew and the memory limit may not hold.
 """
@@ -33,7 +34,9 @@ class TemplateProcess:
     """A chat template running in a child process; started on first use, ended with this object.
 
     Args:
-        template: Jinja text. special_tokens: variables such as ``bos_token``. clock: what ``strftime_now`` sees.
+        template: Jinja text.
+        special_tokens: variables such as ``bos_token``.
+        clock: what ``strftime_now`` sees.
     """
 
     def __init__(self, template: str, special_tokens: dict[str, Any], clock: datetime) -> None:
@@ -47,7 +50,8 @@ class TemplateProcess:
         """(text, character spans inside ``{% generation %}``) of a conversation.
 
         Args:
-            ask: end with the prompt for the assistant's turn. spans: whether spans are wanted.
+            ask: end with the prompt for the assistant's turn.
+            spans: whether spans are wanted.
 
         Raises:
             DataError: the template raised, or broke one of its limits.
@@ -76,7 +80,9 @@ class TemplateProcess:
         context: Any = multiprocessing.get_context(method)
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(theirs, self.template, self.special_tokens, self.clock, os.getpid()), daemon=True
+            target=_serve,
+            args=(theirs, self.template, self.special_tokens, self.clock, os.getpid()),
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -105,16 +111,21 @@ def _kill(process: Any, pipe: Any) -> None:
     pipe.close()
 
 
-# --- in the child -----------------------------------------------------------------------------------------------------
+# --- in the child ---------------------------------------------------------------------------------
 
 
 def _serve(
     pipe: Any, template: str, special_tokens: dict[str, Any], clock: datetime, parent: int
 ) -> None:  # pragma: no cover
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole process group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _confine(pipe.fileno(), parent)
-    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+    from transformers.utils.chat_template_utils import (
+        _compile_jinja_template,
+        render_jinja_template,
+    )
 
     compiled = False
     while True:
@@ -144,7 +155,8 @@ def _serve(
 
 
 def _confine(keep: int, parent: int) -> None:  # pragma: no cover
-    """No files but the pipe and the standard streams, no more memory than allowed, no life after the parent's."""
+    """No files but the pipe and the standard streams, no more memory than allowed, no life after
+    the parent's."""
     if sys.platform != "linux":
         return
     for entry in list(Path("/proc/self/fd").iterdir()):
@@ -158,6 +170,9 @@ def _confine(keep: int, parent: int) -> None:  # pragma: no cover
         os._exit(1)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
-            limit, hard = int(line.split()[1]) * 1024 + MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]
+            limit, hard = (
+                int(line.split()[1]) * 1024 + MEMORY,
+                resource.getrlimit(resource.RLIMIT_DATA)[1],
+            )
             limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

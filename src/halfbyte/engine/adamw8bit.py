@@ -1,8 +1,9 @@
 """AdamW with moments in 8 bits: two bytes of state a parameter instead of eight.
 
-The algorithm is `ops.adamw8bit.adamw_update`; this file is only where its state lives. Tensors of 4,096 elements and
-more keep 8-bit codes in one arena (so that they can be updated, saved and paged as a whole); smaller ones, where a
-block's statistics are poor and nothing is to be gained, keep fp32 moments. That limit is bitsandbytes' own.
+The algorithm is `ops.adamw8bit.adamw_update`; this file is only where its state lives. Tensors of
+4,096 elements and more keep 8-bit codes in one arena (so that they can be updated, saved and paged
+as a whole); smaller ones, where a block's statistics are poor and nothing is to be gained, keep
+fp32 moments. That limit is bitsandbytes' own.
 """
 
 from typing import Any
@@ -18,10 +19,12 @@ MIN_8BIT_SIZE = 4096
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """Decoupled weight decay Adam (Loshchilov & Hutter 2019) with blockwise 8-bit states (Dettmers et al. 2022).
+    """Decoupled weight decay Adam (Loshchilov & Hutter 2019) with blockwise 8-bit states (Dettmers
+    et al. 2022).
 
     Args:
-        params: fp32 parameters (or groups of them). lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        params: fp32 parameters (or groups of them).
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         min_8bit_size: smaller tensors keep fp32 moments.
     """
 
@@ -35,7 +38,9 @@ class AdamW8bit(torch.optim.Optimizer):
         *,
         min_8bit_size: int = MIN_8BIT_SIZE,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         device = self.param_groups[0]["params"][0].device
         self._min_8bit_size = min_8bit_size
         self._maps = (
@@ -53,7 +58,10 @@ class AdamW8bit(torch.optim.Optimizer):
     def _new_arena(self, params: list[Tensor]) -> dict[str, Tensor]:
         """The group's whole state, as named tensors: what a checkpoint stores."""
         arrays = self._arrays(params).items()
-        return {name: torch.zeros(count, dtype=dtype, device=_device(params)) for name, (count, dtype) in arrays}
+        return {
+            name: torch.zeros(count, dtype=dtype, device=_device(params))
+            for name, (count, dtype) in arrays
+        }
 
     def _arrays(self, params: list[Tensor]) -> dict[str, tuple[int, torch.dtype]]:
         """Elements and dtype of each tensor of a group's state."""
@@ -70,7 +78,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of every parameter; all of them need a gradient (a missing one counts as zero)."""
+        """One update of every parameter; all of them need a gradient (a missing one counts as
+        zero)."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -87,7 +96,11 @@ class AdamW8bit(torch.optim.Optimizer):
         self._update_small(group, small, arena)
 
     def _update_large(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], arena: dict[str, Tensor]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        arena: dict[str, Tensor],
     ) -> None:
         ops.adamw_8bit_step(
             params,
@@ -104,16 +117,27 @@ class AdamW8bit(torch.optim.Optimizer):
             step=self.steps,
         )
 
-    def _update_small(self, group: dict[str, Any], params: list[Tensor], arena: dict[str, Tensor]) -> None:
+    def _update_small(
+        self, group: dict[str, Any], params: list[Tensor], arena: dict[str, Tensor]
+    ) -> None:
         sizes = [p.numel() for p in params]
-        hyper: tuple[float, ...] = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        hyper: tuple[float, ...] = (
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+        )
         moments = zip(arena["small_m"].split(sizes), arena["small_v"].split(sizes), strict=True)
         for p, (m, v) in zip(params, moments, strict=True):
             adamw_update(p.view(-1), _grad(p).reshape(-1), m, v, *hyper, t=self.steps)  # pyright: ignore[reportCallIssue]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every byte of state, by name, for a checkpoint; the step count is `steps`."""
-        return {f"group{i}.{name}": t for i, arena in enumerate(self.arenas) for name, t in arena.items()}
+        return {
+            f"group{i}.{name}": t
+            for i, arena in enumerate(self.arenas)
+            for name, t in arena.items()
+        }
 
     def resident_tensors(self) -> list[Tensor]:
         """The tensors of state that take memory: all."""

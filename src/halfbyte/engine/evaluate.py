@@ -1,10 +1,11 @@
-"""How good a model is on rows: loss per supervised token, perplexity, and how often it answers exactly what was wanted.
+"""How good a model is on rows: loss per supervised token, perplexity, and how often it answers
+exactly what was wanted.
 
-The loss is the sum of cross-entropy over supervised tokens divided by their number, whatever the batches. An answer
-matches exactly if the model, asked as in training, writes that text and then stops by itself; it may not go on.
+The loss is the sum of cross-entropy over supervised tokens divided by their number, whatever the
+batches. An answer matches exactly if the model, asked as in training, writes that text and then
+stops by itself; it may not go on.
 """
 
-import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ import torch
 
 from ..data.batches import EVAL_TOKENS, collate
 from ..data.dataset import Data
-from ..data.renderer import Encoded, Renderer
+from ..data.renderer import Renderer, TokenizedExample
 from ..model import attention
 from ..progress import Progress, no_progress
 from .generate import Answer, answers
@@ -23,7 +24,8 @@ from .loss import output_head, sequence_loss
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model on one set of rows. loss: nats per supervised token. exact_match: share, or None if not asked."""
+    """Of one model on one set of rows. loss: nats per supervised token. exact_match: share, or None
+    if not asked."""
 
     loss: float
     perplexity: float
@@ -34,16 +36,26 @@ class Score:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: what is not finite is None."""
-        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in asdict(self).items()}
+        return {
+            key: None if isinstance(x, float) and not math.isfinite(x) else x
+            for key, x in asdict(self).items()
+        }
 
 
 def score(
-    model: Any, data: Data, rows: Sequence[Encoded], *, packed: bool, generate: bool, progress: Progress = no_progress
+    model: Any,
+    data: Data,
+    rows: Sequence[TokenizedExample],
+    *,
+    packed: bool,
+    generate: bool,
+    progress: Progress = no_progress,
 ) -> Score:
     """Loss, perplexity and exact match of a model.
 
     Args:
-        packed: the model keeps rows of one sequence apart (`selftest.self_test`). generate: answer the questions, too.
+        packed: the model keeps rows of one sequence apart (`selftest.self_test`).
+        generate: answer the questions, too.
     """
     loss, tokens = mean_loss(model, rows, packed=packed, progress=progress)
     matches: list[bool] = []
@@ -62,30 +74,34 @@ def score(
 
 @torch.no_grad()
 def mean_loss(
-    model: Any, rows: Sequence[Encoded], *, packed: bool, progress: Progress = no_progress
+    model: Any, rows: Sequence[TokenizedExample], *, packed: bool, progress: Progress = no_progress
 ) -> tuple[float, int]:
     """(nats per supervised token, supervised tokens); a model in training is left as it was."""
     device = model.device
     head, total, tokens = output_head(model), 0.0, 0
-    groups = list(_groups(list(range(len(rows))), [len(row.input_ids) for row in rows] if packed else None))
+    groups = list(
+        _groups(list(range(len(rows))), [len(row.input_ids) for row in rows] if packed else None)
+    )
     was_training = model.training
     model.eval()
-    apart = attention.segments(model) if packed else contextlib.nullcontext()
+    apart = attention.packed(model, packed)
     try:
         with apart:
             for number in progress([str(i) for i in range(len(groups))], len(groups), "evaluating"):
                 batch = collate(rows, groups[int(number)]).to(device)
                 tokens += batch.supervised
                 batch = batch.padded() if packed else batch
-                bounds = batch.bounds if packed else None
-                loss = sequence_loss(model, head, [], batch.input_ids, batch.position_ids, batch.labels, bounds)
+                cu_seqlens = batch.cu_seqlens if packed else None
+                loss = sequence_loss(
+                    model, head, [], batch.input_ids, batch.position_ids, batch.labels, cu_seqlens
+                )
                 total += float(loss)
     finally:
         model.train(was_training)
     return total / tokens, tokens
 
 
-def largest_group(rows: Sequence[Encoded]) -> list[Encoded]:
+def largest_group(rows: Sequence[TokenizedExample]) -> list[TokenizedExample]:
     """The longest rows, as many as `mean_loss` lays end to end at most."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     groups = _groups(order, [len(row.input_ids) for row in rows])
@@ -93,9 +109,13 @@ def largest_group(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def exact_matches(
-    model: Any, renderer: Renderer, asked: Sequence[tuple[list[int], str]], progress: Progress = no_progress
+    model: Any,
+    renderer: Renderer,
+    asked: Sequence[tuple[list[int], str]],
+    progress: Progress = no_progress,
 ) -> list[tuple[bool, Answer]]:
-    """For each (ids that ask, answer wanted) whether the model answers that, and what it said (cut off if longer)."""
+    """For each (ids that ask, answer wanted) whether the model answers that, and what it said (cut
+    off if longer)."""
     lengths = [len(ids) for ids, _ in asked]
     order = sorted(range(len(asked)), key=lambda i: lengths[i])
     groups = list(_groups(order, lengths))

@@ -1,4 +1,5 @@
-"""Answers from a model: transformers' own generation with its key-value cache, our renderer before it."""
+"""Answers from a model: transformers' own generation with its key-value cache, our renderer before
+it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,20 +57,34 @@ def answer(
     """The model's next turn.
 
     Args:
-        prompt: the conversation so far, ending with the user's turn, or a text to go on from. temperature: 0 takes the
-            likeliest token. emit: called with each piece of text as it comes.
+        prompt: the conversation so far, ending with the user's turn, or a text to go on from.
+        temperature: 0 takes the likeliest token.
+        emit: called with each piece of text as it comes.
     """
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature > 0
+        else {"do_sample": False}
     )
     torch.manual_seed(seed)
     streamer = _Stream(renderer.tokenizer, emit) if emit else None
-    (result,) = _generate(model, renderer, [renderer.prompt_ids(prompt)], max_new_tokens, streamer=streamer, **sampling)
+    (result,) = _generate(
+        model,
+        renderer,
+        [renderer.prompt_ids(prompt)],
+        max_new_tokens,
+        streamer=streamer,
+        **sampling,
+    )
     return result
 
 
 def answers(
-    model: Any, renderer: Renderer, prompts: Sequence[list[int]], max_new_tokens: int, max_time: float | None = None
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    max_time: float | None = None,
 ) -> list[Answer]:
     """The likeliest answers to several prompts (ids), generated together.
 
@@ -89,7 +104,8 @@ def _generate(
     streamer: _Stream | None = None,
     **settings: Any,
 ) -> list[Answer]:
-    """Prompts are padded on the left, where nothing attends to them; a model in training is left as it was."""
+    """Prompts are padded on the left, where nothing attends to them; a model in training is left as
+    it was."""
     from transformers import GenerationConfig
 
     device = model.device
@@ -103,9 +119,14 @@ def _generate(
         out = model.generate(
             ids,
             attention_mask=mask,
-            # a configuration of our own: the base's may hold penalties and beams nobody asked for here
+            # a configuration of our own: the base's may hold penalties and beams nobody asked for
+            # here
             generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], use_cache=True, **settings
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stops,
+                pad_token_id=stops[0],
+                use_cache=True,
+                **settings,
             ),
             streamer=streamer,
         )
@@ -115,6 +136,8 @@ def _generate(
     results = []
     for row in out[:, width:].tolist():
         end = next((place for place, token in enumerate(row) if token in stops), None)
-        text = renderer.tokenizer.decode(row if end is None else row[:end], skip_special_tokens=True)
+        text = renderer.tokenizer.decode(
+            row if end is None else row[:end], skip_special_tokens=True
+        )
         results.append(Answer(text, end is not None))
     return results

@@ -1,7 +1,8 @@
-"""A model and what one optimizer step adds to it: trained parameters, their gradients and states, an output head.
+"""A model and what one optimizer step adds to it: trained parameters, their gradients and states,
+an output head.
 
-The training loop (`train.py`) drives it on numbers, a memory plan (`plan.py`) on the ``meta`` device, where the same
-lines run on shapes alone: what a plan promises is what these lines allocate.
+The training loop (`train.py`) drives it on numbers, a memory plan (`plan.py`) on the ``meta``
+device, where the same lines run on shapes alone: what a plan promises is what these lines allocate.
 """
 
 import re
@@ -14,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
-from ..adapters.modules_to_save import save_modules
+from ..adapters.modules_to_save import make_modules_trainable
 from ..config.options import TrainConfig
 from ..data.batches import MicroBatch
 from ..errors import ModelError, UsageError
-from ..memory.offload import Slots
-from ..memory.parts import counted_as
-from ..memory.recompute import Recompute, recompute_layers
+from ..ledger import Part, counted_as
+from ..memory.recompute import Recompute
 from ..model import fusion
 from ..model.host_embedding import host_table, keep_on_host, why_not
 from ..ops import cpu
-from ..ops.dequantized import DESKS, Desk
+from ..ops.dequantized import BUFFERS
 from ..ops.library import device_type
 from .adamw8bit import AdamW8bit
 from .loss import output_head, sequence_loss
@@ -36,10 +36,12 @@ Note = Callable[[str, str], None]
 
 @dataclass
 class LossScale:
-    """What a loss is multiplied by before its backward pass, so that gradients in fp16 do not round to zero.
+    """What a loss is multiplied by before its backward pass, so that gradients in fp16 do not round
+    to zero.
 
-    A power of two (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2): gradients are divided by it exactly. It is
-    halved until a step's gradients are finite, for the same rows, and doubled after so many steps in which they were.
+    A power of two (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2): gradients are divided
+    by it exactly. It is halved until a step's gradients are finite, for the same rows, and doubled
+    after so many steps in which they were.
     """
 
     active: bool
@@ -64,13 +66,15 @@ GROWTH_STEPS, LARGEST_SCALE = 500, 2.0**24
 
 
 class Learner:
-    """What `accumulate`, `clip` and `update` need, made in this order, each piece by the code that uses it."""
+    """What `accumulate`, `clip` and `update` need, made in this order, each piece by the code that
+    uses it."""
 
     def __init__(self, model: Any, config: TrainConfig, abilities: Abilities, note: Note) -> None:
         """Make a frozen base trainable, in place.
 
         Args:
-            abilities: from `selftest.self_test`. note: called with a short name and a line for people.
+            abilities: from `selftest.self_test`.
+            note: called with a short name and a line for people.
 
         Raises:
             ModelError: this model cannot be trained as the options say.
@@ -105,7 +109,7 @@ class Learner:
         self.head_parameters = [p for p in embedding.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
         self.gradients = hold_gradients(self.trained)
-        self.desk = DESKS[config.dequantized_weights]()
+        self.dequant_buffer = BUFFERS[config.dequantized_weights]()
         self.updates = 0
 
     def _refuse_unable(self) -> None:
@@ -120,7 +124,8 @@ class Learner:
         if self.config.packing and not abilities.packing:
             raise ModelError(
                 "this model lets packed rows see each other",
-                found=f"logits differ by {abilities.packing_error:.2g} (relative) from those of separate rows",
+                found=f"logits differ by {abilities.packing_error:.2g} (relative) from those of "
+                "separate rows",
                 ways_out=["train without --packing"],
             )
 
@@ -147,18 +152,27 @@ class Learner:
 
     def _attach(self) -> DropoutClock:
         c = self.config
-        numbers = (c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.rank_pattern, c.alpha_pattern, c.use_dora)
+        numbers = (
+            c.lora_r,
+            c.lora_alpha,
+            c.lora_dropout,
+            c.use_rslora,
+            c.rank_pattern,
+            c.alpha_pattern,
+            c.use_dora,
+        )
         adapter = AdapterConfig(*numbers)
         whole = [name.strip() for name in c.modules_to_save.split(",") if name.strip()]
         names = target_names(self.model, c.target_modules)
         if c.target_modules == "all-linear":
             names = [name for name in names if not any(name.endswith(each) for each in whole)]
         attach_lora(self.model, adapter, names, seed=c.seed)
-        save_modules(self.model, whole)
+        make_modules_trainable(self.model, whole)
         for pattern in (*c.rank_pattern, *c.alpha_pattern):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                 raise UsageError(
-                    f"rank_pattern or alpha_pattern has {pattern!r}, which matches no adapted layer",
+                    f"rank_pattern or alpha_pattern has {pattern!r}, which matches no adapted "
+                    "layer",
                     expected=f"the end of a path such as {names[0]}",
                 )
         first = self.model.get_submodule(names[0])
@@ -168,24 +182,28 @@ class Learner:
     def _checkpoint(self, note: Note) -> None:
         c = self.config
         keep = "none" if c.kept_activations == "auto" else c.kept_activations
-        away = self._elsewhere() if c.activation_offloading == "always" else None
-        line, self.recompute = checkpoint_layers(self.model, keep, self.abilities.packing, c.kept_layers, away)
+        away = self.directory if c.activation_offloading == "always" else None
+        line, self.recompute = checkpoint_layers(
+            self.model, keep, self.abilities.packing, c.kept_layers, away
+        )
         if self.recompute is None and (away is not None or keep != "none"):
             line += "; nothing else is kept, and layer inputs stay in memory"
         note("recomputed", line)
         if c.dequantized_weights == "layer" and self.recompute is None:
             raise UsageError(
-                "--dequantized_weights layer has no use here: this model's layers are run again by PyTorch",
+                "--dequantized_weights layer has no use here: this model's layers are run again "
+                "by PyTorch",
                 ways_out=["--dequantized_weights product"],
             )
 
-    def _elsewhere(self) -> Path:
+    @property
+    def directory(self) -> Path:
         """The directory of files that take what leaves memory."""
         return Path(self.config.output_dir).expanduser()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         c = self.config
-        paging: dict[str, Any] = {"paged": c.paging == "always", "directory": self._elsewhere()}
+        paging: dict[str, Any] = {"paged": c.paging == "always", "directory": self.directory}
         numbers = (c.learning_rate, (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
         if c.optim == "adamw_torch":
             return torch.optim.AdamW(self.trained, *numbers)
@@ -201,49 +219,6 @@ class Learner:
             return AdamW8bit(self.trained, *numbers)
         return PagedAdamW8bit(self.trained, *numbers, **paging)
 
-    # --- less memory for the same numbers ---
-
-    def page_out(self) -> bool:
-        """Move the optimizer's states out of memory; False where they are, or may not be moved."""
-        optimizer = self.optimizer
-        if not isinstance(optimizer, PagedAdamW8bit | PagedAdamW) or optimizer.paged:
-            return False
-        optimizer.page_out()
-        return True
-
-    def keep_less(self) -> bool:
-        """Keep nothing of a layer but its input, from the next pass on; False where nothing else is kept."""
-        run = self.recompute
-        if run is None or run.keep == "none":
-            return False
-        run.keep_nothing()
-        recompute_layers(self.model, run)
-        return True
-
-    def offload(self) -> bool:
-        """Let layer inputs wait elsewhere, from the next pass on; False where they do, or cannot."""
-        run = self.recompute
-        if run is None or run.inputs.away is not None or self.config.activation_offloading == "never":
-            return False
-        slots = Slots(run.layers, self._elsewhere())
-        slots.prepare(run.inputs)
-        run.inputs = slots
-        return True
-
-    def dequantize_one_by_one(self) -> bool:
-        """Keep no weight dequantized beyond its product, from the next pass on; False where none is."""
-        if type(self.desk) is Desk:
-            return False
-        self.desk = Desk()
-        return True
-
-    def offload_embedding(self) -> bool:
-        """Move the embedding table to host memory; False where it is, or cannot be."""
-        if self.config.embedding_offloading == "never" or why_not(self.model):
-            return False
-        keep_on_host(self.model)
-        return True
-
     def tile(self, tokens: int) -> bool:
         """Run MLPs on so many tokens at a time; False where no MLP can be."""
         if not fusion.tile_mlps(self.model, tokens):
@@ -253,23 +228,33 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        """Where a batch has to lie. A model on the ``meta`` device takes real ids: they decide what is computed."""
+        """Where a batch has to lie. A model on the ``meta`` device takes real ids: they decide what
+        is computed."""
         device = self.model.device
         return torch.device("cpu") if device.type == "meta" else device
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Summed loss of a micro-batch, fp32 []."""
         batch = batch.padded() if self.abilities.packing else batch
-        bounds = batch.bounds if self.abilities.packing else None
+        cu_seqlens = batch.cu_seqlens if self.abilities.packing else None
         return sequence_loss(
-            self.model, self.head, self.head_parameters, batch.input_ids, batch.position_ids, batch.labels, bounds
+            self.model,
+            self.head,
+            self.head_parameters,
+            batch.input_ids,
+            batch.position_ids,
+            batch.labels,
+            cu_seqlens,
         )
 
-    def accumulate(self, batch: MicroBatch, supervised: int, step: int, number: int) -> list[Tensor]:
+    def accumulate(
+        self, batch: MicroBatch, supervised: int, step: int, number: int
+    ) -> list[Tensor]:
         """Add the gradient of a micro-batch.
 
         Args:
-            supervised: tokens the step's loss is divided by. step, number: what dropout is a function of.
+            supervised: tokens the step's loss is divided by.
+            step, number: what dropout is a function of.
 
         Returns:
             The summed loss of each part it was computed in.
@@ -277,7 +262,7 @@ class Learner:
         losses = []
         for first, part in self.parts(batch):
             self.clock.step, self.clock.micro_batch, self.clock.first = step, number, first
-            with self.desk.in_use():
+            with self.dequant_buffer.in_use():
                 loss = self.loss(part.to(self.device))
                 mean = loss / supervised
                 (mean * self.scale.value if self.scale.active else mean).backward()
@@ -286,16 +271,19 @@ class Learner:
         return losses
 
     def parts(self, batch: MicroBatch) -> list[tuple[int, MicroBatch]]:
-        """What of a micro-batch goes through the model together, and the token each part begins with: all of it, or
-        whole rows of at most ``tokens_per_pass``; single rows where the model does not keep rows apart.
+        """What of a micro-batch goes through the model together, and the token each part begins
+        with: all of it, or whole rows of at most ``tokens_per_pass``; single rows where the model
+        does not keep rows apart.
 
-        Dropout masks are those of the whole, and losses are sums: the gradient is the same up to its last bits.
+        Dropout masks are those of the whole, and losses are sums: the gradient is the same up to
+        its last bits.
         """
         most = self.tokens_per_pass or len(batch.input_ids)
         return batch.split(most if self.abilities.packing else 1)
 
     def clip(self) -> Tensor:
-        """The gradients' norm, before they are scaled down to max_grad_norm; not finite where they are not."""
+        """The gradients' norm, before they are scaled down to max_grad_norm; not finite where they
+        are not."""
         if self.scale.active:
             for buffer in self.gradients:
                 buffer.mul_(1 / self.scale.value)
@@ -309,7 +297,7 @@ class Learner:
         """One step of the optimizer."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with counted_as("optimizer states"):
+        with counted_as(Part.OPTIMIZER):
             self.optimizer.step()
         self.updates += 1
 
@@ -320,7 +308,8 @@ class Learner:
 
 
 def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Give parameters zero gradients that stay, in one buffer for each dtype and device; the buffers, to be zeroed.
+    """Give parameters zero gradients that stay, in one buffer for each dtype and device; the
+    buffers, to be zeroed.
 
     A parameter that takes no part in a step then has a gradient of zero instead of none.
     """

@@ -1,12 +1,13 @@
 """Cross-entropy that never holds all logits.
 
-A vocabulary of 128,000 costs 1.3 MB of logits and gradients per token; a row of 2,048 tokens 2.6 GB. So the hidden
-states of supervised positions go through the head in chunks: each chunk's logits, loss and gradient with respect to
-the hidden states are computed at once and the logits dropped. The backward pass then only scales the stored gradient.
-Positions that are not supervised never see the head.
+A vocabulary of 128,000 costs 1.3 MB of logits and gradients per token; a row of 2,048 tokens 2.6
+GB. So the hidden states of supervised positions go through the head in chunks: each chunk's logits,
+loss and gradient with respect to the hidden states are computed at once and the logits dropped. The
+backward pass then only scales the stored gradient. Positions that are not supervised never see the
+head.
 
-The head is the model's own: a shallow copy of the causal LM whose base returns the given hidden states, so scaled,
-divided or soft-capped logits are what they are in the model (`output_head`).
+The head is the model's own: a shallow copy of the causal LM whose base returns the given hidden
+states, so scaled, divided or soft-capped logits are what they are in the model (`output_head`).
 """
 
 import copy
@@ -19,13 +20,14 @@ from torch.nn import functional
 
 from .. import ops
 from ..data.batches import IGNORE
-from ..memory.parts import counted_as
+from ..ledger import Part, counted_as
 from ..ops.library import ROW_MULTIPLE, device_type
 
 SCALED_ELEMENTS = 1 << 20
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
-"""fp32 logits held at once, bytes. On a CPU small enough that the allocator reuses the memory instead of faulting it in
-anew; on a GPU enough rows for a product with a head of 128,000 (a guess, until bench/gpu.py has measured it)."""
+"""fp32 logits held at once, bytes. On a CPU small enough that the allocator reuses the memory
+instead of faulting it in anew; on a GPU enough rows for a product with a head of 128,000 (a guess,
+until bench/gpu.py has measured it)."""
 
 
 class _HiddenStates(nn.Module):
@@ -56,21 +58,27 @@ def chunk_rows(vocabulary: int, device: str = "cpu") -> int:
 
 
 def supervised_loss(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], rows: int
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    parameters: list[nn.Parameter],
+    rows: int,
 ) -> Tensor:
     """Summed cross-entropy of the supervised positions, fp32 [].
 
     Args:
         hidden: [T, d] of a sequence; position t predicts labels[t].
-        labels: [T], already shifted, `IGNORE` where the position is not supervised, else an index of the vocabulary.
-        head: from `output_head`. parameters: those of the head that are trained.
+        labels: [T], already shifted, `IGNORE` where the position is not supervised, else an index
+            of the vocabulary.
+        head: from `output_head`.
+        parameters: those of the head that are trained.
         rows: positions per chunk (`chunk_rows`).
     """
     chosen = (labels != IGNORE).nonzero().squeeze(1)
     lack = -len(chosen) % ROW_MULTIPLE
     targets = functional.pad(labels[chosen], (0, lack), value=IGNORE)
     selected = hidden.index_select(0, functional.pad(chosen, (0, lack)))
-    with counted_as("logits chunk"):
+    with counted_as(Part.LOGITS):
         return _ChunkedLoss.apply(selected, targets, head, rows, *parameters)  # pyright: ignore[reportReturnType]
 
 
@@ -81,17 +89,18 @@ def sequence_loss(
     input_ids: Tensor,
     position_ids: Tensor,
     labels: Tensor,
-    bounds: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """Summed loss of one sequence of rows laid end to end, fp32 [].
 
     Args:
-        input_ids, position_ids, labels: int64 [T]. bounds: int32 [rows + 1] under `attention.segments`, None for a
-            single row under the model's own attention. head, parameters: as for `supervised_loss`.
+        input_ids, position_ids, labels: int64 [T]. bounds: int32 [rows + 1] under
+            `attention.segments`, None for a single row under the model's own attention.
+        head, parameters: as for `supervised_loss`.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
-    if bounds is not None:
-        inputs["cu_seq_lens_q"] = bounds
+    if cu_seqlens is not None:
+        inputs["cu_seq_lens_q"] = cu_seqlens
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
     embedding = model.get_output_embeddings().weight
     rows = chunk_rows(embedding.shape[0], device_type(embedding))
@@ -111,11 +120,15 @@ def causal_lm_loss(
 ) -> Tensor:
     """transformers' loss of causal language models, of logits that its caller has made: fp32 [].
 
-    No fp32 copy of the logits is made; the gradient is computed with the loss, in the type of the logits.
+    No fp32 copy of the logits is made; the gradient is computed with the loss, in the type of the
+    logits.
 
     Args:
-        logits: [.., vocab_size]. labels: [.., ], position t+1 is what t predicts; shift_labels: the same, shifted.
-        num_items_in_batch: what the sum is divided by; None: the number of positions whose label is not ignore_index.
+        logits: [.., vocab_size].
+        labels: [.., ], position t+1 is what t predicts;
+        shift_labels: the same, shifted.
+        num_items_in_batch: what the sum is divided by; None: the number of positions whose label is
+            not ignore_index.
 
     Raises:
         IndexError: a label that is not in the vocabulary.
@@ -126,7 +139,9 @@ def causal_lm_loss(
     counted = targets != ignore_index
     if bool((counted & ((targets < 0) | (targets >= vocab_size))).any()):
         raise IndexError(f"a label is not in the vocabulary of {vocab_size}")
-    total = _WholeLoss.apply(logits.reshape(-1, vocab_size), targets.where(counted, targets.new_full((), IGNORE)))
+    total = _WholeLoss.apply(
+        logits.reshape(-1, vocab_size), targets.where(counted, targets.new_full((), IGNORE))
+    )
     items = counted.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (items.to(logits.device) if isinstance(items, Tensor) else items)  # pyright: ignore[reportOptionalOperand]
 
@@ -136,16 +151,17 @@ class _WholeLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        losses, ctx.slope = ops.cross_entropy(logits, labels)
+        losses, ctx.grad_logits = ops.cross_entropy(logits, labels)
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return _scaled(ctx.slope, upstream[0]), None
+        return _scaled(ctx.grad_logits, upstream[0]), None
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    """grad times a number, rounded once: the number itself, 1 / tokens, is not rounded to the type of grad."""
+    """grad times a number, rounded once: the number itself, 1 / tokens, is not rounded to the type
+    of grad."""
     out = torch.empty_like(grad)
     rows_at_once = max(1, SCALED_ELEMENTS // max(1, grad.shape[-1]))
     for rows, scaled in zip(grad.split(rows_at_once), out.split(rows_at_once), strict=True):
@@ -158,24 +174,33 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], rows: int, *parameters: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Callable[[Tensor], Tensor],
+        rows: int,
+        *parameters: Tensor,
     ) -> Tensor:
         needs_hidden = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        slope = None
+        grad_logits = None
         for start in range(0, hidden.shape[0], rows):
             piece = hidden[start : start + rows].detach().requires_grad_(needs_hidden)
             with torch.enable_grad():
                 logits = head(piece)
-            room = None if slope is None else slope[: logits.shape[0]]
-            losses, slope_here = ops.cross_entropy(logits.detach(), labels[start : start + rows], room)
-            slope = slope_here if slope is None else slope  # one buffer for all chunks
+            place = None if grad_logits is None else grad_logits[: logits.shape[0]]
+            losses, grad_here = ops.cross_entropy(
+                logits.detach(), labels[start : start + rows], place
+            )
+            grad_logits = (
+                grad_here if grad_logits is None else grad_logits
+            )  # one buffer for all chunks
             total += losses.sum()
             wanted = [*([piece] if needs_hidden else []), *parameters]
             if wanted:
-                got = list(torch.autograd.grad(logits, wanted, slope_here))
+                got = list(torch.autograd.grad(logits, wanted, grad_here))
                 if grad_hidden is not None:
                     grad_hidden[start : start + rows] = got.pop(0)
                 for sum_of_parts, part in zip(grads, got, strict=True):
@@ -189,4 +214,10 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         (scale,) = upstream
         hidden = None if ctx.grad_hidden is None else _scaled(ctx.grad_hidden, scale)
-        return hidden, None, None, None, *[(g * scale).to(d) for g, d in zip(ctx.grads, ctx.dtypes, strict=True)]
+        return (
+            hidden,
+            None,
+            None,
+            None,
+            *[(g * scale).to(d) for g, d in zip(ctx.grads, ctx.dtypes, strict=True)],
+        )

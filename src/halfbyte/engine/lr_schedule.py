@@ -6,7 +6,8 @@ from ..config.options import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then linear or half-cosine to zero, or constant."""
+    """The rate of step 0, 1, ...: a linear warm-up, then linear or half-cosine to zero, or
+    constant."""
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

@@ -1,8 +1,9 @@
 """AdamW whose states may leave memory: in 8 bits, and in fp32.
 
-A paged optimizer's state lies in `memory.paged_arrays` and is worked through in windows; every number is the one its
-unpaged twin computes. What bitsandbytes calls paged is CUDA's managed memory, of tensors of 100,000 elements and more,
-until a state is loaded; here it is all of the state, on every device, and stays so.
+A paged optimizer's state lies in `memory.paged_arrays` and is worked through in windows; every
+number is the one its unpaged twin computes. What bitsandbytes calls paged is CUDA's managed memory,
+of tensors of 100,000 elements and more, until a state is loaded; here it is all of the state, on
+every device, and stays so.
 """
 
 from collections import defaultdict
@@ -37,7 +38,8 @@ class _Paged:
         raise NotImplementedError
 
     def _arrive(self) -> None:
-        """Wait for copies that are under way: before anything but a step reads or writes the state."""
+        """Wait for copies that are under way: before anything but a step reads or writes the
+        state."""
         for pages in self.pages:
             pages.arrays()
 
@@ -47,7 +49,11 @@ class _Paged:
 
     def resident_bytes(self) -> int:
         """Bytes of the state that are in memory (GPU: in the card's)."""
-        return sum(p.resident_bytes() for p in self.pages) if self.paged else sum(t.nbytes for t in self._held())
+        return (
+            sum(p.resident_bytes() for p in self.pages)
+            if self.paged
+            else sum(t.nbytes for t in self._held())
+        )
 
     def release(self) -> None:
         """Take no memory for what was touched from outside, by a save or a load."""
@@ -59,15 +65,22 @@ class PagedAdamW8bit(_Paged, AdamW8bit):
     """`AdamW8bit` whose state takes memory only while it is used, bit for bit the same numbers.
 
     Args:
-        as for `AdamW8bit`. paged: False keeps the state in memory until `page_out` is called. directory: where the file
-            without a name goes that the state lies in (CPU); None: a temporary one.
+        as for `AdamW8bit`.
+        paged: False keeps the state in memory until `page_out` is called.
+        directory: where the file without a name goes that the state lies in (CPU); None: a
+            temporary one.
 
     Raises:
         StorageError: the disk has no room for the state.
     """
 
     def __init__(
-        self, params: Any, *numbers: Any, paged: bool = True, directory: str | Path | None = None, **options: Any
+        self,
+        params: Any,
+        *numbers: Any,
+        paged: bool = True,
+        directory: str | Path | None = None,
+        **options: Any,
     ) -> None:
         self.paged, self.directory = paged, None if directory is None else Path(directory)
         self.pages = []
@@ -92,7 +105,8 @@ class PagedAdamW8bit(_Paged, AdamW8bit):
             for name, tensor in mine.arrays().items():
                 tensor.copy_(theirs[name])
             mine.release()
-        # whole before it is ours: whatever interrupts this leaves a state that is valid, here or there
+        # whole before it is ours: whatever interrupts this leaves a state that is valid, here or
+        # there
         self.pages = pages
         self.arenas = [each.arrays() for each in pages]
         self.paged = True
@@ -133,11 +147,12 @@ class PagedAdamW8bit(_Paged, AdamW8bit):
 
 
 class PagedAdamW(_Paged, torch.optim.AdamW):
-    """`torch.optim.AdamW` whose fp32 state takes memory only while it is used, bit for bit the same numbers.
+    """`torch.optim.AdamW` whose fp32 state takes memory only while it is used, bit for bit the same
+    numbers.
 
     Args:
-        as for `torch.optim.AdamW`, without amsgrad, maximize, capturable, differentiable and fused. paged, directory:
-            as for `PagedAdamW8bit`.
+        as for `torch.optim.AdamW`, without amsgrad, maximize, capturable, differentiable and fused.
+        paged, directory: as for `PagedAdamW8bit`.
 
     Raises:
         StorageError: the disk has no room for the state.
@@ -171,7 +186,8 @@ class PagedAdamW(_Paged, torch.optim.AdamW):
                 _take(states[p], state)
         for each in pages:
             each.release()
-        # whole before it is ours: whatever interrupts this leaves a state that is valid, here or there
+        # whole before it is ours: whatever interrupts this leaves a state that is valid, here or
+        # there
         self.pages = pages
         self.state = states
         self.paged = True
@@ -188,7 +204,11 @@ class PagedAdamW(_Paged, torch.optim.AdamW):
         count, dtype = sum(p.numel() for p in params), params[0].dtype
         if any(p.dtype != dtype for p in params):
             raise ValueError("parameters of a group whose states are paged must have one dtype")
-        return Pages({"exp_avg": (count, dtype), "exp_avg_sq": (count, dtype)}, params[0].device, self.directory)
+        return Pages(
+            {"exp_avg": (count, dtype), "exp_avg_sq": (count, dtype)},
+            params[0].device,
+            self.directory,
+        )
 
     def _views(self, pages: list[Pages]) -> defaultdict[Tensor, dict[str, Tensor]]:
         """Every parameter's state as views of the pages, at step 0."""
@@ -204,7 +224,11 @@ class PagedAdamW(_Paged, torch.optim.AdamW):
         """Every tensor of state, by the parameter's place and torch's name for it."""
         self._arrive()
         params = [p for group in self.param_groups for p in group["params"]]
-        return {f"{i}.{key}": self.state[p][key] for i, p in enumerate(params) for key in ("exp_avg", "exp_avg_sq")}
+        return {
+            f"{i}.{key}": self.state[p][key]
+            for i, p in enumerate(params)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
 
     def restart(self, step: int) -> None:
         """Count from this step on, as if every parameter had taken part until then."""
@@ -219,7 +243,8 @@ class PagedAdamW(_Paged, torch.optim.AdamW):
         if not self.paged:
             super().load_state_dict(state_dict)
             return
-        # the groups by torch's own way; the state straight into the pages, never through the device's memory
+        # the groups by torch's own way; the state straight into the pages, never through the
+        # device's memory
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = self._views(self.pages)
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
@@ -254,15 +279,25 @@ class PagedAdamW(_Paged, torch.optim.AdamW):
         cuts: list[Ranges] = [{"exp_avg": (a, b), "exp_avg_sq": (a, b)} for _, a, b in pieces]
         for (these, _, _), window in zip(pieces, pages.windows(cuts), strict=True):
             sizes = [last - first for _, first, last in these]
-            moments = zip(window["exp_avg"].split(sizes), window["exp_avg_sq"].split(sizes), strict=True)
+            moments = zip(
+                window["exp_avg"].split(sizes), window["exp_avg_sq"].split(sizes), strict=True
+            )
             chosen = [
-                (params[i].view(-1)[a:b], params[i].grad.reshape(-1)[a:b], m, v, self.state[params[i]]["step"] - 1)
+                (
+                    params[i].view(-1)[a:b],
+                    params[i].grad.reshape(-1)[a:b],
+                    m,
+                    v,
+                    self.state[params[i]]["step"] - 1,
+                )
                 for (i, a, b), (m, v) in zip(these, moments, strict=True)
                 if params[i].grad is not None
             ]
             if not chosen:
                 continue
-            values, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*chosen, strict=True))
+            values, grads, exp_avgs, exp_avg_sqs, steps = (
+                list(column) for column in zip(*chosen, strict=True)
+            )
             adamw(
                 values,
                 grads,
@@ -305,8 +340,9 @@ def _window(params: list[Tensor]) -> int:
 
 
 def _windows(sizes: Sequence[int], grain: int, most: int) -> Iterator[tuple[list[Piece], int, int]]:
-    """Tensors laid one after the other, each padded to a multiple of ``grain``, cut into windows of at most ``most``
-    (a multiple of it): the pieces of each, and its first and last element (exclusive)."""
+    """Tensors laid one after the other, each padded to a multiple of ``grain``, cut into windows of
+    at most ``most`` (a multiple of it): the pieces of each, and its first and last element
+    (exclusive)."""
     pieces: list[Piece] = []
     begin = end = 0
     for number, size in enumerate(sizes):
@@ -334,7 +370,9 @@ def _cut(tensors: list[Tensor], pieces: list[Piece]) -> list[Tensor]:
 
 def _refuse_strided(params: list[Tensor]) -> None:
     if not all(p.is_contiguous() for p in params):
-        raise ValueError("parameters whose states are paged must be contiguous: they are updated piece by piece")
+        raise ValueError(
+            "parameters whose states are paged must be contiguous: they are updated piece by piece"
+        )
 
 
 def is_paged(optimizer: torch.optim.Optimizer) -> bool:

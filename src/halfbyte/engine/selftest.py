@@ -1,7 +1,8 @@
 """What a model may be trained with, found out on a few tokens before the first step.
 
-Rows laid end to end must not see each other, the output head must work on chunks, and layers that are run again for
-their gradients must give the same ones. Each is tried on the model at hand instead of believed of its kind.
+Rows laid end to end must not see each other, the output head must work on chunks, and layers that
+are run again for their gradients must give the same ones. Each is tried on the model at hand
+instead of believed of its kind.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..errors import HalfbyteError, is_exhaustion
 from ..memory.recompute import Keep, Recompute, recompute_layers
-from ..model.attention import segments
+from ..model.attention import packed
 from .loss import output_head
 
 
@@ -32,13 +33,15 @@ class Abilities:
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest relative difference (norm over norm) that rounding can cause: about eight units of the last place, times
-the growth over a deep network. Tokens that leak between rows change the logits by several times as much."""
+"""Largest relative difference (norm over norm) that rounding can cause: about eight units of the
+last place, times the growth over a deep network. Tokens that leak between rows change the logits by
+several times as much."""
 
 
 @torch.no_grad()
 def self_test(model: Any) -> Abilities:
-    """Packed rows equal separate rows, and the chunked head equals the full logits, on a few tokens.
+    """Packed rows equal separate rows, and the chunked head equals the full logits, on a few
+    tokens.
 
     The caller refuses packing, or training, by name where it does not hold.
     """
@@ -47,17 +50,26 @@ def self_test(model: Any) -> Abilities:
     ids, position, length = _tokens(model)
     tolerance = TOLERANCE[model.config.dtype]
     try:
-        apart = torch.cat([model(input_ids=ids[i : i + length][None], use_cache=False).logits[0] for i in (0, length)])
+        apart = torch.cat(
+            [
+                model(input_ids=ids[i : i + length][None], use_cache=False).logits[0]
+                for i in (0, length)
+            ]
+        )
         try:
             packed = _packed(model, ids, position, length)
             packing_error = _relative(packed, apart)
-            if tolerance < packing_error <= LENIENCE * tolerance and _see_only_themselves(model, packed):
+            if tolerance < packing_error <= SLACK * tolerance and _see_only_themselves(
+                model, packed
+            ):
                 packing_error = tolerance
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             _pass_on(error)
             packing_error = math.inf
         try:
-            hidden = model.base_model(input_ids=ids[None, :length], use_cache=False).last_hidden_state[0]
+            hidden = model.base_model(
+                input_ids=ids[None, :length], use_cache=False
+            ).last_hidden_state[0]
             chunks = torch.cat([output_head(model)(part) for part in hidden.split(5)])
             head_error = _relative(chunks, apart[:length])
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -68,16 +80,21 @@ def self_test(model: Any) -> Abilities:
     return Abilities(packing_error <= tolerance, head_error <= tolerance, packing_error, head_error)
 
 
-LENIENCE = 4
-"""Times the tolerance that rounding may cause in a deep network whose products sum in another order for rows laid end
-to end, if the rows demonstrably do not see each other."""
+SLACK = 4
+"""Times the tolerance that rounding may cause in a deep network whose products sum in another order
+for rows laid end to end, if the rows demonstrably do not see each other."""
 
 
 def _packed(model: Any, ids: Tensor, position: Tensor, length: int) -> Tensor:
     """Logits of two rows laid end to end."""
-    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
-    with segments(model):
-        found = model(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=bounds, use_cache=False)
+    cu_seqlens = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    with packed(model):
+        found = model(
+            input_ids=ids[None],
+            position_ids=position[None],
+            cu_seq_lens_q=cu_seqlens,
+            use_cache=False,
+        )
     return found.logits[0]
 
 
@@ -87,7 +104,9 @@ def _see_only_themselves(model: Any, logits: Tensor) -> bool:
     one, two = ids.split(length)
     other_first = _packed(model, torch.cat((one.flip(0), two)), position, length)
     other_second = _packed(model, torch.cat((one, two.flip(0))), position, length)
-    return torch.equal(other_first[length:], logits[length:]) and torch.equal(other_second[:length], logits[:length])
+    return torch.equal(other_first[length:], logits[length:]) and torch.equal(
+        other_second[:length], logits[:length]
+    )
 
 
 def _pass_on(error: Exception) -> None:
@@ -110,7 +129,7 @@ def _relative(value: Tensor, reference: Tensor) -> float:
     return float(error) if torch.isfinite(error) else math.inf
 
 
-# --- layers run again -------------------------------------------------------------------------------------------------
+# --- layers run again -----------------------------------------------------------------------------
 
 
 def checkpoint_layers(
@@ -120,32 +139,41 @@ def checkpoint_layers(
     kept_layers: int = -1,
     away: Path | None = None,
     *,
-    surroundings: bool = False,
+    restore_rng: bool = False,
 ) -> tuple[str, Recompute | None]:
-    """Have the layers of a model keep what ``keep`` says and compute the rest again, if that gives the same gradients.
+    """Have the layers of a model keep what ``keep`` says and compute the rest again, if that gives
+    the same gradients.
 
     Args:
-        model: in training mode, with its trained parameters. packing: it keeps rows apart (`Abilities.packing`).
+        model: in training mode, with its trained parameters.
+        packing: it keeps rows apart (`Abilities.packing`).
         kept_layers, away, surroundings: as for `recompute.Recompute`.
 
     Returns:
-        A line that says what was found, and what runs the layers. Where they cannot be run again by `recompute`,
-        PyTorch's own checkpointing takes its place, which keeps nothing but the layers' inputs: then there is None.
+        A line that says what was found, and what runs the layers. Where they cannot be run again by
+            `recompute`, PyTorch's own checkpointing takes its place, which keeps nothing but the
+            layers' inputs: then there is None.
     """
     # newer transformers renamed it, and warns at the older name
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": surroundings})
-    run = Recompute(keep, layers := recompute_layers(model, None), kept_layers, away, surroundings)
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False, "preserve_rng_state": restore_rng})
+    run = Recompute(keep, layers := recompute_layers(model, None), kept_layers, away, restore_rng)
     if not layers:
         why = "this model's layers take no other function"
         return f"recomputed in the backward pass: whole layers (by PyTorch: {why})", None
     if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
-        model.disable_input_require_grads()  # our function takes inputs without gradients, and saves the first one's
-    if next(model.parameters()).is_meta:  # nothing to compare: a plan counts on what holds for the models we know
+        # our function takes inputs without gradients, and saves the first one's
+        model.disable_input_require_grads()
+    if next(
+        model.parameters()
+    ).is_meta:  # nothing to compare: a plan counts on what holds for the models we know
         recompute_layers(model, run)
         run.skip_last = run.skipped = True
         return recomputed_line(run), run
-    with _lively(model):
+    with _perturb_zeros(model):
         expected = _gradients(model, packing)
         recompute_layers(model, run)
         # NaN where the result of each layer's last product would be: if it mattered, it would show
@@ -164,7 +192,11 @@ def checkpoint_layers(
 def recomputed_line(run: Recompute) -> str:
     """What is kept and what is computed twice, for people."""
     last = "not the last product, " if run.skip_last and run.skipped else ""
-    some = f" in the last {run.kept_layers} of {run.layers} layers" if 0 < run.kept_layers < run.layers else ""
+    some = (
+        f" in the last {run.kept_layers} of {run.layers} layers"
+        if 0 < run.kept_layers < run.layers
+        else ""
+    )
     where = (
         ""
         if run.inputs.away is None
@@ -174,15 +206,18 @@ def recomputed_line(run: Recompute) -> str:
 
 
 @contextlib.contextmanager
-def _lively(model: Any) -> Iterator[None]:
-    """Within this block trained parameters that are zero (a new adapter's B) are not, so that every gradient depends on
-    everything."""
+def _perturb_zeros(model: Any) -> Iterator[None]:
+    """Within this block trained parameters that are zero (a new adapter's B) are not, so that every
+    gradient depends on everything."""
     zero = [p for p in model.parameters() if p.requires_grad and not bool(p.any())]
     generator = torch.Generator("cpu").manual_seed(0)
     try:
         with torch.no_grad():
             for p in zero:
-                p.copy_(torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32) * 0.01)
+                p.copy_(
+                    torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32)
+                    * 0.01
+                )
         yield
     finally:
         with torch.no_grad():
@@ -191,21 +226,28 @@ def _lively(model: Any) -> Iterator[None]:
 
 
 def _gradients(model: Any, packing: bool) -> str | None:
-    """A digest of the gradients of a weighted sum of hidden states of a few tokens: two sets of gradients at once
-    would take more memory than a training step. None where the model cannot be run like this."""
+    """A digest of the gradients of a weighted sum of hidden states of a few tokens: two sets of
+    gradients at once would take more memory than a training step. None where the model cannot be
+    run like this."""
     trained = [p for p in model.parameters() if p.requires_grad]
     ids, position, length = _tokens(model)
     inputs: dict[str, Any] = {"input_ids": ids[None, :length]}
     if packing:
-        bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
-        inputs = {"input_ids": ids[None], "position_ids": position[None], "cu_seq_lens_q": bounds}
+        cu_seqlens = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+        inputs = {
+            "input_ids": ids[None],
+            "position_ids": position[None],
+            "cu_seq_lens_q": cu_seqlens,
+        }
     try:
-        attention = segments(model) if packing else contextlib.nullcontext()
+        attention = packed(model, packing)
         gpus = [model.device] if model.device.type == "cuda" else []  # manual_seed seeds those, too
         with attention, torch.enable_grad(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(0)
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()
-            weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device, dtype=torch.float32)
+            weights = torch.linspace(
+                -1, 1, hidden.numel(), device=hidden.device, dtype=torch.float32
+            )
             (hidden.view(-1) * weights).sum().backward()
         digest = hashlib.blake2b()
         for p in trained:

@@ -2,13 +2,13 @@
 
     peft      the adapter alone, as PEFT, vLLM and others load it beside its base
     hf        one model in 16 bits, the adapter added in and verified (`merge`)
-    bnb-4bit  the base in the very 4 bits of the training, for transformers and bitsandbytes, and the adapter beside it:
-              what runs there is the model that was trained, bit for bit in its weights
+    bnb-4bit  the base in the very 4 bits of the training, for transformers and bitsandbytes, and
+              the adapter beside it: what runs there is the model that was trained, bit for bit in
+              its weights
 
 The directory appears when it is complete; a failure leaves none.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..adapters.peft_files import CONFIG, WEIGHTS
 from ..config.options import ModelOptions
-from ..errors import ModelError, StorageError, UsageError
+from ..errors import ModelError, UsageError
 from ..files import atomic, hub
 from ..files.safetensors import Checkpoint
 from ..progress import Progress, no_progress
@@ -27,7 +27,7 @@ from ..run.directory import ADAPTER_FACTS, Run
 from ..run.load import refuse_other_base
 from .merge import merge
 
-FORMS = ("peft", "hf", "bnb-4bit")
+FORMATS = ("peft", "hf", "bnb-4bit")
 
 
 def export(
@@ -41,36 +41,33 @@ def export(
     """Write a run for another tool.
 
     Args:
-        to: one of `FORMS`.
+        to: one of `FORMATS`.
 
     Returns:
         What was written: ``to``, ``output_dir``, and what there is to know of it.
 
     Raises:
-        UsageError: output_dir is not empty, or the run has nothing of the kind. ModelError: the run or its base is
-        refused. VerificationError: as `merge.merge`.
+        UsageError: output_dir is not empty, or the run has nothing of the kind.
+        ModelError: the run or its base is refused.
+        VerificationError: as `merge.merge`.
     """
     source, target = Run.open(run), Path(output_dir).expanduser().absolute()
-    if to not in FORMS:
-        raise UsageError(f"cannot export to {to!r}", expected=", ".join(FORMS))
+    if to not in FORMATS:
+        raise UsageError(f"cannot export to {to!r}", expected=", ".join(FORMATS))
     if source.config().full and to != "hf":
-        raise UsageError("a full fine-tuning has no adapter", ways_out=[f"its model is in {source.adapter}"])
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
+        raise UsageError(
+            "a full fine-tuning has no adapter", ways_out=[f"its model is in {source.adapter}"]
+        )
     if to == "hf" and not source.config().full:
         receipt = merge(source.path, target, progress=progress, say=say)
         return {"to": to, "output_dir": str(target), **receipt.as_dict()}
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        atomic.check_writable(building)
-        whole = to != "bnb-4bit"  # the adapter, or what a full fine-tuning has in its place: the model
-        facts = _result(source, building) if whole else _base_and_adapter(source, building, progress)
-        atomic.sync(building)
-        building.replace(target)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror}", ways_out=["free space, and repeat"]) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with atomic.new_directory(target, ways_out=["free space, and repeat"]) as building:
+        whole = (
+            to != "bnb-4bit"
+        )  # the adapter, or what a full fine-tuning has in its place: the model
+        facts = (
+            _result(source, building) if whole else _base_and_adapter(source, building, progress)
+        )
     return {"to": to, "output_dir": str(target), **facts}
 
 
@@ -82,8 +79,8 @@ def _result(source: Run, target: Path) -> dict[str, Any]:
 
 
 def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str, Any]:
-    """The base in its 4 bits, with the tokenizer and the card of the run; and in ``adapter/`` the adapter, which names
-    the directory above it.
+    """The base in its 4 bits, with the tokenizer and the card of the run; and in ``adapter/`` the
+    adapter, which names the directory above it.
 
     (In one directory transformers would take the adapter's file for the model's own.)
     """

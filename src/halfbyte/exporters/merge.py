@@ -1,20 +1,21 @@
-"""The adapter added into the weights, shard by shard, and the proof that the result is the model that was trained.
+"""The adapter added into the weights, shard by shard, and the proof that the result is the model
+that was trained.
 
-Onto what? In training the adapter corrected the *4-bit* weights, errors included; adding it to those (``trained``)
-gives the model that was trained, stored in 16 or 32 bits. Adding it to the original weights (``original``) gives
-another model, without quantization error but also without what the adapter learned to compensate. Which is nearer to
-the model that was trained is measured, not believed: both are written, opened again from disk and compared with the
-running adapter on the same rows, held-out ones where there are any (KL divergence, greedy agreement, loss). The one
-that was asked for is kept, and the better one recommended. A merge that is not the adapter on its base is not called
-done.
+Onto what? In training the adapter corrected the *4-bit* weights, errors included; adding it to
+those (``trained``) gives the model that was trained, stored in 16 or 32 bits. Adding it to the
+original weights (``original``) gives another model, without quantization error but also without
+what the adapter learned to compensate. Which is nearer to the model that was trained is measured,
+not believed: both are written, opened again from disk and compared with the running adapter on the
+same rows, held-out ones where there are any (KL divergence, greedy agreement, loss). The one that
+was asked for is kept, and the better one recommended. A merge that is not the adapter on its base
+is not called done.
 
-Rounding the merged weights to 4 bits again erases part of what the adapter adds, often most of it: an adapter's change
-is small beside the distance of two levels. ``requantize`` therefore measures, layer by layer, the share that survives,
-and refuses below a threshold.
+Rounding the merged weights to 4 bits again erases part of what the adapter adds, often most of it:
+an adapter's change is small beside the distance of two levels. ``requantize`` therefore measures,
+layer by layer, the share that survives, and refuses below a threshold.
 """
 
 import math
-import os
 import shutil
 import statistics
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from torch import Tensor
 from ..adapters.lora import LoraLinear, lora_layers
 from ..adapters.modules_to_save import trained_whole
 from ..config.options import ModelOptions
-from ..data.renderer import Encoded
+from ..data.renderer import TokenizedExample
 from ..errors import ModelError, StorageError, UsageError, VerificationError
 from ..files import atomic, hub
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
@@ -48,14 +49,15 @@ from .verify import Comparison, _agreement, _compare, _logits, _loss, _probes
 
 @dataclass(frozen=True)
 class Receipt:
-    """How far the merged model is from the adapter running on the same base, and from the model that was trained.
+    """How far the merged model is from the adapter running on the same base, and from the model
+    that was trained.
 
-    rows_are: "held out", "of the training data", "of the data as it is now", or "built in". running_loss: of the run,
-    adapter on the base as trained. max_logit_difference, largest_logit, greedy_agreement: of the merge, before it is
-    requantized if it is.
-    comparisons: with the run, by what is merged onto (with requantize, also of what came of it). recommended: the one
-    with the least KL divergence.
-    surviving: with requantize, the least, median and greatest share of the adapter's effect over its layers.
+    rows_are: "held out", "of the training data", "of the data as it is now", or "built in".
+    running_loss: of the run, adapter on the base as trained. max_logit_difference, largest_logit,
+    greedy_agreement: of the merge, before it is requantized if it is. comparisons: with the run, by
+    what is merged onto (with requantize, also of what came of it). recommended: the one with the
+    least KL divergence. surviving: with requantize, the least, median and greatest share of the
+    adapter's effect over its layers.
     """
 
     onto: str
@@ -90,25 +92,24 @@ def merge(
     """Write the merged model beside output_dir, verify it, and only then give it that name.
 
     Args:
-        onto: "trained" or "original". min_agreement: share of probe positions where both must predict the same token.
-        requantize: write the merged weights in 4 bits. min_survival: the share of the adapter's effect that has to
-            survive that, in the median layer.
+        onto: "trained" or "original".
+        min_agreement: share of probe positions where both must predict the same token.
+        requantize: write the merged weights in 4 bits.
+        min_survival: the share of the adapter's effect that has to survive that, in the median
+            layer.
 
     Raises:
-        UsageError: output_dir is not empty. ModelError: the run or its base is refused.
-        VerificationError: the merged model is not the adapted one, or too little survives; nothing is left in
-            output_dir.
+        UsageError: output_dir is not empty.
+        ModelError: the run or its base is refused.
+        VerificationError: the merged model is not the adapted one, or too little survives; nothing
+            is left in output_dir.
     """
     source, target = Run.open(run), Path(output_dir).expanduser().absolute()
     if onto not in ("trained", "original"):
         raise UsageError(f'onto must be "trained" or "original", got {onto!r}')
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
     if source.config().full:
         raise UsageError("a full fine-tuning has no adapter to merge", found=str(source.adapter))
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        atomic.check_writable(building)
+    with atomic.new_directory(target) as building:
         merger = _Merger(source, building, device, progress, say)
         receipt = merger.run(onto, min_agreement)
         result = merger.built[onto]
@@ -116,15 +117,15 @@ def merge(
             result, shares, found = merger.requantized(onto, min_survival)
             comparisons = {**receipt.comparisons, f"{onto}, requantized": found}
             receipt = replace(receipt, surviving=shares, comparisons=comparisons)
-            say(f"what is kept, in 4 bits, predicts {found.greedy_agreement:.2%} of the tokens as the run does")
+            say(
+                f"what is kept, in 4 bits, predicts {found.greedy_agreement:.2%} of the tokens as "
+                "the run does"
+            )
         atomic.write_json(result / "merge.json", receipt.as_dict())
-        atomic.write_bytes(result / CARD, merged_card(source, source.info(), receipt.as_dict()).encode())
-        try:
-            result.replace(target)  # an empty directory of that name gives way
-        except OSError as error:
-            raise StorageError(f"cannot put the merged model at {target}: {error.strerror}") from error
-    finally:  # a failure or an interrupt: half a model is not left behind
-        shutil.rmtree(building, ignore_errors=True)
+        atomic.write_bytes(
+            result / CARD, merged_card(source, source.info(), receipt.as_dict()).encode()
+        )
+        merger.keep(result)
     return receipt
 
 
@@ -132,7 +133,12 @@ class _Merger:
     """One run, merged onto what there is, in a directory of its own."""
 
     def __init__(
-        self, source: Run, directory: Path, device: str, progress: Progress, say: Callable[[str], None]
+        self,
+        source: Run,
+        directory: Path,
+        device: str,
+        progress: Progress,
+        say: Callable[[str], None],
     ) -> None:
         self.source, self.directory, self.device = source, directory, device
         self.progress, self.say = progress, say
@@ -140,7 +146,7 @@ class _Merger:
         self.base = hub.resolve(info["base"]["path"])
         self.dtype = _compute_dtype(self.base, info)
         self.built: dict[str, Path] = {}
-        self.rows: list[Encoded] = []
+        self.rows: list[TokenizedExample] = []
         self.expected: list[Tensor] = []
 
     def run(self, onto: str, min_agreement: float) -> Receipt:
@@ -168,7 +174,9 @@ class _Merger:
         self.say(f"merged onto the {onto} base; comparing the result with the running adapter")
         comparisons, got = {}, expected
         for name, path in self.built.items():
-            merged, _ = load_base(path, ModelOptions(load_in_4bit=False, dtype=self.dtype, device=self.device))
+            merged, _ = load_base(
+                path, ModelOptions(load_in_4bit=False, dtype=self.dtype, device=self.device)
+            )
             found = _logits(merged, rows)
             del merged
             comparisons[name] = _compare(expected, found, rows)
@@ -179,7 +187,9 @@ class _Merger:
             rows=len(rows),
             rows_are=rows_are,
             tokens=sum(len(row.input_ids) for row in rows),
-            max_logit_difference=max(float((x - y).abs().max()) for x, y in zip(reference, got, strict=True)),
+            max_logit_difference=max(
+                float((x - y).abs().max()) for x, y in zip(reference, got, strict=True)
+            ),
             largest_logit=max(float(x.abs().max()) for x in reference),
             greedy_agreement=_agreement(reference, got),
             running_loss=_loss(expected, rows),
@@ -192,10 +202,14 @@ class _Merger:
         if not receipt.max_logit_difference < float("inf") or too_many:
             raise VerificationError(
                 "the merged model is not the model that was trained; it was removed",
-                found=f"{receipt.greedy_agreement:.2%} of {receipt.tokens} positions predict the same token, "
+                found=f"{receipt.greedy_agreement:.2%} of {receipt.tokens} positions predict the "
+                "same token, "
                 f"logits differ by up to {receipt.max_logit_difference:.3g}",
                 expected=f"at least {min_agreement:.2%}",
-                ways_out=["use the adapter unmerged", "or lower --min_agreement if you accept the difference"],
+                ways_out=[
+                    "use the adapter unmerged",
+                    "or lower --min_agreement if you accept the difference",
+                ],
             )
         return receipt
 
@@ -210,6 +224,13 @@ class _Merger:
             raise
         self.built[onto] = path
 
+    def keep(self, result: Path) -> None:
+        """Leave one of the merged models in the directory, and nothing else."""
+        for file in list(result.iterdir()):
+            file.rename(self.directory / file.name)
+        for path in {*self.built.values(), result}:
+            shutil.rmtree(path)
+
     def _load(self, **changes: Any) -> tuple[Any, Any]:
         options = {"dtype": self.dtype, "device": self.device, **changes}
         return load(self.source.path, progress=self.progress, **options)
@@ -219,9 +240,11 @@ class _Merger:
         stored = quantized_names(set(Checkpoint(self.base).entries))
         return self.config.load_in_4bit and not stored
 
-    def requantized(self, onto: str, min_survival: float) -> tuple[Path, tuple[float, float, float], Comparison]:
-        """The merged model in 4 bits, how much of the adapter's effect survives it (least, median, greatest), and what
-        became of the model.
+    def requantized(
+        self, onto: str, min_survival: float
+    ) -> tuple[Path, tuple[float, float, float], Comparison]:
+        """The merged model in 4 bits, how much of the adapter's effect survives it (least, median,
+        greatest), and what became of the model.
 
         Raises:
             VerificationError: less than ``min_survival`` in the median layer.
@@ -230,11 +253,20 @@ class _Merger:
         running, _ = self._load(**({} if onto == "trained" else {"load_in_4bit": False}))
         shares: dict[str, float] = {}
         layers = list(lora_layers(running))
-        for name in self.progress([name for name, _ in layers], len(layers), "measuring what survives"):
+        for name in self.progress(
+            [name for name, _ in layers], len(layers), "measuring what survives"
+        ):
             shares[name] = surviving_share(running.get_submodule(name), options)
-        least, middle, most = min(shares.values()), statistics.median(shares.values()), max(shares.values())
+        least, middle, most = (
+            min(shares.values()),
+            statistics.median(shares.values()),
+            max(shares.values()),
+        )
         worst = min(shares, key=lambda name: shares[name])
-        line = f"{middle:.1%} of the adapter's effect survive in the median layer ({least:.1%} to {most:.1%})"
+        line = (
+            f"{middle:.1%} of the adapter's effect survive in the median layer ({least:.1%} to "
+            f"{most:.1%})"
+        )
         if middle < min_survival:
             raise VerificationError(
                 f"rounding the merged weights to 4 bits erases too much of the adapter: {line}",
@@ -242,7 +274,8 @@ class _Merger:
                 expected=f"at least {min_survival:.0%}",
                 ways_out=[
                     "merge without --requantize: 16 bits keep all of it",
-                    "keep base and adapter apart: every tool that opens 4-bit bases takes the adapter",
+                    "keep base and adapter apart: every tool that opens 4-bit bases takes the "
+                    "adapter",
                     "or lower --min_survival if you accept the loss",
                 ],
             )
@@ -252,29 +285,40 @@ class _Merger:
         held = ModelOptions(**{**options.holding(), "dtype": self.dtype, "device": self.device})
         held.weight_streaming = "never"
         model, _ = load_base(path, held)
-        return path, (least, middle, most), _compare(self.expected, _logits(model, self.rows), self.rows)
+        return (
+            path,
+            (least, middle, most),
+            _compare(self.expected, _logits(model, self.rows), self.rows),
+        )
 
 
 def surviving_share(layer: LoraLinear, options: ModelOptions) -> float:
-    """Share of an adapter's change D of a weight W that is left when the sum is rounded to 4 bits: the projection of
-    Q(W + D) - Q(W) onto D, over D's square. 1: all of it, 0: none; beside it is noise, which has no direction.
+    """Share of an adapter's change D of a weight W that is left when the sum is rounded to 4 bits:
+    the projection of Q(W + D) - Q(W) onto D, over D's square. 1: all of it, 0: none; beside it is
+    noise, which has no direction.
 
     W is as it lies in the base; where that is rounded already, Q(W) is W.
     """
     weight = layer.base_weight().float()
     change = layer.merged(weight) - weight
-    before = weight if isinstance(layer.weight, NF4Tensor) else quantize_as(weight, options).dequantize(torch.float32)
+    before = (
+        weight
+        if isinstance(layer.weight, NF4Tensor)
+        else quantize_as(weight, options).dequantize(torch.float32)
+    )
     after = quantize_as(weight + change, options).dequantize(torch.float32)
     power = float(change.double().square().sum())
     return float(((after - before).double() * change.double()).sum()) / power if power else 1.0
 
 
 def _compute_dtype(base: Path, info: dict[str, Any]) -> Any:
-    elements = sum(entry.nbytes // entry.dtype.itemsize for entry in Checkpoint(base).entries.values())
+    elements = sum(
+        entry.nbytes // entry.dtype.itemsize for entry in Checkpoint(base).entries.values()
+    )
     return "float32" if elements <= FP32_LIMIT else info["compute_dtype"]
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) -> None:
@@ -304,7 +348,9 @@ def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) 
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(t.nbytes for t in tensors.values())
     if list(shards) != [SINGLE]:
-        atomic.write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        atomic.write_json(
+            target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
 
 
 def _whole(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:
@@ -312,7 +358,9 @@ def _whole(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:
     return trained.detach().to("cpu", checkpoint.entries[name].dtype)
 
 
-def _merged(checkpoint: Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool) -> Tensor:
+def _merged(
+    checkpoint: Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool
+) -> Tensor:
     """One tensor of the merged model, in the dtype it has on disk."""
     module_name, _, attribute = path.rpartition(".")
     try:

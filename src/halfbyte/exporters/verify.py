@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..data.dataset import encode, hold_out, source_digest
 from ..data.formats import Example, read_examples
-from ..data.renderer import Encoded
+from ..data.renderer import TokenizedExample
 from ..errors import DataError
 from ..run.directory import Run
 from ..run.load import run_renderer
@@ -22,8 +22,8 @@ PROBE_ROWS, PROBE_TOKENS = 16, 256
 class Comparison:
     """A merged model beside the running adapter, on the same rows.
 
-    kl: mean over positions of KL(running || merged), nats. greedy_agreement: share of positions with the same likeliest
-    token. loss: nats per supervised token.
+    kl: mean over positions of KL(running || merged), nats. greedy_agreement: share of positions
+    with the same likeliest token. loss: nats per supervised token.
     """
 
     kl: float
@@ -31,9 +31,9 @@ class Comparison:
     loss: float
 
 
-def _probes(source: Run, say: Callable[[str], None]) -> tuple[list[Encoded], str]:
-    """Rows to compare on, with the masks of the training, and what they are: held out in it, else of its data, else
-    sentences of our own."""
+def _probes(source: Run, say: Callable[[str], None]) -> tuple[list[TokenizedExample], str]:
+    """Rows to compare on, with the masks of the training, and what they are: held out in it, else
+    of its data, else sentences of our own."""
     config, info = source.config(), source.info()
     renderer = run_renderer(source, config)
     try:
@@ -53,19 +53,36 @@ def _probes(source: Run, say: Callable[[str], None]) -> tuple[list[Encoded], str
             return _cut(hold_out(rows, config.eval_split, config.seed)[1]), "held out"
         return _cut(rows), "of the training data" if same else "of the data as it is now"
     except DataError as error:
-        say(f"the training data cannot be read ({error.what}): comparing on one built-in sentence instead")
-        question = [{"role": "user", "content": "What is the capital of France, and why do people travel there?"}]
-        examples = [Example("probe", [*question, {"role": "assistant", "content": "Paris. They like its museums."}])]
+        say(
+            f"the training data cannot be read ({error.what}): comparing on one built-in sentence "
+            "instead"
+        )
+        question = [
+            {
+                "role": "user",
+                "content": "What is the capital of France, and why do people travel there?",
+            }
+        ]
+        examples = [
+            Example(
+                "probe",
+                [*question, {"role": "assistant", "content": "Paris. They like its museums."}],
+            )
+        ]
         return _cut(renderer.encode(examples)), "built in"
 
 
-def _cut(rows: list[Encoded]) -> list[Encoded]:
-    """The first few, each cut; whole rows, trained or not: a long question must not leave a merge without probes."""
-    return [Encoded(r.where, r.input_ids[:PROBE_TOKENS], r.trained[:PROBE_TOKENS]) for r in rows[:PROBE_ROWS]]
+def _cut(rows: list[TokenizedExample]) -> list[TokenizedExample]:
+    """The first few, each cut; whole rows, trained or not: a long question must not leave a merge
+    without probes."""
+    return [
+        TokenizedExample(r.where, r.input_ids[:PROBE_TOKENS], r.loss_mask[:PROBE_TOKENS])
+        for r in rows[:PROBE_ROWS]
+    ]
 
 
 @torch.inference_mode()
-def _logits(model: Any, rows: list[Encoded]) -> list[Tensor]:
+def _logits(model: Any, rows: list[TokenizedExample]) -> list[Tensor]:
     device = model.device
     ids = (torch.tensor([row.input_ids], device=device) for row in rows)
     return [model(input_ids=each, use_cache=False).logits[0].float().cpu() for each in ids]
@@ -76,21 +93,31 @@ def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
     return same / sum(x.shape[0] for x in a)
 
 
-def _loss(logits: list[Tensor], rows: list[Encoded]) -> float:
+def _loss(logits: list[Tensor], rows: list[TokenizedExample]) -> float:
     """Nats per supervised token; of every token where no row has a supervised one."""
     total, count = 0.0, 0
-    supervised = any(any(row.trained[1:]) for row in rows)
+    supervised = any(any(row.loss_mask[1:]) for row in rows)
     for values, row in zip(logits, rows, strict=True):
         targets = torch.tensor(row.input_ids[1:])
-        chosen = torch.tensor(row.trained[1:]) if supervised else torch.ones(len(targets), dtype=torch.bool)
-        total += float(functional.cross_entropy(values[:-1][chosen], targets[chosen], reduction="sum"))
+        chosen = (
+            torch.tensor(row.loss_mask[1:])
+            if supervised
+            else torch.ones(len(targets), dtype=torch.bool)
+        )
+        total += float(
+            functional.cross_entropy(values[:-1][chosen], targets[chosen], reduction="sum")
+        )
         count += int(chosen.sum())
     return total / max(count, 1)
 
 
-def _compare(expected: list[Tensor], got: list[Tensor], rows: list[Encoded]) -> Comparison:
+def _compare(expected: list[Tensor], got: list[Tensor], rows: list[TokenizedExample]) -> Comparison:
     kl, count = 0.0, 0
     for p, q in zip(expected, got, strict=True):
-        kl += float(functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"))
+        kl += float(
+            functional.kl_div(
+                q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"
+            )
+        )
         count += p.shape[0]
     return Comparison(max(kl / count, 0.0), _agreement(expected, got), _loss(got, rows))

@@ -1,4 +1,5 @@
-"""Files that are there whole or not at all: written aside, synced, renamed; and small JSON files, read with care.
+"""Files that are there whole or not at all: written aside, synced, renamed; and small JSON files,
+read with care.
 
 A reader sees the old file or the new one, whatever dies in between.
 """
@@ -7,13 +8,14 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 
-from ..errors import ModelError, StorageError
+from ..errors import ModelError, StorageError, UsageError, is_exhaustion
 
 JSON_LIMIT = 100_000_000
 """Largest JSON file read, bytes; tokenizers reach 35 MB."""
@@ -23,7 +25,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ModelError: the file is absent, no regular file, too large, no JSON, or holds something else than an object.
+        ModelError: the file is absent, no regular file, too large, no JSON, or holds something else
+            than an object.
     """
     if path.exists() and (not path.is_file() or path.stat().st_size > JSON_LIMIT):
         raise ModelError(f"{path} is not a regular file of at most {JSON_LIMIT // 10**6} MB")
@@ -38,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -77,12 +80,71 @@ def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
         else:
             raise
         raise StorageError(
-            f"cannot write {path}: {reason}", ways_out=["free space or fix the permissions", "or choose another place"]
+            f"cannot write {path}: {reason}",
+            ways_out=["free space or fix the permissions", "or choose another place"],
         ) from error
 
 
+@contextlib.contextmanager
+def new_directory(
+    target: Path,
+    *,
+    replace: bool = False,
+    doing: str = "write",
+    ways_out: Sequence[str] = ("free space",),
+) -> Iterator[Path]:
+    """Give a directory to fill, which becomes ``target`` when the block ends: whole, or not there.
+
+    A failure or an interrupt leaves nothing of it behind, and what was at ``target`` as it was.
+
+    Args:
+        replace: put it in the place of a directory that is there; else that must be empty.
+        doing: what is said to have failed: "cannot write ...".
+        ways_out: what is advised then.
+
+    Raises:
+        UsageError: ``target`` is no directory, or holds something that is not to be replaced.
+        StorageError: the disk said no.
+    """
+    if not replace:
+        refuse_what_is_there(target)
+    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+        yield building
+        sync(building)
+        if target.exists():
+            remove_directory(target)
+        building.rename(target)
+        sync(target.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        if is_exhaustion(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot {doing} {target}: {reason}", ways_out=ways_out) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def refuse_what_is_there(target: Path) -> None:
+    """Raise UsageError unless a directory can be made at ``target``: nothing is there, or an empty
+    one."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(
+            f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"]
+        )
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a crash in between leaves no half of it under its name."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
-    """Make a file or directory entry durable, where the system can (Windows opens no directories)."""
+    """Make a file or directory entry durable, where the system can (Windows opens no
+    directories)."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -105,7 +167,8 @@ def check_writable(directory: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise StorageError(
-            f"cannot write to {directory}: {error.strerror}", ways_out=["name another directory with --output_dir"]
+            f"cannot write to {directory}: {error.strerror}",
+            ways_out=["name another directory with --output_dir"],
         ) from error
 
 

@@ -1,15 +1,16 @@
-"""Model directories of Hugging Face's kind: found by path, by name or on the Hub, and refused where they are not safe.
+"""Model directories of Hugging Face's kind: found by path, by name or on the Hub, and refused where
+they are not safe.
 
-A directory holds ``config.json``, the tokenizer, and weights in one ``model.safetensors`` or in shards named by
-``model.safetensors.index.json`` (`files.safetensors`). Pickled weights and code that comes with a model are never
-opened.
+A directory holds ``config.json``, the tokenizer, and weights in one ``model.safetensors`` or in
+shards named by ``model.safetensors.index.json`` (`files.safetensors`). Pickled weights and code
+that comes with a model are never opened.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import HalfbyteError, ModelError
+from ..errors import HalfbyteError, ModelError, first_line
 from .atomic import JSON_LIMIT
 
 BUILTIN = "demo"
@@ -19,8 +20,9 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local directory of a model: itself, the built-in one (``demo``), or a snapshot of a Hub id (downloaded where
-    not cached; all but the weights if they are not needed). A directory called demo is named ``./demo``.
+    """The local directory of a model: itself, the built-in one (``demo``), or a snapshot of a Hub
+    id (downloaded where not cached; all but the weights if they are not needed). A directory called
+    demo is named ``./demo``.
 
     Raises:
         ModelError: no such directory and no such id, or the download failed.
@@ -41,22 +43,31 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
             f"no model directory at {model!r}",
             ways_out=["check the path", "or give a Hub id such as meta-llama/Llama-3.2-1B"],
         )
-    return _snapshot(model, revision, HUB_PATTERNS, ["original/*", *([] if weights else ["*.safetensors"])])
+    return _snapshot(
+        model, revision, HUB_PATTERNS, ["original/*", *([] if weights else ["*.safetensors"])]
+    )
 
 
 def _snapshot(name: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
+        )
     except HalfbyteError:
         raise
-    except Exception as error:  # the hub client raises some twenty types; all mean the same to the user
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (
+        Exception
+    ) as error:  # the hub client raises some twenty types; all mean the same to the user
+        message = first_line(error)
         raise ModelError(
             f"{name!r} is neither a local directory nor a Hub model that can be reached",
             found=message,
-            ways_out=["check the spelling and the network", "log in with `hf auth login` if the model is gated"],
+            ways_out=[
+                "check the spelling and the network",
+                "log in with `hf auth login` if the model is gated",
+            ],
         ) from error
 
 
@@ -71,16 +82,22 @@ def resolve_adapter(name: str) -> Path:
         if (directory / "adapter_config.json").is_file():
             return directory.resolve()
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ModelError(f"no adapter at {name!r}", expected="a directory with adapter_config.json, a run or a Hub id")
-    return _snapshot(name, None, ["adapter_config.json", "adapter_model.safetensors", "halfbyte.json"], [])
+        raise ModelError(
+            f"no adapter at {name!r}",
+            expected="a directory with adapter_config.json, a run or a Hub id",
+        )
+    return _snapshot(
+        name, None, ["adapter_config.json", "adapter_model.safetensors", "halfbyte.json"], []
+    )
 
 
 def check_files(directory: Path) -> None:
-    """Refuse a model directory whose files are something else than files, before anything opens one.
+    """Refuse a model directory whose files are something else than files, before anything opens
+    one.
 
     Raises:
-        ModelError: a pipe, a device, a link that leads out of the directory (a Hub cache's blobs excepted), or a text
-            file too large to be one.
+        ModelError: a pipe, a device, a link that leads out of the directory (a Hub cache's blobs
+            excepted), or a text file too large to be one.
     """
     home = directory.resolve()
     blobs = home.parent.parent / "blobs"
@@ -100,7 +117,10 @@ def check_files(directory: Path) -> None:
         if not path.is_file():
             raise ModelError(f"{path} is not a regular file", ways_out=["copy the file again"])
         if path.suffix != ".safetensors" and path.stat().st_size > JSON_LIMIT:
-            raise ModelError(f"{path} has {path.stat().st_size:,} bytes, too many for a configuration or tokenizer")
+            raise ModelError(
+                f"{path} has {path.stat().st_size:,} bytes, too many for a configuration or "
+                "tokenizer"
+            )
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -116,7 +136,7 @@ def load_tokenizer(directory: Path) -> Any:
     except (HalfbyteError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         raise ModelError(
             f"cannot load a tokenizer from {directory}",
             found=message[:300],
@@ -124,7 +144,8 @@ def load_tokenizer(directory: Path) -> Any:
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"the tokenizer in {directory} has no tokenizer.json: positions of characters in tokens are unknown, "
+            f"the tokenizer in {directory} has no tokenizer.json: positions of characters in "
+            "tokens are unknown, "
             "so masks cannot be exact",
             ways_out=["convert it to a fast tokenizer with transformers and save it there"],
         )

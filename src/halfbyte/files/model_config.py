@@ -1,11 +1,12 @@
-"""A model's ``config.json``, checked before anything believes it; code that comes with a model is never run."""
+"""A model's ``config.json``, checked before anything believes it; code that comes with a model is
+never run."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import HalfbyteError, ModelError, is_exhaustion
+from ..errors import HalfbyteError, ModelError, first_line, is_exhaustion
 from . import atomic
 
 
@@ -24,7 +25,8 @@ def read_config(path: Path) -> Any:
         own = "auto_map" in raw
         raise ModelError(
             f"{path} is not a causal language model that transformers knows",
-            found=f"model_type {model_type!r}" + (" with code of its own, which is never run" if own else ""),
+            found=f"model_type {model_type!r}"
+            + (" with code of its own, which is never run" if own else ""),
             ways_out=["update transformers, if the model is new"],
         )
     _check_ranges(raw, path)
@@ -34,7 +36,8 @@ def read_config(path: Path) -> Any:
 
 @contextlib.contextmanager
 def refused_by_transformers(what: str) -> Iterator[None]:
-    """Within this block whatever a foreign file makes transformers raise becomes a ModelError that says ``what``."""
+    """Within this block whatever a foreign file makes transformers raise becomes a ModelError that
+    says ``what``."""
     try:
         yield
     except HalfbyteError:
@@ -42,7 +45,7 @@ def refused_by_transformers(what: str) -> Iterator[None]:
     except Exception as error:
         if is_exhaustion(error):  # a lack of memory says nothing about the file
             raise
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         raise ModelError(what, found=message[:300]) from error
 
 

@@ -4,22 +4,26 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import StorageError, UsageError
+from ..errors import StorageError, UsageError, first_line
 from .atomic import json_bytes, read_json
 
 
 def reserve(repo_id: str | None, private: bool) -> str:
-    """Make sure, before the work is done, that there is a repository and that it can be written to; its full name.
+    """Make sure, before the work is done, that there is a repository and that it can be written to;
+    its full name.
 
     Raises:
-        UsageError: no name. StorageError: the Hub refuses, or cannot be reached.
+        UsageError: no name.
+        StorageError: the Hub refuses, or cannot be reached.
     """
     if not repo_id:
         raise UsageError("push_to_hub needs a name", ways_out=["--hub_model_id owner/name"])
     try:
         return _api().create_repo(repo_id, private=private, exist_ok=True).repo_id
     except Exception as error:  # the client raises some twenty types; all mean the same to the user
-        raise _refused(repo_id, error, "before anything was done", ["without --push_to_hub"]) from error
+        raise _refused(
+            repo_id, error, "before anything was done", ["without --push_to_hub"]
+        ) from error
 
 
 PATHS = {"adapter_config.json": "base_model_name_or_path", "config.json": "_name_or_path"}
@@ -27,7 +31,8 @@ PATHS = {"adapter_config.json": "base_model_name_or_path", "config.json": "_name
 
 
 def publish(directory: Path, repo_id: str, message: str, again: str) -> str:
-    """Upload a directory's files; the address of the commit. Paths of this machine are left out of them.
+    """Upload a directory's files; the address of the commit. Paths of this machine are left out of
+    them.
 
     Args:
         again: the command that would do it again.
@@ -36,10 +41,14 @@ def publish(directory: Path, repo_id: str, message: str, again: str) -> str:
         StorageError: it failed; the directory is as it was.
     """
     try:
-        found: Any = _api().create_commit(repo_id, operations=_operations(directory), commit_message=message)
+        found: Any = _api().create_commit(
+            repo_id, operations=_operations(directory), commit_message=message
+        )
         return str(found.commit_url)
     except Exception as error:
-        raise _refused(repo_id, error, f"{directory} is complete on this machine", [again]) from error
+        raise _refused(
+            repo_id, error, f"{directory} is complete on this machine", [again]
+        ) from error
 
 
 def _operations(directory: Path) -> list[Any]:
@@ -66,11 +75,15 @@ def _api() -> Any:
 
 
 def _refused(repo_id: str, error: Exception, state: str, ways: list[str]) -> StorageError:
-    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = first_line(error)
     return StorageError(
         f"cannot publish {repo_id}: {state}",
         found=message[:300],
-        ways_out=["`hf auth login`, with a token that may write", "check the name and the network", *ways],
+        ways_out=[
+            "`hf auth login`, with a token that may write",
+            "check the name and the network",
+            *ways,
+        ],
     )
 
 

@@ -1,7 +1,7 @@
 """safetensors files read and written one tensor at a time, every number of a header checked.
 
-We read the weights with ``pread`` after checking every header ourselves: the format protects memory, not integrity, and
-a file truncated under an open memory map ends Python with SIGBUS.
+We read the weights with ``pread`` after checking every header ourselves: the format protects
+memory, not integrity, and a file truncated under an open memory map ends Python with SIGBUS.
 """
 
 import contextlib
@@ -38,7 +38,8 @@ DTYPES = {
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 25_000_000
-"""Longest header read, bytes. The format allows 100 MB, which takes half a gigabyte to parse; real ones have five."""
+"""Longest header read, bytes. The format allows 100 MB, which takes half a gigabyte to parse; real
+ones have five."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     def refuse(why: str, **more: str) -> ModelError:
         return ModelError(
-            f"{path} is not an intact safetensors file: {why}", ways_out=["download or copy the file again"], **more
+            f"{path} is not an intact safetensors file: {why}",
+            ways_out=["download or copy the file again"],
+            **more,
         )
 
     try:
@@ -93,16 +96,26 @@ def read_header(path: Path) -> dict[str, Entry]:
         except (KeyError, TypeError, ValueError) as error:
             raise refuse(f"tensor {name!r} has a damaged entry", found=str(info)[:200]) from error
         if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise refuse(f"tensor {name!r} has a shape or offset that is no size", found=str(info)[:200])
+            raise refuse(
+                f"tensor {name!r} has a shape or offset that is no size", found=str(info)[:200]
+            )
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise refuse(f"tensor {name!r} takes {end - begin} bytes but its shape {list(shape)} says otherwise")
+            raise refuse(
+                f"tensor {name!r} takes {end - begin} bytes but its shape {list(shape)} says "
+                "otherwise"
+            )
         if base + end > size:
-            raise refuse(f"it is truncated: tensor {name!r} ends at byte {base + end} of a file of {size}")
+            raise refuse(
+                f"it is truncated: tensor {name!r} ends at byte {base + end} of a file of {size}"
+            )
         entries[name] = Entry(path, dtype, shape, base + begin, end - begin)
     position = base
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start != position:
-            raise refuse(f"tensor {name!r} starts at byte {entry.start}, expected {position}: a gap or an overlap")
+            raise refuse(
+                f"tensor {name!r} starts at byte {entry.start}, expected {position}: a gap or an "
+                "overlap"
+            )
         position += entry.nbytes
     if position != size:
         raise refuse(f"{size - position} bytes follow the last tensor")
@@ -131,7 +144,8 @@ class Checkpoint:
             for name, entry in read_header(file).items():
                 if name in self.entries:
                     raise ModelError(
-                        f"tensor {name!r} is stored twice", where=f"{self.entries[name].file.name} and {file.name}"
+                        f"tensor {name!r} is stored twice",
+                        where=f"{self.entries[name].file.name} and {file.name}",
                     )
                 self.entries[name] = entry
         self._check_index()
@@ -140,10 +154,14 @@ class Checkpoint:
         index = self.directory / INDEX
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(f, str) for f in weight_map.values()
+            ):
                 raise ModelError(f"{index} has no weight_map of names to files")
             names = sorted(set(weight_map.values()))
-            if foreign := [name for name in names if not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name)]:
+            if foreign := [
+                name for name in names if not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name)
+            ]:
                 raise ModelError(
                     f"{index} names something else than safetensors files of its directory",
                     found=", ".join(repr(name[:80]) for name in foreign[:3]),
@@ -163,10 +181,16 @@ class Checkpoint:
         )
         if pickled:
             raise ModelError(
-                f"{self.directory} holds pickled weights only ({pickled[0]}), which can run code when opened",
-                ways_out=["use a safetensors version of the model", "or convert it once on a machine you can lose"],
+                f"{self.directory} holds pickled weights only ({pickled[0]}), which can run code "
+                "when opened",
+                ways_out=[
+                    "use a safetensors version of the model",
+                    "or convert it once on a machine you can lose",
+                ],
             )
-        raise ModelError(f"{self.directory} holds no weights", expected=f"{SINGLE} or {INDEX} with its shards")
+        raise ModelError(
+            f"{self.directory} holds no weights", expected=f"{SINGLE} or {INDEX} with its shards"
+        )
 
     def _check_index(self) -> None:
         index = self.directory / INDEX
@@ -176,7 +200,8 @@ class Checkpoint:
         absent = [name for name, file in weight_map.items() if self._file_of(name) != file]
         if absent:
             raise ModelError(
-                f"{index} and the shards disagree on {len(absent)} tensors", found=", ".join(sorted(absent)[:5])
+                f"{index} and the shards disagree on {len(absent)} tensors",
+                found=", ".join(sorted(absent)[:5]),
             )
 
     def _file_of(self, name: str) -> str | None:
@@ -185,7 +210,12 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[str]:
         """Names in the order they lie on disk."""
-        return iter(sorted(self.entries, key=lambda name: (self.entries[name].file.name, self.entries[name].start)))
+        return iter(
+            sorted(
+                self.entries,
+                key=lambda name: (self.entries[name].file.name, self.entries[name].start),
+            )
+        )
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """One tensor, in memory of its own or in ``into`` (`read_tensor`)."""
@@ -196,10 +226,12 @@ def read_tensor(entry: Entry, name: str, into: torch.Tensor | None = None) -> to
     """The tensor at an entry, by ``pread`` into fresh memory.
 
     Args:
-        into: uint8, at least as large: the tensor is read into it instead, and valid until its next use.
+        into: uint8, at least as large: the tensor is read into it instead, and valid until its next
+            use.
 
     Raises:
-        ModelError: the file ends early. StorageError: the system cannot read it.
+        ModelError: the file ends early.
+        StorageError: the system cannot read it.
     """
     raw = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into[: entry.nbytes]
     view, done = memoryview(raw.numpy()), 0  # pyright: ignore[reportArgumentType]
@@ -209,32 +241,51 @@ def read_tensor(entry: Entry, name: str, into: torch.Tensor | None = None) -> to
             while done < entry.nbytes:
                 count = file.readinto(view[done : done + (1 << 30)])
                 if not count:
-                    raise ModelError(f"{entry.file} ended inside tensor {name!r}", ways_out=["copy the file again"])
+                    raise ModelError(
+                        f"{entry.file} ended inside tensor {name!r}",
+                        ways_out=["copy the file again"],
+                    )
                 done += count
     except OSError as error:
-        raise StorageError(f"cannot read tensor {name!r} of {entry.file}: {error.strerror}") from error
-    return raw.view(entry.dtype).view(entry.shape) if entry.nbytes else torch.empty(entry.shape, dtype=entry.dtype)
+        raise StorageError(
+            f"cannot read tensor {name!r} of {entry.file}: {error.strerror}"
+        ) from error
+    return (
+        raw.view(entry.dtype).view(entry.shape)
+        if entry.nbytes
+        else torch.empty(entry.shape, dtype=entry.dtype)
+    )
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Tensors to one file, as transformers and PEFT write it (metadata ``format: pt``)."""
     metadata = {"format": "pt", **(metadata or {})}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _write_then_rename(path, lambda temporary: safetensors.torch.save_file(contiguous, temporary, metadata))
+    _write_then_rename(
+        path, lambda temporary: safetensors.torch.save_file(contiguous, temporary, metadata)
+    )
 
 
 class TensorFile:
     """A safetensors file of which one tensor at a time is in memory.
 
     Args:
-        known: dtype and shape of tensors. late: of uint8 vectors whose length is not known yet, a length they do not
-            exceed. Each is written once, in any order; the file is there under its name when the block ends well.
+        known: dtype and shape of tensors.
+        late: of uint8 vectors whose length is not known yet, a length they do not exceed. Each is
+            written once, in any order; the file is there under its name when the block ends well.
 
     Raises:
         StorageError: the disk has no room, or said no; nothing is left of it then.
     """
 
-    def __init__(self, path: Path, known: dict[str, tuple[torch.dtype, tuple[int, ...]]], late: dict[str, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        known: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        late: dict[str, int],
+    ) -> None:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._places: dict[str, tuple[str, list[int], int, int]] = {}
@@ -257,7 +308,9 @@ class TensorFile:
             name: {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
             for name, (dtype, shape, first, last) in places.items()
         }
-        return json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        return json.dumps(
+            {"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")
+        ).encode()
 
     @property
     def written(self) -> int:
@@ -267,10 +320,14 @@ class TensorFile:
     def __enter__(self) -> "TensorFile":
         with self._refusing():
             binary = getattr(os, "O_BINARY", 0)
-            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | binary, 0o644)
+            self._descriptor = os.open(
+                self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | binary, 0o644
+            )
             try:
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._descriptor, 0, 8 + self._room + self._end + sum(self._late.values()))
+                    os.posix_fallocate(
+                        self._descriptor, 0, 8 + self._room + self._end + sum(self._late.values())
+                    )
             except OSError:
                 os.close(self._descriptor)
                 raise
@@ -296,7 +353,9 @@ class TensorFile:
     def __exit__(self, kind: Any, *error: Any) -> None:
         try:
             if kind is None and self._unwritten:
-                raise ValueError(f"announced and not written: {', '.join(sorted(self._unwritten)[:5])}")
+                raise ValueError(
+                    f"announced and not written: {', '.join(sorted(self._unwritten)[:5])}"
+                )
             if kind is None:
                 with self._refusing():
                     header = self._header(self._places).ljust(self._room)
@@ -326,5 +385,6 @@ class TensorFile:
             with contextlib.suppress(OSError):
                 self._temporary.unlink(missing_ok=True)
             raise StorageError(
-                f"cannot write {self.path}: {error.strerror}", ways_out=["free space", "or choose another place"]
+                f"cannot write {self.path}: {error.strerror}",
+                ways_out=["free space", "or choose another place"],
             ) from error

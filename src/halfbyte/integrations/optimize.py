@@ -1,13 +1,15 @@
-"""What plugs into transformers, PEFT and TRL: `optimize` for a model, `MemoryCallback` for a trainer.
+"""What plugs into transformers, PEFT and TRL: `optimize` for a model, `MemoryCallback` for a
+trainer.
 
-A script that loads a model with bitsandbytes and adapts it with PEFT computes, layer by layer, what `lora` computes in
-one operation. So `optimize` makes the modules at hand, in place, subclasses of their own classes: the 4-bit layers and
-PEFT's LoRA layers, norms, MLPs and attention of known forms, and the layers that are recomputed. Names, parameters,
-``state_dict``, merging and saving are theirs as before, and whatever a layer is asked for beyond the ordinary (several
-adapters, DoRA, merged or disabled ones) is answered by its own class.
+A script that loads a model with bitsandbytes and adapts it with PEFT computes, layer by layer, what
+`lora` computes in one operation. So `optimize` makes the modules at hand, in place, subclasses of
+their own classes: the 4-bit layers and PEFT's LoRA layers, norms, MLPs and attention of known
+forms, and the layers that are recomputed. Names, parameters, ``state_dict``, merging and saving are
+theirs as before, and whatever a layer is asked for beyond the ordinary (several adapters, DoRA,
+merged or disabled ones) is answered by its own class.
 
-Dropout masks are drawn from PyTorch's generator, one number per layer and pass: the script's seed decides them, and a
-layer that is run again draws the same.
+Dropout masks are drawn from PyTorch's generator, one number per layer and pass: the script's seed
+decides them, and a layer that is run again draws the same.
 """
 
 import math
@@ -26,17 +28,18 @@ from ..engine.selftest import checkpoint_layers
 from ..memory.process import UNASKED_SHARE, headroom
 from ..memory.recompute import KEEPS, Keep, Recompute
 from ..model import attention, fusion
-from ..model.class_swap import become, is_wrapped
-from ..model.recognize import form_of
+from ..model.class_swap import is_wrapped, swap_class
+from ..model.recognize import spec_of
 from ..ops import cpu, gpu
 from ..progress import to_stderr
 from ..quantization.tensor import NESTED_BLOCK_SIZE, NF4Tensor, four_bit_linear
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 def stored_weight(weight: Tensor, dtype: torch.dtype) -> NF4Tensor | None:
-    """bitsandbytes' parameter as a tensor of ours in the same memory; None where it is not quantized yet."""
+    """bitsandbytes' parameter as a tensor of ours in the same memory; None where it is not
+    quantized yet."""
     state: Any = getattr(weight, "quant_state", None)
     if state is None:
         return None
@@ -57,7 +60,8 @@ def stored_weight(weight: Tensor, dtype: torch.dtype) -> NF4Tensor | None:
 class _FourBit(nn.Module):
     """bitsandbytes' 4-bit layer, computed by `ops.linear_4bit`.
 
-    It never packs its weight anew for inference, after which the original's gradients are those of other weights.
+    It never packs its weight anew for inference, after which the original's gradients are those of
+    other weights.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +92,8 @@ class _Lora(nn.Module):
     """PEFT's LoRA layer with one ordinary adapter, both branches at once (`lora.lora_linear`)."""
 
     kept_dtypes: dict[str, torch.dtype]
-    """The types that adapters had, which trainers may have changed since (TRL rounds adapters to bf16)."""
+    """The types that adapters had, which trainers may have changed since (TRL rounds adapters to
+    bf16)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own: Any = self
@@ -103,7 +108,15 @@ class _Lora(nn.Module):
                 p.data = p.data.to(kept)
         bias = None if base.bias is None else base.bias.to(dtype)
         with _exactly(x):
-            y = lora_linear(x.to(dtype), weight, bias, a, b, own.scaling[name], self._dropout(own.lora_dropout[name]))
+            y = lora_linear(
+                x.to(dtype),
+                weight,
+                bias,
+                a,
+                b,
+                own.scaling[name],
+                self._dropout(own.lora_dropout[name]),
+            )
         return y.to(x.dtype) if isinstance(weight, NF4Tensor) else y
 
     @property
@@ -144,11 +157,12 @@ def _base_weight(base: Any, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
     return (weight if usable else None), dtype
 
 
-# --- layers that are run again ----------------------------------------------------------------------------------------
+# --- layers that are run again --------------------------------------------------------------------
 
 
 class _Checkpointed(nn.Module):
-    """A decoder layer which, where a trainer has it checkpointed, is run again by `recompute` instead of by PyTorch."""
+    """A decoder layer which, where a trainer has it checkpointed, is run again by `recompute`
+    instead of by PyTorch."""
 
     again: "_Again"
     number: int
@@ -162,7 +176,8 @@ class _Checkpointed(nn.Module):
         """Whatever a trainer would have run the layer by is not needed."""
 
     def _run(self, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
-        # what was found out about the layer's last product holds for modules that only do what they did then
+        # what was found out about the layer's last product holds for modules that only do what they
+        # did then
         plain = all(not m._forward_hooks and _is_plain(m) for m in self.modules())
         return self.again(self.number, plain, function, hidden, *others)
 
@@ -186,7 +201,12 @@ class _Again:
         run.fill = math.nan  # if a result that is skipped did matter, it would show
 
     def __call__(
-        self, number: int, plain: bool, function: Callable[..., Tensor], hidden: Tensor, *others: Any
+        self,
+        number: int,
+        plain: bool,
+        function: Callable[..., Tensor],
+        hidden: Tensor,
+        *others: Any,
     ) -> Tensor:
         if number == 0:
             self.now = self._choose(hidden)
@@ -206,14 +226,19 @@ def _checkpoint(inner: Any, keep: str) -> str:
     """Have checkpointed layers run by `recompute`; a line for people."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers: list[Any] = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [
+        module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if layers and isinstance(layers[0], _Checkpointed):  # optimized before
         layers[0].again.keep = keep
         return ""
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    before = [(m, {name: m.__dict__[name] for name in names if name in m.__dict__}) for m in inner.modules()]
+    before = [
+        (m, {name: m.__dict__[name] for name in names if name in m.__dict__})
+        for m in inner.modules()
+    ]
     hooked = hasattr(inner, "_require_grads_hook") or hasattr(inner, "_require_grads_hooks")
-    line, run = checkpoint_layers(inner, "none", packing=False, surroundings=True)
+    line, run = checkpoint_layers(inner, "none", packing=False, restore_rng=True)
     for module, values in before:
         for name in names:
             module.__dict__.pop(name, None)
@@ -226,20 +251,31 @@ def _checkpoint(inner: Any, keep: str) -> str:
     again = _Again(run, keep, fusion.compute_dtype(inner).itemsize * outputs)
     for number, layer in enumerate(layers):
         layer.__dict__.pop("_gradient_checkpointing_func", None)
-        become(layer, _Checkpointed)
+        swap_class(layer, _Checkpointed)
         layer.__dict__.update(again=again, number=number)
-    return f"layers that are checkpointed keep their input{'' if keep == 'none' else f' (kept_activations {keep})'}"
+    return (
+        "layers that are checkpointed keep their "
+        f"input{'' if keep == 'none' else f' (kept_activations {keep})'}"
+    )
 
 
 def _output_widths(layers: list[Any]) -> Iterator[int]:
     """Of the products whose results layers may keep."""
     modules = [m for layer in layers for m in layer.modules()]
-    inside = {id(inner) for m in modules if isinstance(m, _Lora) for inner in m.modules() if inner is not m}
-    chosen: list[Any] = [m for m in modules if isinstance(m, nn.Linear | _Lora) and id(m) not in inside]
+    inside = {
+        id(inner)
+        for m in modules
+        if isinstance(m, _Lora)
+        for inner in m.modules()
+        if inner is not m
+    }
+    chosen: list[Any] = [
+        m for m in modules if isinstance(m, nn.Linear | _Lora) and id(m) not in inside
+    ]
     yield from (m.out_features for m in chosen)
 
 
-# --- a model ----------------------------------------------------------------------------------------------------------
+# --- a model --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -259,18 +295,20 @@ def optimize(
 ) -> Any:
     """Make a transformers model with PEFT's adapters train faster and in less memory, in place.
 
-    Call it after ``get_peft_model``, before a trainer is made. 4-bit layers of bitsandbytes (or of ours), LoRA layers,
-    dropout, norms, MLPs and rotary embeddings compute with this package's operations; results and gradients are the
-    same up to rounding in the compute dtype, dropout masks are others. Frozen parameters that
-    ``prepare_model_for_kbit_training`` raised to fp32 go back to the compute dtype where that changes no value; hidden
-    states and logits are then in that type, too, as in a model that was never prepared. Where checkpointing is on, a
-    backward pass runs once (no ``retain_graph``).
-    Adapters stay in the type they have now. PEFT, TRL, merging and saving go on as before.
+    Call it after ``get_peft_model``, before a trainer is made. 4-bit layers of bitsandbytes (or of
+    ours), LoRA layers, dropout, norms, MLPs and rotary embeddings compute with this package's
+    operations; results and gradients are the same up to rounding in the compute dtype, dropout
+    masks are others. Frozen parameters that ``prepare_model_for_kbit_training`` raised to fp32 go
+    back to the compute dtype where that changes no value; hidden states and logits are then in that
+    type, too, as in a model that was never prepared. Where checkpointing is on, a backward pass
+    runs once (no ``retain_graph``). Adapters stay in the type they have now. PEFT, TRL, merging and
+    saving go on as before.
 
     Args:
-        model: a transformers model or a PEFT model of one. kept_activations: what checkpointed layers keep beside
-            their input: "none", "attention", "mlp_in", "all", or "auto": all, where it takes at most half of the
-            memory that is free. say: takes lines for people.
+        model: a transformers model or a PEFT model of one.
+        kept_activations: what checkpointed layers keep beside their input: "none", "attention",
+            "mlp_in", "all", or "auto": all, where it takes at most half of the memory that is free.
+        say: takes lines for people.
 
     Returns:
         The same model.
@@ -279,7 +317,10 @@ def optimize(
         ValueError: kept_activations is none of these.
     """
     if kept_activations not in (*KEEPS, "auto"):
-        raise ValueError(f"kept_activations must be one of {', '.join((*KEEPS, 'auto'))}, not {kept_activations!r}")
+        raise ValueError(
+            f"kept_activations must be one of {', '.join((*KEEPS, 'auto'))}, not "
+            f"{kept_activations!r}"
+        )
     from transformers.loss.loss_utils import LOSS_MAPPING
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -297,16 +338,26 @@ def optimize(
     inner.eval()
     fused = fusion.fuse(inner)
     inner.train()
-    line = _checkpoint(inner, kept_activations) if any(p.requires_grad for p in inner.parameters()) else ""
+    line = (
+        _checkpoint(inner, kept_activations)
+        if any(p.requires_grad for p in inner.parameters())
+        else ""
+    )
     for module, training in modes:
         module.training = training
     say(f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused.line()}")
     if done.other:
         say(f"left as they are: {done.other} LoRA layers of other kinds (DoRA, ...)")
     if done.wrapped:
-        say(f"left as they are: {done.wrapped} modules whose forward something else has replaced (accelerate's hooks)")
+        say(
+            f"left as they are: {done.wrapped} modules whose forward something else has replaced "
+            "(accelerate's hooks)"
+        )
     if done.packed:
-        say(f"{done.packed} layers had been evaluated before: bitsandbytes has rounded their scales to bf16")
+        say(
+            f"{done.packed} layers had been evaluated before: bitsandbytes has rounded their "
+            "scales to bf16"
+        )
     if narrowed:
         say(f"back from fp32, losing nothing: {narrowed / 2**20:,.1f} MiB less")
     if line:
@@ -328,25 +379,26 @@ def _replace_layers(inner: Any) -> _Done:
     under: set[int] = set()
     for module in list(inner.modules()):
         if is_wrapped(module):
-            done.wrapped += bool(_kind(module)) or form_of(module) is not None
+            done.wrapped += bool(_kind(module)) or spec_of(module) is not None
             continue
         kind = _kind(module)
         if kind == "peft":
             under.add(id(module.get_base_layer()))
             plain = [name for name in module.lora_A if name not in module.lora_variant]
             done.other += not plain
-            become(module, _Lora)
+            swap_class(module, _Lora)
             module.kept_dtypes = {name: module.lora_A[name].weight.dtype for name in plain}
             done.lora += bool(plain)
         elif kind == "bitsandbytes":
             done.packed += _unpack(module)
-            become(module, _FourBit)
+            swap_class(module, _FourBit)
             done.four_bit += id(module) not in under
     return done
 
 
 def _kind(module: nn.Module) -> str:
-    """ "peft": one of its LoRA layers on a linear one; "bitsandbytes": its 4-bit layer; "" for others and ours."""
+    """ "peft": one of its LoRA layers on a linear one; "bitsandbytes": its 4-bit layer; "" for
+    others and ours."""
     if isinstance(module, _Lora | _FourBit):
         return ""
     bitsandbytes = sys.modules.get("bitsandbytes")
@@ -358,7 +410,8 @@ def _kind(module: nn.Module) -> str:
 
 
 def _unpack(layer: Any) -> bool:
-    """Undo what bitsandbytes does to a weight for inference on CPUs, as far as it can be; whether it had been done.
+    """Undo what bitsandbytes does to a weight for inference on CPUs, as far as it can be; whether
+    it had been done.
 
     The codes come back as they were; the scales were rounded to bf16.
     """
@@ -377,9 +430,12 @@ def _unpack(layer: Any) -> bool:
 
 
 def _undo_upcasts(inner: Any) -> int:
-    """Frozen fp32 parameters into the type that the 4-bit layers compute in, if every value survives; bytes won."""
+    """Frozen fp32 parameters into the type that the 4-bit layers compute in, if every value
+    survives; bytes won."""
     modules: list[Any] = [m for m in inner.modules() if isinstance(m, _FourBit)]
-    dtypes = {m.compute_dtype for m in modules} | {p.dtype for p in inner.parameters() if isinstance(p, NF4Tensor)}
+    dtypes = {m.compute_dtype for m in modules} | {
+        p.dtype for p in inner.parameters() if isinstance(p, NF4Tensor)
+    }
     dtypes -= {None, torch.float32}
     if len(dtypes) != 1:
         return 0
@@ -388,12 +444,16 @@ def _undo_upcasts(inner: Any) -> int:
     wide = [
         p
         for name, p in inner.named_parameters()
-        if p.dtype == torch.float32 and not p.requires_grad and "lora_" not in name and not isinstance(p, NF4Tensor)
+        if p.dtype == torch.float32
+        and not p.requires_grad
+        and "lora_" not in name
+        and not isinstance(p, NF4Tensor)
         if not any(part in name for part in stays)
     ]
     # all or none: where two types meet without autocast, PyTorch refuses
     trained_wide = any(
-        p.dtype == torch.float32 and p.requires_grad and "lora_" not in name for name, p in inner.named_parameters()
+        p.dtype == torch.float32 and p.requires_grad and "lora_" not in name
+        for name, p in inner.named_parameters()
     )
     if trained_wide or not all(_survives(p.data, dtype) for p in wide):
         return 0

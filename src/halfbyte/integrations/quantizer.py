@@ -1,12 +1,13 @@
 """4-bit models through transformers' own door, without bitsandbytes.
 
-    from halfbyte import BitsAndBytesConfig
-    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))
+    from halfbyte import BitsAndBytesConfig model = AutoModelForCausalLM.from_pretrained(name,
+    quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))
 
-The configuration has bitsandbytes' name and settings; the layers stay ``torch.nn.Linear`` with weights of ours. What
-``save_pretrained`` writes is bitsandbytes' layout and says so in ``config.json``, since files that named this package
-could not be read without it. Where bitsandbytes is not installed, its checkpoints are read this way, too, from the
-import of this module on.
+The configuration has bitsandbytes' name and settings; the layers stay ``torch.nn.Linear`` with
+weights of ours. What ``save_pretrained`` writes is bitsandbytes' layout and says so in
+``config.json``, since files that named this package could not be read without it. Where
+bitsandbytes is not installed, its checkpoints are read this way, too, from the import of this
+module on.
 """
 
 import importlib.util
@@ -44,7 +45,9 @@ class BitsAndBytesConfig(_Config):
         ValueError: load_in_8bit, or a quant_type that bitsandbytes does not have.
     """
 
-    def __init__(self, load_in_8bit: bool = False, load_in_4bit: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, load_in_8bit: bool = False, load_in_4bit: bool = True, **settings: Any
+    ) -> None:
         super().__init__(load_in_8bit, load_in_4bit, **settings)
         self.quant_method = NAME
 
@@ -53,7 +56,8 @@ class BitsAndBytesConfig(_Config):
             raise ValueError("halfbyte's BitsAndBytesConfig is for load_in_4bit")
         if self.bnb_4bit_quant_type not in BNB_QUANT_TYPES:
             raise ValueError(
-                f"bnb_4bit_quant_type must be one of {', '.join(BNB_QUANT_TYPES)}, not {self.bnb_4bit_quant_type!r}"
+                f"bnb_4bit_quant_type must be one of {', '.join(BNB_QUANT_TYPES)}, not "
+                f"{self.bnb_4bit_quant_type!r}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,8 +65,9 @@ class BitsAndBytesConfig(_Config):
 
 
 class Params4bit(NF4Tensor):
-    """An `NF4Tensor` under the name of bitsandbytes' parameter, by which PEFT leaves a weight as it is when it raises
-    all others to fp32. It computes in its own type, ``bnb_4bit_compute_dtype``, whatever that of the input is."""
+    """An `NF4Tensor` under the name of bitsandbytes' parameter, by which PEFT leaves a weight as it
+    is when it raises all others to fp32. It computes in its own type, ``bnb_4bit_compute_dtype``,
+    whatever that of the input is."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,7 +82,9 @@ class Params4bit(NF4Tensor):
 
 
 def _parameter(tensor: NF4Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(Params4bit(tensor.parts, tensor.shape, dtype, tensor.quant_type), requires_grad=False)
+    return nn.Parameter(
+        Params4bit(tensor.parts, tensor.shape, dtype, tensor.quant_type), requires_grad=False
+    )
 
 
 class _Quantize(_Operation):
@@ -86,13 +93,17 @@ class _Quantize(_Operation):
     def __init__(self, quantizer: "FourBitQuantizer") -> None:
         self.quantizer: Any = quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **others: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, **others: Any
+    ) -> dict[str, Any]:
         settings = self.quantizer.quantization_config
         result = {}
         for name, given in input_dict.items():
             value: Tensor = given[0] if isinstance(given, list) else given
             made = quantize(
-                value, double_quant=settings.bnb_4bit_use_double_quant, quant_type=settings.bnb_4bit_quant_type
+                value,
+                double_quant=settings.bnb_4bit_use_double_quant,
+                quant_type=settings.bnb_4bit_quant_type,
             )
             result[name] = _parameter(made, settings.bnb_4bit_compute_dtype or value.dtype)
             _is_there(model, name)
@@ -107,11 +118,18 @@ class _Deserialize(_Operation):
         self.hf_quantizer = quantizer
 
     def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **others: Any
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str | None = None,
+        **others: Any,
     ) -> dict[str, Any]:
         if len(input_dict) == 1:
             return input_dict
-        stored = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        stored = {
+            name: value[0] if isinstance(value, list) else value
+            for name, value in input_dict.items()
+        }
         tensor = from_components("weight", stored)
         _is_there(model, full_layer_name or "")
         dtype = self.quantizer.quantization_config.bnb_4bit_compute_dtype or tensor.dtype
@@ -126,13 +144,20 @@ def _is_there(model: Any, name: str) -> None:
 
 @register_quantizer(NAME)
 class FourBitQuantizer(_Quantizer):
-    """Holds the linear layers of a model in 4 bits, all but its output head, or all but what the settings skip."""
+    """Holds the linear layers of a model in 4 bits, all but its output head, or all but what the
+    settings skip."""
 
     requires_calibration = False
     quantization_config: Any
     serialized_names: ClassVar[dict[str, list[str]]] = {
         "weight": [
-            *("weight", "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax"),
+            *(
+                "weight",
+                "weight.nested_absmax",
+                "weight.nested_quant_map",
+                "weight.quant_map",
+                "weight.absmax",
+            ),
             *(f"weight.{STATE_KEY}{quant_type}" for quant_type in BNB_QUANT_TYPES),
         ]
     }
@@ -146,7 +171,8 @@ class FourBitQuantizer(_Quantizer):
         return 0.5
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> Any:
-        # by transformers' own rule, so that bitsandbytes holds the same layers when it reads what is written
+        # by transformers' own rule, so that bitsandbytes holds the same layers when it reads what
+        # is written
         skipped = self.get_modules_to_not_convert(
             model, self.quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
         )
@@ -166,7 +192,9 @@ class FourBitQuantizer(_Quantizer):
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Deserialize}
 
-    if not hasattr(HfQuantizer, "get_load_operations"):  # transformers before 5.20 or so asks otherwise
+    if not hasattr(
+        HfQuantizer, "get_load_operations"
+    ):  # transformers before 5.20 or so asks otherwise
 
         def get_weight_conversions(self) -> list[Any]:
             if not self.pre_quantized:
@@ -182,7 +210,9 @@ class FourBitQuantizer(_Quantizer):
         """What ``save_pretrained`` writes: 4-bit weights as bitsandbytes stores them."""
         found: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
-            found.update(components(name, tensor) if isinstance(tensor, NF4Tensor) else {name: tensor})
+            found.update(
+                components(name, tensor) if isinstance(tensor, NF4Tensor) else {name: tensor}
+            )
         return found, {"format": "pt"}
 
     def is_serializable(self) -> bool:

@@ -1,7 +1,7 @@
 """Files mapped into memory: scratch files that are written, and weights that are only read.
 
-Pages take memory while they are used, and what they hold is never lost with them. Windows takes no advice on mapped
-pages: there it works, and the system decides what stays.
+Pages take memory while they are used, and what they hold is never lost with them. Windows takes no
+advice on mapped pages: there it works, and the system decides what stays.
 """
 
 import contextlib
@@ -19,11 +19,13 @@ from ..errors import StorageError, is_exhaustion
 PAGE, MIB = mmap.PAGESIZE, 1 << 20
 _CAN_ADVISE = hasattr(mmap.mmap, "madvise") and hasattr(mmap, "MADV_DONTNEED")
 READ_STEP = 128 << 10
-"""Bytes asked for at once: the kernel reads no more ahead for one request, whatever it is asked for."""
+"""Bytes asked for at once: the kernel reads no more ahead for one request, whatever it is asked
+for."""
 
 
 def scratch_directory() -> Path:
-    """Where files without names go if nobody says: a disk rather than memory that looks like one."""
+    """Where files without names go if nobody says: a disk rather than memory that looks like
+    one."""
     for place in (Path("/var/tmp"), Path(tempfile.gettempdir())):
         if place.is_dir() and os.access(place, os.W_OK):
             return place
@@ -49,7 +51,8 @@ def _pages(start: int, stop: int) -> tuple[int, int]:
 
 
 def resident_bytes(tensor: Tensor, size: int) -> int:
-    """Bytes of the mapping that a tensor begins which this process has in memory; 0 where the system does not say."""
+    """Bytes of the mapping that a tensor begins which this process has in memory; 0 where the
+    system does not say."""
     address, inside = tensor.data_ptr(), False
     with contextlib.suppress(OSError), Path("/proc/self/smaps").open() as lines:
         for line in lines:
@@ -62,14 +65,17 @@ def resident_bytes(tensor: Tensor, size: int) -> int:
     return 0
 
 
-class Room:
-    """Bytes of this process alone, in a file without a name, mapped: nothing is left of them when it ends.
+class ScratchFile:
+    """Bytes of this process alone, in a file without a name, mapped: nothing is left of them when
+    it ends.
 
     Args:
-        size: bytes. directory: on the disk they lie on.
+        size: bytes.
+        directory: on the disk they lie on.
 
     Raises:
-        StorageError: the disk has no room for them (said now: a write to a mapped file can report nothing).
+        StorageError: the disk has no room for them (said now: a write to a mapped file can report
+            nothing).
     """
 
     def __init__(self, size: int, directory: Path) -> None:
@@ -101,7 +107,8 @@ class Room:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
 
     def range(self, tensor: Tensor) -> tuple[int, int] | tuple[()]:
-        """The first byte and the last (exclusive) of a tensor that lies here; nothing of any other."""
+        """The first byte and the last (exclusive) of a tensor that lies here; nothing of any
+        other."""
         start = tensor.data_ptr() - self.tensor(0, 1, torch.uint8).data_ptr()
         return (start, start + tensor.nbytes) if 0 <= start < self.size else ()
 
@@ -123,11 +130,12 @@ class Room:
         return resident_bytes(self.tensor(0, 1, torch.uint8), self.size)
 
 
-# --- what is only read ------------------------------------------------------------------------------------------------
+# --- what is only read ----------------------------------------------------------------------------
 
 
-class Mapped:
-    """A file, mapped to be read only. Nobody may shorten it meanwhile: that would end the process."""
+class ReadOnlyMmap:
+    """A file, mapped to be read only. Nobody may shorten it meanwhile: that would end the
+    process."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -146,10 +154,16 @@ class Mapped:
         """Have the system read these bytes; returns when it has been asked for all of them."""
         if hasattr(os, "posix_fadvise"):
             for at in range(start, start + nbytes, READ_STEP):
-                os.posix_fadvise(self._descriptor, at, min(READ_STEP, start + nbytes - at), os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(
+                    self._descriptor,
+                    at,
+                    min(READ_STEP, start + nbytes - at),
+                    os.POSIX_FADV_WILLNEED,
+                )
 
     def release(self, start: int, nbytes: int) -> None:
-        """Take no memory of this process for these bytes (the system may keep them while it has room)."""
+        """Take no memory of this process for these bytes (the system may keep them while it has
+        room)."""
         if _CAN_ADVISE:
             first, size = _pages(start, start + nbytes)
             self._map.madvise(mmap.MADV_DONTNEED, first, min(size, len(self._map) - first))

@@ -1,4 +1,5 @@
-"""Layer inputs that wait for the backward pass elsewhere: in a file (CPU) or in pinned host memory (GPU)."""
+"""Layer inputs that wait for the backward pass elsewhere: in a file (CPU) or in pinned host memory
+(GPU)."""
 
 import contextlib
 import weakref
@@ -10,29 +11,31 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..ledger import Part, counted_as
 from ..ops.library import device_type
-from .mapped_files import Room, _pages
-from .parts import counted_as
+from .mapped_files import ScratchFile, _pages
 from .process import return_pinned
 
 
-class Slots:
-    """Room for tensors of one size that are handed in one after the other and taken out in the opposite order, again
-    and again: allocated together, once.
+class OffloadPool:
+    """A last-in, first-out pool of places for tensors of one size, used again and
+    again: allocated together, once.
 
     Args:
-        count: as many are expected at a time. away: where they lie meanwhile: in memory (None), or in a file in that
-            directory (CPU) or pinned host memory (GPU). staged: as for `Pages`.
+        count: as many are expected at a time.
+        away: where they lie meanwhile: in memory (None), or in a file in that directory (CPU) or
+            pinned host memory (GPU).
+        staged: as for `Pages`.
     """
 
     def __init__(self, count: int, away: Path | None = None, staged: bool | None = None) -> None:
         self.count, self.size, self.away = count, 0, away
         self.free: list[Tensor] = []
         self.like = torch.empty(0)
-        self.room: Room | None = None
+        self.file: ScratchFile | None = None
         self._staged = staged
         self._stream: Any = None
-        self._last: weakref.ref[Slot] | None = None
+        self._last: weakref.ref[OffloadedTensor] | None = None
 
     @property
     def staged(self) -> bool:
@@ -44,20 +47,23 @@ class Slots:
         """Bytes of all expected places."""
         return self.count * self.size * self.like.element_size()
 
-    def put(self, tensor: Tensor) -> "Slot":
+    def put(self, tensor: Tensor) -> "OffloadedTensor":
         """A copy of a tensor, whose place is free again when the returned object is gone."""
-        if tensor.numel() > self.size or (tensor.dtype, tensor.device) != (self.like.dtype, self.like.device):
+        if tensor.numel() > self.size or (tensor.dtype, tensor.device) != (
+            self.like.dtype,
+            self.like.device,
+        ):
             self.size = tensor.numel()
             self.like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             self._make()
         before, place = self._last, self.free.pop() if self.free else self._another()
-        slot = Slot(self, place, tensor.shape, None if before is None else before())
-        slot.fill(tensor)
-        self._last = weakref.ref(slot)
-        return slot
+        held = OffloadedTensor(self, place, tensor.shape, None if before is None else before())
+        held.fill(tensor)
+        self._last = weakref.ref(held)
+        return held
 
-    def prepare(self, like: "Slots") -> None:
-        """Make room for what other slots were for, now.
+    def prepare(self, like: "OffloadPool") -> None:
+        """Make places for what another pool was for, now.
 
         Raises:
             StorageError, MemoryError: there is none.
@@ -73,9 +79,9 @@ class Slots:
 
     def _make(self) -> None:
         """Places for ``count`` tensors of the size."""
-        self.free, self.room = [], None
+        self.free, self.file = [], None
         if self.away is None or (self.staged and self.like.is_meta):
-            with counted_as("kept layer inputs"):
+            with counted_as(Part.LAYER_INPUTS):
                 places = self.like.new_empty(self.count, self.size) if self.away is None else None
             self.free = list(places) if places is not None else []
         elif self.staged:
@@ -84,19 +90,26 @@ class Slots:
                 self._stream = torch.cuda.Stream(self.like.device)
             if pin:  # smaller places were here before, perhaps
                 return_pinned()
-            self.free = list(torch.empty(self.count, self.size, dtype=self.like.dtype, pin_memory=pin))
+            self.free = list(
+                torch.empty(self.count, self.size, dtype=self.like.dtype, pin_memory=pin)
+            )
         elif not self.like.is_meta:
             stride = _pages(0, self.size * self.like.element_size())[1]
-            self.room = Room(self.count * stride, self.away)
-            self.free = [self.room.tensor(i * stride, self.size, self.like.dtype) for i in range(self.count)]
+            self.file = ScratchFile(self.count * stride, self.away)
+            self.free = [
+                self.file.tensor(i * stride, self.size, self.like.dtype) for i in range(self.count)
+            ]
 
     def _another(self) -> Tensor:
-        """A place beyond those that were expected (or one that stands for a place elsewhere, on ``meta``)."""
+        """A place beyond those that were expected (or one that stands for a place elsewhere, on
+        ``meta``)."""
         if self.away is not None and self.like.is_meta:
             return self.like
         if self.away is not None and self.staged:
-            return torch.empty(self.size, dtype=self.like.dtype, pin_memory=self._stream is not None)
-        with counted_as("kept layer inputs"):
+            return torch.empty(
+                self.size, dtype=self.like.dtype, pin_memory=self._stream is not None
+            )
+        with counted_as(Part.LAYER_INPUTS):
             return self.like.new_empty(self.size)
 
     @contextlib.contextmanager
@@ -109,13 +122,15 @@ class Slots:
             yield
 
 
-class Slot:
-    """A tensor in `Slots`."""
+class OffloadedTensor:
+    """A tensor in `OffloadPool`."""
 
-    def __init__(self, slots: Slots, place: Tensor, shape: torch.Size, before: "Slot | None") -> None:
-        self.slots, self.place, self.shape = slots, place, shape
+    def __init__(
+        self, pool: OffloadPool, place: Tensor, shape: torch.Size, before: "OffloadedTensor | None"
+    ) -> None:
+        self.pool, self.place, self.shape = pool, place, shape
         self.before = None if before is None else weakref.ref(before)
-        self.room = slots.room if slots.room is not None and slots.room.range(place) else None
+        self.file = pool.file if pool.file is not None and pool.file.range(place) else None
         self._came: Any = None
         self._back: Tensor | None = None
 
@@ -124,23 +139,24 @@ class Slot:
 
     def fill(self, tensor: Tensor) -> None:
         """Copy a tensor here."""
-        slots = self.slots
+        pool = self.pool
         if self.place.numel() < tensor.numel():  # it stands for a place elsewhere
             return
-        if slots.away is None or not slots.staged:
+        if pool.away is None or not pool.staged:
             self._view().copy_(tensor)
-            if self.room is not None:
-                self.room.release(*self.room.range(self.place))
+            if self.file is not None:
+                self.file.release(*self.file.range(self.place))
             return
-        with slots._copying():
+        with pool._copying():
             self._view().copy_(tensor, non_blocking=True)
-            if slots._stream is not None:
-                tensor.record_stream(slots._stream)
+            if pool._stream is not None:
+                tensor.record_stream(pool._stream)
 
     def take(self) -> Tensor:
-        """The tensor, where it can be computed with; what was handed in before it begins to come."""
+        """The tensor, where it can be computed with; what was handed in before it begins to
+        come."""
         before = None if self.before is None else self.before()
-        if self.slots.away is None:
+        if self.pool.away is None:
             return self._view()
         self._come()
         if before is not None:
@@ -148,31 +164,33 @@ class Slot:
         if self._back is None:
             return self._view()
         if self._came is not None:
-            here = torch.cuda.current_stream(self.slots.like.device)
+            here = torch.cuda.current_stream(self.pool.like.device)
             here.wait_event(self._came)
             self._back.record_stream(here)
         return self._back
 
     def _come(self) -> None:
         """Begin to bring the tensor back."""
-        slots = self.slots
-        if self.room is not None:
-            self.room.will_need(*self.room.range(self.place))
-        elif self._back is None and slots.like.is_meta and not slots.staged:  # a mapped place: nothing is counted
+        pool = self.pool
+        if self.file is not None:
+            self.file.will_need(*self.file.range(self.place))
+        elif (
+            self._back is None and pool.like.is_meta and not pool.staged
+        ):  # a mapped place: nothing is counted
             with _disable_current_modes():
-                self._back = slots.like.new_empty(self.shape)
-        elif self._back is None and slots.staged:
-            with slots._copying(), counted_as("kept layer inputs"):
-                self._back = slots.like.new_empty(self.shape)
+                self._back = pool.like.new_empty(self.shape)
+        elif self._back is None and pool.staged:
+            with pool._copying(), counted_as(Part.LAYER_INPUTS):
+                self._back = pool.like.new_empty(self.shape)
                 if self.place.numel() >= self.shape.numel():
                     self._back.copy_(self._view(), non_blocking=True)
-                if slots._stream is not None:
-                    self._came = slots._stream.record_event()
+                if pool._stream is not None:
+                    self._came = pool._stream.record_event()
 
     def __del__(self) -> None:
-        slots, place = self.slots, self.place
-        if self.room is not None and self.room is slots.room:
-            self.room.release(*self.room.range(place))
-        fits = place.numel() == slots.size and place.dtype == slots.like.dtype
-        if fits and (slots.room is None or self.room is slots.room) and len(slots.free) < slots.count:
-            slots.free.append(place)
+        pool, place = self.pool, self.place
+        if self.file is not None and self.file is pool.file:
+            self.file.release(*self.file.range(place))
+        fits = place.numel() == pool.size and place.dtype == pool.like.dtype
+        if fits and (pool.file is None or self.file is pool.file) and len(pool.free) < pool.count:
+            pool.free.append(place)

@@ -1,6 +1,8 @@
-"""Optimizer states that lie in a file (CPU) or pinned host memory (GPU) and are worked through window by window.
+"""Optimizer states that lie in a file (CPU) or pinned host memory (GPU) and are worked through
+window by window.
 
-Unlike CUDA's managed memory, what moves when is written down here, and small tensors move like large ones.
+Unlike CUDA's managed memory, what moves when is written down here, and small tensors move like
+large ones.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.library import device_type
-from .mapped_files import Room, _pages, scratch_directory
+from .mapped_files import ScratchFile, _pages, scratch_directory
 
 Ranges = dict[str, tuple[int, int]]
 
@@ -21,11 +23,13 @@ class Pages:
     """Arrays that are worked through window by window, each taking memory for about one window.
 
     Args:
-        arrays: elements and dtype of each, by name. device: where windows are used. directory: of the file (CPU).
+        arrays: elements and dtype of each, by name.
+        device: where windows are used.
+        directory: of the file (CPU).
         staged: windows are copied to the device and back; None: where it is a GPU.
 
     Raises:
-        StorageError: as `Room`.
+        StorageError: as `ScratchFile`.
     """
 
     def __init__(
@@ -36,28 +40,33 @@ class Pages:
         staged: bool | None = None,
     ) -> None:
         self.device = device
-        self.staged = device_type(torch.empty(0, device=device)) == "cuda" if staged is None else staged
-        self.room: Room | None = None
+        self.staged = (
+            device_type(torch.empty(0, device=device)) == "cuda" if staged is None else staged
+        )
+        self.file: ScratchFile | None = None
         self._starts: dict[str, int] = {}
         self._staging: list[dict[str, Tensor]] = []
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         if device.type == "meta":
             self._arrays = {
-                name: torch.empty(count, dtype=dtype, device=device) for name, (count, dtype) in arrays.items()
+                name: torch.empty(count, dtype=dtype, device=device)
+                for name, (count, dtype) in arrays.items()
             }
         elif self.staged:
             pin = device.type == "cuda"
             self._arrays = {
-                name: torch.zeros(count, dtype=dtype, pin_memory=pin) for name, (count, dtype) in arrays.items()
+                name: torch.zeros(count, dtype=dtype, pin_memory=pin)
+                for name, (count, dtype) in arrays.items()
             }
         else:
             end = 0
             for name, (count, dtype) in arrays.items():
                 self._starts[name] = end
                 end += _pages(0, count * dtype.itemsize)[1]
-            self.room = Room(end, directory or scratch_directory())
+            self.file = ScratchFile(end, directory or scratch_directory())
             self._arrays = {
-                name: self.room.tensor(self._starts[name], count, dtype) for name, (count, dtype) in arrays.items()
+                name: self.file.tensor(self._starts[name], count, dtype)
+                for name, (count, dtype) in arrays.items()
             }
 
     def arrays(self) -> dict[str, Tensor]:
@@ -68,13 +77,14 @@ class Pages:
 
     def release(self) -> None:
         """Take no memory for what was touched outside of `windows`."""
-        if self.room is not None:
-            self.room.release()
+        if self.file is not None:
+            self.file.release()
 
     def resident_bytes(self) -> int:
-        """Bytes that are in the memory the model computes in: of windows on a GPU, of mapped pages on a CPU."""
-        if self.room is not None:
-            return self.room.resident_bytes()
+        """Bytes that are in the memory the model computes in: of windows on a GPU, of mapped pages
+        on a CPU."""
+        if self.file is not None:
+            return self.file.resident_bytes()
         return sum(t.nbytes for buffers in self._staging for t in buffers.values())
 
     def staging(self) -> list[Tensor]:
@@ -85,7 +95,8 @@ class Pages:
         """One window after the other, to be read and written until the next is asked for.
 
         Args:
-            cuts: of each window, first and last element (exclusive) of each array. Windows do not overlap.
+            cuts: of each window, first and last element (exclusive) of each array. Windows do not
+                overlap.
         """
         return self._copied(cuts) if self.staged else self._mapped(cuts)
 
@@ -97,18 +108,19 @@ class Pages:
             self._each(cut, "release")
 
     def _each(self, cut: Ranges, what: str) -> None:
-        if self.room is None:
+        if self.file is None:
             return
         for name, (first, last) in cut.items():
             size, start = self._arrays[name].element_size(), self._starts[name]
             if last > first:
-                getattr(self.room, what)(start + first * size, start + last * size)
+                getattr(self.file, what)(start + first * size, start + last * size)
 
     def _copied(self, cuts: Sequence[Ranges]) -> Iterator[dict[str, Tensor]]:
-        """Windows in two buffers: while one is used, the other's content goes back and the next one's comes.
+        """Windows in two buffers: while one is used, the other's content goes back and the next
+        one's comes.
 
-        All copies are in one stream, so a buffer is filled after it was emptied. What orders them with the computation
-        are two events a window: it has come, it was used.
+        All copies are in one stream, so a buffer is filled after it was emptied. What orders them
+        with the computation are two events a window: it has come, it was used.
         """
         self._make_staging(cuts)
         fetched = self._fetch(cuts[0], 0) if cuts else None
@@ -127,19 +139,29 @@ class Pages:
         for cut in cuts:
             for name, (first, last) in cut.items():
                 longest[name] = max(longest.get(name, 0), last - first)
-        if self._staging and all(self._staging[0][name].numel() >= count for name, count in longest.items()):
+        if self._staging and all(
+            self._staging[0][name].numel() >= count for name, count in longest.items()
+        ):
             return
         self._staging = [
-            {name: torch.empty(n, dtype=self._arrays[name].dtype, device=self.device) for name, n in longest.items()}
+            {
+                name: torch.empty(n, dtype=self._arrays[name].dtype, device=self.device)
+                for name, n in longest.items()
+            }
             for _ in range(2)
         ]
 
     def _views(self, cut: Ranges, number: int) -> dict[str, Tensor]:
-        return {name: self._staging[number % 2][name][: last - first] for name, (first, last) in cut.items()}
+        return {
+            name: self._staging[number % 2][name][: last - first]
+            for name, (first, last) in cut.items()
+        }
 
     def _fetch(self, cut: Ranges, number: int) -> Any:
-        """Begin to copy a window; the event of its arrival (None where copies are not asynchronous)."""
-        # the buffer's own content left in the same stream; only its first use must wait for the computation
+        """Begin to copy a window; the event of its arrival (None where copies are not
+        asynchronous)."""
+        # the buffer's own content left in the same stream; only its first use must wait for the
+        # computation
         with self._copying():
             for name, view in self._views(cut, number).items():
                 first, last = cut[name]
@@ -148,7 +170,8 @@ class Pages:
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
-        """Within this block copies go by the stream for copies, after what has been computed so far."""
+        """Within this block copies go by the stream for copies, after what has been computed so
+        far."""
         if self._stream is None:
             yield
             return

@@ -1,8 +1,9 @@
 """The memory of this process: how much it is, and how it is kept in one piece.
 
-The C library's allocator gives a freed block back only when nothing behind it is in use. Long-lived tensors made
-between short-lived ones therefore pin memory that nobody uses. So what lives through a step (gradients, the layers'
-inputs) lies in blocks of its own, and what loading leaves behind is given back.
+The C library's allocator gives a freed block back only when nothing behind it is in use. Long-lived
+tensors made between short-lived ones therefore pin memory that nobody uses. So what lives through a
+step (gradients, the layers' inputs) lies in blocks of its own, and what loading leaves behind is
+given back.
 """
 
 import contextlib
@@ -38,8 +39,8 @@ def held_now() -> int:
 
 
 class Peak:
-    """The most memory used since it was made or restarted, bytes: what the CUDA allocator reserved, or this process's
-    anonymous resident memory; 0 where the system does not say."""
+    """The most memory used since it was made or restarted, bytes: what the CUDA allocator reserved,
+    or this process's anonymous resident memory; 0 where the system does not say."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -76,22 +77,34 @@ def _cgroups() -> list[Path]:
             root = Path("/sys/fs/cgroup") / ("memory" if "memory" in kinds.split(",") else "")
             if not kinds or "memory" in kinds.split(","):
                 inner = root / path.lstrip("/")
-                found += [each for each in (inner, *inner.parents) if each == root or root in each.parents]
+                found += [
+                    each for each in (inner, *inner.parents) if each == root or root in each.parents
+                ]
     return found
 
 
 def available(cgroups: Iterable[Path] | None = None) -> int | None:
-    """Bytes of host memory this process could still take: what the system has free, what its cgroups leave, what its
-    own limit leaves, whichever is least. None where the system does not say."""
+    """Bytes of host memory this process could still take: what the system has free, what its
+    cgroups leave, what its own limit leaves, whichever is least. None where the system does not
+    say."""
     left = []
     cgroups = _cgroups() if cgroups is None else cgroups
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        left.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+        left.append(
+            next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        )
     for path in cgroups:
-        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for most, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
             with contextlib.suppress(OSError, ValueError):
-                left.append(int((path / most).read_text()) - int((path / used).read_text()) + _file_cache(path))
+                left.append(
+                    int((path / most).read_text())
+                    - int((path / used).read_text())
+                    + _file_cache(path)
+                )
     if resource is not None:
         status = _status()
         for kind, key in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
@@ -102,7 +115,8 @@ def available(cgroups: Iterable[Path] | None = None) -> int | None:
 
 
 def headroom(device: torch.device) -> int | None:
-    """Bytes that tensors on a device could still take: `available`, and what is held for reuse and not in use."""
+    """Bytes that tensors on a device could still take: `available`, and what is held for reuse and
+    not in use."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -130,9 +144,10 @@ _limits_before: list[tuple[int, int]] = []
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Within this block host memory ends with an error where it would end with the process being killed: the limit on
-    data (RLIMIT_DATA) is what this process has and what is free now, and room for what is mapped and never touched
-    (stacks of threads, ends of regions). Blocks may overlap: the last to end takes the limit away."""
+    """Within this block host memory ends with an error where it would end with the process being
+    killed: the limit on data (RLIMIT_DATA) is what this process has and what is free now, and room
+    for what is mapped and never touched (stacks of threads, ends of regions). Blocks may overlap:
+    the last to end takes the limit away."""
     free = available()
     if resource is None or free is None or "VmData" not in (status := _status()):
         yield
@@ -141,7 +156,9 @@ def bounded() -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if not _limits_before:
             limit = status["VmData"] + free + _UNTOUCHED + 8 * MIB * torch.get_num_threads()
-            resource.setrlimit(resource.RLIMIT_DATA, (min(limit, soft) if soft >= 0 else limit, hard))
+            resource.setrlimit(
+                resource.RLIMIT_DATA, (min(limit, soft) if soft >= 0 else limit, hard)
+            )
         _limits_before.append((soft, hard) if not _limits_before else _limits_before[0])
     try:
         yield
@@ -152,25 +169,26 @@ def bounded() -> Iterator[None]:
                 resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def allocate_apart(smallest: int) -> None:
-    """Have the C library (glibc) map blocks of so many bytes and more by themselves, so that they go back to the system
-    when they are freed.
+def set_mmap_threshold(smallest: int) -> None:
+    """Have the C library (glibc) map blocks of so many bytes and more by themselves, so that they
+    go back to the system when they are freed.
 
-    It costs page faults: right for weights, and for what is not made again and again (that lies in `ops.arena`).
+    It costs page faults: right for weights, and for what is not made again and again (that lies in
+    `ops.arena`).
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, smallest)
 
 
 _M_MMAP_THRESHOLD = -3
-LASTING, PASSING = 1 << 16, 1 << 20
-"""The smallest such blocks while a model is loaded, and else. An empty model's weights, too, are memory for a moment,
-and on the heap each would leave a hole that the next one does not fit into."""
+LOAD_MMAP_THRESHOLD, TRAIN_MMAP_THRESHOLD = 1 << 16, 1 << 20
+"""The smallest such blocks while a model is loaded, and else. An empty model's weights, too, are
+memory for a moment, and on the heap each would leave a hole that the next one does not fit into."""
 
 
 def return_freed() -> None:
-    """Give freed memory back to the system: the regions of `ops.arena`, what the C library can (glibc), and what
-    PyTorch holds of GPU and of pinned memory."""
+    """Give freed memory back to the system: the regions of `ops.arena`, what the C library can
+    (glibc), and what PyTorch holds of GPU and of pinned memory."""
     ARENA.release()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -180,7 +198,8 @@ def return_freed() -> None:
 
 
 def return_pinned() -> None:
-    """Give pinned host memory that nobody uses back to the system; PyTorch would keep it for blocks of its size."""
+    """Give pinned host memory that nobody uses back to the system; PyTorch would keep it for blocks
+    of its size."""
     for name in ("_accelerator_emptyHostCache", "_host_emptyCache"):  # since 2.13, before
         if hasattr(torch._C, name):
             getattr(torch._C, name)()
@@ -188,4 +207,5 @@ def return_pinned() -> None:
 
 
 UNASKED_SHARE = 0.5
-"""Of the memory that is free, what a training may take for speed alone without being told what to fit into."""
+"""Of the memory that is free, what a training may take for speed alone without being told what to
+fit into."""

@@ -1,20 +1,22 @@
 """What a decoder layer keeps for its backward pass, and what it computes a second time.
 
-A layer keeps its input and computes the rest again (Chen et al. 2016, arXiv:1604.06174). Some of the rest is dear: the
-products with the 4-bit weights and attention. Their results can be kept too, so that only norms, activations and
-rotations are computed twice:
+A layer keeps its input and computes the rest again (Chen et al. 2016, arXiv:1604.06174). Some of
+the rest is dear: the products with the 4-bit weights and attention. Their results can be kept too,
+so that only norms, activations and rotations are computed twice:
 
     none       the layer's input; everything is computed twice
-    attention  also the results of the products before attention, and of attention where it is fused (`ops.attention`);
-               nothing in a layer that has no attention
-    mlp_in     also the result of the first product after attention: what the MLP reads then costs a norm
+    attention  also the results of the products before attention, and of attention where it is
+               fused (`ops.attention`); nothing in a layer that has no attention
+    mlp_in     also the result of the first product after attention: what the MLP reads then
+               costs a norm
     all        the results of all products
 
-The last product of a layer is never computed twice where nothing but the layer's output depends on it. Results are the
-same bits whichever is chosen: the same operations run on the same numbers.
+The last product of a layer is never computed twice where nothing but the layer's output depends on
+it. Results are the same bits whichever is chosen: the same operations run on the same numbers.
 
-While a layer runs, its products and its attention ask here (`product`, `attended`) whether their result is at hand. A
-layer is run by the function that transformers calls for a checkpointed layer, once to record and once to replay.
+While a layer runs, its products and its attention ask here (`product`, `attention_result`) whether
+their result is at hand. A layer is run by the function that transformers calls for a checkpointed
+layer, once to record and once to replay.
 """
 
 import contextlib
@@ -28,16 +30,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..ledger import Part, counted_as
 from ..ops import dequantized
-from .offload import Slots
-from .parts import counted_as
+from .offload import OffloadPool
 
 Keep = Literal["none", "attention", "mlp_in", "all"]
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
-class _Unneeded:
+class Skipped:
     """In place of a result of which only the shape matters."""
 
     def __init__(self, like: Tensor, fill: float | None) -> None:
@@ -48,8 +50,9 @@ class _Unneeded:
         return out if self.fill is None else out.fill_(self.fill)
 
 
-class _Tape:
-    """Results of one layer in the order in which they were computed; None where one was not kept."""
+class ActivationTape:
+    """Results of one layer in the order in which they were computed; None where one was not
+    kept."""
 
     def __init__(self, keep: Keep) -> None:
         self.level = KEEPS.index(keep)
@@ -63,13 +66,21 @@ class _Tape:
     def take(self, compute: Callable[[], Any], is_product: bool) -> Any:
         if self.replaying:
             if not self.results:
-                raise ModelError("a layer computed more products when it was run again than the first time")
+                raise ModelError(
+                    "a layer computed more products when it was run again than the first time"
+                )
             result = self.results.pop(0)
-            if isinstance(result, _Unneeded):
+            if isinstance(result, Skipped):
                 return result.tensor()
             return compute() if result is None else result
-        level = 3 if is_product and self.after_attention > 0 else 2 if is_product and self.after_attention == 0 else 1
-        with counted_as("kept activations") if self.level >= level else contextlib.nullcontext():
+        level = (
+            3
+            if is_product and self.after_attention > 0
+            else 2
+            if is_product and self.after_attention == 0
+            else 1
+        )
+        with counted_as(Part.KEPT_ACTIVATIONS) if self.level >= level else contextlib.nullcontext():
             result = compute()
         self.results.append(result if self.level >= level else None)
         self.levels.append(level)
@@ -82,14 +93,15 @@ class _Tape:
         return result
 
     def recorded(self, skip_last: bool, fill: float | None) -> bool:
-        """The layer has run; it is played back from the first product on. Returns whether one will be skipped."""
+        """The layer has run; it is played back from the first product on. Returns whether one will
+        be skipped."""
         if self.after_attention < 0 and self.level < KEEPS.index("all"):
             # no attention, so nothing lies before it
             self.results = [None] * len(self.results)
         skipping = skip_last and self.last_product is not None
         if skipping and self.last_product is not None:
             position, result = self.last_product
-            self.results[position] = _Unneeded(result, fill)
+            self.results[position] = Skipped(result, fill)
         self.last_product, self.replaying = None, True
         return skipping
 
@@ -99,21 +111,22 @@ _running = threading.local()
 
 def product(compute: Callable[[], Tensor]) -> Tensor:
     """The result of a product with a weight, computed or at hand."""
-    tape: _Tape | None = getattr(_running, "tape", None)
+    tape: ActivationTape | None = getattr(_running, "tape", None)
     return compute() if tape is None else tape.take(compute, True)
 
 
-def attended(compute: Callable[[], Result]) -> Result:
+def attention_result(compute: Callable[[], Result]) -> Result:
     """The result of attention, computed or at hand."""
-    tape: _Tape | None = getattr(_running, "tape", None)
+    tape: ActivationTape | None = getattr(_running, "tape", None)
     return compute() if tape is None else tape.take(compute, False)
 
 
 def as_one_product(compute: Callable[[], Tensor]) -> Tensor:
-    """The result of several products of which one alone leaves what it gives, computed or at hand."""
+    """The result of several products of which one alone leaves what it gives, computed or at
+    hand."""
 
     def apart() -> Tensor:
-        with _Playing(None):
+        with Playback(None):
             return compute()
 
     return product(apart)
@@ -121,7 +134,7 @@ def as_one_product(compute: Callable[[], Tensor]) -> Tensor:
 
 def remember(compute: Callable[[], Tensor]) -> Tensor:
     """A small result that is kept whatever else is, computed or at hand."""
-    tape: _Tape | None = getattr(_running, "tape", None)
+    tape: ActivationTape | None = getattr(_running, "tape", None)
     if tape is None:
         return compute()
     if tape.replaying:
@@ -132,15 +145,15 @@ def remember(compute: Callable[[], Tensor]) -> Tensor:
 
 def pass_attention() -> None:
     """Attention happens here, but its result cannot be kept."""
-    tape: _Tape | None = getattr(_running, "tape", None)
+    tape: ActivationTape | None = getattr(_running, "tape", None)
     if tape is not None and not tape.replaying:
         tape.after_attention = 0
 
 
-class _Playing:
+class Playback:
     """Within this block products and attention go by the tape (None: by none, each is computed)."""
 
-    def __init__(self, tape: _Tape | None) -> None:
+    def __init__(self, tape: ActivationTape | None) -> None:
         self.tape = tape
 
     def __enter__(self) -> None:
@@ -155,10 +168,14 @@ class Recompute:
     """Runs the checkpointed layers of a model.
 
     Args:
-        keep: what layers keep beside their input. layers: their number. kept_layers: that many keep it, the last ones,
-            whose backward passes come first; the others keep their input alone. Negative: all. away: directory of the
-            file that inputs wait in (on a GPU: pinned host memory); None: they wait where the model computes.
-        surroundings: layers find PyTorch's random state and autocast as they were, when they are run again.
+        keep: what layers keep beside their input.
+        layers: their number.
+        kept_layers: that many keep it, the last ones, whose backward passes come first; the others
+            keep their input alone. Negative: all.
+        away: directory of the file that inputs wait in (on a GPU: pinned host memory); None: they
+            wait where the model computes.
+        surroundings: layers find PyTorch's random state and autocast as they were, when they are
+            run again.
     """
 
     def __init__(
@@ -167,43 +184,49 @@ class Recompute:
         layers: int = 0,
         kept_layers: int = -1,
         away: Path | None = None,
-        surroundings: bool = False,
+        restore_rng: bool = False,
     ) -> None:
-        self.surroundings = surroundings
+        self.restore_rng = restore_rng
         self.keep: Keep = keep if kept_layers else "none"
         self.layers = layers
         self.kept_layers = min(kept_layers, layers) if kept_layers >= 0 else layers
         if self.keep == "none":
             self.kept_layers = 0
-        self.inputs = Slots(layers, away)
+        self.inputs = OffloadPool(layers, away)
         self.skip_last = False
         self.skipped = False
-        self.fill: float | None = None  # what a skipped result holds; a test puts NaN in, to see whether it matters
+        self.fill: float | None = (
+            None  # what a skipped result holds; a test puts NaN in, to see whether it matters
+        )
 
     def keep_nothing(self) -> None:
         """Keep nothing but inputs; takes effect when the layers are given what runs them again."""
         self.keep, self.kept_layers = "none", 0
 
     def layer(self, number: int) -> Callable[..., Tensor]:
-        """What runs layer ``number``: `transformers` calls it as ``run(function, hidden_states, *others)``."""
+        """What runs layer ``number``: `transformers` calls it as ``run(function, hidden_states,
+        *others)``."""
         keeps = number >= self.layers - self.kept_layers
         return functools.partial(self.run, self.keep if keeps else "none")
 
-    def run(self, keep: Keep, function: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+    def run(
+        self, keep: Keep, function: Callable[..., Tensor], hidden: Tensor, *others: Any
+    ) -> Tensor:
         """A layer's result; what ``keep`` says is kept of it."""
         if not torch.is_grad_enabled():
             return function(hidden, *others)
         given = [*others, *getattr(function, "keywords", {}).values()]
         if any(isinstance(value, Tensor) and value.requires_grad for value in given):
             raise ModelError("a layer is given a second tensor that needs a gradient")
-        # the adapters inside need gradients even where the layer's input does not: the first layer's
+        # the adapters inside need gradients even where the layer's input does not: the first
+        # layer's
         trigger = torch.empty(0, requires_grad=True)
         return _Layer.apply(self, keep, function, others, trigger, hidden)  # pyright: ignore[reportReturnType]
 
 
-class _Surroundings:
-    """PyTorch's random state and autocast, of the CPU and of the device at hand, as they are now; within a block, as
-    they were."""
+class RngAndAutocast:
+    """PyTorch's random state and autocast, of the CPU and of the device at hand, as they are now;
+    within a block, as they were."""
 
     def __init__(self, device: torch.device) -> None:
         self.random = torch.get_rng_state()
@@ -221,7 +244,9 @@ class _Surroundings:
 
     def __enter__(self) -> None:
         self.stack = contextlib.ExitStack()
-        self.stack.enter_context(torch.random.fork_rng(devices=[] if self.gpu is None else [self.gpu]))
+        self.stack.enter_context(
+            torch.random.fork_rng(devices=[] if self.gpu is None else [self.gpu])
+        )
         for settings in self.autocast:
             self.stack.enter_context(torch.autocast(**settings))
         torch.set_rng_state(self.random)
@@ -245,9 +270,11 @@ class _Layer(torch.autograd.Function):
         trigger: Tensor,
         hidden: Tensor,
     ) -> Tensor:
-        ctx.tape = _Tape(keep)
-        ctx.surroundings = _Surroundings(hidden.device) if run.surroundings else contextlib.nullcontext()
-        with _Playing(ctx.tape):
+        ctx.tape = ActivationTape(keep)
+        ctx.restore_rng = (
+            RngAndAutocast(hidden.device) if run.restore_rng else contextlib.nullcontext()
+        )
+        with Playback(ctx.tape):
             out = function(hidden, *others)
         if not isinstance(out, Tensor):
             raise ModelError(f"a layer returns {type(out).__name__}, not a tensor")
@@ -259,11 +286,12 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if ctx.input is None:
             raise ModelError(
-                "a layer that is run again for its gradients has one backward pass, not two (retain_graph)"
+                "a layer that is run again for its gradients has one backward pass, not two "
+                "(retain_graph)"
             )
         hidden = ctx.input.take().detach().requires_grad_(ctx.needs_input_grad[5])
         with dequantized.layer():
-            with torch.enable_grad(), _Playing(ctx.tape), ctx.surroundings:
+            with torch.enable_grad(), Playback(ctx.tape), ctx.restore_rng:
                 out = ctx.function(hidden, *ctx.others)
             ctx.tape = ctx.function = ctx.others = None
             if out.requires_grad:
@@ -273,10 +301,13 @@ class _Layer(torch.autograd.Function):
 
 
 def recompute_layers(model: Any, run: Recompute | None) -> int:
-    """Have every layer that transformers can checkpoint run by ``run`` (None: by no one, all is kept). Their number."""
+    """Have every layer that transformers can checkpoint run by ``run`` (None: by no one, all is
+    kept). Their number."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = run is not None
         if run is not None:

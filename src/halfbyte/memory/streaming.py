@@ -6,19 +6,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .mapped_files import Mapped
+from .mapped_files import ReadOnlyMmap
 
 
-class Travel:
+class LayerStreamer:
     """Bytes of files that are used group after group, one way and back: layers of a model.
 
-    While a group is used, the next one in the direction of travel is read, and what lies behind leaves memory: at any
-    time two groups, whatever there are in all.
+    While a group is used, the next one in the direction of travel is read, and what lies behind
+    leaves memory: at any time two groups, whatever there are in all.
     """
 
     def __init__(self) -> None:
-        self._files: dict[Path, Mapped] = {}
-        self._groups: dict[int, list[tuple[Mapped, int, int]]] = {}
+        self._files: dict[Path, ReadOnlyMmap] = {}
+        self._groups: dict[int, list[tuple[ReadOnlyMmap, int, int]]] = {}
         self._now: int | None = None
         self._lock = threading.Lock()
         self._reader = futures.ThreadPoolExecutor(max_workers=1)
@@ -26,7 +26,7 @@ class Travel:
     def tensor(self, group: int, file: Path, start: int, nbytes: int) -> Tensor:
         """Bytes of a file as a member of a group, uint8 [nbytes], never to be written to."""
         if file not in self._files:
-            self._files[file] = Mapped(file)
+            self._files[file] = ReadOnlyMmap(file)
         mapped = self._files[file]
         members = self._groups.setdefault(group, [])
         if members and members[-1][0] is mapped and members[-1][1] + members[-1][2] == start:
@@ -36,8 +36,8 @@ class Travel:
             members.append((mapped, start, nbytes))
         return mapped.tensor(start, nbytes)
 
-    def stop(self, group: int) -> "Stop":
-        return Stop(self, group)
+    def handle(self, group: int) -> "StreamedGroup":
+        return StreamedGroup(self, group)
 
     def use(self, group: int) -> None:
         """A member of a group is used now."""
@@ -64,16 +64,16 @@ class Travel:
         return sum(nbytes for members in self._groups.values() for _, _, nbytes in members)
 
 
-def _read_ahead(members: list[tuple[Mapped, int, int]]) -> None:
+def _read_ahead(members: list[tuple[ReadOnlyMmap, int, int]]) -> None:
     for mapped, start, nbytes in members:
         mapped.read_ahead(start, nbytes)
 
 
-class Stop:
-    """A group of a `Travel`, as its members know it."""
+class StreamedGroup:
+    """A group of a `LayerStreamer`, as its members know it."""
 
-    def __init__(self, travel: Travel, group: int) -> None:
-        self.travel, self.group = travel, group
+    def __init__(self, streamer: LayerStreamer, group: int) -> None:
+        self.streamer, self.group = streamer, group
 
     def use(self) -> None:
-        self.travel.use(self.group)
+        self.streamer.use(self.group)

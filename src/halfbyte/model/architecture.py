@@ -1,4 +1,5 @@
-"""A model's empty shape: transformers' own class, on the ``meta`` device; and where and in what it computes."""
+"""A model's empty shape: transformers' own class, on the ``meta`` device; and where and in what it
+computes."""
 
 import copy
 from typing import Any
@@ -18,16 +19,23 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("device cuda was asked for, but PyTorch sees no GPU", ways_out=["--device cpu"])
+        raise UsageError(
+            "device cuda was asked for, but PyTorch sees no GPU", ways_out=["--device cpu"]
+        )
     return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype an option names; auto is bf16 where the hardware multiplies it, else fp32 (GPU: fp16)."""
+    """The compute dtype an option names; auto is bf16 where the hardware multiplies it, else fp32
+    (GPU: fp16)."""
     if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
+            name
+        ]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
@@ -49,4 +57,5 @@ def build_empty(config: Any) -> Any:
 
 
 FP32_LIMIT = 3_000_000_000
-"""Models up to this many parameters are compared in fp32 arithmetic, larger ones in the run's compute dtype."""
+"""Models up to this many parameters are compared in fp32 arithmetic, larger ones in the run's
+compute dtype."""

@@ -1,10 +1,12 @@
-"""Attention over several rows laid end to end, each seeing only itself, through transformers' attention registry.
+"""Attention over several rows laid end to end, each seeing only itself, through transformers'
+attention registry.
 
-A micro-batch is one sequence [1, T] of whole rows, without padding: no token is wasted and a packed batch is the same
-thing as an unpacked one. What keeps the rows apart is ``cu_seq_lens_q``, the row boundaries, which transformers hands
-to the attention function; position ids restart with each row. The registered mask function returns None: there is no
-mask to build or to hold. On a CPU with the C++ library, and on a GPU whose flash attention does what it should, the
-rows go through one operation (`ops.attention`); elsewhere each is a separate causal call of PyTorch's own attention.
+A micro-batch is one sequence [1, T] of whole rows, without padding: no token is wasted and a packed
+batch is the same thing as an unpacked one. What keeps the rows apart is ``cu_seq_lens_q``, the row
+boundaries, which transformers hands to the attention function; position ids restart with each row.
+The registered mask function returns None: there is no mask to build or to hold. On a CPU with the
+C++ library, and on a GPU whose flash attention does what it should, the rows go through one
+operation (`ops.attention`); elsewhere each is a separate causal call of PyTorch's own attention.
 """
 
 from collections.abc import Iterator
@@ -22,7 +24,8 @@ from ..ops.library import ROW_MULTIPLE
 
 NAME = "halfbyte"
 CAUSAL = "halfbyte_causal"
-"""Name of transformers' own scaled dot product attention with `causal_attention` in its place where that serves."""
+"""Name of transformers' own scaled dot product attention with `causal_attention` in its place where
+that serves."""
 
 
 def segment_attention(
@@ -42,9 +45,12 @@ def segment_attention(
     """Causal attention within each segment.
 
     Args:
-        query: [1, heads, T, d]; key, value: [1, kv_heads, T, d]. cu_seq_lens_q: int [segments + 1], from 0 to T.
-        sliding_window: a query sees this many tokens at most, itself included. softcap: scores become
-            c * tanh(score / c). s_aux: one more logit per head that takes part in the softmax only.
+        query: [1, heads, T, d];
+        key, value: [1, kv_heads, T, d].
+        cu_seq_lens_q: int [segments + 1], from 0 to T.
+        sliding_window: a query sees this many tokens at most, itself included.
+        softcap: scores become c * tanh(score / c).
+        s_aux: one more logit per head that takes part in the softmax only.
 
     Returns:
         [1, T, heads, d] (and no weights).
@@ -53,16 +59,27 @@ def segment_attention(
         ValueError: no segment boundaries: the caller did not pass them through.
     """
     if cu_seq_lens_q is None:
-        raise ValueError("the model does not hand cu_seq_lens_q to its attention, so rows cannot be packed")
+        raise ValueError(
+            "the model does not hand cu_seq_lens_q to its attention, so rows cannot be packed"
+        )
     plain = s_aux is None and not dropout
-    if plain and (_is_fusable(query, key, value, softcap) or _stands_for_fused(query, sliding_window, softcap)):
-        form = ops.Form(query.shape[3] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
-        return _Attention.apply(query, key, value, cu_seq_lens_q, form), None  # pyright: ignore[reportReturnType]
+    if plain and (
+        _is_fusable(query, key, value, softcap) or _stands_for_fused(query, sliding_window, softcap)
+    ):
+        params = ops.AttentionParams(
+            query.shape[3] ** -0.5 if scaling is None else scaling,
+            sliding_window or 0,
+            softcap or 0.0,
+        )
+        return _Attention.apply(query, key, value, cu_seq_lens_q, params), None  # pyright: ignore[reportReturnType]
     recompute.pass_attention()
     lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-    # split, not slices: the gradient of a split is one concatenation, of a slice a zero-filled copy of the whole
+    # split, not slices: the gradient of a split is one concatenation, of a slice a zero-filled copy
+    # of the whole
     rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    pieces = [_causal(q, k, v, scaling, dropout, sliding_window, softcap, s_aux) for q, k, v in rows]
+    pieces = [
+        _causal(q, k, v, scaling, dropout, sliding_window, softcap, s_aux) for q, k, v in rows
+    ]
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
     return joined.transpose(1, 2), None
 
@@ -78,26 +95,39 @@ def causal_attention(
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of whole rows without padding, whose mask is therefore None, by the fused operation; all else by
-    transformers' own.
+    """Attention of whole rows without padding, whose mask is therefore None, by the fused
+    operation; all else by transformers' own.
 
     Args:
-        query: [B, heads, T, d]; key, value: [B, kv_heads, T, d].
+        query: [B, heads, T, d];
+        key, value: [B, kv_heads, T, d].
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     rows, _, length, _ = query.shape
-    plain = attention_mask is None and causal and not dropout and length == key.shape[2] and length > 1
+    plain = (
+        attention_mask is None and causal and not dropout and length == key.shape[2] and length > 1
+    )
     q, k, v = (_end_to_end(t) for t in (query, key, value)) if plain else (query, key, value)
-    special = any(more.get(name) is not None for name in ("s_aux", "softcap", "position_bias", "cache"))
+    special = any(
+        more.get(name) is not None for name in ("s_aux", "softcap", "position_bias", "cache")
+    )
     if not plain or special or not _is_fusable(q, k, v):
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **more,
         )
-    bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
-    form = ops.Form(query.shape[3] ** -0.5 if scaling is None else scaling, 0, 0.0)
-    out: Tensor = _Attention.apply(q, k, v, bounds, form)  # pyright: ignore[reportAssignmentType]
+    cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    params = ops.AttentionParams(query.shape[3] ** -0.5 if scaling is None else scaling, 0, 0.0)
+    out: Tensor = _Attention.apply(q, k, v, cu_seqlens, params)  # pyright: ignore[reportAssignmentType]
     return out.view(rows, length, *out.shape[2:]), None
 
 
@@ -112,8 +142,8 @@ def _is_fusable(query: Tensor, key: Tensor, value: Tensor, softcap: float | None
 
 
 def _stands_for_fused(query: Tensor, window: int | None, softcap: float | None) -> bool:
-    """Whether a plan may count the fused operation where PyTorch's attention computes: it keeps as little, but for the
-    mask of a window."""
+    """Whether a plan may count the fused operation where PyTorch's attention computes: it keeps as
+    little, but for the mask of a window."""
     if not query.is_meta or softcap is not None or query.shape[0] != 1:
         return False
     if window is not None and window < query.shape[2]:
@@ -125,18 +155,25 @@ class _Attention(torch.autograd.Function):
     """`ops.attention` on transformers' layout: [1, heads, T, d] in, [1, T, heads, d] out."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, form: ops.Form) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        params: ops.AttentionParams,
+    ) -> Tensor:
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-        bounds = bounds.to("cpu", torch.int32)
-        out, lse = recompute.attended(lambda: ops.attention(q, k, v, bounds, form))
-        ctx.save_for_backward(q, k, v, bounds, out, lse)
-        ctx.form = form
+        cu_seqlens = cu_seqlens.to("cpu", torch.int32)
+        out, lse = recompute.attention_result(lambda: ops.attention(q, k, v, cu_seqlens, params))
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        ctx.params = params
         return out.unsqueeze(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, bounds, out, lse = ctx.saved_tensors
-        found = ops.attention_grad(grads[0][0], q, k, v, bounds, out, lse, ctx.form)
+        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        found = ops.attention_grad(grads[0][0], q, k, v, cu_seqlens, out, lse, ctx.params)
         return *(t.transpose(0, 1).unsqueeze(0) for t in found), None, None
 
 
@@ -152,13 +189,21 @@ def _causal(
 ) -> Tensor:
     length = q.shape[2]
     if softcap is None and sinks is None:
-        # keys past the end are seen by no query of the row; PyTorch keeps a compiled kernel for every length on a CPU
+        # keys past the end are seen by no query of the row; PyTorch keeps a compiled kernel for
+        # every length on a CPU
         lack = -length % ROW_MULTIPLE if q.device.type == "cpu" else 0
         q, k, v = (functional.pad(t, (0, 0, 0, lack)) for t in (q, k, v)) if lack else (q, k, v)
         total = length + lack
         narrow = _band(total, window, q.device) if window is not None and window < total else None
         out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=narrow, dropout_p=dropout, is_causal=narrow is None, scale=scaling, enable_gqa=True
+            q,
+            k,
+            v,
+            attn_mask=narrow,
+            dropout_p=dropout,
+            is_causal=narrow is None,
+            scale=scaling,
+            enable_gqa=True,
         )
         return out[:, :, :length]
     groups = q.shape[1] // k.shape[1]
@@ -192,8 +237,16 @@ def register() -> None:
 
 
 @contextmanager
-def segments(model: Any) -> Iterator[None]:
-    """Within this block the model's attention is `segment_attention`; outside, what it was."""
+def packed(model: Any, enabled: bool = True) -> Iterator[None]:
+    """Within this block rows that lie end to end do not see each other; after it, attention is as
+    it was.
+
+    Args:
+        enabled: False changes nothing: rows go through the model one at a time.
+    """
+    if not enabled:
+        yield
+        return
     register()
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)

@@ -5,8 +5,9 @@ from torch import nn
 _classes: dict[tuple[type, type], type] = {}
 
 
-def become(module: nn.Module, kind: type, name: str | None = None) -> None:
-    """Make a module, in place, of a class that is ``kind`` before what it was; called ``name``, or as it was."""
+def swap_class(module: nn.Module, kind: type, name: str | None = None) -> None:
+    """Make a module, in place, of a class that is ``kind`` before what it was; called ``name``, or
+    as it was."""
     own = type(module)
     if issubclass(own, kind):
         return
@@ -17,5 +18,6 @@ def become(module: nn.Module, kind: type, name: str | None = None) -> None:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether a module has a ``forward`` of its own, so that its class's does not run (hooks of accelerate)."""
+    """Whether a module has a ``forward`` of its own, so that its class's does not run (hooks of
+    accelerate)."""
     return "forward" in vars(module)

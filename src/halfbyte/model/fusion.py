@@ -1,10 +1,11 @@
 """A model's own norms and MLPs, computed in one pass where they are of a known form.
 
-A module is recognized by the body of its ``forward``: names of arguments, locals and attributes are replaced by
-numbers, and the rest is compared by its hash with the forms known here. What is recognized becomes, in place, a
-subclass of its own class whose ``forward`` runs the fused operation. Before it stays, one of each kind is run on random
-numbers, forward and backward, beside the original; a kind that differs by more than rounding is left as it was. Nothing
-is looked up by a model's name, and a model that nothing is known of trains as it always did.
+A module is recognized by the body of its ``forward``: names of arguments, locals and attributes are
+replaced by numbers, and the rest is compared by its hash with the forms known here. What is
+recognized becomes, in place, a subclass of its own class whose ``forward`` runs the fused
+operation. Before it stays, one of each kind is run on random numbers, forward and backward, beside
+the original; a kind that differs by more than rounding is left as it was. Nothing is looked up by a
+model's name, and a model that nothing is known of trains as it always did.
 """
 
 import contextlib
@@ -20,27 +21,31 @@ from .. import ops
 from ..memory import recompute
 from ..ops import cpu, gpu
 from . import attention
-from .class_swap import become, is_wrapped
-from .recognize import AttentionForm, Form, MlpForm, NormForm, form_of
+from .class_swap import is_wrapped, swap_class
+from .recognize import AttentionSpec, MlpSpec, NormSpec, Spec, spec_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
-"""Relative difference (norm over norm) that a few roundings more or less can cause: four units of the last place.
-In fp32 it is the accuracy of the activations' polynomials, with a margin."""
+"""Relative difference (norm over norm) that a few roundings more or less can cause: four units of
+the last place. In fp32 it is the accuracy of the activations' polynomials, with a margin."""
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, form: NormForm, eps: float) -> Tensor:
-        y, inverse = ops.rms_norm(x, weight, eps, form.offset, form.cast_first)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, spec: NormSpec, eps: float) -> Tensor:
+        y, inverse = ops.rms_norm(x, weight, eps, spec.offset, spec.cast_first)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.offset = form.offset
+        ctx.offset = spec.offset
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
         dy, dweight = grads[0], None
-        dx = ops.rms_norm_grad(dy, x, weight, inverse, ctx.offset) if ctx.needs_input_grad[0] else None
+        dx = (
+            ops.rms_norm_grad(dy, x, weight, inverse, ctx.offset)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         if ctx.needs_input_grad[1]:
             each = dy.float() * x.float() * inverse.unsqueeze(-1)
             dweight = each.reshape(-1, each.shape[-1]).sum(0).to(weight.dtype)
@@ -51,12 +56,12 @@ class FusedNorm(nn.Module):
     """A model's RMSNorm in one pass; its class is also a subclass of the original's."""
 
     weight: nn.Parameter
-    form: NormForm
+    spec: NormSpec
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
-        return _Norm.apply(x, self.weight, self.form, getattr(self, self.form.eps))  # pyright: ignore[reportReturnType]
+        return _Norm.apply(x, self.weight, self.spec, getattr(self, self.spec.eps))  # pyright: ignore[reportReturnType]
 
 
 class _Gated(torch.autograd.Function):
@@ -73,12 +78,13 @@ class _Gated(torch.autograd.Function):
 
 
 class FusedMLP(nn.Module):
-    """A model's gated MLP, its activation and product in one pass; its class is also a subclass of the original's.
+    """A model's gated MLP, its activation and product in one pass; its class is also a subclass of
+    the original's.
 
     ``tile``: run on so many tokens at a time; 0: on all at once.
     """
 
-    form: MlpForm
+    spec: MlpSpec
     tile: int = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,19 +96,20 @@ class FusedMLP(nn.Module):
 
     def whole(self, x: Tensor) -> Tensor:
         """The result for all tokens of x at once."""
-        form = self.form
-        if form.up is None:
-            gate, up = getattr(self, form.gate)(x).chunk(2, -1)
+        spec = self.spec
+        if spec.up is None:
+            gate, up = getattr(self, spec.gate)(x).chunk(2, -1)
         else:
-            gate, up = getattr(self, form.gate)(x), getattr(self, form.up)(x)
-        return getattr(self, form.down)(_Gated.apply(gate, up, form.activation))
+            gate, up = getattr(self, spec.gate)(x), getattr(self, spec.up)(x)
+        return getattr(self, spec.down)(_Gated.apply(gate, up, spec.activation))
 
 
 class _Tiles(torch.autograd.Function):
     """An MLP of x [..., T, d], tile of tokens after tile, forward and, computed again, backward.
 
-    What is alive at a time is what an MLP needs for one tile (TiledMLP of ALST, arXiv:2506.13996). Adapters' dropout
-    masks are the whole's. Gradients of parameters are sums over tiles, so they may differ in their last bits.
+    What is alive at a time is what an MLP needs for one tile (TiledMLP of ALST, arXiv:2506.13996).
+    Adapters' dropout masks are the whole's. Gradients of parameters are sums over tiles, so they
+    may differ in their last bits.
     """
 
     @staticmethod
@@ -142,8 +149,11 @@ def _tiles(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
 
 @contextlib.contextmanager
 def _at_token(mlp: FusedMLP, first: int) -> Iterator[None]:
-    """Within this block the adapters of an MLP know that their input begins with this token of what it was."""
-    clocks = {id(clock): clock for m in mlp.modules() if (clock := getattr(m, "clock", None)) is not None}
+    """Within this block the adapters of an MLP know that their input begins with this token of what
+    it was."""
+    clocks = {
+        id(clock): clock for m in mlp.modules() if (clock := getattr(m, "clock", None)) is not None
+    }
     before = [(clock, clock.first) for clock in clocks.values()]
     try:
         for clock, at in before:
@@ -174,9 +184,10 @@ class _Rotate(torch.autograd.Function):
 
 
 class FusedAttention(nn.Module):
-    """A model's own attention with the rotation in one pass; its class is also a subclass of the original's."""
+    """A model's own attention with the rotation in one pass; its class is also a subclass of the
+    original's."""
 
-    form: AttentionForm
+    spec: AttentionSpec
     training: bool
     attention_dropout: float
 
@@ -189,31 +200,49 @@ class FusedAttention(nn.Module):
         **more: Any,
     ) -> Any:
         config: Any = self.config
-        attend = {attention.NAME: attention.segment_attention, attention.CAUSAL: attention.causal_attention}.get(
-            config._attn_implementation
-        )
-        if attend is None or past_key_values is not None or position_embeddings is None or hidden_states.shape[0] != 1:
+        attend = {
+            attention.NAME: attention.segment_attention,
+            attention.CAUSAL: attention.causal_attention,
+        }.get(config._attn_implementation)
+        if (
+            attend is None
+            or past_key_values is not None
+            or position_embeddings is None
+            or hidden_states.shape[0] != 1
+        ):
             return super().forward(  # pyright: ignore[reportCallIssue]
-                hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **more
+                hidden_states,
+                position_embeddings,
+                attention_mask,
+                past_key_values=past_key_values,
+                **more,
             )
-        form = self.form
+        spec = self.spec
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (getattr(self, name)(hidden_states).view(shape) for name in (form.q, form.k, form.v))
-        if form.q_norm is not None and form.k_norm is not None:
-            q, k = getattr(self, form.q_norm)(q), getattr(self, form.k_norm)(k)
+        q, k, v = (
+            getattr(self, name)(hidden_states).view(shape) for name in (spec.q, spec.k, spec.v)
+        )
+        if spec.q_norm is not None and spec.k_norm is not None:
+            q, k = getattr(self, spec.q_norm)(q), getattr(self, spec.k_norm)(k)
         cos, sin = (t[0] for t in position_embeddings)
         q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
-        if form.window:
-            window = getattr(config, "sliding_window", None) if form.window == "config" else getattr(self, form.window)
+        if spec.window:
+            window = (
+                getattr(config, "sliding_window", None)
+                if spec.window == "config"
+                else getattr(self, spec.window)
+            )
             more["sliding_window"] = window
         dropout = self.attention_dropout if self.training else 0.0
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        scaling = getattr(self, form.scaling)
-        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **more)
-        return getattr(self, form.o)(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        scaling = getattr(self, spec.scaling)
+        out, weights = attend(
+            self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **more
+        )
+        return getattr(self, spec.o)(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-# --- on a model -------------------------------------------------------------------------------------------------------
+# --- on a model -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -227,24 +256,31 @@ class Fused:
     """Class name to reason."""
 
     def line(self) -> str:
-        counts = ((self.norms, "norms"), (self.mlps, "MLPs"), (self.attentions, "rotary embeddings"))
+        counts = (
+            (self.norms, "norms"),
+            (self.mlps, "MLPs"),
+            (self.attentions, "rotary embeddings"),
+        )
         done = [f"{count} {name}" for count, name in counts if count]
         left = [f"{name} ({why})" for name, why in self.left.items()]
-        return f"fused: {', '.join(done) or 'nothing'}" + (f"; left as they are: {', '.join(left)}" if left else "")
+        return f"fused: {', '.join(done) or 'nothing'}" + (
+            f"; left as they are: {', '.join(left)}" if left else ""
+        )
 
 
-def _fused(module: nn.Module, kind: type, form: Form) -> None:
-    become(module, kind, f"Fused{type(module).__name__}")
-    module.form = form  # pyright: ignore[reportArgumentType]
+def _fused(module: nn.Module, kind: type, spec: Spec) -> None:
+    swap_class(module, kind, f"Fused{type(module).__name__}")
+    module.spec = spec  # pyright: ignore[reportArgumentType]
 
 
 def _revert(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[1]
-    del module.form
+    del module.spec
 
 
 def fuse(model: nn.Module) -> Fused:
-    """Fuse what is known of a model, in place; nothing without the C++ library or Triton: it would be no faster."""
+    """Fuse what is known of a model, in place; nothing without the C++ library or Triton: it would
+    be no faster."""
     result = Fused()
     if not _is_served(next(model.parameters())):
         return result
@@ -254,21 +290,21 @@ def fuse(model: nn.Module) -> Fused:
         own = type(module)
         if isinstance(module, FusedNorm | FusedMLP | FusedAttention) or is_wrapped(module):
             continue
-        form = form_of(module)
-        if form is None:
+        spec = spec_of(module)
+        if spec is None:
             if "RMSNorm" in own.__name__ or "MLP" in own.__name__:
                 result.left.setdefault(own.__name__, "of a form not known here")
             continue
-        kind = {NormForm: FusedNorm, MlpForm: FusedMLP, AttentionForm: FusedAttention}[type(form)]
-        width = _width(module, form)
-        key = (own, form, width)
+        kind = {NormSpec: FusedNorm, MlpSpec: FusedMLP, AttentionSpec: FusedAttention}[type(spec)]
+        width = _width(module, spec)
+        key = (own, spec, width)
         if key not in judged:
             own_dtype = next(module.parameters()).dtype if kind is FusedNorm else dtype
-            judged[key] = _agrees(module, kind, form, width, own_dtype)
+            judged[key] = _agrees(module, kind, spec, width, own_dtype)
         if not judged[key]:
             result.left.setdefault(own.__name__, "its own results differ")
             continue
-        _fused(module, kind, form)
+        _fused(module, kind, spec)
         result.norms += kind is FusedNorm
         result.mlps += kind is FusedMLP
         result.attentions += kind is FusedAttention
@@ -280,26 +316,27 @@ def _is_served(tensor: Tensor) -> bool:
     return gpu.computes(tensor) or cpu.serves(tensor)
 
 
-def _width(module: Any, form: Form) -> int:
-    if isinstance(form, NormForm):
+def _width(module: Any, spec: Spec) -> int:
+    if isinstance(spec, NormSpec):
         return module.weight.shape[0]
-    return getattr(module, form.q if isinstance(form, AttentionForm) else form.gate).in_features
+    return getattr(module, spec.q if isinstance(spec, AttentionSpec) else spec.gate).in_features
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """What a model computes in: the type of its first frozen floating parameter (packed weights are of none)."""
+    """What a model computes in: the type of its first frozen floating parameter (packed weights are
+    of none)."""
     floating = [p for p in model.parameters() if p.dtype in TOLERANCE]
     return next((p.dtype for p in floating if not p.requires_grad), floating[0].dtype)
 
 
-def _agrees(module: nn.Module, kind: type, form: Form, width: int, dtype: torch.dtype) -> bool:
+def _agrees(module: nn.Module, kind: type, spec: Spec, width: int, dtype: torch.dtype) -> bool:
     """Whether results and gradients of the fused module are its own, up to rounding."""
     if dtype not in TOLERANCE:
         return False
     if next(module.parameters()).is_meta:
         return True  # nothing to compare; a plan takes the forms' word for it
     generator = torch.Generator("cpu").manual_seed(0)
-    attends = isinstance(form, AttentionForm)
+    attends = isinstance(spec, AttentionSpec)
     shape = (1, 5, width) if attends else (5, width)
     device = next(module.parameters()).device
     x = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
@@ -309,30 +346,40 @@ def _agrees(module: nn.Module, kind: type, form: Form, width: int, dtype: torch.
         with torch.enable_grad():
             given = x.clone().requires_grad_()
             y = call(given)
-            weights = torch.linspace(-1, 1, y.numel(), device=device, dtype=torch.float32).view_as(y).to(dtype)
+            weights = (
+                torch.linspace(-1, 1, y.numel(), device=device, dtype=torch.float32)
+                .view_as(y)
+                .to(dtype)
+            )
             return y.detach(), torch.autograd.grad(y, given, weights)[0]
 
     expected = run()
-    _fused(module, kind, form)
+    _fused(module, kind, spec)
     try:
         found = run()
     finally:
         _revert(module)
-    return all(_near(mine, theirs, TOLERANCE[dtype]) for mine, theirs in zip(found, expected, strict=True))
+    return all(
+        _near(mine, theirs, TOLERANCE[dtype]) for mine, theirs in zip(found, expected, strict=True)
+    )
 
 
 def _attend(module: Any, hidden: Tensor) -> Tensor:
     """An attention's result for two rows of two and three tokens, at angles of no model."""
     tokens = torch.arange(5, device="cpu", dtype=torch.float32)
-    angles = torch.outer(tokens, torch.linspace(1, 0.01, module.head_dim // 2, device="cpu", dtype=torch.float32))
+    angles = torch.outer(
+        tokens, torch.linspace(1, 0.01, module.head_dim // 2, device="cpu", dtype=torch.float32)
+    )
     both = torch.cat((angles, angles), 1)[None].to(hidden.device)
     rotation = (both.cos().to(hidden.dtype), both.sin().to(hidden.dtype))
-    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device="cpu")
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device="cpu")
     attention.register()
     config, before = module.config, module.config._attn_implementation
     config._attn_implementation = attention.NAME
     try:
-        return module(hidden, position_embeddings=rotation, attention_mask=None, cu_seq_lens_q=bounds)[0]
+        return module(
+            hidden, position_embeddings=rotation, attention_mask=None, cu_seq_lens_q=cu_seqlens
+        )[0]
     finally:
         config._attn_implementation = before
 

@@ -1,7 +1,8 @@
 """The embedding table in host memory, beside a GPU: rows are gathered there, and they alone travel.
 
-A table of 128,000 rows of 8,192 takes 2.1 GB of a card and serves a step with a few thousand rows. Only a frozen table
-that nothing else reads can lie there: not one that is trained, nor one that is the output head as well.
+A table of 128,000 rows of 8,192 takes 2.1 GB of a card and serves a step with a few thousand rows.
+Only a frozen table that nothing else reads can lie there: not one that is trained, nor one that is
+the output head as well.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..memory.process import return_freed
 from ..ops.library import device_type
-from .class_swap import become
+from .class_swap import swap_class
 
 
 class HostEmbedding(nn.Module):
@@ -32,11 +33,23 @@ def why_not(model: Any) -> str:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, HostEmbedding):
         return "it is there"
-    if device_type(embedding.weight) == "cpu":
+    tied = head is not None and head.weight is embedding.weight
+    return reason_to_stay(device_type(embedding.weight), embedding.weight.requires_grad, tied)
+
+
+def reason_to_stay(device: str, trained: bool, tied: bool) -> str:
+    """Why an embedding table cannot lie in host memory, "" where it can.
+
+    Args:
+        device: "cpu" or "cuda": where the model computes.
+        trained: whether the table is.
+        tied: whether the output head is the same table.
+    """
+    if device == "cpu":
         return "the model computes in host memory"
-    if embedding.weight.requires_grad:
+    if trained:
         return "it is trained"
-    return "the output head is the same table" if head is not None and head.weight is embedding.weight else ""
+    return "the output head is the same table" if tied else ""
 
 
 def keep_on_host(model: Any) -> None:
@@ -48,7 +61,7 @@ def keep_on_host(model: Any) -> None:
         if t is not None
     }
     computes_on = embedding.weight.device
-    become(embedding, HostEmbedding)
+    swap_class(embedding, HostEmbedding)
     embedding.computes_on = computes_on
     del embedding._parameters["weight"]
     object.__setattr__(embedding, "weight", on_host.pop("weight"))

@@ -1,7 +1,7 @@
 """Norms, MLPs and attention of known forms, recognized by the body of their ``forward``.
 
-Names of arguments, locals and attributes are replaced by numbers, and the rest is compared by its hash with the forms
-known here. Nothing is looked up by a model's name.
+Names of arguments, locals and attributes are replaced by numbers, and the rest is compared by its
+hash with the forms known here. Nothing is looked up by a model's name.
 """
 
 import ast
@@ -21,8 +21,9 @@ from ..ops import cpu
 
 
 @functools.cache
-def normal_form(function: Callable[..., Any]) -> tuple[str, tuple[str, ...]]:
-    """The body of a method with numbers for names, and the attributes of ``self`` in the order of their numbers.
+def normalized_source(function: Callable[..., Any]) -> tuple[str, tuple[str, ...]]:
+    """The body of a method with numbers for names, and the attributes of ``self`` in the order of
+    their numbers.
 
     Raises:
         OSError, TypeError: its source is not at hand.
@@ -54,18 +55,20 @@ def normal_form(function: Callable[..., Any]) -> tuple[str, tuple[str, ...]]:
             self.generic_visit(node)
             return node
 
-    return "\n".join(ast.unparse(Renamer().visit(statement)) for statement in body), tuple(attributes)
+    return "\n".join(ast.unparse(Renamer().visit(statement)) for statement in body), tuple(
+        attributes
+    )
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# --- norms ------------------------------------------------------------------------------------------------------------
+# --- norms ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class NormForm:
+class NormSpec:
     """How an RMSNorm rounds (`ops.rms_norm`), and which attribute holds its eps."""
 
     eps: str
@@ -77,33 +80,41 @@ _NORMS: dict[str, tuple[float, bool]] = {
     "f3eb51cb9fe99ac0": (0.0, True),  # Llama's: the quotient is cast, then multiplied
     "3fd67a4923a43db3": (0.0, False),  # gpt-oss's: multiplied, then cast
     "74ceb8cbf8f11c55": (0.0, False),  # the same with the weight in fp32
-    "f0d3a1774fc2b09e": (1.0, False),  # Gemma's: 1 + weight, in fp32, with a helper for the quotient
+    "f0d3a1774fc2b09e": (
+        1.0,
+        False,
+    ),  # Gemma's: 1 + weight, in fp32, with a helper for the quotient
     "c95ba60b59dcaeb0": (0.0, False),  # Moshi's: likewise without the 1
 }
 
 
-def norm_form(module: nn.Module) -> NormForm | None:
+def norm_spec(module: nn.Module) -> NormSpec | None:
     """The form of an RMSNorm, None if it is not known."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or getattr(module, "bias", None) is not None:
+    if (
+        not isinstance(weight, Tensor)
+        or weight.dim() != 1
+        or getattr(module, "bias", None) is not None
+    ):
         return None
     try:
-        text, names = normal_form(type(module).forward)
+        text, names = normalized_source(type(module).forward)
         if "_norm" in names:
-            helper, names = normal_form(type(module)._norm)  # pyright: ignore[reportAttributeAccessIssue]
+            helper, names = normalized_source(type(module)._norm)  # pyright: ignore[reportAttributeAccessIssue]
             text = f"{text}\n--\n{helper}"
     except (OSError, TypeError, SyntaxError, AttributeError, AssertionError):
         return None
     known = _NORMS.get(_digest(text))
-    return None if known is None or not names else NormForm(names[0], *known)
+    return None if known is None or not names else NormSpec(names[0], *known)
 
 
-# --- MLPs -------------------------------------------------------------------------------------------------------------
+# --- MLPs -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class MlpForm:
-    """Names of an MLP's parts; ``up`` is None where one layer computes both halves, the gate first."""
+class MlpSpec:
+    """Names of an MLP's parts; ``up`` is None where one layer computes both halves, the gate
+    first."""
 
     gate: str
     up: str | None
@@ -114,7 +125,11 @@ class MlpForm:
 _MLPS = {
     "34dea4c3151471a2": ("down", "activation", "gate", "up"),  # Llama's
     "acf31888bbcc4c94": ("down", "activation", "gate", "up"),  # the same without a local name
-    "c17739aeb6e90d0c": ("gate", "activation", "down"),  # Phi's and GLM's: both halves from one product
+    "c17739aeb6e90d0c": (
+        "gate",
+        "activation",
+        "down",
+    ),  # Phi's and GLM's: both halves from one product
 }
 """Digest of a form to what its attributes are, in order."""
 
@@ -130,15 +145,17 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     for name in ops.ACTIVATIONS:
         with cpu.using("torch"):
             expected = ops.gated(x, one, name)
-        if values.shape == x.shape and bool(((values - expected).abs() <= 1e-5 * x.abs().clamp(min=1)).all()):
+        if values.shape == x.shape and bool(
+            ((values - expected).abs() <= 1e-5 * x.abs().clamp(min=1)).all()
+        ):
             return name
     return None
 
 
-def mlp_form(module: nn.Module) -> MlpForm | None:
+def mlp_spec(module: nn.Module) -> MlpSpec | None:
     """The form of a gated MLP, None if it is not known."""
     try:
-        text, names = normal_form(type(module).forward)
+        text, names = normalized_source(type(module).forward)
     except (OSError, TypeError, SyntaxError, AssertionError):
         return None
     roles = _MLPS.get(_digest(text))
@@ -148,14 +165,14 @@ def mlp_form(module: nn.Module) -> MlpForm | None:
     activation = activation_name(getattr(module, found["activation"]))
     if activation is None:
         return None
-    return MlpForm(found["gate"], found.get("up"), found["down"], activation)
+    return MlpSpec(found["gate"], found.get("up"), found["down"], activation)
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class AttentionForm:
+class AttentionSpec:
     """Names of an attention's parts (`_ATTENTIONS`); norms are None where there are none."""
 
     q: str
@@ -166,7 +183,8 @@ class AttentionForm:
     k_norm: str | None
     scaling: str
     window: str
-    """The attribute with the sliding window, "config" if it is the configuration's, "" if there is none."""
+    """The attribute with the sliding window, "config" if it is the configuration's, "" if there is
+    none."""
 
 
 _PLAIN = ("dim", "q", "k", "v", "layer", "config", "training", "dropout", "scaling", "o")
@@ -177,36 +195,49 @@ _ATTENTIONS = {
     "2c9ff5c53edaef9b": (_WINDOWED, ""),  # Qwen2's
     "092dbd71a8ad9b70": (("dim", "q_norm", "q", "k_norm", "k", "v", *_WINDOWED[4:]), ""),  # Qwen3's
 }
-"""Digest of a form to what its attributes are, in order, and whether the configuration has the window."""
+"""Digest of a form to what its attributes are, in order, and whether the configuration has the
+window."""
 _ROTATIONS = {("301644f6e15c52c4", "80dd76d885763d92")}
-"""Digests of ``apply_rotary_pos_emb`` and ``rotate_half`` beside an attention which do what `ops.rotate` does."""
+"""Digests of ``apply_rotary_pos_emb`` and ``rotate_half`` beside an attention which do what
+`ops.rotate` does."""
 
 
-def attention_form(module: nn.Module) -> AttentionForm | None:
+def attention_spec(module: nn.Module) -> AttentionSpec | None:
     """The form of an attention with rotary embedding, None if it is not known."""
     forward = type(module).forward
     try:
-        text, names = normal_form(forward)
+        text, names = normalized_source(forward)
         around = forward.__globals__
-        beside = [_digest(normal_form(around[name])[0]) for name in ("apply_rotary_pos_emb", "rotate_half")]
+        beside = [
+            _digest(normalized_source(around[name])[0])
+            for name in ("apply_rotary_pos_emb", "rotate_half")
+        ]
     except (OSError, TypeError, SyntaxError, AttributeError, AssertionError, KeyError):
         return None
     roles, window = _ATTENTIONS.get(_digest(text), ((), ""))
     if len(names) != len(roles) or tuple(beside) not in _ROTATIONS:
         return None
     found = dict(zip(roles, names, strict=True))
-    if (found["dim"], found["config"], found["dropout"]) != ("head_dim", "config", "attention_dropout"):
+    if (found["dim"], found["config"], found["dropout"]) != (
+        "head_dim",
+        "config",
+        "attention_dropout",
+    ):
         return None
-    return AttentionForm(
+    return AttentionSpec(
         *(found["q"], found["k"], found["v"], found["o"]),
         *(found.get("q_norm"), found.get("k_norm")),
         *(found["scaling"], found.get("window") or window),
     )
 
 
-Form = NormForm | MlpForm | AttentionForm
+Spec = NormSpec | MlpSpec | AttentionSpec
 
 
-def form_of(module: nn.Module) -> Form | None:
+def spec_of(module: nn.Module) -> Spec | None:
     """What a module is, if it is of a form that is fused here."""
-    return (mlp_form(module) or attention_form(module)) if list(module.children()) else norm_form(module)
+    return (
+        (mlp_spec(module) or attention_spec(module))
+        if list(module.children())
+        else norm_spec(module)
+    )

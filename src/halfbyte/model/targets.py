@@ -9,7 +9,8 @@ from ..errors import ModelError
 
 
 def quantizable(model: Any) -> set[str]:
-    """Names of the weights that are held in 4 bits: those of linear layers, but not the output head."""
+    """Names of the weights that are held in 4 bits: those of linear layers, but not the output
+    head."""
     head = model.get_output_embeddings()
     return {
         f"{name}.weight"
@@ -22,7 +23,8 @@ def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Names on disk to the model's names, by transformers' own renamings.
 
     Raises:
-        ModelError: the model's layout on disk needs tensors to be joined or split (mixture-of-experts models).
+        ModelError: the model's layout on disk needs tensors to be joined or split
+            (mixture-of-experts models).
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -33,10 +35,13 @@ def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     result = {}
     for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
         if pattern is not None:
             raise ModelError(
-                f"{type(model).__name__} stores {name!r} in another layout than it computes with: not read yet",
+                f"{type(model).__name__} stores {name!r} in another layout than it computes with: "
+                "not read yet",
                 ways_out=["use a dense model"],
             )
         result[name] = target

@@ -1,12 +1,13 @@
-"""One contract per operation, plain PyTorch as its meaning.
+"""One contract per operation, plain PyTorch as its reference.
 
-Each module here declares an operation with `torch.library` (schema, shape rules, messages), gives its meaning in plain
-PyTorch for every device, and a shape function for ``meta`` tensors. Faster spellings (C++ for CPUs, Triton for GPUs)
-register behind the same schema and are held to the plain one by the tests.
+Each module here declares an operation with `torch.library` (schema, shape rules, messages), gives
+its reference in plain PyTorch for every device, and a fake for ``meta`` tensors. Faster kernels
+(C++ for CPUs, Triton for GPUs) register behind the same schema and are held to the plain one by the
+tests.
 """
 
 from .adamw8bit import adamw_8bit_step
-from .attention import Form, attention, attention_grad
+from .attention import AttentionParams, attention, attention_grad
 from .dropout import DROPOUT_RESOLUTION, NO_DROPOUT, Dropout, drop_threshold, dropout_mask
 from .fourbit import (
     FourBit,
@@ -26,8 +27,8 @@ __all__ = [
     "ACTIVATIONS",
     "DROPOUT_RESOLUTION",
     "NO_DROPOUT",
+    "AttentionParams",
     "Dropout",
-    "Form",
     "FourBit",
     "adamw_8bit_step",
     "add_low_rank",

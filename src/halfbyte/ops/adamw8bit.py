@@ -1,8 +1,9 @@
 """One AdamW step with moments in 8 bits, over many tensors at once.
 
-Each moment is stored per block of 256 values as codes of a dynamic map and an fp32 absolute maximum (Dettmers et al.
-2022, "8-bit optimizers via block-wise quantization", arXiv:2110.02861). All tensors share one arena: tensor after
-tensor, each padded to whole blocks, so one call moves them all and a block never crosses a tensor.
+Each moment is stored per block of 256 values as codes of a dynamic map and an fp32 absolute maximum
+(Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", arXiv:2110.02861). All
+tensors share one arena: tensor after tensor, each padded to whole blocks, so one call moves them
+all and a block never crosses a tensor.
 """
 
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import codebooks
+from ..ledger import Part
 from . import cpu, cpu_calls, gpu, gpu_calls
-from .library import define, scratch
+from .library import define, record_workspace
 from .nearest import rank
 
 BLOCK = 256
@@ -22,20 +24,32 @@ _GROUP = 1 << 22
 
 
 def adamw_update(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, eps: float, decay: float, t: int
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    t: int,
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) in place on fp32 tensors of one shape; t counts from 1.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) in place on fp32 tensors of one shape; t counts
+    from 1.
 
-    The bias corrections are folded into the step size and eps as bitsandbytes does it. Every operation here rounds
-    once: PyTorch's fused ones (add with alpha, addcmul, addcdiv) round as the processor at hand fuses them, and could
-    not be met bit for bit by another backend. Its fp32 square root on CPUs is not the nearest number in a fifth of all
-    cases; through fp64 it is.
+    The bias corrections are folded into the step size and eps as bitsandbytes does it. Every
+    operation here rounds once: PyTorch's fused ones (add with alpha, addcmul, addcdiv) round as the
+    processor at hand fuses them, and could not be met bit for bit by another backend. Its fp32
+    square root on CPUs is not the nearest number in a fifth of all cases; through fp64 it is.
     """
     correction2 = (1 - beta2**t) ** 0.5
     step_size = lr * correction2 / (1 - beta1**t)
     m.mul_(beta1).add_(g * (1 - beta1))
     v.mul_(beta2).add_((g * g).mul_(1 - beta2))
-    p.mul_(1 - lr * decay).sub_((m * step_size).div_(v.double().sqrt_().float().add_(eps * correction2)))
+    p.mul_(1 - lr * decay).sub_(
+        (m * step_size).div_(v.double().sqrt_().float().add_(eps * correction2))
+    )
 
 
 def adamw_8bit_step(
@@ -59,7 +73,9 @@ def adamw_8bit_step(
     Args:
         params, grads: fp32 tensors, pairwise of one shape.
         m_codes, v_codes: uint8 [arena], arena = sum of the tensors' sizes rounded up to 256.
-        m_absmax, v_absmax: fp32 [arena / 256]. m_map: signed dynamic map; v_map: unsigned; both fp32 [256].
+        m_absmax, v_absmax: fp32 [arena / 256].
+        m_map: signed dynamic map;
+        v_map: unsigned; both fp32 [256].
         step: counts from 1.
     """
     arena = sum(padded_size(p.numel()) for p in params)
@@ -70,17 +86,33 @@ def adamw_8bit_step(
         ("v_absmax", v_absmax, torch.float32, arena // BLOCK),
     ):
         if tensor.dtype != dtype or tensor.numel() != count:
-            raise ValueError(f"{name} must be {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}"
+            )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
     for name, table in (("m_map", m_map), ("v_map", v_map)):
         if table.dtype != torch.float32 or table.shape != (256,) or not table.is_contiguous():
-            raise ValueError(f"{name} must be contiguous fp32 [256], got {table.dtype} {list(table.shape)}")
+            raise ValueError(
+                f"{name} must be contiguous fp32 [256], got {table.dtype} {list(table.shape)}"
+            )
     fp32 = all(t.dtype == torch.float32 for t in (*params, *grads))
     if not fp32 or any(p.shape != g.shape for p, g in zip(params, grads, strict=True)):
         raise ValueError("parameters and gradients must be fp32, pairwise of one shape")
     torch.ops.halfbyte.adamw_8bit_step(
-        params, grads, m_codes, v_codes, m_absmax, v_absmax, m_map, v_map, lr, *betas, eps, weight_decay, step
+        params,
+        grads,
+        m_codes,
+        v_codes,
+        m_absmax,
+        v_absmax,
+        m_map,
+        v_map,
+        lr,
+        *betas,
+        eps,
+        weight_decay,
+        step,
     )
 
 
@@ -99,14 +131,16 @@ def _encode(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor) -> Non
     blocks = values.view(-1, BLOCK)
     torch.amax(blocks.abs(), 1, out=absmax)
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)
-    bounds = (table[1:] + table[:-1]) / 2
-    codes.copy_(rank(scaled.view(-1), bounds))
+    cu_seqlens = (table[1:] + table[:-1]) / 2
+    codes.copy_(rank(scaled.view(-1), cu_seqlens))
 
 
 def _gather(tensors: list[Tensor], arena: int) -> Tensor:
     """The tensors in one fp32 arena, padding zero."""
     flat = tensors[0].new_zeros(arena)
-    for part, tensor in zip(flat.split([padded_size(t.numel()) for t in tensors]), tensors, strict=True):
+    for part, tensor in zip(
+        flat.split([padded_size(t.numel()) for t in tensors]), tensors, strict=True
+    ):
         part[: tensor.numel()] = tensor.reshape(-1)
     return flat
 
@@ -140,13 +174,18 @@ def _adamw_8bit_step(
             adamw_update(p[inside], g[inside], m, v, lr, beta1, beta2, eps, weight_decay, step)
             _encode(m, m_codes[here], m_absmax[blocks], m_map)
             _encode(v, v_codes[here], v_absmax[blocks], v_map)
-        for part, param in zip(p.split([padded_size(t.numel()) for t in group]), group, strict=True):
+        for part, param in zip(
+            p.split([padded_size(t.numel()) for t in group]), group, strict=True
+        ):
             param.copy_(part[: param.numel()].view_as(param))
         first += size
 
 
-def _groups(params: list[Tensor], grads: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Neighbours that are moved together: many small tensors at once, and never copies of all of them."""
+def _groups(
+    params: list[Tensor], grads: list[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Neighbours that are moved together: many small tensors at once, and never copies of all of
+    them."""
     start, size = 0, 0
     for i, p in enumerate(params):
         if i > start and size + p.numel() > _GROUP:
@@ -157,31 +196,40 @@ def _groups(params: list[Tensor], grads: list[Tensor]) -> Iterator[tuple[list[Te
         yield params[start:], grads[start:]
 
 
-def _adamw_8bit_step_shapes(params: list[Tensor], *args) -> None:
+def _adamw_8bit_step_fake(params: list[Tensor], *args) -> None:
     if params and not (cpu.serves(params[0]) or gpu.computes(params[0], "adamw_8bit_step")):
-        most = max(sum(padded_size(p.numel()) for p in group) for group, _ in _groups(params, params))
-        scratch("optimizer states", 2 * 4 * most)
+        most = max(
+            sum(padded_size(p.numel()) for p in group) for group, _ in _groups(params, params)
+        )
+        record_workspace(Part.OPTIMIZER, 2 * 4 * most)
 
 
 define(
     "adamw_8bit_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) m_codes, Tensor(c!) v_codes, "
-    "Tensor(d!) m_absmax, Tensor(e!) v_absmax, Tensor m_map, Tensor v_map, float lr, float beta1, float beta2, "
+    "Tensor(d!) m_absmax, Tensor(e!) v_absmax, Tensor m_map, Tensor v_map, float lr, float beta1, "
+    "float beta2, "
     "float eps, float weight_decay, int step) -> ()",
     _adamw_8bit_step,
-    _adamw_8bit_step_shapes,
+    _adamw_8bit_step_fake,
 )
-cpu.spell("adamw_8bit_step", _adamw_8bit_step, cpu_calls._adamw_8bit_step)
+cpu.register("adamw_8bit_step", _adamw_8bit_step, cpu_calls._adamw_8bit_step)
 
 
 def _case(device: torch.device) -> tuple:
     """Three tensors and their state before a second step."""
-    params = [gpu.sample(device, *shape, wide=True, seed=i) for i, shape in enumerate([(300,), (16, 33), (1,)])]
+    params = [
+        gpu.sample(device, *shape, wide=True, seed=i)
+        for i, shape in enumerate([(300,), (16, 33), (1,)])
+    ]
     grads = [gpu.sample(device, *p.shape, wide=True, seed=9 + i) for i, p in enumerate(params)]
     arena = sum(padded_size(p.numel()) for p in params)
     codes = [torch.zeros(arena, dtype=torch.uint8, device=device) for _ in range(2)]
     absmax = [torch.zeros(arena // BLOCK, device=device) for _ in range(2)]
     signs = (True, False)
-    maps = [torch.tensor(codebooks.dynamic_map(signed=s), dtype=torch.float32, device=device) for s in signs]
+    maps = [
+        torch.tensor(codebooks.dynamic_map(signed=s), dtype=torch.float32, device=device)
+        for s in signs
+    ]
     numbers = (1e-2, 0.9, 0.999, 1e-8, 0.1)
     arguments: list = [params, grads, *codes, *absmax, *maps, *numbers]
     _adamw_8bit_step(*arguments, step=1)
@@ -195,4 +243,4 @@ def _still_case(device: torch.device) -> tuple:
     return params, [torch.zeros_like(g) for g in grads], *state, *others[4:], 1
 
 
-gpu.spell("adamw_8bit_step", _adamw_8bit_step, gpu_calls.adamw_8bit_step, _case, _still_case)
+gpu.register("adamw_8bit_step", _adamw_8bit_step, gpu_calls.adamw_8bit_step, _case, _still_case)

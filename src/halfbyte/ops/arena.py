@@ -1,9 +1,10 @@
 """Where results of operations on the CPU lie: pieces of a few large regions, used again and again.
 
-A training step takes and returns the same megabytes thousands of times. The C library either asks the system for each
-anew, which costs a page fault for every 4 KiB, or keeps freed pieces between live ones and grows. Here the smallest
-free piece that fits is taken, a returned one joins its neighbours, and a region stays mapped: from the second step on
-nothing is asked of the system. `Pieces` is the bookkeeping alone, which a memory plan runs on sizes.
+A training step takes and returns the same megabytes thousands of times. The C library either asks
+the system for each anew, which costs a page fault for every 4 KiB, or keeps freed pieces between
+live ones and grows. Here the smallest free piece that fits is taken, a returned one joins its
+neighbours, and a region stays mapped: from the second step on nothing is asked of the system.
+`FreeList` is the bookkeeping alone, which a memory plan runs on sizes.
 """
 
 import mmap
@@ -19,14 +20,16 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 16
-"""Bytes from which on a tensor is laid into a region; smaller ones are the C library's, which handles them well."""
+"""Bytes from which on a tensor is laid into a region; smaller ones are the C library's, which
+handles them well."""
 _GRAIN = 4096
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _REGION = 16 << 20
 
 
-class Pieces:
-    """Which bytes of a growing address space are taken. Addresses are bytes; regions are never joined."""
+class FreeList:
+    """Which bytes of a growing address space are taken. Addresses are bytes; regions are never
+    joined."""
 
     def __init__(self) -> None:
         self.regions: list[tuple[int, int]] = []  # start and size
@@ -42,10 +45,10 @@ class Pieces:
         """The address of ``size`` free bytes."""
         size = -(-size // _GRAIN) * _GRAIN
         fitting = [piece for piece in self._free if piece[1] >= size]
-        start, room = min(fitting, key=lambda piece: piece[1]) if fitting else self._grow(size)
-        at = bisect_left(self._free, (start, room))
-        if room > size:
-            self._free[at] = (start + size, room - size)
+        start, space = min(fitting, key=lambda piece: piece[1]) if fitting else self._grow(size)
+        at = bisect_left(self._free, (start, space))
+        if space > size:
+            self._free[at] = (start + size, space - size)
         else:
             del self._free[at]
         self._taken[start] = size
@@ -65,7 +68,8 @@ class Pieces:
         return bisect_left(self.regions, (address + 1, 0)) - 1
 
     def give(self, start: int) -> bool:
-        """Return what was taken at ``start``; True if nothing is taken any more and several regions became none."""
+        """Return what was taken at ``start``; True if nothing is taken any more and several regions
+        became none."""
         size = self._taken.pop(start)
         at = bisect_left(self._free, (start, 0))
         edges = {first for first, _ in self.regions}
@@ -87,7 +91,9 @@ class Pieces:
         number = self.region(start)
         first, size = self.regions.pop(number)
         self.touched -= self._marks.pop(number) - first
-        self._taken = {at: taken for at, taken in self._taken.items() if not first <= at < first + size}
+        self._taken = {
+            at: taken for at, taken in self._taken.items() if not first <= at < first + size
+        }
         self._free = [piece for piece in self._free if not first <= piece[0] < first + size]
 
     def _grow(self, size: int) -> tuple[int, int]:
@@ -102,10 +108,10 @@ class Pieces:
 
 
 class Arena:
-    """Memory for `Pieces`. Thread-safe; a piece is free again when no tensor looks at it."""
+    """Memory for `FreeList`. Thread-safe; a piece is free again when no tensor looks at it."""
 
     def __init__(self) -> None:
-        self.pieces = Pieces()
+        self.pieces = FreeList()
         self._maps: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._returned: deque[int] = deque()
@@ -125,17 +131,26 @@ class Arena:
             first, length = self.pieces.regions[self.pieces.region(start)]
             if first not in self._maps:
                 try:
-                    self._maps[first] = numpy.frombuffer(mmap.mmap(-1, length, **_PRIVATE), dtype=numpy.uint8)
+                    self._maps[first] = numpy.frombuffer(
+                        mmap.mmap(-1, length, **_PRIVATE), dtype=numpy.uint8
+                    )
                 except OSError as error:
                     self.pieces.forget(start)
-                    raise MemoryError(f"no memory for a tensor of {size} bytes: {error.strerror}") from None
+                    raise MemoryError(
+                        f"no memory for a tensor of {size} bytes: {error.strerror}"
+                    ) from None
             piece = self._maps[first][start - first : start - first + size]
-            # called wherever the tensor dies, also inside this very method: it only notes the address
-            self._watched[start] = weakref.ref(piece, lambda gone, start=start: self._returned.append(start))
+            # called wherever the tensor dies, also inside this very method: it only notes the
+            # address
+            self._watched[start] = weakref.ref(
+                piece, lambda gone, start=start: self._returned.append(start)
+            )
         # a tensor of its own and no view, which autograd would not let anyone change in place
         storage = torch.frombuffer(piece, dtype=torch.uint8).untyped_storage()
         with torch.no_grad():
-            return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, torch.Size(shape), _strides(shape))
+            return torch.empty(0, dtype=dtype, device="cpu").set_(
+                storage, 0, torch.Size(shape), _strides(shape)
+            )
 
     @property
     def unused(self) -> int:
@@ -149,7 +164,7 @@ class Arena:
         with self._lock:
             self._collect()
             if not self.pieces.taken:
-                self.pieces, self._maps = Pieces(), {}
+                self.pieces, self._maps = FreeList(), {}
 
     def _collect(self) -> None:
         while self._returned:

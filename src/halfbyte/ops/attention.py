@@ -1,7 +1,8 @@
 """Causal attention of rows of tokens laid end to end, each row seeing only itself.
 
-Only the output and the logarithm of each softmax's denominator are kept for the backward pass, which computes the
-scores again (Dao et al. 2022, arXiv:2205.14135): memory grows with the number of tokens, not with its square.
+Only the output and the logarithm of each softmax's denominator are kept for the backward pass,
+which computes the scores again (Dao et al. 2022, arXiv:2205.14135): memory grows with the number of
+tokens, not with its square.
 """
 
 from typing import NamedTuple
@@ -9,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ledger import Part
 from . import cpu, cpu_calls, gpu, gpu_calls
 from .fourbit import FLOATS
-from .library import as_wide, define, device_type, scratch
+from .library import as_wide, define, device_type, record_workspace
 
 
-class Form(NamedTuple):
+class AttentionParams(NamedTuple):
     """What a model does to its scores."""
 
     scale: float
@@ -25,38 +27,69 @@ class Form(NamedTuple):
     """Scores become c tanh(score / c); 0: they stay."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
     """softmax(scores) v within each row.
 
     Args:
-        q: [T, heads, d]; k, v: [T, kv_heads, d], heads a multiple of kv_heads; fp32, bf16 or fp16, with d contiguous.
+        q: [T, heads, d];
+        k, v: [T, kv_heads, d], heads a multiple of kv_heads; fp32, bf16 or fp16, with d contiguous.
         bounds: int32 [rows + 1] on the CPU, from 0 to T.
 
     Returns:
         out [T, heads, d] like q; lse fp32 [heads, T], the logarithms of the softmax's denominators.
     """
-    _check(q, k, v, bounds)
-    return torch.ops.halfbyte.attention(q, k, v, bounds, *form)
+    _check(q, k, v, cu_seqlens)
+    return torch.ops.halfbyte.attention(q, k, v, cu_seqlens, *params)
 
 
 def attention_grad(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, out: Tensor, lse: Tensor, form: Form
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention` with respect to q, k and v. out, lse: its results."""
-    _check(q, k, v, bounds)
+    _check(q, k, v, cu_seqlens)
     if dout.shape != q.shape or out.shape != q.shape or lse.shape != (q.shape[1], q.shape[0]):
-        raise ValueError(f"gradient {list(dout.shape)}, out {list(out.shape)} or lse {list(lse.shape)} do not fit q")
-    return torch.ops.halfbyte.attention_grad(dout, q, k, v, bounds, out, lse, *form)
+        raise ValueError(
+            f"gradient {list(dout.shape)}, out {list(out.shape)} or lse {list(lse.shape)} do not "
+            "fit q"
+        )
+    return torch.ops.halfbyte.attention_grad(dout, q, k, v, cu_seqlens, out, lse, *params)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
     if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"attention takes fp32, bf16 or fp16 of one kind, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise TypeError(
+            f"attention takes fp32, bf16 or fp16 of one kind, got {q.dtype}, {k.dtype} and "
+            f"{v.dtype}"
+        )
     tokens, heads, dim = q.shape
-    if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != dim or not k.shape[1] or heads % k.shape[1]:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not belong together")
-    if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.device.type not in ("cpu", "meta"):
-        raise ValueError(f"bounds must be int32 [rows + 1] on the CPU, got {bounds.dtype} on {bounds.device}")
+    if (
+        k.shape != v.shape
+        or k.shape[0] != tokens
+        or k.shape[2] != dim
+        or not k.shape[1]
+        or heads % k.shape[1]
+    ):
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not belong together"
+        )
+    if (
+        cu_seqlens.dtype != torch.int32
+        or cu_seqlens.dim() != 1
+        or cu_seqlens.device.type not in ("cpu", "meta")
+    ):
+        raise ValueError(
+            f"bounds must be int32 [rows + 1] on the CPU, got {cu_seqlens.dtype} on "
+            f"{cu_seqlens.device}"
+        )
 
 
 def _seen(length: int, window: int, device: torch.device) -> Tensor:
@@ -65,8 +98,11 @@ def _seen(length: int, window: int, device: torch.device) -> Tensor:
     return mask.triu(1 - min(window, length)) if window else mask
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
-    """Scores [heads, L, L] in the dtype of q before and after the mask (fp64 stays: the tests' reference)."""
+def _scores(
+    q: Tensor, k: Tensor, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Scores [heads, L, L] in the dtype of q before and after the mask (fp64 stays: the tests'
+    reference)."""
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
@@ -74,9 +110,9 @@ def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> 
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    lengths, groups = bounds.diff().tolist(), q.shape[1] // k.shape[1]
+    lengths, groups = cu_seqlens.diff().tolist(), q.shape[1] // k.shape[1]
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), []
     pieces = zip(*(t.split(lengths) for t in (q, k, v, out)), strict=True)
     for one_q, one_k, one_v, one_out in pieces:
@@ -92,16 +128,20 @@ def _attention_grad(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bounds: Tensor,
+    cu_seqlens: Tensor,
     out: Tensor,
     lse: Tensor,
     scale: float,
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lengths, groups = bounds.diff().tolist(), q.shape[1] // k.shape[1]
+    lengths, groups = cu_seqlens.diff().tolist(), q.shape[1] // k.shape[1]
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    pieces = zip(*(t.split(lengths) for t in (dout, q, k, v, out, *grads)), lse.split(lengths, 1), strict=True)
+    pieces = zip(
+        *(t.split(lengths) for t in (dout, q, k, v, out, *grads)),
+        lse.split(lengths, 1),
+        strict=True,
+    )
     for one_dout, one_q, one_k, one_v, one_out, dq, dk, dv, one_lse in pieces:
         wide_q, g = as_wide(one_q), as_wide(one_dout)
         wide_k, wide_v = (as_wide(t).repeat_interleave(groups, 1) for t in (one_k, one_v))
@@ -118,37 +158,49 @@ def _attention_grad(
     return grads[0], grads[1], grads[2]
 
 
-def _shapes(q: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *args) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-def _grad_shapes(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+def _grad_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args
+) -> tuple[Tensor, Tensor, Tensor]:
     if device_type(q) == "cuda":
-        # flash attention sums dq in fp32 and what is left of each softmax, with room behind each row, and gives dk and
-        # dv for every head of q
+        # flash attention sums dq in fp32 and what is left of each softmax, with room behind each
+        # row, and gives dk and dv for every head of q
         tokens, heads, width = q.shape
         padded = tokens + 128 * (args[0].numel() - 1)
-        scratch("live layer", 4 * padded * heads * (width + 1) + (2 * q.nbytes if heads != k.shape[1] else 0))
+        record_workspace(
+            Part.LIVE_LAYER,
+            4 * padded * heads * (width + 1) + (2 * q.nbytes if heads != k.shape[1] else 0),
+        )
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_FORM = "float scale, int window, float softcap"
-define(f"attention(Tensor q, Tensor k, Tensor v, Tensor bounds, {_FORM}) -> (Tensor, Tensor)", _attention, _shapes)
+_PARAMS = "float scale, int window, float softcap"
 define(
-    f"attention_grad(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor out, Tensor lse, {_FORM})"
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, {_PARAMS}) -> (Tensor, Tensor)",
+    _attention,
+    _fake,
+)
+define(
+    "attention_grad(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor out, "
+    f"Tensor lse, {_PARAMS})"
     " -> (Tensor, Tensor, Tensor)",
     _attention_grad,
-    _grad_shapes,
+    _grad_fake,
 )
-cpu.spell("attention", _attention, cpu_calls._attention)
-cpu.spell("attention_grad", _attention_grad, cpu_calls._attention_grad)
+cpu.register("attention", _attention, cpu_calls._attention)
+cpu.register("attention_grad", _attention_grad, cpu_calls._attention_grad)
 
 
 # the small cases by which a GPU is judged
 
 
 def _case(device: torch.device) -> tuple:
-    q, k, v = (gpu.sample(device, 21, heads, 16, seed=seed) for seed, heads in ((0, 4), (1, 2), (2, 2)))
+    q, k, v = (
+        gpu.sample(device, 21, heads, 16, seed=seed) for seed, heads in ((0, 4), (1, 2), (2, 2))
+    )
     return q, k, v, torch.tensor([0, 5, 6, 21], dtype=torch.int32), 0.25, 7, 0.0
 
 
@@ -160,10 +212,22 @@ def _usual_case(device: torch.device) -> tuple:
 def _grad_of(case: gpu.Case) -> gpu.Case:
     def with_gradient(device: torch.device) -> tuple:
         q, *others = case(device)
-        return gpu.sample(device, *q.shape, seed=3), q, *others[:3], *_attention(q, *others), *others[3:]
+        return (
+            gpu.sample(device, *q.shape, seed=3),
+            q,
+            *others[:3],
+            *_attention(q, *others),
+            *others[3:],
+        )
 
     return with_gradient
 
 
-gpu.spell("attention", _attention, gpu_calls.attention, _case, _usual_case)
-gpu.spell("attention_grad", _attention_grad, gpu_calls.attention_grad, _grad_of(_case), _grad_of(_usual_case))
+gpu.register("attention", _attention, gpu_calls.attention, _case, _usual_case)
+gpu.register(
+    "attention_grad",
+    _attention_grad,
+    gpu_calls.attention_grad,
+    _grad_of(_case),
+    _grad_of(_usual_case),
+)

@@ -1,12 +1,15 @@
-"""The C++ spellings of the operations for CPUs: the library found, checked, and called behind the same contracts.
+"""The C++ kernels of the operations for CPUs: the library found, checked, and called behind the
+same contracts.
 
-``ops/csrc`` is built with the package into ``halfbyte_cpu`` next to this file, with a plain C interface (`halfbyte.h`)
-that ctypes calls; nothing in it knows PyTorch. It holds several spellings, one per instruction set, and takes the best
-the processor runs. It is loaded after torch, so both use one OpenMP runtime and one pool of threads; every call says
-how many of them, as `torch.get_num_threads` does.
+``ops/csrc`` is built with the package into ``halfbyte_cpu`` next to this file, with a plain C
+interface (`halfbyte.h`) that ctypes calls; nothing in it knows PyTorch. It holds several kernels,
+one per instruction set, and takes the best the processor runs. It is loaded after torch, so both
+use one OpenMP runtime and one pool of threads; every call says how many of them, as
+`torch.get_num_threads` does.
 
-Without the library, where no compiler was at hand, every operation runs in plain PyTorch: the same bits where an
-operation is exact, within rounding where it is not, only slower. `use` chooses; `why` says what was found.
+Without the library, where no compiler was at hand, every operation runs in plain PyTorch: the same
+bits where an operation is exact, within rounding where it is not, only slower. `use` chooses; `why`
+says what was found.
 """
 
 import contextlib
@@ -21,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..ledger import Part
 from .cpu_calls import _product
 from .cpu_library import _BYTES, _DTYPES, _FP32, call, open_library
-from .library import LIBRARY, device_type, scratch
+from .library import LIBRARY, device_type, record_workspace
 
 KERNELS = ("auto", "cpp", "torch")
 _NAME = "halfbyte_cpu.so"
@@ -51,18 +55,25 @@ def _find() -> None:
                 _why = _choose_best(library)
                 _library = library
             else:
-                _why = "the library was not built (no C++ compiler at installation): plain PyTorch, slower, is used"
+                _why = (
+                    "the library was not built (no C++ compiler at installation): plain "
+                    "PyTorch, slower, is used"
+                )
         except OSError as error:
             _why = f"the library does not load ({error}): plain PyTorch, slower, is used"
         _tried = True
 
 
 def _choose_best(library: Any) -> str:
-    """The first path that agrees with the last, the portable one, on a small product; says which and why."""
+    """The first path that agrees with the last, the portable one, on a small product; says which
+    and why."""
     names = library.hb_paths().decode().split()
     generator = torch.Generator("cpu").manual_seed(0)
     packed = torch.randint(0, 256, (64 * 128 // 2,), generator=generator, **_BYTES)
-    absmax, quant_map = torch.rand(128, generator=generator, **_FP32), torch.linspace(-1, 1, 16, **_FP32)
+    absmax, quant_map = (
+        torch.rand(128, generator=generator, **_FP32),
+        torch.linspace(-1, 1, 16, **_FP32),
+    )
     x = torch.randn(40, 128, generator=generator, **_FP32).bfloat16()
     parts = (packed, absmax, quant_map, None, None, None, 64, 256)
 
@@ -76,7 +87,9 @@ def _choose_best(library: Any) -> str:
         # bf16 results of 128 products: within a few units of the last place of the largest
         if bool(((product(name) - expected).abs() <= 2**-6 * expected.abs().max()).all()):
             rest = [other for other in names if other != name and other not in refused]
-            wrong = f"; {', '.join(refused)} computes wrongly here and is not used" if refused else ""
+            wrong = (
+                f"; {', '.join(refused)} computes wrongly here and is not used" if refused else ""
+            )
             return f"{name} (this processor also runs: {', '.join(rest) or 'nothing else'}{wrong})"
         refused.append(name)
     raise OSError("it computes wrongly on this processor")
@@ -89,14 +102,18 @@ def active() -> Any:
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether the library computes on this tensor (or, on the ``meta`` device, would on the one it stands for)."""
+    """Whether the library computes on this tensor (or, on the ``meta`` device, would on the one it
+    stands for)."""
     return device_type(tensor) == "cpu" and active() is not None
 
 
 def plan_product(x: Tensor, depth: int) -> None:
-    """What a product of the library packs its input into, and keeps: all tokens for all threads to read."""
+    """What a product of the library packs its input into, and keeps: all tokens for all threads to
+    read."""
     tokens, size = x.numel() // depth, 2 if x.element_size() == 2 else 4
-    scratch("kernel scratch", -(-tokens // 16) * 16 * -(-depth // 32) * 32 * size, kept=True)
+    record_workspace(
+        Part.KERNEL_SCRATCH, -(-tokens // 16) * 16 * -(-depth // 32) * 32 * size, kept=True
+    )
 
 
 def why() -> str:
@@ -119,7 +136,10 @@ def use(kernels: str) -> None:
         raise UsageError(
             "--kernels cpp: there is no C++ library",
             found=_why,
-            ways_out=["install a C++ compiler (g++ or clang++) and the package again", "--kernels auto"],
+            ways_out=[
+                "install a C++ compiler (g++ or clang++) and the package again",
+                "--kernels auto",
+            ],
         )
     _chosen = kernels
 
@@ -136,7 +156,8 @@ def using(kernels: str) -> Iterator[None]:
 
 
 def paths() -> list[str]:
-    """Instruction sets the library has spellings for and this processor runs, best first; empty without the library."""
+    """Instruction sets the library has kernels for and this processor runs, best first; empty
+    without the library."""
     _find()
     return _library.hb_paths().decode().split() if _library else []
 
@@ -147,33 +168,39 @@ def path_in_use() -> str:
 
 
 def choose_path(name: str) -> None:
-    """Use a lesser spelling than the best, to measure or to test it.
+    """Use a lesser kernel than the best, to measure or to test it.
 
     Raises:
         UsageError: the processor or the library does not have it.
     """
     _find()
     if _library is None or _library.hb_choose(name.encode()):
-        raise UsageError(f"there is no kernel path {name!r} here", expected=", ".join(paths()) or "none: no library")
+        raise UsageError(
+            f"there is no kernel path {name!r} here",
+            expected=", ".join(paths()) or "none: no library",
+        )
 
 
-def spell(name: str, meaning: Callable, cpp: Callable) -> None:
+def register(name: str, reference: Callable, cpp: Callable) -> None:
     """On CPUs, compute an operation by the library where it is active."""
 
     def on_cpu(*args: Any) -> Any:
         library = active()
-        return meaning(*args) if library is None else cpp(library, *args)
+        return reference(*args) if library is None else cpp(library, *args)
 
     LIBRARY.impl(name, on_cpu, "CPU")
 
 
 def product_peak(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of the products a path is built on, out of registers alone."""
+    """Floating-point operations per second of the products a path is built on, out of registers
+    alone."""
     library = active()
     if library is None:
         raise UsageError("this needs the C++ library", found=why())
     rate, best = c_double(), 0.0
     for _ in range(3):
-        call(library, "hb_product_peak", _DTYPES[dtype], torch.get_num_threads(), ctypes.byref(rate))
+        call(
+            library, "hb_product_peak", _DTYPES[dtype], torch.get_num_threads(), ctypes.byref(rate)
+        )
         best = max(best, rate.value)
     return best

@@ -13,17 +13,31 @@ from .cpu_library import _BYTES, _DTYPES, _FP32, _Attention, _Dropout, _FourBit,
 
 def _weight(parts: Any, numel: int) -> tuple[_FourBit, list[Any]]:
     """The structure, and what must live as long as it does."""
-    packed, absmax, quant_map, nested_absmax, nested_map, offset, block_size, nested_block_size = parts
-    tensors = [None if t is None else t.contiguous() for t in (packed, absmax, quant_map, nested_absmax, nested_map)]
+    packed, absmax, quant_map, nested_absmax, nested_map, offset, block_size, nested_block_size = (
+        parts
+    )
+    tensors = [
+        None if t is None else t.contiguous()
+        for t in (packed, absmax, quant_map, nested_absmax, nested_map)
+    ]
     tensors.append(offset)
     pointers = [_pointer(t) for t in tensors]
     if nested_absmax is not None and not nested_absmax.numel():
-        pointers[3] = pointers[2]  # an empty tensor has no address; that it is nested still has to be said
-    counts = (numel, packed.numel(), absmax.numel(), 0 if nested_absmax is None else nested_absmax.numel())
+        pointers[3] = pointers[
+            2
+        ]  # an empty tensor has no address; that it is nested still has to be said
+    counts = (
+        numel,
+        packed.numel(),
+        absmax.numel(),
+        0 if nested_absmax is None else nested_absmax.numel(),
+    )
     return _FourBit(*pointers, *counts, block_size, nested_block_size), tensors
 
 
-def _quantize(library: Any, weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _quantize(
+    library: Any, weight: Tensor, quant_map: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
     flat, n = weight.contiguous(), weight.numel()
     quant_map = quant_map.contiguous()
     packed, absmax = torch.empty((n + 1) // 2, **_BYTES), torch.empty(-(-n // block_size), **_FP32)
@@ -48,7 +62,10 @@ def _quantize_absmax(
     library: Any, absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     absmax, table, blocks = absmax.contiguous(), nested_quant_map.contiguous(), absmax.numel()
-    codes, nested_absmax = torch.empty(blocks, **_BYTES), torch.empty(-(-blocks // nested_block_size), **_FP32)
+    codes, nested_absmax = (
+        torch.empty(blocks, **_BYTES),
+        torch.empty(-(-blocks // nested_block_size), **_FP32),
+    )
     offset = torch.empty((), **_FP32)
     call(
         library,
@@ -69,7 +86,15 @@ def _quantize_absmax(
 def _dequantize(library: Any, *args: Any) -> None:
     *parts, out = args
     weight, _alive = _weight(parts, out.numel())
-    call(library, "hb_dequantize", weight, out.data_ptr(), _DTYPES[out.dtype], out.numel(), torch.get_num_threads())
+    call(
+        library,
+        "hb_dequantize",
+        weight,
+        out.data_ptr(),
+        _DTYPES[out.dtype],
+        out.numel(),
+        torch.get_num_threads(),
+    )
 
 
 def _dropout(dropout: list[int]) -> _Dropout | None:
@@ -82,7 +107,14 @@ def _numbers(dropout: list[int]) -> _Dropout:
 
 
 def _dropout_mask(library: Any, out: Tensor, dropout: list[int]) -> None:
-    call(library, "hb_dropout_mask", out.data_ptr(), out.numel(), _numbers(dropout), torch.get_num_threads())
+    call(
+        library,
+        "hb_dropout_mask",
+        out.data_ptr(),
+        out.numel(),
+        _numbers(dropout),
+        torch.get_num_threads(),
+    )
 
 
 def _lora_input(library: Any, x: Tensor, a: Tensor, dropout: list[int]) -> Tensor:
@@ -121,13 +153,26 @@ def _lora_grads(
 
 def _linear(library: Any, x: Tensor, *args: Any) -> Tensor:
     *parts, out_features, bias, u, b = args
-    return _product(library, "hb_linear", x, parts, x.shape[-1] * out_features, out_features, bias, u, b)
+    return _product(
+        library, "hb_linear", x, parts, x.shape[-1] * out_features, out_features, bias, u, b
+    )
 
 
 def _input_grad(library: Any, grad: Tensor, *args: Any) -> Tensor:
     *parts, in_features, du, a, dropout = args
     numel = grad.shape[-1] * in_features
-    return _product(library, "hb_linear_input_grad", grad, parts, numel, in_features, None, du, a, _dropout(dropout))
+    return _product(
+        library,
+        "hb_linear_input_grad",
+        grad,
+        parts,
+        numel,
+        in_features,
+        None,
+        du,
+        a,
+        _dropout(dropout),
+    )
 
 
 def _product(
@@ -174,15 +219,32 @@ def _rms_norm(
     x, weight = x.contiguous(), weight.contiguous()
     y, inverse = ARENA.empty(x.shape, x.dtype), ARENA.empty(x.shape[:-1], torch.float32)
     sizes = (inverse.numel(), x.shape[-1])
-    pointers = (x.data_ptr(), weight.data_ptr(), *sizes, eps, offset, cast_first, y.data_ptr(), inverse.data_ptr())
+    pointers = (
+        x.data_ptr(),
+        weight.data_ptr(),
+        *sizes,
+        eps,
+        offset,
+        cast_first,
+        y.data_ptr(),
+        inverse.data_ptr(),
+    )
     call(library, "hb_rms_norm", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
     return y, inverse
 
 
-def _rms_norm_grad(library: Any, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+def _rms_norm_grad(
+    library: Any, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float
+) -> Tensor:
     dy, x, weight, inverse = (t.contiguous() for t in (dy, x, weight, inverse))
     dx = ARENA.empty(x.shape, x.dtype)
-    pointers = (*(t.data_ptr() for t in (dy, x, weight, inverse)), inverse.numel(), x.shape[-1], offset, dx.data_ptr())
+    pointers = (
+        *(t.data_ptr() for t in (dy, x, weight, inverse)),
+        inverse.numel(),
+        x.shape[-1],
+        offset,
+        dx.data_ptr(),
+    )
     call(library, "hb_rms_norm_grad", *pointers, _DTYPES[x.dtype], torch.get_num_threads())
     return dx
 
@@ -205,16 +267,34 @@ def _gated(library: Any, gate: Tensor, up: Tensor, activation: int) -> Tensor:
     (gate, gate_stride), (up, up_stride) = _rows(gate), _rows(up)
     y = ARENA.empty(gate.shape, gate.dtype)
     sizes = (math.prod(gate.shape[:-1]), gate.shape[-1])
-    pointers = (gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, *sizes, activation, y.data_ptr())
+    pointers = (
+        gate.data_ptr(),
+        gate_stride,
+        up.data_ptr(),
+        up_stride,
+        *sizes,
+        activation,
+        y.data_ptr(),
+    )
     call(library, "hb_gated", *pointers, _DTYPES[gate.dtype], torch.get_num_threads())
     return y
 
 
-def _gated_grad(library: Any, dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+def _gated_grad(
+    library: Any, dy: Tensor, gate: Tensor, up: Tensor, activation: int
+) -> tuple[Tensor, Tensor]:
     (gate, gate_stride), (up, up_stride), dy = _rows(gate), _rows(up), dy.contiguous()
     dgate, dup = (ARENA.empty(gate.shape, gate.dtype) for _ in range(2))
     sizes = (math.prod(gate.shape[:-1]), gate.shape[-1])
-    pointers = (dy.data_ptr(), gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, *sizes, activation)
+    pointers = (
+        dy.data_ptr(),
+        gate.data_ptr(),
+        gate_stride,
+        up.data_ptr(),
+        up_stride,
+        *sizes,
+        activation,
+    )
     outputs = (dgate.data_ptr(), dup.data_ptr(), _DTYPES[gate.dtype], torch.get_num_threads())
     call(library, "hb_gated_grad", *pointers, *outputs)
     return dgate, dup
@@ -231,7 +311,13 @@ def _rotate(library: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Te
 def _cross_entropy(library: Any, logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     logits, labels = logits.contiguous(), labels.contiguous()
     losses = ARENA.empty(labels.shape, torch.float32)
-    pointers = (logits.data_ptr(), labels.data_ptr(), *logits.shape, losses.data_ptr(), grad.data_ptr())
+    pointers = (
+        logits.data_ptr(),
+        labels.data_ptr(),
+        *logits.shape,
+        losses.data_ptr(),
+        grad.data_ptr(),
+    )
     call(library, "hb_cross_entropy", *pointers, _DTYPES[logits.dtype], torch.get_num_threads())
     return losses
 
@@ -242,14 +328,19 @@ def _heads(t: Tensor) -> Tensor:
 
 
 def _attention_job(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[_Attention, list[Tensor]]:
     """The structure, and what must live as long as it does."""
-    q, k, v, bounds = _heads(q), _heads(k), _heads(v), bounds.contiguous()
+    q, k, v, cu_seqlens = _heads(q), _heads(k), _heads(v), cu_seqlens.contiguous()
     strides = [n for t in (q, k, v) for n in t.stride()[:2]]
-    sizes = (bounds.numel() - 1, q.shape[0], q.shape[1], k.shape[1], q.shape[2], window)
+    sizes = (cu_seqlens.numel() - 1, q.shape[0], q.shape[1], k.shape[1], q.shape[2], window)
     pointers = [t.data_ptr() for t in (q, k, v)]
-    return _Attention(*pointers, *strides, bounds.data_ptr(), *sizes, scale, softcap), [q, k, v, bounds]
+    return _Attention(*pointers, *strides, cu_seqlens.data_ptr(), *sizes, scale, softcap), [
+        q,
+        k,
+        v,
+        cu_seqlens,
+    ]
 
 
 def _attention(library: Any, q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -262,12 +353,18 @@ def _attention(library: Any, q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attention_grad(library: Any, dout: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, bounds, out, lse, *form = args
-    job, _alive = _attention_job(q, k, v, bounds, *form)
+    q, k, v, cu_seqlens, out, lse, *params = args
+    job, _alive = _attention_job(q, k, v, cu_seqlens, *params)
     dout, out, lse = _heads(dout), out.contiguous(), lse.contiguous()
     dq, dk, dv = (ARENA.empty(t.shape, q.dtype) for t in (q, k, v))
-    pointers = (dout.data_ptr(), *dout.stride()[:2], *(t.data_ptr() for t in (out, lse, dq, dk, dv)))
-    call(library, "hb_attention_backward", job, *pointers, _DTYPES[q.dtype], torch.get_num_threads())
+    pointers = (
+        dout.data_ptr(),
+        *dout.stride()[:2],
+        *(t.data_ptr() for t in (out, lse, dq, dk, dv)),
+    )
+    call(
+        library, "hb_attention_backward", job, *pointers, _DTYPES[q.dtype], torch.get_num_threads()
+    )
     return dq, dk, dv
 
 

@@ -1,7 +1,18 @@
-"""The C++ library's interface: its structures, signatures and how it is opened and called (`csrc/halfbyte.h`)."""
+"""The C++ library's interface: its structures, signatures and how it is opened and called
+(`csrc/halfbyte.h`)."""
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from typing import Any
 
 import torch
@@ -49,7 +60,7 @@ class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v")),
         *((name, c_int64) for name in ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")),
-        ("bounds", c_void_p),
+        ("cu_seqlens", c_void_p),
         *((name, c_int64) for name in ("segments", "tokens", "heads", "kv_heads", "dim", "window")),
         ("scale", c_float),
         ("softcap", c_float),
@@ -68,9 +79,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hb_dequantize": (c_int32, [POINTER(_FourBit), _p, _i, _n, _i]),
     "hb_dropout_mask": (c_int32, [_p, _n, POINTER(_Dropout), _i]),
     "hb_linear": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _p, _n, _p, _i, _i]),
-    "hb_linear_input_grad": (c_int32, [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _n, POINTER(_Dropout), _p, _i, _i]),
+    "hb_linear_input_grad": (
+        c_int32,
+        [_p, _n, _n, _n, POINTER(_FourBit), _p, _p, _n, POINTER(_Dropout), _p, _i, _i],
+    ),
     "hb_lora_input": (c_int32, [_p, _n, _n, _p, _n, POINTER(_Dropout), _p, _i, _i]),
-    "hb_lora_grads": (c_int32, [_p, _p, _p, _p, _n, _n, _n, _n, _f, POINTER(_Dropout), _p, _p, _p, _i, _i]),
+    "hb_lora_grads": (
+        c_int32,
+        [_p, _p, _p, _p, _n, _n, _n, _n, _f, POINTER(_Dropout), _p, _p, _p, _i, _i],
+    ),
     "hb_rms_norm": (c_int32, [_p, _p, _n, _n, _f, _f, _i, _p, _p, _i, _i]),
     "hb_rms_norm_grad": (c_int32, [_p, _p, _p, _p, _n, _n, _f, _p, _i, _i]),
     "hb_gated": (c_int32, [_p, _n, _p, _n, _n, _n, _i, _p, _i, _i]),
@@ -78,7 +95,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hb_rotate": (c_int32, [_p, _p, _p, _n, _n, _n, _i, _p, _i, _i]),
     "hb_cross_entropy": (c_int32, [_p, _p, _n, _n, _p, _p, _i, _i]),
     "hb_attention_forward": (c_int32, [POINTER(_Attention), _p, _p, _i, _i]),
-    "hb_attention_backward": (c_int32, [POINTER(_Attention), _p, _n, _n, _p, _p, _p, _p, _p, _i, _i]),
+    "hb_attention_backward": (
+        c_int32,
+        [POINTER(_Attention), _p, _n, _n, _p, _p, _p, _p, _p, _i, _i],
+    ),
     "hb_adamw_8bit": (
         c_int32,
         [_p, _p, _p, _n, _p, _p, _p, _p, _n, _p, _p, _f, _f, _f, _f, _f, _f, _f, _i],
@@ -101,7 +121,10 @@ def open_library(file: str) -> Any:
             raise OSError(f"{file} has no {name}: it belongs to another version") from error
         function.restype, function.argtypes = result, arguments
     if found.hb_abi() != ABI:
-        raise OSError(f"{file} speaks version {found.hb_abi()} of the interface, not {ABI}: install the package again")
+        raise OSError(
+            f"{file} speaks version {found.hb_abi()} of the interface, not {ABI}: install the "
+            "package again"
+        )
     return found
 
 
@@ -114,7 +137,8 @@ def call(library: Any, name: str, *arguments: Any) -> None:
     """Call a function of the library.
 
     Raises:
-        ValueError: it refuses an argument. MemoryError: no memory for its scratch.
+        ValueError: it refuses an argument.
+        MemoryError: no memory for its scratch.
     """
     if code := getattr(library, name)(*arguments):
         message = library.hb_error().decode()

@@ -1,15 +1,16 @@
 """Where a 4-bit weight lies while a product reads it, where it has to be dequantized first.
 
-(The C++ library and the product with a few tokens read weights as they multiply: nothing of this is for them.) How long
-a dequantized weight stays is a trade of memory for time, and changes no number:
+(The C++ library and the product with a few tokens read weights as they multiply: nothing of this is
+for them.) How long a dequantized weight stays is a trade of memory for time, and changes no number:
 
     product   until another is needed: one buffer, of the size of the largest weight
-    ahead     two such buffers: while a product reads one, a stream of its own fills the other with the weight that
-              came next the last time
-    layer     in a layer that is run again for its gradients, until its backward pass is over: the products of that
-              pass read weights that are there. Beside the one buffer, a layer's weights
+    ahead     two such buffers: while a product reads one, a stream of its own fills the other
+              with the weight that came next the last time
+    layer     in a layer that is run again for its gradients, until its backward pass is over:
+              the products of that pass read weights that are there. Beside the one buffer, a
+              layer's weights
 
-A desk is one of these; `weight` goes to the one that is in use (`Desk.in_use`).
+Each is a kind of buffer; `weight` goes to the one that is in use (`DequantBuffer.in_use`).
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .library import scratch
+from ..ledger import Part
+from .library import record_workspace
 
 Parts = tuple[Any, ...]
 """`fourbit.FourBit`, as operations take it."""
@@ -28,7 +30,8 @@ Key = tuple[int, int, int]
 
 
 def _key(parts: Parts, count: int) -> Key:
-    """Tells a weight from others as long as both are there (also on ``meta``, where all addresses are 0)."""
+    """Tells a weight from others as long as both are there (also on ``meta``, where all addresses
+    are 0)."""
     packed: Tensor = parts[0]
     return packed.untyped_storage()._cdata, int(packed.storage_offset()), count
 
@@ -47,15 +50,16 @@ _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def _shared(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The buffer of all desks, at least so large."""
+    """The memory of all buffers, at least so large."""
     if (device, dtype) not in _buffers or _buffers[device, dtype].numel() < count:
         _buffers.pop((device, dtype), None)  # before another is made
         _buffers[device, dtype] = _room(count, dtype, device)
     return _buffers[device, dtype]
 
 
-class Desk:
-    """One weight at a time, in a buffer that all desks share and that the next weight overwrites."""
+class DequantBuffer:
+    """One weight at a time, in memory that all buffers share and that the next weight
+    overwrites."""
 
     def weight(self, parts: Parts, count: int, dtype: torch.dtype, back: bool) -> Tensor:
         """The values of a stored weight, [count], to be read by one product, on the current stream.
@@ -68,7 +72,7 @@ class Desk:
 
     def plan(self, parts: Parts, count: int, dtype: torch.dtype) -> None:
         """Say, on the ``meta`` device, what `weight` would take."""
-        scratch("dequantized weight", count * dtype.itemsize, kept=True)
+        record_workspace(Part.DEQUANTIZED_WEIGHT, count * dtype.itemsize, kept=True)
 
     @contextlib.contextmanager
     def layer(self) -> Iterator[None]:
@@ -87,8 +91,8 @@ class Desk:
 
 
 class _Written(NamedTuple):
-    """What a buffer holds (and the weight itself: its address means nothing once it is gone), and the event after which
-    it does (None: written by the stream that reads it)."""
+    """What a buffer holds (and the weight itself: its address means nothing once it is gone), and
+    the event after which it does (None: written by the stream that reads it)."""
 
     key: Key
     parts: Parts
@@ -96,7 +100,7 @@ class _Written(NamedTuple):
 
 
 @dataclass
-class _Lane:
+class _CopyStream:
     """Two buffers of one type on one GPU, and the stream that fills them."""
 
     stream: Any
@@ -110,23 +114,25 @@ class _Lane:
     """Of two weights in a row, the weight that came next the last time."""
 
 
-class Ahead(Desk):
-    """Two buffers, one of them the shared one: the next weight is written to one while a product reads the other.
+class PrefetchBuffer(DequantBuffer):
+    """Two buffers, one of them the shared one: the next weight is written to one while a product
+    reads the other.
 
-    The order of products is learned as they come; a wrong guess costs a weight that is dequantized for nothing. Three
-    orders keep it right: a buffer is filled by the side stream after every product that was launched before (one
-    of them may read it); a product waits for the event behind the filling; and where a weight is written by the
-    computing stream itself, that waits for whatever the side stream was writing there.
+    The order of products is learned as they come; a wrong guess costs a weight that is dequantized
+    for nothing. Three orders keep it right: a buffer is filled by the side stream after every
+    product that was launched before (one of them may read it); a product waits for the event behind
+    the filling; and where a weight is written by the computing stream itself, that waits for
+    whatever the side stream was writing there.
     """
 
     def __init__(self) -> None:
-        self._lanes: dict[tuple[torch.device, torch.dtype], _Lane] = {}
+        self._lanes: dict[tuple[torch.device, torch.dtype], _CopyStream] = {}
 
     def weight(self, parts: Parts, count: int, dtype: torch.dtype, back: bool) -> Tensor:
         device, key = parts[0].device, _key(parts, count)
         lane = self._lanes.get((device, dtype))
         if lane is None:
-            lane = self._lanes[device, dtype] = _Lane(torch.cuda.Stream(device))
+            lane = self._lanes[device, dtype] = _CopyStream(torch.cuda.Stream(device))
         here = torch.cuda.current_stream(device)
         self._make_room(lane, count, dtype, device, here)
         if not self._is_there(lane, lane.at, key):
@@ -144,11 +150,11 @@ class Ahead(Desk):
         return lane.buffers[lane.at][:count]
 
     @staticmethod
-    def _is_there(lane: _Lane, place: int, key: Key) -> bool:
+    def _is_there(lane: _CopyStream, place: int, key: Key) -> bool:
         held = lane.holds[place]
         return held is not None and held.key == key
 
-    def _begin(self, lane: _Lane, key: Key, parts: Parts, here: Any) -> None:
+    def _begin(self, lane: _CopyStream, key: Key, parts: Parts, here: Any) -> None:
         """Have a weight written to the buffer that the coming product does not read."""
         place = 1 - lane.at
         if self._is_there(lane, lane.at, key) or self._is_there(lane, place, key):
@@ -159,8 +165,14 @@ class Ahead(Desk):
             lane.holds[place] = _Written(key, parts, lane.stream.record_event())
 
     @staticmethod
-    def _make_room(lane: _Lane, count: int, dtype: torch.dtype, device: torch.device, here: Any) -> None:
-        if lane.buffers and lane.buffers[0] is _buffers.get((device, dtype)) and lane.buffers[0].numel() >= count:
+    def _make_room(
+        lane: _CopyStream, count: int, dtype: torch.dtype, device: torch.device, here: Any
+    ) -> None:
+        if (
+            lane.buffers
+            and lane.buffers[0] is _buffers.get((device, dtype))
+            and lane.buffers[0].numel() >= count
+        ):
             return
         here.wait_stream(lane.stream)  # whoever is given this memory next computes here
         lane.buffers, lane.holds = [], [None, None]
@@ -168,7 +180,7 @@ class Ahead(Desk):
         lane.buffers = [shared, _room(shared.numel(), dtype, device)]
 
     def plan(self, parts: Parts, count: int, dtype: torch.dtype) -> None:
-        scratch("dequantized weight", 2 * count * dtype.itemsize, kept=True)
+        record_workspace(Part.DEQUANTIZED_WEIGHT, 2 * count * dtype.itemsize, kept=True)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -182,8 +194,9 @@ class Ahead(Desk):
                 torch.cuda.current_stream(device).wait_stream(lane.stream)
 
 
-class PerLayer(Desk):
-    """One weight at a time, but for a layer that is run again: what it dequantizes stays until `layer` is over."""
+class LayerBuffer(DequantBuffer):
+    """One weight at a time, but for a layer that is run again: what it dequantizes stays until
+    `layer` is over."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Key, torch.dtype], tuple[Parts, Tensor]] | None = None
@@ -203,7 +216,7 @@ class PerLayer(Desk):
             return
         self._planned[_key(parts, count), dtype] = parts
         total = sum(key[2] * kept.itemsize for key, kept in self._planned)
-        scratch("dequantized weights of a layer", total, kept=True)
+        record_workspace(Part.DEQUANTIZED_LAYER, total, kept=True)
 
     @contextlib.contextmanager
     def layer(self) -> Iterator[None]:
@@ -215,17 +228,22 @@ class PerLayer(Desk):
             self._planned.clear()
 
 
-DESKS: dict[str, Callable[[], Desk]] = {"product": Desk, "ahead": Ahead, "layer": PerLayer}
-_now = Desk()
+BUFFERS: dict[str, Callable[[], DequantBuffer]] = {
+    "product": DequantBuffer,
+    "ahead": PrefetchBuffer,
+    "layer": LayerBuffer,
+}
+_now = DequantBuffer()
 
 
 def weight(parts: Parts, rows: int, columns: int, dtype: torch.dtype, *, back: bool) -> Tensor:
-    """A stored weight as [rows, columns], to be read by one product: the next call may overwrite it."""
+    """A stored weight as [rows, columns], to be read by one product: the next call may overwrite
+    it."""
     return _now.weight(parts, rows * columns, dtype, back).view(rows, columns)
 
 
 def plan(parts: Parts, count: int, dtype: torch.dtype) -> None:
-    """Say, in a shape function, what a product's weight takes."""
+    """Say, in a fake, what a product's weight takes."""
     _now.plan(parts, count, dtype)
 
 

@@ -1,14 +1,16 @@
 """Dropout masks as a function of counters, so that they are recomputed instead of stored.
 
-A mask is needed in the forward pass, again where a checkpointed layer is recomputed, and in the backward pass. Philox
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns (key, counter) into random words without any
-state: Philox4x32 with 7 rounds is the shortest that passes BigCrush. Each 32-bit word serves two elements: element i
-of a mask uses the counter (i // 8, layer, micro_batch, step), word (i % 8) // 2, the low half first, and is dropped
-if its 16 bits, unsigned, are below the threshold round(p * 65536). A part of a tensor says with which element of the
-whole it begins, so that its mask is that part of the whole's.
+A mask is needed in the forward pass, again where a checkpointed layer is recomputed, and in the
+backward pass. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns
+(key, counter) into random words without any state: Philox4x32 with 7 rounds is the shortest that
+passes BigCrush. Each 32-bit word serves two elements: element i of a mask uses the counter (i // 8,
+layer, micro_batch, step), word (i % 8) // 2, the low half first, and is dropped if its 16 bits,
+unsigned, are below the threshold round(p * 65536). A part of a tensor says with which element of
+the whole it begins, so that its mask is that part of the whole's.
 
-Everything is integer arithmetic, so every backend gives the same bits. The arithmetic here is int64 because PyTorch
-has no unsigned 32-bit multiply; the products wrap, and only their low and high 32 bits are used.
+Everything is integer arithmetic, so every backend gives the same bits. The arithmetic here is int64
+because PyTorch has no unsigned 32-bit multiply; the products wrap, and only their low and high 32
+bits are used.
 """
 
 from typing import NamedTuple
@@ -16,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ledger import Part
 from . import cpu, cpu_calls, gpu, gpu_calls
-from .library import define, scratch
+from .library import define, record_workspace
 
 DROPOUT_RESOLUTION = 65536
 ROUNDS = 7
@@ -40,7 +43,8 @@ def drop_threshold(p: float) -> int:
 
 
 class Dropout(NamedTuple):
-    """Which elements of a tensor are dropped: a function of these numbers and of an element's index."""
+    """Which elements of a tensor are dropped: a function of these numbers and of an element's
+    index."""
 
     threshold: int
     """Of 65536 (`drop_threshold`); 0: nothing is dropped."""
@@ -100,21 +104,26 @@ def add_dropped(total: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     """
     _check(x.numel(), dropout)
     if total.shape != x.shape or total.dtype != x.dtype or not total.is_contiguous():
-        raise ValueError(f"total must be contiguous {x.dtype} {list(x.shape)}, got {total.dtype} {list(total.shape)}")
+        raise ValueError(
+            f"total must be contiguous {x.dtype} {list(x.shape)}, got {total.dtype} "
+            f"{list(total.shape)}"
+        )
     torch.ops.halfbyte.add_dropped(total, x, list(dropout))
     return total
 
 
 def plan_dropping(x: Tensor) -> None:
-    """Say, in a shape function, what x without its dropped elements takes: without Triton its mask, too."""
-    scratch("live layer", x.numel() * (x.element_size() + (not gpu.computes(x, "drop"))))
+    """Say, in a fake, what x without its dropped elements takes: without Triton its mask, too."""
+    record_workspace(
+        Part.LIVE_LAYER, x.numel() * (x.element_size() + (not gpu.computes(x, "drop")))
+    )
 
 
 def philox(counter0: Tensor, counters: tuple[int, int, int], key: tuple[int, int]) -> list[Tensor]:
     """Philox4x32-7 of (counter0[i], *counters): four int64 tensors whose low 32 bits are the words.
 
-    Words are masked to 32 bits only where the next product needs it. In the first two rounds three counters are
-    still plain numbers, which saves a fifth of the passes.
+    Words are masked to 32 bits only where the next product needs it. In the first two rounds three
+    counters are still plain numbers, which saves a fifth of the passes.
     """
     c0: Tensor | int = counter0
     c1: Tensor | int = counters[0]
@@ -151,7 +160,9 @@ def _dropout_mask(out: Tensor, dropout: list[int]) -> None:
     key = (seed & _MASK, seed >> 32)
     for start in range(0, n, 8 * _COUNTERS):
         stop = min(start + 8 * _COUNTERS, n)
-        c0 = torch.arange((d.first + start) // 8, -(-(d.first + stop) // 8), dtype=torch.int64, device=out.device)
+        c0 = torch.arange(
+            (d.first + start) // 8, -(-(d.first + stop) // 8), dtype=torch.int64, device=out.device
+        )
         words = torch.empty(len(c0), 4, dtype=torch.int32, device=out.device)
         for lane, word in enumerate(philox(c0, (d.layer, d.micro_batch, d.step), key)):
             words[:, lane] = word
@@ -172,14 +183,14 @@ def _nothing(*args) -> None:
     return None
 
 
-def _drop_shapes(x: Tensor, dropout: list[int]) -> Tensor:
+def _drop_fake(x: Tensor, dropout: list[int]) -> Tensor:
     return x.new_empty(x.shape)
 
 
 define("dropout_mask(Tensor(a!) out, int[] dropout) -> ()", _dropout_mask, _nothing)
-define("drop(Tensor x, int[] dropout) -> Tensor", _drop, _drop_shapes)
+define("drop(Tensor x, int[] dropout) -> Tensor", _drop, _drop_fake)
 define("add_dropped(Tensor(a!) total, Tensor x, int[] dropout) -> ()", _add_dropped, _nothing)
-cpu.spell("dropout_mask", _dropout_mask, cpu_calls._dropout_mask)
+cpu.register("dropout_mask", _dropout_mask, cpu_calls._dropout_mask)
 
 
 def example(device: torch.device) -> tuple:
@@ -204,6 +215,8 @@ def _adding(case: gpu.Case) -> gpu.Case:
     return both
 
 
-gpu.spell("dropout_mask", _dropout_mask, gpu_calls.dropout_mask, example)
-gpu.spell("drop", _drop, gpu_calls.drop, _drop_case, _usual_case)
-gpu.spell("add_dropped", _add_dropped, gpu_calls.add_dropped, _adding(_drop_case), _adding(_usual_case))
+gpu.register("dropout_mask", _dropout_mask, gpu_calls.dropout_mask, example)
+gpu.register("drop", _drop, gpu_calls.drop, _drop_case, _usual_case)
+gpu.register(
+    "add_dropped", _add_dropped, gpu_calls.add_dropped, _adding(_drop_case), _adding(_usual_case)
+)

@@ -1,17 +1,21 @@
-"""Blockwise 4-bit quantization: the bytes of a bitsandbytes checkpoint, written and read in plain PyTorch.
+"""Blockwise 4-bit quantization: the bytes of a bitsandbytes checkpoint, written and read in plain
+PyTorch.
 
-A tensor of n weights is flattened and cut into blocks of ``block_size`` (the last may be short). Each block stores its
-absolute maximum in fp32, and each weight the index of the level of ``quant_map`` nearest to weight / absmax; the even
-weight of a pair is the high nibble. With double quantization the absmax values, less their mean, are themselves cut
-into groups of 256 and coded with 8 bits (QLoRA, section 3).
+A tensor of n weights is flattened and cut into blocks of ``block_size`` (the last may be short).
+Each block stores its absolute maximum in fp32, and each weight the index of the level of
+``quant_map`` nearest to weight / absmax; the even weight of a pair is the high nibble. With double
+quantization the absmax values, less their mean, are themselves cut into groups of 256 and coded
+with 8 bits (QLoRA, section 3).
 
-The code rule is bitsandbytes' on the CPU, so the bytes are equal: scaled = w * (1 / max(absmax, 1e-38)) in fp32 (in a
-short last block: w / absmax), code = number of level midpoints strictly below it. The mean of the absmax values
-depends on the order of the sum; ours is a zero-padded halving tree of elementwise adds, so that any backend and any
-number of threads gives the same bits (`tree_sum`).
+The code rule is bitsandbytes' on the CPU, so the bytes are equal: scaled = w * (1 / max(absmax,
+1e-38)) in fp32 (in a short last block: w / absmax), code = number of level midpoints strictly below
+it. The mean of the absmax values depends on the order of the sum; ours is a zero-padded halving
+tree of elementwise adds, so that any backend and any number of threads gives the same bits
+(`tree_sum`).
 
-Roads not taken: one gather of a 16-entry table per weight is seven times slower on a CPU than one gather of a
-256-entry table of *pairs* (two fp32 viewed as one int64), which is what `_dequantize` does.
+Roads not taken: one gather of a 16-entry table per weight is seven times slower on a CPU than one
+gather of a 256-entry table of *pairs* (two fp32 viewed as one int64), which is what `_dequantize`
+does.
 """
 
 from typing import NamedTuple
@@ -21,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import codebooks
+from ..ledger import Part
 from . import cpu, cpu_calls, dequantized, gpu, gpu_calls
 from .dropout import NO_DROPOUT, Dropout, add_dropped, plan_dropping
-from .library import CHUNK, define, scratch
+from .library import CHUNK, define, record_workspace
 from .nearest import rank
 
 TINY = 1e-38
@@ -35,9 +40,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class FourBit(NamedTuple):
     """What a 4-bit tensor stores, in the order every operation takes it.
 
-    packed: uint8 [ceil(n / 2)]. absmax: uint8 [blocks] if nested, else fp32 [blocks]. quant_map: fp32 [16].
-    nested_absmax: fp32 [ceil(blocks / nested_block_size)]; nested_quant_map: fp32 [256]; nested_offset: fp32 [] (all
-    three None unless nested).
+    packed: uint8 [ceil(n / 2)]. absmax: uint8 [blocks] if nested, else fp32 [blocks]. quant_map:
+    fp32 [16]. nested_absmax: fp32 [ceil(blocks / nested_block_size)]; nested_quant_map: fp32 [256];
+    nested_offset: fp32 [] (all three None unless nested).
     """
 
     packed: Tensor
@@ -51,7 +56,8 @@ class FourBit(NamedTuple):
 
 
 STORAGE = (
-    "Tensor packed, Tensor absmax, Tensor quant_map, Tensor? nested_absmax, Tensor? nested_quant_map, "
+    "Tensor packed, Tensor absmax, Tensor quant_map, Tensor? nested_absmax, Tensor? "
+    "nested_quant_map, "
     "Tensor? nested_offset, int block_size, int nested_block_size"
 )
 
@@ -62,7 +68,9 @@ def blocks_of(numel: int, block_size: int) -> int:
 
 def _check_block_size(block_size: int) -> None:
     if not (MIN_BLOCK <= block_size <= MAX_BLOCK and block_size & (block_size - 1) == 0):
-        raise ValueError(f"block_size must be a power of two in {MIN_BLOCK}..{MAX_BLOCK}, got {block_size}")
+        raise ValueError(
+            f"block_size must be a power of two in {MIN_BLOCK}..{MAX_BLOCK}, got {block_size}"
+        )
 
 
 def check_storage(q: FourBit, numel: int) -> None:
@@ -87,13 +95,17 @@ def check_storage(q: FourBit, numel: int) -> None:
         if tensor is None:
             raise ValueError(f"{name} is missing from a nested 4-bit tensor")
         if tensor.dtype != dtype or tensor.numel() != count:
-            raise ValueError(f"{name} must be {dtype} with {count} elements, got {tensor.dtype} with {tensor.numel()}")
+            raise ValueError(
+                f"{name} must be {dtype} with {count} elements, got {tensor.dtype} with "
+                f"{tensor.numel()}"
+            )
 
 
 def tree_sum(values: Tensor) -> Tensor:
     """Sum of a 1-D fp32 tensor in an order that does not depend on threads or backend.
 
-    Zero-padded to a power of two, then halves are added elementwise until one value is left. Returns fp32 [].
+    Zero-padded to a power of two, then halves are added elementwise until one value is left.
+    Returns fp32 [].
     """
     size = 1 << max(values.numel() - 1, 0).bit_length()
     padded = values.new_zeros(size)
@@ -108,11 +120,12 @@ def tree_mean(values: Tensor) -> Tensor:
     """`tree_sum` over the number of values, fp32 []; 0 of none."""
     if not values.numel():
         return values.new_zeros(())
-    # by a tensor: on a GPU PyTorch does not divide by a number, it multiplies by the number's reciprocal
+    # by a tensor: on a GPU PyTorch does not divide by a number, it multiplies by the number's
+    # reciprocal
     return tree_sum(values) / values.new_full((), float(values.numel()))
 
 
-# --- quantize ---------------------------------------------------------------------------------------------------------
+# --- quantize -------------------------------------------------------------------------------------
 
 
 def quantize_4bit(weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -124,29 +137,34 @@ def quantize_4bit(weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[T
         block_size: weights per scale, a power of two in 32..4096.
 
     Returns:
-        packed uint8 [ceil(n / 2)] (an odd n leaves a padding nibble coding 0) and absmax fp32 [ceil(n / block_size)].
+        packed uint8 [ceil(n / 2)] (an odd n leaves a padding nibble coding 0) and absmax fp32
+            [ceil(n / block_size)].
 
     Raises:
-        TypeError: weight is not a 16- or 32-bit float. ValueError: block size or table.
+        TypeError: weight is not a 16- or 32-bit float.
+        ValueError: block size or table.
     """
     _check_block_size(block_size)
     if weight.dtype not in FLOATS:
         raise TypeError(f"4-bit quantization takes fp32, bf16 or fp16 weights, got {weight.dtype}")
     if quant_map.dtype != torch.float32 or quant_map.shape != (16,):
-        raise ValueError(f"quant_map must be float32 [16], got {quant_map.dtype} {list(quant_map.shape)}")
+        raise ValueError(
+            f"quant_map must be float32 [16], got {quant_map.dtype} {list(quant_map.shape)}"
+        )
     return torch.ops.halfbyte.quantize_4bit(weight, quant_map, block_size)
 
 
 def _midpoints(quant_map: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Boundaries between neighbouring levels, and the code of each rank where the table is not sorted."""
+    """Boundaries between neighbouring levels, and the code of each rank where the table is not
+    sorted."""
     ordered, codes = torch.sort(quant_map, stable=True)
-    bounds = (ordered[1:] + ordered[:-1]) / 2
-    return bounds, None if bool((ordered == quant_map).all()) else codes.to(torch.uint8)
+    boundaries = (ordered[1:] + ordered[:-1]) / 2
+    return boundaries, None if bool((ordered == quant_map).all()) else codes.to(torch.uint8)
 
 
-def _pack(scaled: Tensor, bounds: Tensor, codes_of_rank: Tensor | None) -> Tensor:
+def _pack(scaled: Tensor, boundaries: Tensor, codes_of_rank: Tensor | None) -> Tensor:
     """uint8 [n / 2] from scaled fp32 [n], n even."""
-    codes = rank(scaled, bounds)
+    codes = rank(scaled, boundaries)
     if codes_of_rank is not None:
         codes = codes_of_rank[codes.int()]
     return (codes[0::2] << 4) | codes[1::2]
@@ -157,7 +175,7 @@ def _quantize(weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tenso
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(blocks_of(n, block_size), dtype=torch.float32, device=flat.device)
-    bounds, codes_of_rank = _midpoints(quant_map)
+    boundaries, codes_of_rank = _midpoints(quant_map)
     whole = n - n % block_size
     for start in range(0, whole, CHUNK):
         stop = min(start + CHUNK, whole)
@@ -165,16 +183,16 @@ def _quantize(weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tenso
         scale = absmax[start // block_size : stop // block_size]
         torch.amax(blocks.abs(), 1, out=scale)
         scaled = blocks * (1.0 / scale.clamp(min=TINY)).unsqueeze(1)
-        packed[start // 2 : stop // 2] = _pack(scaled.view(-1), bounds, codes_of_rank)
+        packed[start // 2 : stop // 2] = _pack(scaled.view(-1), boundaries, codes_of_rank)
     if whole < n:
         tail = flat[whole:].float()
         absmax[-1] = tail.abs().amax().clamp(min=TINY)
         scaled = functional.pad(tail / absmax[-1], (0, (n - whole) % 2))
-        packed[whole // 2 :] = _pack(scaled, bounds, codes_of_rank)
+        packed[whole // 2 :] = _pack(scaled, boundaries, codes_of_rank)
     return packed, absmax
 
 
-def _quantize_shapes(weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _quantize_fake(weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     n = weight.numel()
     return (
         weight.new_empty((n + 1) // 2, dtype=torch.uint8),
@@ -182,23 +200,32 @@ def _quantize_shapes(weight: Tensor, quant_map: Tensor, block_size: int) -> tupl
     )
 
 
-def quantize_absmax(absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_absmax(
+    absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization of the scales.
 
     Args:
-        absmax: fp32 [blocks]. nested_quant_map: fp32 [256], sorted. nested_block_size: scales per group.
+        absmax: fp32 [blocks].
+        nested_quant_map: fp32 [256], sorted.
+        nested_block_size: scales per group.
 
     Returns:
-        codes uint8 [blocks], nested_absmax fp32 [groups], nested_offset fp32 [] (the mean of absmax).
+        codes uint8 [blocks], nested_absmax fp32 [groups], nested_offset fp32 [] (the mean of
+            absmax).
     """
     if absmax.dtype != torch.float32 or absmax.dim() != 1:
-        raise ValueError(f"absmax must be float32 [blocks], got {absmax.dtype} {list(absmax.shape)}")
+        raise ValueError(
+            f"absmax must be float32 [blocks], got {absmax.dtype} {list(absmax.shape)}"
+        )
     if nested_quant_map.dtype != torch.float32 or nested_quant_map.shape != (256,):
         raise ValueError("nested_quant_map must be float32 [256]")
     return torch.ops.halfbyte.quantize_absmax(absmax, nested_quant_map, nested_block_size)
 
 
-def _quantize_absmax(absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_absmax(
+    absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     blocks = absmax.numel()
     groups = blocks_of(blocks, nested_block_size)
     offset = tree_mean(absmax)
@@ -207,25 +234,33 @@ def _quantize_absmax(absmax: Tensor, nested_quant_map: Tensor, nested_block_size
     grouped = centred.view(groups, nested_block_size)
     nested_absmax = grouped.abs().amax(1) if groups else absmax.new_zeros(0)
     scaled = (grouped * (1.0 / nested_absmax.clamp(min=TINY)).unsqueeze(1)).view(-1)[:blocks]
-    bounds = (nested_quant_map[1:] + nested_quant_map[:-1]) / 2
-    return rank(scaled, bounds), nested_absmax, offset.clone()
+    boundaries = (nested_quant_map[1:] + nested_quant_map[:-1]) / 2
+    return rank(scaled, boundaries), nested_absmax, offset.clone()
 
 
-def _quantize_absmax_shapes(
+def _quantize_absmax_fake(
     absmax: Tensor, nested_quant_map: Tensor, nested_block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = blocks_of(absmax.numel(), nested_block_size)
-    return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(groups), absmax.new_empty(())
+    return (
+        absmax.new_empty(absmax.shape, dtype=torch.uint8),
+        absmax.new_empty(groups),
+        absmax.new_empty(()),
+    )
 
 
-# --- dequantize -------------------------------------------------------------------------------------------------------
+# --- dequantize -----------------------------------------------------------------------------------
 
 
-def dequantize_4bit(q: FourBit, numel: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def dequantize_4bit(
+    q: FourBit, numel: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Values of a stored tensor, flat: level * absmax in fp32, rounded once to ``dtype``.
 
     Args:
-        q: the stored parts. numel: number of weights. dtype: fp32, bf16 or fp16.
+        q: the stored parts.
+        numel: number of weights.
+        dtype: fp32, bf16 or fp16.
         out: [numel] of that dtype, contiguous, to write into; allocated where absent.
 
     Raises:
@@ -237,13 +272,16 @@ def dequantize_4bit(q: FourBit, numel: int, dtype: torch.dtype, out: Tensor | No
     if out is None:
         out = torch.empty(numel, dtype=dtype, device=q.packed.device)
     elif out.shape != (numel,) or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous {dtype} [{numel}], got {out.dtype} {list(out.shape)}")
+        raise ValueError(
+            f"out must be contiguous {dtype} [{numel}], got {out.dtype} {list(out.shape)}"
+        )
     torch.ops.halfbyte.dequantize_4bit(*q, out)
     return out
 
 
 def absmax_values(q: FourBit) -> Tensor:
-    """Scales as fp32 [blocks], nested ones decoded: map[code] * nested_absmax + offset, each step rounded to fp32."""
+    """Scales as fp32 [blocks], nested ones decoded: map[code] * nested_absmax + offset, each step
+    rounded to fp32."""
     if q.nested_absmax is None:
         return q.absmax
     assert q.nested_quant_map is not None and q.nested_offset is not None
@@ -258,7 +296,9 @@ def _dequantize(*args) -> None:
     n, device = out.numel(), out.device
     scales = absmax_values(q)
     byte = torch.arange(256, device=device)
-    pairs = torch.stack((q.quant_map[byte >> 4], q.quant_map[byte & 15]), 1).view(torch.int64).view(256)
+    pairs = (
+        torch.stack((q.quant_map[byte >> 4], q.quant_map[byte & 15]), 1).view(torch.int64).view(256)
+    )
     whole = n - n % q.block_size
     gathered = torch.empty(min(CHUNK, max(n, 2)) // 2 + 1, dtype=torch.int64, device=device)
     for start in range(0, whole, CHUNK):
@@ -276,15 +316,16 @@ def _dequantize(*args) -> None:
         out[whole:] = values * scales[-1]
 
 
-def _dequantize_shapes(*args) -> None:
+def _dequantize_fake(*args) -> None:
     return None
 
 
-# --- linear -----------------------------------------------------------------------------------------------------------
+# --- linear ---------------------------------------------------------------------------------------
 
 
 def _plan_product(x: Tensor, parts: tuple, columns: int) -> None:
-    """What a product takes beside its result: where the library does not compute, a whole dequantized weight."""
+    """What a product takes beside its result: where the library does not compute, a whole
+    dequantized weight."""
     width = x.shape[-1]
     if cpu.serves(x):
         cpu.plan_product(x, width)
@@ -292,7 +333,7 @@ def _plan_product(x: Tensor, parts: tuple, columns: int) -> None:
     dequantized.plan(parts, width * columns, x.dtype)
     if not gpu.computes(x, "dequantize_4bit"):
         # its scales in fp32, and what they are made of
-        scratch("dequantized weight", 3 * 4 * blocks_of(width * columns, parts[6]))
+        record_workspace(Part.DEQUANTIZED_WEIGHT, 3 * 4 * blocks_of(width * columns, parts[6]))
 
 
 def linear_4bit(
@@ -303,11 +344,14 @@ def linear_4bit(
     u: Tensor | None = None,
     b: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + bias + u b^T with W stored in 4 bits; the last term is LoRA's (u = s x A^T), added before rounding.
+    """x W^T + bias + u b^T with W stored in 4 bits; the last term is LoRA's (u = s x A^T), added
+    before rounding.
 
     Args:
-        x: [..., in_features], fp32, bf16 or fp16: its dtype is the compute dtype and that of the result.
-        q: the stored weight [out_features, in_features]. bias: [out_features] or None.
+        x: [..., in_features], fp32, bf16 or fp16: its dtype is the compute dtype and that of the
+            result.
+        q: the stored weight [out_features, in_features].
+        bias: [out_features] or None.
         u: [..., r] and b: [out_features, r], or neither.
     """
     if x.dtype not in FLOATS:
@@ -319,11 +363,20 @@ def linear_4bit(
     return torch.ops.halfbyte.linear_4bit(x, *q, out_features, bias, u, b)
 
 
-def _check_low_rank(x: Tensor, u: Tensor | None, weight: Tensor | None, shape: tuple[int, int]) -> None:
+def _check_low_rank(
+    x: Tensor, u: Tensor | None, weight: Tensor | None, shape: tuple[int, int]
+) -> None:
     if (u is None) != (weight is None):
         raise ValueError("a low-rank term takes both its input and its weight")
-    if u is not None and weight is not None and (u.shape[:-1] != x.shape[:-1] or weight.shape != shape):
-        raise ValueError(f"low-rank input {list(u.shape)} and weight {list(weight.shape)} do not fit {list(x.shape)}")
+    if (
+        u is not None
+        and weight is not None
+        and (u.shape[:-1] != x.shape[:-1] or weight.shape != shape)
+    ):
+        raise ValueError(
+            f"low-rank input {list(u.shape)} and weight {list(weight.shape)} do not fit "
+            f"{list(x.shape)}"
+        )
 
 
 def _linear(x: Tensor, *args) -> Tensor:
@@ -335,7 +388,7 @@ def _linear(x: Tensor, *args) -> Tensor:
     return y
 
 
-def _linear_shapes(x: Tensor, *args) -> Tensor:
+def _linear_fake(x: Tensor, *args) -> Tensor:
     _plan_product(x, args[:8], args[-4])
     return x.new_empty((*x.shape[:-1], args[-4]))
 
@@ -348,14 +401,19 @@ def linear_4bit_input_grad(
     a: Tensor | None = None,
     dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:
-    """grad W + drop(du a): the gradient of `linear_4bit` with respect to its input, the last term LoRA's.
+    """grad W + drop(du a): the gradient of `linear_4bit` with respect to its input, the last term
+    LoRA's.
 
     Args:
-        grad: [..., out_features] in the compute dtype. q: the stored weight [out_features, in_features].
-        du: [..., r] and a: [r, in_features], or neither. dropout: which elements get no gradient through LoRA.
+        grad: [..., out_features] in the compute dtype.
+        q: the stored weight [out_features, in_features].
+        du: [..., r] and a: [r, in_features], or neither.
+        dropout: which elements get no gradient through LoRA.
     """
     if grad.dtype not in FLOATS:
-        raise TypeError(f"a 4-bit linear computes in fp32, bf16 or fp16; the gradient is {grad.dtype}")
+        raise TypeError(
+            f"a 4-bit linear computes in fp32, bf16 or fp16; the gradient is {grad.dtype}"
+        )
     check_storage(q, grad.shape[-1] * in_features)
     _check_low_rank(grad, du, a, (-1 if du is None else du.shape[-1], in_features))
     return torch.ops.halfbyte.linear_4bit_input_grad(grad, *q, in_features, du, a, list(dropout))
@@ -378,52 +436,62 @@ def _input_grad(grad: Tensor, *args) -> Tensor:
     return dx if du is None else add_low_rank(dx, du, a, Dropout(*dropout))
 
 
-def _input_grad_shapes(grad: Tensor, *args) -> Tensor:
+def _input_grad_fake(grad: Tensor, *args) -> Tensor:
     _plan_product(grad, args[:8], args[-4])
     dx = grad.new_empty((*grad.shape[:-1], args[-4]))
     if args[-1][0] and args[-3] is not None and not cpu.serves(grad):
         plan_dropping(dx)
         if not gpu.computes(grad, "add_dropped"):
-            scratch("live layer", dx.nbytes)  # LoRA's term, with what is dropped and without
+            record_workspace(
+                Part.LIVE_LAYER, dx.nbytes
+            )  # LoRA's term, with what is dropped and without
     return dx
 
 
 define(
-    "quantize_4bit(Tensor weight, Tensor quant_map, int block_size) -> (Tensor, Tensor)", _quantize, _quantize_shapes
+    "quantize_4bit(Tensor weight, Tensor quant_map, int block_size) -> (Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
 )
 define(
-    "quantize_absmax(Tensor absmax, Tensor nested_quant_map, int nested_block_size) -> (Tensor, Tensor, Tensor)",
+    "quantize_absmax(Tensor absmax, Tensor nested_quant_map, int nested_block_size) -> (Tensor, "
+    "Tensor, Tensor)",
     _quantize_absmax,
-    _quantize_absmax_shapes,
+    _quantize_absmax_fake,
 )
-define(f"dequantize_4bit({STORAGE}, Tensor(a!) out) -> ()", _dequantize, _dequantize_shapes)
+define(f"dequantize_4bit({STORAGE}, Tensor(a!) out) -> ()", _dequantize, _dequantize_fake)
 define(
-    f"linear_4bit(Tensor x, {STORAGE}, int out_features, Tensor? bias, Tensor? u, Tensor? b) -> Tensor",
+    f"linear_4bit(Tensor x, {STORAGE}, int out_features, Tensor? bias, Tensor? u, Tensor? b) -> "
+    "Tensor",
     _linear,
-    _linear_shapes,
+    _linear_fake,
 )
 define(
-    f"linear_4bit_input_grad(Tensor grad, {STORAGE}, int in_features, Tensor? du, Tensor? a, int[] dropout) -> Tensor",
+    f"linear_4bit_input_grad(Tensor grad, {STORAGE}, int in_features, Tensor? du, Tensor? a, "
+    "int[] dropout) -> Tensor",
     _input_grad,
-    _input_grad_shapes,
+    _input_grad_fake,
 )
-cpu.spell("quantize_4bit", _quantize, cpu_calls._quantize)
-cpu.spell("quantize_absmax", _quantize_absmax, cpu_calls._quantize_absmax)
-cpu.spell("dequantize_4bit", _dequantize, cpu_calls._dequantize)
-cpu.spell("linear_4bit", _linear, cpu_calls._linear)
-cpu.spell("linear_4bit_input_grad", _input_grad, cpu_calls._input_grad)
+cpu.register("quantize_4bit", _quantize, cpu_calls._quantize)
+cpu.register("quantize_absmax", _quantize_absmax, cpu_calls._quantize_absmax)
+cpu.register("dequantize_4bit", _dequantize, cpu_calls._dequantize)
+cpu.register("linear_4bit", _linear, cpu_calls._linear)
+cpu.register("linear_4bit_input_grad", _input_grad, cpu_calls._input_grad)
 
 
 # --- on a GPU ---
 
 
-def quantize_absmax_by_triton(absmax: Tensor, nested_quant_map: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_absmax_by_triton(
+    absmax: Tensor, nested_quant_map: Tensor, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
     offset = tree_mean(absmax)
     return *gpu_calls.quantize_scales(absmax, offset, nested_quant_map, group), offset.clone()
 
 
 def linear_by_triton(x: Tensor, *args) -> Tensor:
-    """A few tokens are multiplied with weights as they are read; for more the weight is dequantized first."""
+    """A few tokens are multiplied with weights as they are read; for more the weight is dequantized
+    first."""
     *parts, rows, bias, u, b = args
     flat = x.reshape(-1, x.shape[-1])
     if not 0 < flat.shape[0] <= gpu_calls.MATVEC_TOKENS or x.shape[-1] % 2:
@@ -482,7 +550,9 @@ def _usual_linear_case(device: torch.device) -> tuple:
     return gpu.sample(device, 1, 128, seed=1), *parts, 12, None, None, None
 
 
-gpu.spell("quantize_4bit", _quantize, gpu_calls.quantize_4bit, _weight_case)
-gpu.spell("quantize_absmax", _quantize_absmax, quantize_absmax_by_triton, _scales_case)
-gpu.spell("dequantize_4bit", _dequantize, gpu_calls.dequantize_4bit, _dequantize_case, _usual_case)
-gpu.spell("linear_4bit", _linear, linear_by_triton, _linear_case, _usual_linear_case)
+gpu.register("quantize_4bit", _quantize, gpu_calls.quantize_4bit, _weight_case)
+gpu.register("quantize_absmax", _quantize_absmax, quantize_absmax_by_triton, _scales_case)
+gpu.register(
+    "dequantize_4bit", _dequantize, gpu_calls.dequantize_4bit, _dequantize_case, _usual_case
+)
+gpu.register("linear_4bit", _linear, linear_by_triton, _linear_case, _usual_linear_case)

@@ -1,4 +1,5 @@
-"""The `torch.library` namespace ``halfbyte``, the chunk size of plain-PyTorch passes, and which device is meant."""
+"""The `torch.library` namespace ``halfbyte``, the chunk size of plain-PyTorch passes, and which
+device is meant."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,17 +7,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..ledger import Part
+
 LIBRARY = torch.library.Library("halfbyte", "DEF")
 
 CHUNK = 1 << 18
-"""Weights handled at once by a plain-PyTorch pass: its buffers stay in the second-level cache (fp32: 1 MiB)."""
+"""Weights handled at once by a plain-PyTorch pass: its buffers stay in the second-level cache
+(fp32: 1 MiB)."""
 
 _planned = "cpu"
 
 
 @contextlib.contextmanager
 def planning_for(device_type: str) -> Iterator[None]:
-    """Within this block tensors on the ``meta`` device stand for ones on this kind of device ("cpu", "cuda")."""
+    """Within this block tensors on the ``meta`` device stand for ones on this kind of device
+    ("cpu", "cuda")."""
     global _planned
     before, _planned = _planned, device_type
     try:
@@ -30,13 +35,17 @@ def device_type(tensor: Tensor) -> str:
     return _planned if tensor.is_meta else tensor.device.type
 
 
-Scratch = Callable[[str, int, bool], None]
-_listener: Scratch | None = None
+Listener = Callable[[Part, int, bool], None]
+_listener: Listener | None = None
 
 
 @contextlib.contextmanager
-def hearing_scratch(listener: Scratch) -> Iterator[None]:
-    """Within this block shape functions tell what their operation takes beside its results: part, bytes, kept."""
+def recording_workspace(listener: Listener) -> Iterator[None]:
+    """Within this block fakes tell what their operation takes beside its results.
+
+    Args:
+        listener: called with the part, bytes, and whether they stay taken.
+    """
     global _listener
     before, _listener = _listener, listener
     try:
@@ -45,22 +54,30 @@ def hearing_scratch(listener: Scratch) -> Iterator[None]:
         _listener = before
 
 
-def scratch(part: str, size: int, kept: bool = False) -> None:
-    """Say, in a shape function, that an operation takes so many bytes until it is done (kept: from then on)."""
+def record_workspace(part: Part, size: int, kept: bool = False) -> None:
+    """Say, in a fake, that an operation takes so many bytes until it is done (kept: from then
+    on)."""
     if _listener is not None:
-        _listener(part, size, kept)
+        _listener(Part(part), size, kept)
 
 
-def define(schema: str, meaning: Callable, shapes: Callable) -> None:
-    """Declare an operation: its schema, its plain-PyTorch meaning (all devices), its result on ``meta`` tensors."""
+def define(schema: str, reference: Callable, fake: Callable) -> None:
+    """Declare an operation (`torch.library`).
+
+    Args:
+        schema: name, arguments, results.
+        reference: what it computes, in plain PyTorch, on all devices.
+        fake: its result on ``meta`` tensors.
+    """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, shapes, "Meta")
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, fake, "Meta")
 
 
 def as_wide(t: Tensor) -> Tensor:
-    """The tensor in the width passes compute in: fp32, or fp64 where it is (the tests' reference)."""
+    """The tensor in the width passes compute in: fp32, or fp64 where it is (the tests'
+    reference)."""
     return t if t.dtype == torch.float64 else t.float()
 
 

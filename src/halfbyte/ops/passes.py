@@ -1,16 +1,18 @@
-"""Passes over rows that a model makes between its products: normalization, gated activations, cross-entropy.
+"""Passes over rows that a model makes between its products: normalization, gated activations,
+cross-entropy.
 
-In plain PyTorch each is half a dozen passes over memory with as many temporaries, and a cast on the way in and out.
-Here each is one pass in fp32 registers with one rounding at its end.
+In plain PyTorch each is half a dozen passes over memory with as many temporaries, and a cast on the
+way in and out. Here each is one pass in fp32 registers with one rounding at its end.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..ledger import Part
 from . import cpu, cpu_calls, gpu, gpu_calls
 from .fourbit import FLOATS
-from .library import as_wide, define, scratch
+from .library import as_wide, define, record_workspace
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 """SiLU; GELU by its tanh formula; GELU by erf (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
@@ -24,7 +26,7 @@ def _check(name: str, like: Tensor, **others: Tensor) -> None:
             raise TypeError(f"{name}: {what} must be {like.dtype}, got {tensor.dtype}")
 
 
-# --- RMSNorm ----------------------------------------------------------------------------------------------------------
+# --- RMSNorm --------------------------------------------------------------------------------------
 
 
 def rms_norm(
@@ -33,9 +35,11 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * (offset + weight) (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     Args:
-        x: [..., width], fp32, bf16 or fp16. weight: [width], of the same dtype.
-        offset: 1 where a model stores weight - 1 (Gemma). cast_first: round the quotient to the dtype of x before it is
-            multiplied (Llama) instead of only at the end.
+        x: [..., width], fp32, bf16 or fp16.
+        weight: [width], of the same dtype.
+        offset: 1 where a model stores weight - 1 (Gemma).
+        cast_first: round the quotient to the dtype of x before it is multiplied (Llama) instead of
+            only at the end.
 
     Returns:
         y like x, and fp32 [...]: 1 / sqrt(mean(x^2) + eps).
@@ -46,7 +50,9 @@ def rms_norm(
     return torch.ops.halfbyte.rms_norm(x, weight, eps, offset, cast_first)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> tuple[Tensor, Tensor]:
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
     wide = as_wide(x)
     inverse = (wide.square().mean(-1) + eps).rsqrt()
     quotient = wide * inverse.unsqueeze(-1)
@@ -55,11 +61,16 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: 
     return (quotient * (as_wide(weight) + offset)).to(x.dtype), inverse
 
 
-def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float = 0.0) -> Tensor:
+def rms_norm_grad(
+    dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float = 0.0
+) -> Tensor:
     """The gradient of `rms_norm` with respect to x, like x. inverse: its second result."""
     _check("rms_norm", x, gradient=dy, weight=weight)
     if dy.shape != x.shape or inverse.shape != x.shape[:-1] or weight.shape != x.shape[-1:]:
-        raise ValueError(f"gradient {list(dy.shape)} or inverse {list(inverse.shape)} do not fit x {list(x.shape)}")
+        raise ValueError(
+            f"gradient {list(dy.shape)} or inverse {list(inverse.shape)} do not fit x "
+            f"{list(x.shape)}"
+        )
     return torch.ops.halfbyte.rms_norm_grad(dy, x, weight, inverse, offset)
 
 
@@ -69,14 +80,15 @@ def _rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offse
     return ((g - normal * (g * normal).mean(-1, keepdim=True)) * inverse).to(x.dtype)
 
 
-# --- gated activations ------------------------------------------------------------------------------------------------
+# --- gated activations ----------------------------------------------------------------------------
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up (Shazeer 2020, arXiv:2002.05202), rounded once.
 
     Args:
-        gate, up: [..., width], the rows of each at one stride. activation: one of `ACTIVATIONS`.
+        gate, up: [..., width], the rows of each at one stride.
+        activation: one of `ACTIVATIONS`.
     """
     _check("gated", gate, up=up)
     if gate.shape != up.shape:
@@ -88,7 +100,9 @@ def gated_grad(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[T
     """Gradients of `gated` with respect to gate and up."""
     _check("gated", gate, up=up, gradient=dy)
     if not dy.shape == gate.shape == up.shape:
-        raise ValueError(f"gradient {list(dy.shape)}, gate {list(gate.shape)} and up {list(up.shape)} differ")
+        raise ValueError(
+            f"gradient {list(dy.shape)}, gate {list(gate.shape)} and up {list(up.shape)} differ"
+        )
     return torch.ops.halfbyte.gated_grad(dy, gate, up, ACTIVATIONS.index(activation))
 
 
@@ -107,19 +121,22 @@ def _gated_grad(dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[
     if activation == 0:
         dgate = torch.ops.aten.silu_backward(g * as_wide(up), wide)
     else:
-        form = "tanh" if activation == 1 else "none"
-        dgate = torch.ops.aten.gelu_backward(g * as_wide(up), wide, approximate=form)
+        params = "tanh" if activation == 1 else "none"
+        dgate = torch.ops.aten.gelu_backward(g * as_wide(up), wide, approximate=params)
     return dgate.to(gate.dtype), (g * _activation(wide, activation)).to(gate.dtype)
 
 
-# --- cross-entropy ----------------------------------------------------------------------------------------------------
+# --- cross-entropy --------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row and its gradient, from one reading of the logits.
 
     Args:
-        logits: [n, vocabulary], fp32, bf16 or fp16. labels: int64 [n]; a row whose label is no index has no loss.
+        logits: [n, vocabulary], fp32, bf16 or fp16.
+        labels: int64 [n]; a row whose label is no index has no loss.
         grad: like logits, contiguous, to write into; allocated where absent.
 
     Returns:
@@ -141,16 +158,16 @@ def _cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     at = labels.where(counted, labels.new_zeros(())).unsqueeze(1)
     logs = wide.log_softmax(1)
     losses = -logs.gather(1, at).squeeze(1) * counted
-    slope = logs.exp_()
-    slope.scatter_add_(1, at, slope.new_full(at.shape, -1.0))
-    grad.copy_(slope.mul_(counted.unsqueeze(1)))
+    grad_logits = logs.exp_()
+    grad_logits.scatter_add_(1, at, grad_logits.new_full(at.shape, -1.0))
+    grad.copy_(grad_logits.mul_(counted.unsqueeze(1)))
     return losses
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------
 
 
-def _norm_shapes(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _norm_fake(x: Tensor, *args) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
@@ -166,18 +183,18 @@ def _two_like_second(dy: Tensor, x: Tensor, *args) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _loss_shapes(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
+def _loss_fake(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     if not (cpu.serves(logits) or gpu.computes(logits, "cross_entropy")):
-        scratch("logits chunk", 2 * 4 * logits.numel())  # in fp32, and their logarithms
+        record_workspace(Part.LOGITS, 2 * 4 * logits.numel())  # in fp32, and their logarithms
     return logits.new_empty(labels.shape, dtype=torch.float32)
 
 
-for _name, _schema, _meaning, _shapes, _cpp in (
+for _name, _schema, _reference, _fake, _cpp in (
     (
         "rms_norm",
         "(Tensor x, Tensor weight, float eps, float offset, bool cast_first) -> (Tensor, Tensor)",
         _rms_norm,
-        _norm_shapes,
+        _norm_fake,
         cpu_calls._rms_norm,
     ),
     (
@@ -187,7 +204,13 @@ for _name, _schema, _meaning, _shapes, _cpp in (
         _like_second,
         cpu_calls._rms_norm_grad,
     ),
-    ("gated", "(Tensor gate, Tensor up, int activation) -> Tensor", _gated, _like_first, cpu_calls._gated),
+    (
+        "gated",
+        "(Tensor gate, Tensor up, int activation) -> Tensor",
+        _gated,
+        _like_first,
+        cpu_calls._gated,
+    ),
     (
         "gated_grad",
         "(Tensor dy, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)",
@@ -199,12 +222,12 @@ for _name, _schema, _meaning, _shapes, _cpp in (
         "cross_entropy",
         "(Tensor logits, Tensor labels, Tensor(a!) grad) -> Tensor",
         _cross_entropy,
-        _loss_shapes,
+        _loss_fake,
         cpu_calls._cross_entropy,
     ),
 ):
-    define(_name + _schema, _meaning, _shapes)
-    cpu.spell(_name, _meaning, _cpp)
+    define(_name + _schema, _reference, _fake)
+    cpu.register(_name, _reference, _cpp)
 
 
 # --- the small cases by which a GPU is judged ---
@@ -220,7 +243,13 @@ def _wide_norm_case(device: torch.device) -> tuple:
 
 def _norm_grad_case(device: torch.device) -> tuple:
     x, weight, eps, offset, cast_first = _norm_case(device)
-    return gpu.sample(device, 3, 50, seed=2), x, weight, _rms_norm(x, weight, eps, offset, cast_first)[1], offset
+    return (
+        gpu.sample(device, 3, 50, seed=2),
+        x,
+        weight,
+        _rms_norm(x, weight, eps, offset, cast_first)[1],
+        offset,
+    )
 
 
 def gated_example(device: torch.device) -> tuple:
@@ -244,8 +273,10 @@ def _cross_entropy_case(device: torch.device) -> tuple:
     return logits, torch.tensor([0, 4999, -100, 17], device=device), torch.empty_like(logits)
 
 
-gpu.spell("rms_norm", _rms_norm, gpu_calls.rms_norm, _norm_case, _wide_norm_case)
-gpu.spell("rms_norm_grad", _rms_norm_grad, gpu_calls.rms_norm_grad, _norm_grad_case)
-gpu.spell("gated", _gated, gpu_calls.gated, gated_example, _gelu(1), _gelu(2))
-gpu.spell("gated_grad", _gated_grad, gpu_calls.gated_grad, _gated_grad_case, _gelu_grad(1), _gelu_grad(2))
-gpu.spell("cross_entropy", _cross_entropy, gpu_calls.cross_entropy, _cross_entropy_case)
+gpu.register("rms_norm", _rms_norm, gpu_calls.rms_norm, _norm_case, _wide_norm_case)
+gpu.register("rms_norm_grad", _rms_norm_grad, gpu_calls.rms_norm_grad, _norm_grad_case)
+gpu.register("gated", _gated, gpu_calls.gated, gated_example, _gelu(1), _gelu(2))
+gpu.register(
+    "gated_grad", _gated_grad, gpu_calls.gated_grad, _gated_grad_case, _gelu_grad(1), _gelu_grad(2)
+)
+gpu.register("cross_entropy", _cross_entropy, gpu_calls.cross_entropy, _cross_entropy_case)

@@ -1,8 +1,10 @@
-"""Triton kernels: each operation in one pass over memory, for GPUs of any vendor Triton compiles for.
+"""Triton kernels: each operation in one pass over memory, for GPUs of any vendor Triton compiles
+for.
 
-The arithmetic is the plain-PyTorch meaning's, operation by operation, so the results are the same bits where that is
-exact: quotients and roots are IEEE's (``div_rn``, ``sqrt_rn``), products and sums are not contracted
-(`gpu._launch` says so to the compiler). Indices are 64 bits wide: weights may have more than 2^31 elements.
+The arithmetic is the plain-PyTorch reference's, operation by operation, so the results are the same
+bits where that is exact: quotients and roots are IEEE's (``div_rn``, ``sqrt_rn``), products and
+sums are not contracted (`gpu._launch` says so to the compiler). Indices are 64 bits wide: weights
+may have more than 2^31 elements.
 
 The functions here see pointers and sizes only; `gpu` checks shapes and chooses grids.
 """
@@ -39,7 +41,8 @@ def quantize(
     ROWS: tl.constexpr,
     TINY: tl.constexpr,
 ):
-    """ROWS blocks of BLOCK weights: absolute maxima, and codes packed two to a byte, the even weight's high."""
+    """ROWS blocks of BLOCK weights: absolute maxima, and codes packed two to a byte, the even
+    weight's high."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight_ptr + index, mask=index < n, other=0.0).to(tl.float32)
@@ -64,7 +67,14 @@ def quantize(
 
 @triton.jit
 def quantize_scales(
-    absmax_ptr, offset_ptr, bounds_ptr, codes_ptr, nested_ptr, blocks, GROUP: tl.constexpr, TINY: tl.constexpr
+    absmax_ptr,
+    offset_ptr,
+    bounds_ptr,
+    codes_ptr,
+    nested_ptr,
+    blocks,
+    GROUP: tl.constexpr,
+    TINY: tl.constexpr,
 ):
     """One group of GROUP scales, less their mean: its absolute maximum, and 8-bit codes."""
     group = tl.program_id(0).to(tl.int64)
@@ -75,12 +85,23 @@ def quantize_scales(
     nested = tl.max(tl.abs(centred), 0)
     tl.store(nested_ptr + group, nested)
     one = tl.full([GROUP], 1.0, tl.float32)
-    scaled = centred * tl.div_rn(one, tl.zeros_like(one) + tl.maximum(nested, tl.cast(TINY, tl.float32)))
+    scaled = centred * tl.div_rn(
+        one, tl.zeros_like(one) + tl.maximum(nested, tl.cast(TINY, tl.float32))
+    )
     tl.store(codes_ptr + index, rank_of(scaled, bounds_ptr, 255, 8).to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def scales_of(block, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP: tl.constexpr, NESTED: tl.constexpr):
+def scales_of(
+    block,
+    inside,
+    absmax_ptr,
+    map_ptr,
+    nested_ptr,
+    offset_ptr,
+    GROUP: tl.constexpr,
+    NESTED: tl.constexpr,
+):
     """fp32 scales of these blocks."""
     if NESTED:
         code = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
@@ -120,7 +141,9 @@ def dequantize(
     else:
         has_byte, has_weight = byte < (n + 1) // 2, index < n
     pair = tl.load(packed_ptr + byte, mask=has_byte, other=0).to(tl.int32)
-    scale = scales_of(row, row < blocks, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)[:, None]
+    scale = scales_of(
+        row, row < blocks, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED
+    )[:, None]
     even = tl.load(levels_ptr + (pair >> 4)) * scale
     odd = tl.load(levels_ptr + (pair & 15)) * scale
     values = tl.reshape(tl.join(even, odd), [ROWS, BLOCK])
@@ -146,9 +169,11 @@ def matvec(
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """ROWS outputs of one token: the weights go from memory into the sum, in fp32, and are written nowhere.
+    """ROWS outputs of one token: the weights go from memory into the sum, in fp32, and are written
+    nowhere.
 
-    ALIGNED: rows are whole blocks, and so are BYTES: a block's scale is read once, and multiplies the block's sum.
+    ALIGNED: rows are whole blocks, and so are BYTES: a block's scale is read once, and multiplies
+    the block's sum.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1).to(tl.int64)
@@ -160,19 +185,25 @@ def matvec(
         byte = row[:, None] * (columns // 2) + within[None, :]
         pair = tl.load(packed_ptr + byte, mask=inside, other=0).to(tl.int32)
         x_even = tl.load(x_ptr + token * columns + 2 * within, mask=there, other=0.0).to(tl.float32)
-        x_odd = tl.load(x_ptr + token * columns + 2 * within + 1, mask=there, other=0.0).to(tl.float32)
+        x_odd = tl.load(x_ptr + token * columns + 2 * within + 1, mask=there, other=0.0).to(
+            tl.float32
+        )
         even, odd = tl.load(levels_ptr + (pair >> 4)), tl.load(levels_ptr + (pair & 15))
         products = even * x_even[None, :] + odd * x_odd[None, :]
         if ALIGNED:
             block = (2 * start) // BLOCK + tl.arange(0, 2 * BYTES // BLOCK)
             has = (row < rows)[:, None] & (block < columns // BLOCK)[None, :]
             block = row[:, None] * (columns // BLOCK) + block[None, :]
-            scale = scales_of(block, has, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)
+            scale = scales_of(
+                block, has, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED
+            )
             sums = tl.sum(tl.reshape(products, [ROWS, 2 * BYTES // BLOCK, BLOCK // 2]), 2)
             total += tl.sum(tl.where(has, sums * scale, 0.0), 1)
         else:
             block = (2 * byte) // BLOCK
-            scale = scales_of(block, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED)
+            scale = scales_of(
+                block, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr, GROUP, NESTED
+            )
             total += tl.sum(products * scale, 1)
     tl.store(y_ptr + token * rows + row, total.to(y_ptr.dtype.element_ty), mask=row < rows)
 
@@ -200,10 +231,12 @@ def adamw_8bit(
     BLOCK: tl.constexpr,
     TINY: tl.constexpr,
 ):
-    """One block of one tensor: moments decoded, updated and encoded, the parameter updated, all in one pass.
+    """One block of one tensor: moments decoded, updated and encoded, the parameter updated, all in
+    one pass.
 
     params, grads: addresses of the block's first elements; counts: elements of it that exist.
-    rest1, rest2: 1 - beta1, 1 - beta2; decay: 1 - lr * weight decay; size: of the step; eps: corrected.
+    rest1, rest2: 1 - beta1, 1 - beta2; decay: 1 - lr * weight decay; size: of the step; eps:
+    corrected.
     """
     block = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -213,8 +246,12 @@ def adamw_8bit(
     p = tl.load(p_ptr, mask=exists, other=0.0)
     g = tl.load(g_ptr, mask=exists, other=0.0)
     place = block * BLOCK + lane
-    m = tl.load(m_map_ptr + tl.load(m_codes_ptr + place).to(tl.int32)) * tl.load(m_absmax_ptr + block)
-    v = tl.load(v_map_ptr + tl.load(v_codes_ptr + place).to(tl.int32)) * tl.load(v_absmax_ptr + block)
+    m = tl.load(m_map_ptr + tl.load(m_codes_ptr + place).to(tl.int32)) * tl.load(
+        m_absmax_ptr + block
+    )
+    v = tl.load(v_map_ptr + tl.load(v_codes_ptr + place).to(tl.int32)) * tl.load(
+        v_absmax_ptr + block
+    )
     m = m * beta1 + g * rest1
     v = v * beta2 + (g * g) * rest2
     step = tl.div_rn(m * size, tl.sqrt_rn(v) + eps)
@@ -225,12 +262,16 @@ def adamw_8bit(
 
 
 @triton.jit
-def store_moment(values, codes_ptr, absmax_ptr, bounds_ptr, BLOCK: tl.constexpr, TINY: tl.constexpr):
+def store_moment(
+    values, codes_ptr, absmax_ptr, bounds_ptr, BLOCK: tl.constexpr, TINY: tl.constexpr
+):
     """A block of a moment as its absolute maximum and the nearest codes."""
     absmax = tl.max(tl.abs(values), 0)
     tl.store(absmax_ptr, absmax)
     one = tl.full([BLOCK], 1.0, tl.float32)
-    scaled = values * tl.div_rn(one, tl.zeros_like(one) + tl.maximum(absmax, tl.cast(TINY, tl.float32)))
+    scaled = values * tl.div_rn(
+        one, tl.zeros_like(one) + tl.maximum(absmax, tl.cast(TINY, tl.float32))
+    )
     tl.store(codes_ptr, rank_of(scaled, bounds_ptr, 255, 8).to(tl.uint8))
 
 
@@ -256,9 +297,12 @@ def philox(counter, layer, micro_batch, step, key0, key1):
 
 
 @triton.jit
-def kept_elements(begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
-    """This program's 8 COUNTERS elements: their indices, and which are kept. Two elements come from each 32-bit word,
-    the low half first. begin: the first counter; before: so many of its elements come before index 0."""
+def kept_elements(
+    begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr
+):
+    """This program's 8 COUNTERS elements: their indices, and which are kept. Two elements come from
+    each 32-bit word, the low half first. begin: the first counter; before: so many of its elements
+    come before index 0."""
     counter = tl.program_id(0).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS) + begin
     zero = tl.zeros([COUNTERS], tl.uint32)
     w0, w1, w2, w3 = philox(
@@ -275,14 +319,32 @@ def kept_elements(begin, before, threshold, layer, micro_batch, step, key0, key1
     return index, halves.to(tl.int32) >= threshold
 
 
-@triton.jit(do_not_specialize=["begin", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
-def dropout_mask(out_ptr, n, begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["begin", "threshold", "layer", "micro_batch", "step", "key0", "key1"]
+)
+def dropout_mask(
+    out_ptr,
+    n,
+    begin,
+    before,
+    threshold,
+    layer,
+    micro_batch,
+    step,
+    key0,
+    key1,
+    COUNTERS: tl.constexpr,
+):
     """True where an element is kept."""
-    index, kept = kept_elements(begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS)
+    index, kept = kept_elements(
+        begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS
+    )
     tl.store(out_ptr + index, kept.to(tl.int8), mask=(index >= 0) & (index < n))
 
 
-@triton.jit(do_not_specialize=["begin", "threshold", "layer", "micro_batch", "step", "key0", "key1"])
+@triton.jit(
+    do_not_specialize=["begin", "threshold", "layer", "micro_batch", "step", "key0", "key1"]
+)
 def drop(
     x_ptr,
     out_ptr,
@@ -299,7 +361,9 @@ def drop(
     COUNTERS: tl.constexpr,
 ):
     """x times its mask, which is written nowhere: stored, or with ADD added to what is there."""
-    index, kept = kept_elements(begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS)
+    index, kept = kept_elements(
+        begin, before, threshold, layer, micro_batch, step, key0, key1, COUNTERS
+    )
     inside = (index >= 0) & (index < n)
     x = tl.load(x_ptr + index, mask=inside, other=0.0).to(tl.float32) * kept.to(tl.float32)
     if ADD:
@@ -308,7 +372,17 @@ def drop(
 
 
 @triton.jit
-def rms_norm(x_ptr, weight_ptr, y_ptr, inverse_ptr, width, eps, offset, CAST_FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def rms_norm(
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    inverse_ptr,
+    width,
+    eps,
+    offset,
+    CAST_FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """One row: x / rms(x) * (offset + weight), rounded where the model rounds."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDTH)
@@ -316,7 +390,9 @@ def rms_norm(x_ptr, weight_ptr, y_ptr, inverse_ptr, width, eps, offset, CAST_FIR
     x = tl.load(x_ptr + row * width + lane, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32) + offset
     mean = tl.sum(x * x, 0) / width
-    inverse = tl.div_rn(tl.full([1], 1.0, tl.float32), tl.sqrt_rn(tl.zeros([1], tl.float32) + mean + eps))
+    inverse = tl.div_rn(
+        tl.full([1], 1.0, tl.float32), tl.sqrt_rn(tl.zeros([1], tl.float32) + mean + eps)
+    )
     tl.store(inverse_ptr + row + tl.zeros([1], tl.int32), inverse)
     normed = x * inverse
     if CAST_FIRST:
@@ -325,8 +401,11 @@ def rms_norm(x_ptr, weight_ptr, y_ptr, inverse_ptr, width, eps, offset, CAST_FIR
 
 
 @triton.jit
-def rms_norm_grad(dy_ptr, x_ptr, weight_ptr, inverse_ptr, dx_ptr, width, offset, WIDTH: tl.constexpr):
-    """One row of the gradient with respect to x: r (g - x r^2 mean(g x)) with g = dy (offset + w)."""
+def rms_norm_grad(
+    dy_ptr, x_ptr, weight_ptr, inverse_ptr, dx_ptr, width, offset, WIDTH: tl.constexpr
+):
+    """One row of the gradient with respect to x: r (g - x r^2 mean(g x)) with g = dy (offset +
+    w)."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDTH)
     inside = lane < width
@@ -348,14 +427,25 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == 1:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         t = 2 / (1 + tl.exp(-2 * inner)) - 1
-        slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
-        return 0.5 * x * (1 + t), slope
+        grad_logits = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (
+            1 + 3 * 0.044715 * x * x
+        )
+        return 0.5 * x * (1 + t), grad_logits
     half = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
     return x * half, half + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
 @triton.jit
-def gated(gate_ptr, up_ptr, y_ptr, width, gate_stride, up_stride, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr):
+def gated(
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    width,
+    gate_stride,
+    up_stride,
+    ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """activation(gate) * up of a piece of one row."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -386,14 +476,21 @@ def gated_grad(
     dy = tl.load(dy_ptr + row * width + lane, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + lane, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + lane, mask=inside, other=0.0).to(tl.float32)
-    value, slope = activate(gate, ACTIVATION)
-    tl.store(dgate_ptr + row * width + lane, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
+    value, grad_logits = activate(gate, ACTIVATION)
+    tl.store(
+        dgate_ptr + row * width + lane,
+        (dy * up * grad_logits).to(dgate_ptr.dtype.element_ty),
+        mask=inside,
+    )
     tl.store(dup_ptr + row * width + lane, (dy * value).to(dup_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def cross_entropy(logits_ptr, labels_ptr, losses_ptr, grad_ptr, vocabulary, stride, PIECE: tl.constexpr):
-    """One row: its loss and softmax(logits) - onehot(label); logits are read twice, nothing else is written."""
+def cross_entropy(
+    logits_ptr, labels_ptr, losses_ptr, grad_ptr, vocabulary, stride, PIECE: tl.constexpr
+):
+    """One row: its loss and softmax(logits) - onehot(label); logits are read twice, nothing else is
+    written."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, PIECE)
     label = tl.load(labels_ptr + row)
@@ -402,11 +499,15 @@ def cross_entropy(logits_ptr, labels_ptr, losses_ptr, grad_ptr, vocabulary, stri
     total = tl.zeros([PIECE], tl.float32)
     for start in range(0, vocabulary, PIECE):
         inside = start + lane < vocabulary
-        x = tl.load(logits_ptr + row * stride + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + row * stride + start + lane, mask=inside, other=float("-inf")).to(
+            tl.float32
+        )
         higher = tl.maximum(most, x)
         # a lane that has seen nothing yet stays at zero
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(tl.where(most == float("-inf"), shift, most) - shift) + tl.exp(x - shift)
+        total = total * tl.exp(tl.where(most == float("-inf"), shift, most) - shift) + tl.exp(
+            x - shift
+        )
         most = higher
     top = tl.max(most, 0)
     log_sum = top + tl.log(tl.sum(total * tl.exp(most - top), 0))
@@ -414,15 +515,30 @@ def cross_entropy(logits_ptr, labels_ptr, losses_ptr, grad_ptr, vocabulary, stri
     tl.store(losses_ptr + row, tl.where(counted, log_sum - own, 0.0))
     for start in range(0, vocabulary, PIECE):
         inside = start + lane < vocabulary
-        x = tl.load(logits_ptr + row * stride + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
-        slope = tl.exp(x - log_sum) - tl.where(start + lane == label, 1.0, 0.0)
-        slope = tl.where(counted, slope, 0.0)
-        tl.store(grad_ptr + row * vocabulary + start + lane, slope.to(grad_ptr.dtype.element_ty), mask=inside)
+        x = tl.load(logits_ptr + row * stride + start + lane, mask=inside, other=float("-inf")).to(
+            tl.float32
+        )
+        grad_logits = tl.exp(x - log_sum) - tl.where(start + lane == label, 1.0, 0.0)
+        grad_logits = tl.where(counted, grad_logits, 0.0)
+        tl.store(
+            grad_ptr + row * vocabulary + start + lane,
+            grad_logits.to(grad_ptr.dtype.element_ty),
+            mask=inside,
+        )
 
 
 @triton.jit
 def rotate(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, heads, half, token_stride, head_stride, BACK: tl.constexpr, HALF: tl.constexpr
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    heads,
+    half,
+    token_stride,
+    head_stride,
+    BACK: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """One head of one token: its halves rotated."""
     token = tl.program_id(0).to(tl.int64)

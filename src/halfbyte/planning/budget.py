@@ -49,7 +49,8 @@ def gib(count: int) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory to plan for. device: "cpu" or "cuda". bytes: 0 where nothing is known. runtime: taken before it starts."""
+    """Memory to plan for. device: "cpu" or "cuda". bytes: 0 where nothing is known. runtime: taken
+    before it starts."""
 
     device: str
     bytes: int
@@ -79,12 +80,17 @@ def parse_size(text: str) -> int:
 def budget_of(config: TrainConfig) -> Budget:
     """What there is to fit into: ``fit_to``, or what this machine has free now.
 
-    A card's name plans for a GPU whether one is there or not; a size, for the device the options choose.
+    A card's name plans for a GPU whether one is there or not; a size, for the device the options
+    choose.
     """
     card = CARDS.get((config.fit_to or "").lower().replace("_", "-").replace(" ", "-"))
     if config.fit_to and card is not None:
         return Budget("cuda", card * MIB, CONTEXT_BYTES)
-    device = torch.device(config.device) if config.device.startswith("cuda") else choose_device(config.device)
+    device = (
+        torch.device(config.device)
+        if config.device.startswith("cuda")
+        else choose_device(config.device)
+    )
     if device.type == "cuda":
         if config.fit_to or not torch.cuda.is_available():
             return Budget("cuda", parse_size(config.fit_to) if config.fit_to else 0, CONTEXT_BYTES)

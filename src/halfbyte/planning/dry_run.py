@@ -1,10 +1,11 @@
 """One training step without numbers, counted: where a plan's bytes come from.
 
-The model is built on the ``meta`` device, made trainable by the code that trains (`engine.learner`), and one
-micro-batch of the largest size goes forward, backward and through the optimizer while every storage is counted
-(`planning.tracker`). Nothing is estimated by formula that code allocates; what no tensor shows is added and named: the
-process or the GPU's context as it is, buffers of reading, and the allocator's slack. Only ``config.json`` is needed;
-row lengths of real data and headers of real weights are used where they are.
+The model is built on the ``meta`` device, made trainable by the code that trains
+(`engine.learner`), and one micro-batch of the largest size goes forward, backward and through the
+optimizer while every storage is counted (`planning.tracker`). Nothing is estimated by formula that
+code allocates; what no tensor shows is added and named: the process or the GPU's context as it is,
+buffers of reading, and the allocator's slack. Only ``config.json`` is needed; row lengths of real
+data and headers of real weights are used where they are.
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ import torch
 
 from ..config.options import PlanConfig, TrainConfig
 from ..data.batches import collate
-from ..data.renderer import Encoded
+from ..data.renderer import TokenizedExample
 from ..engine.learner import Learner
 from ..engine.paged_optimizers import is_paged
 from ..engine.selftest import Abilities
-from ..errors import ModelError, is_exhaustion
+from ..errors import ModelError, first_line, is_exhaustion
 from ..files.safetensors import Checkpoint
+from ..ledger import Part
 from ..memory.process import held_now
 from ..model import attention
 from ..model.architecture import FP32_LIMIT
@@ -30,15 +32,17 @@ from ..quantization.load import empty_base
 from ..quantization.tensor import NF4Tensor
 from ..run import checkpoint
 from .budget import MIB
-from .memory_plan import MemoryPlan, Part
-from .resident import elsewhere, resident, sizes, weights_by_part
-from .tracker import TensorBytes
+from .memory_plan import LedgerLine, MemoryPlan
+from .resident import offloaded, on_device, sizes, weights_by_part
+from .tracker import MemoryTracker
 from .workload import Work, work_of
 
 GPU_SLACK = 0.05
-"""Share of what comes and goes that PyTorch's caching allocator holds on top (assumed; blocks are 2 MiB and more)."""
+"""Share of what comes and goes that PyTorch's caching allocator holds on top (assumed; blocks are 2
+MiB and more)."""
 PROCESS_GROWTH = 32 * MIB
-"""What a process grows by while it loads and trains besides its tensors: code, compiled kernels, holes of the heap."""
+"""What a process grows by while it loads and trains besides its tensors: code, compiled kernels,
+holes of the heap."""
 READ_ROOM = 8 * MIB
 
 
@@ -60,19 +64,34 @@ def plan_memory(
     """The plan of one training.
 
     Args:
-        model_config: a transformers configuration. device: "cpu" or "cuda". dtype: compute dtype. stored: the weights'
-            headers, where they are at hand. runtime_bytes: of the process (or the GPU's context) before anything.
+        model_config: a transformers configuration.
+        device: "cpu" or "cuda".
+        dtype: compute dtype.
+        stored: the weights' headers, where they are at hand.
+        runtime_bytes: of the process (or the GPU's context) before anything.
 
     Raises:
-        CannotPlan: the model cannot be built or run without numbers. ModelError: it cannot be trained like this.
+        CannotPlan: the model cannot be built or run without numbers.
+        ModelError: it cannot be trained like this.
     """
     try:
-        return _plan_memory(model_config, config, work, device, dtype, stored, runtime_bytes, budget_bytes)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        return _plan_memory(
+            model_config, config, work, device, dtype, stored, runtime_bytes, budget_bytes
+        )
+    except (
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ) as error:
         if is_exhaustion(error):
             raise
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CannotPlan("the memory of this model cannot be planned", found=message[:200]) from error
+        message = first_line(error)
+        raise CannotPlan(
+            "the memory of this model cannot be planned", found=message[:200]
+        ) from error
 
 
 def _plan_memory(
@@ -93,45 +112,61 @@ def _plan_memory(
         quantized = sum(in_4bit)
         fuse(model)
         learner = Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
-        parts, streamed = resident(learner), 0
+        parts, streamed = on_device(learner), 0
         if config.weight_streaming == "always" and device == "cpu":
             streamed = sum(base.pop(part) for part in STREAMED)
             parts = {part: [] if part in STREAMED else tensors for part, tensors in parts.items()}
-        with attention.segments(model):
+        with attention.packed(model):
             peaks, flop, calls = _run(learner, work, parts)
-        held = sizes({**resident(learner), **{part: [] for part in STREAMED if streamed}})
+        held = sizes({**on_device(learner), **{part: [] for part in STREAMED if streamed}})
     on_gpu = device == "cuda"
     away = _away(learner, streamed)
     step = max((peaks[phase] for phase in ("backward", "update")), key=lambda peak: peak.process)
     phases = {}
     for name, peak in (("step", step), ("eval", peaks.get("eval")), ("save", peaks["save"])):
         if peak is not None:
-            slack = int(GPU_SLACK * (peak.tensors - sum(held.values()))) if on_gpu else PROCESS_GROWTH
+            slack = (
+                int(GPU_SLACK * (peak.tensors - sum(held.values()))) if on_gpu else PROCESS_GROWTH
+            )
             phases[name] = runtime_bytes + slack + (peak.tensors if on_gpu else peak.process)
     table = host_table(model)
-    parameters = sum({id(p): p.numel() for p in model.parameters()}.values()) + (0 if table is None else table.numel())
+    parameters = sum({id(p): p.numel() for p in model.parameters()}.values()) + (
+        0 if table is None else table.numel()
+    )
     reading = _reading_bytes(stored, largest, dtype)
-    # while it is loaded, and when what is trained has its gradients and the self-test has been (with one set of them)
-    states = held["optimizer states"] if config.optim in ("adamw_8bit", "paged_adamw_8bit") else 0
-    added = held["adapters"] + held["gradients"] + states
-    load = runtime_bytes + sum(base.values()) + max(reading, added + (0 if on_gpu else PROCESS_GROWTH))
+    # while it is loaded, and when what is trained has its gradients and the self-test has been
+    # (with one set of them)
+    states = held[Part.OPTIMIZER] if config.optim in ("adamw_8bit", "paged_adamw_8bit") else 0
+    added = held[Part.ADAPTERS] + held[Part.GRADIENTS] + states
+    load = (
+        runtime_bytes + sum(base.values()) + max(reading, added + (0 if on_gpu else PROCESS_GROWTH))
+    )
     phases = {"load": load, "first step": phases["step"], **phases}
     slack = phases["step"] - runtime_bytes - step.tensors
-    adapters = held["adapters"] // 4
-    ledger = [Part(part, step.parts.get(part, 0)) for part in (*held, *(p for p in step.parts if p not in held))]
-    trained = held["adapters"] or sum(p.nbytes for p in learner.trained)
-    one = trained + max(held["optimizer states"], away["paged optimizer states"])
+    adapters = held[Part.ADAPTERS] // 4
+    ledger = [
+        LedgerLine(part, step.parts.get(part, 0))
+        for part in (*held, *(p for p in step.parts if p not in held))
+    ]
+    trained = held[Part.ADAPTERS] or sum(p.nbytes for p in learner.trained)
+    one = trained + max(held[Part.OPTIMIZER], away[Part.PAGED_STATES])
     ledger += [
-        Part("GPU context" if on_gpu else "the process before it", runtime_bytes),
-        Part("allocator slack", slack),
-        *(Part(part, size, "host" if on_gpu else "disk") for part, size in away.items()),
-        Part("checkpoints", (config.save_total_limit + 2) * one, "disk"),
-        Part("adapter" if adapters else "model", trained, "disk"),
-        Part("the model's files", _file_bytes(stored, parameters), "disk"),
-        *([Part("host process", held_now() + PROCESS_GROWTH + reading, "host")] if on_gpu else []),
+        LedgerLine(Part.GPU_CONTEXT if on_gpu else Part.PROCESS, runtime_bytes),
+        LedgerLine(Part.SLACK, slack),
+        *(LedgerLine(part, size, "host" if on_gpu else "disk") for part, size in away.items()),
+        LedgerLine(Part.CHECKPOINTS, (config.save_total_limit + 2) * one, "disk"),
+        LedgerLine(Part.ADAPTER_FILE if adapters else Part.MODEL_FILE, trained, "disk"),
+        LedgerLine(Part.BASE_FILES, _file_bytes(stored, parameters), "disk"),
+        *(
+            [LedgerLine(Part.HOST_PROCESS, held_now() + PROCESS_GROWTH + reading, "host")]
+            if on_gpu
+            else []
+        ),
     ]
     merged = parameters * (4 if parameters <= FP32_LIMIT else 2)
-    phases["merge"] = runtime_bytes + sum(base.values()) + held["adapters"] + max(merged, reading)
+    phases["merge"] = (
+        runtime_bytes + sum(base.values()) + held[Part.ADAPTERS] + max(merged, reading)
+    )
     return MemoryPlan(
         config.model,
         device,
@@ -145,8 +180,8 @@ def _plan_memory(
         len(work.batch.input_ids),
         int(flop * work.tokens / len(work.batch.input_ids)),
         calls * work.passes,
-        2 * away["paged optimizer states"]
-        + 2 * work.passes * (away["offloaded layer inputs"] + away["streamed weights"]),
+        2 * away[Part.PAGED_STATES]
+        + 2 * work.passes * (away[Part.OFFLOADED_INPUTS] + away[Part.STREAMED_WEIGHTS]),
         work.steps,
     )
 
@@ -157,32 +192,36 @@ class _PeakOf:
 
     tensors: int
     process: int
-    parts: dict[str, int]
+    parts: dict[Part, int]
 
 
-STREAMED = ("4-bit codes", "scales")
+STREAMED = (Part.CODES, Part.SCALES)
 """Parts that stay in a file with weight_streaming."""
 
 
-def _away(learner: Learner, streamed: int) -> dict[str, int]:
+def _away(learner: Learner, streamed: int) -> dict[Part, int]:
     """Bytes that lie outside of the memory that is computed in, by part."""
     optimizer, run, table = learner.optimizer, learner.recompute, host_table(learner.model)
     inputs = 0
     if run is not None and run.inputs.away is not None and (inputs := run.inputs.nbytes):
         on_gpu = device_type(run.inputs.like) == "cuda"
-        inputs = 1 << (inputs - 1).bit_length() if on_gpu else inputs  # pinned in one block: a power of two
+        inputs = (
+            1 << (inputs - 1).bit_length() if on_gpu else inputs
+        )  # pinned in one block: a power of two
     return {
-        "streamed weights": streamed,
-        "embedding table": 0 if table is None else table.nbytes,
-        "paged optimizer states": checkpoint.state_bytes(optimizer) if is_paged(optimizer) else 0,
-        "offloaded layer inputs": inputs,
+        Part.STREAMED_WEIGHTS: streamed,
+        Part.HOST_EMBEDDING: 0 if table is None else table.nbytes,
+        Part.PAGED_STATES: checkpoint.state_bytes(optimizer) if is_paged(optimizer) else 0,
+        Part.OFFLOADED_INPUTS: inputs,
     }
 
 
-def _run(learner: Learner, work: Work, parts: dict[str, list[torch.Tensor]]) -> tuple[dict[str, _PeakOf], int, int]:
+def _run(
+    learner: Learner, work: Work, parts: dict[Part, list[torch.Tensor]]
+) -> tuple[dict[str, _PeakOf], int, int]:
     """Each phase's peak, on top of what is resident; operations and calls of a pass."""
     found: dict[str, _PeakOf] = {}
-    count = TensorBytes(parts, elsewhere(learner))
+    count = MemoryTracker(parts, offloaded(learner))
 
     def note(phase: str) -> None:
         found[phase] = _PeakOf(count.peak, count.process_peak, dict(count.at_peak))
@@ -200,7 +239,7 @@ def _run(learner: Learner, work: Work, parts: dict[str, list[torch.Tensor]]) -> 
         note("update")
         note("save")
         if work.eval_tokens:
-            row = Encoded("plan", [0] * work.eval_tokens, [True] * work.eval_tokens)
+            row = TokenizedExample("plan", [0] * work.eval_tokens, [True] * work.eval_tokens)
             learner.model.eval()
             with torch.no_grad():
                 learner.loss(collate([row], [0]))
@@ -209,11 +248,13 @@ def _run(learner: Learner, work: Work, parts: dict[str, list[torch.Tensor]]) -> 
 
 
 def _reading_bytes(stored: Checkpoint | None, largest_linear: int, dtype: torch.dtype) -> int:
-    """What reading the weights takes beside them: the largest tensor that does not stay as it is in its file, and room
-    to judge it. Others are read where they stay."""
+    """What reading the weights takes beside them: the largest tensor that does not stay as it is in
+    its file, and room to judge it. Others are read where they stay."""
     if stored is None:
         return READ_ROOM + 2 * largest_linear
-    whole = max((e.nbytes for e in stored.entries.values() if e.dtype != dtype), default=0)  # read, then cast
+    whole = max(
+        (e.nbytes for e in stored.entries.values() if e.dtype != dtype), default=0
+    )  # read, then cast
     linear = stored.entries[max(stored.entries, key=lambda name: stored.entries[name].nbytes)]
     return READ_ROOM + max(whole, min(linear.nbytes, largest_linear * linear.dtype.itemsize))
 
@@ -223,6 +264,9 @@ def _file_bytes(stored: Checkpoint | None, parameters: int) -> int:
 
 
 def outline(model_config: Any, tokens: int, device: str = "cuda", **options: Any) -> MemoryPlan:
-    """The plan of one row of so many tokens for a configuration that lies nowhere, and nothing but its tensors."""
-    config = PlanConfig(model=model_config.model_type, max_length=tokens, dtype="bfloat16", **options)
+    """The plan of one row of so many tokens for a configuration that lies nowhere, and nothing but
+    its tensors."""
+    config = PlanConfig(
+        model=model_config.model_type, max_length=tokens, dtype="bfloat16", **options
+    )
     return plan_memory(model_config, config, work_of(config, None), device=device)

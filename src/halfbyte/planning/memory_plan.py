@@ -4,29 +4,33 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..engine.reductions import MOVED
+from ..config.options import REORDERING
+from ..engine.reductions import REDUCTIONS, moved
 from ..errors import DoesNotFit
+from ..ledger import RESIDENT, Part
 from .budget import RESERVE, gib
-from .resident import RESIDENT
 
 CALL_SECONDS = 20e-6
 """One operation's way through Python and PyTorch."""
 DISK_RATE, HOST_RATE = 1e9, 25e9
-"""Bytes a second assumed of a disk (less where the system has them in memory anyway), and of host memory to a GPU."""
+"""Bytes a second assumed of a disk (less where the system has them in memory anyway), and of host
+memory to a GPU."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One line of the ledger. where: "device" (the memory the model computes in), "host" (of a GPU's run) or "disk"."""
+class LedgerLine:
+    """One line of the ledger. where: "device" (the memory the model computes in), "host" (of a
+    GPU's run) or "disk"."""
 
-    part: str
+    part: Part
     bytes: int
     where: str = "device"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A change of options, and what it makes of the plan. loses: what it costs besides time ("" if nothing)."""
+    """A change of options, and what it makes of the plan. loses: what it costs besides time ("" if
+    nothing)."""
 
     change: dict[str, Any]
     peak_bytes: int
@@ -42,15 +46,16 @@ class Choice:
 class MemoryPlan:
     """Where the bytes of a training go.
 
-    Attributes: ``ledger``: parts of device memory at the peak of a steady step, then host and disk. ``phases``: the
-    peak of device memory in each, bytes. ``tensor_bytes``: of all tensors at the peak of a steady step. ``tokens``: of
-    the largest micro-batch. ``moved_bytes``: to and from disk (GPU: host memory) in an optimizer step. ``seconds``: an
-    estimate of the whole training, None where the machine is not this one.
+    Attributes: ``ledger``: parts of device memory at the peak of a steady step, then host and disk.
+    ``phases``: the peak of device memory in each, bytes. ``tensor_bytes``: of all tensors at the
+    peak of a steady step. ``tokens``: of the largest micro-batch. ``moved_bytes``: to and from disk
+    (GPU: host memory) in an optimizer step. ``seconds``: an estimate of the whole training, None
+    where the machine is not this one.
     """
 
     model: str
     device: str
-    ledger: tuple[Part, ...]
+    ledger: tuple[LedgerLine, ...]
     phases: dict[str, int]
     tensor_bytes: int
     budget_bytes: int
@@ -81,7 +86,8 @@ class MemoryPlan:
 
     @property
     def relative_time(self) -> float:
-        """Of a step, in seconds of a machine that does 10^12 operations a second; for comparing plans."""
+        """Of a step, in seconds of a machine that does 10^12 operations a second; for comparing
+        plans."""
         return self.flop / 1e12 + self.calls * CALL_SECONDS + self.moving_seconds
 
     @property
@@ -91,20 +97,33 @@ class MemoryPlan:
 
     def live_bytes(self, tokens: int) -> int:
         """What a pass of so many tokens takes beside what stays from step to step, at most."""
-        fixed = self.bytes_of("logits chunk", "dequantized weights of a layer")
-        live = self.tensor_bytes - self.bytes_of(*RESIDENT, "kernel scratch", "dequantized weight")
+        fixed = self.bytes_of(Part.LOGITS, Part.DEQUANTIZED_LAYER)
+        live = self.tensor_bytes - self.bytes_of(
+            *RESIDENT, Part.KERNEL_SCRATCH, Part.DEQUANTIZED_WEIGHT
+        )
         return int(fixed + max(live - fixed, 0) * tokens / self.tokens)
 
     def bytes_of(self, *parts: str) -> int:
-        return sum(part.bytes for part in self.ledger if part.part in parts)
+        """Bytes of some parts together.
+
+        Raises:
+            ValueError: there is no such part.
+        """
+        wanted = {Part(part) for part in parts}
+        return sum(line.bytes for line in self.ledger if line.part in wanted)
 
     def measurable(self) -> dict[str, int]:
-        """``phases`` as they would be measured: what a GPU holds outside of PyTorch's allocator left out."""
-        outside = self.bytes_of("GPU context") if self.device == "cuda" else 0
+        """``phases`` as they would be measured: what a GPU holds outside of PyTorch's allocator
+        left out."""
+        outside = self.bytes_of(Part.GPU_CONTEXT) if self.device == "cuda" else 0
         return {phase: size - outside for phase, size in self.phases.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        extra = {"peak_bytes": self.peak_bytes, "fits": self.fits, "reserve_bytes": self.reserve_bytes}
+        extra = {
+            "peak_bytes": self.peak_bytes,
+            "fits": self.fits,
+            "reserve_bytes": self.reserve_bytes,
+        }
         choices = [{**asdict(choice), "flags": choice.flags()} for choice in self.choices]
         return {**asdict(self), **extra, "choices": choices}
 
@@ -124,17 +143,22 @@ def in_words(plan: MemoryPlan) -> list[str]:
     ]
 
 
-def settled_in_words(change: dict[str, Any]) -> Iterator[str]:
-    """What `Planner.settle` decided, where it is worth a line."""
-    if away := [what for name, what in MOVED.items() if change.get(name) == "always"]:
-        yield f"it does not fit otherwise: {', '.join(away)} stay out of memory and come when they are used"
-    if tokens := change.get("tokens_per_pass"):
-        yield f"it does not fit otherwise: micro-batches go through the model in parts of at most {tokens:,} tokens"
-    if tokens := change.get("tokens_per_tile"):
-        yield f"it does not fit otherwise: MLPs run on {tokens:,} tokens at a time"
+def auto_in_words(change: dict[str, Any]) -> Iterator[str]:
+    """What `Planner.resolve_auto` decided, where it is worth a line."""
+    if away := moved(change):
+        yield (
+            f"it does not fit otherwise: {', '.join(away)} stay out of memory and come when "
+            "they are used"
+        )
+    for reduction in REDUCTIONS:
+        if (value := change.get(reduction.option)) and reduction.option in REORDERING:
+            yield f"it does not fit otherwise: {reduction.sentence(value)}"
     if change.get("kept_activations") == "all":
         some = change.get("kept_layers", -1)
-        yield f"there is room: {'every layer keeps' if some < 0 else f'{some} layers keep'} its activations"
+        yield (
+            f"there is room: {'every layer keeps' if some < 0 else f'{some} layers keep'} its "
+            "activations"
+        )
 
 
 def does_not_fit(plan: MemoryPlan) -> DoesNotFit:
@@ -142,7 +166,8 @@ def does_not_fit(plan: MemoryPlan) -> DoesNotFit:
     parts = sorted((p for p in plan.ledger if p.where == "device"), key=lambda p: -p.bytes)[:4]
     over = plan.peak_bytes + plan.reserve_bytes - plan.budget_bytes
     return DoesNotFit(
-        f"this does not fit: the training peaks at {gib(plan.peak_bytes)} and {gib(plan.budget_bytes)} are there, "
+        f"this does not fit: the training peaks at {gib(plan.peak_bytes)} and "
+        f"{gib(plan.budget_bytes)} are there, "
         f"of which {RESERVE:.0%} stay free: {gib(over)} too much",
         found=", ".join(f"{part.part} {gib(part.bytes)}" for part in parts),
         ways_out=[

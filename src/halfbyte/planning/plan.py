@@ -15,16 +15,17 @@ from ..config.hf_objects import config_of
 from ..config.options import PlanConfig, TrainConfig
 from ..data.dataset import read_data
 from ..files import hub
-from ..memory.process import PASSING, allocate_apart
+from ..memory.process import TRAIN_MMAP_THRESHOLD, set_mmap_threshold
 from ..ops import cpu
 from ..progress import Progress, no_progress
 from ..quantization.tensor import quantize
-from .memory_plan import CALL_SECONDS, MemoryPlan, settled_in_words
+from .memory_plan import CALL_SECONDS, MemoryPlan, auto_in_words
 from .search import Planner
 
 
 def products_per_second(dtype: torch.dtype, tokens: int) -> float:
-    """Floating-point operations per second of a 4-bit product on this CPU, by trying one of 2048 x 2048."""
+    """Floating-point operations per second of a 4-bit product on this CPU, by trying one of 2048 x
+    2048."""
     width = 2048
     weight = quantize(torch.full((width, width), 0.01, dtype=torch.bfloat16))
     x = torch.full((max(16, min(tokens, 512)), width), 0.5, dtype=dtype)
@@ -40,7 +41,11 @@ def timed(plan: MemoryPlan, dtype: torch.dtype) -> MemoryPlan:
     """The plan with an estimate of the training's time on this machine."""
     if plan.device != "cpu" or not plan.steps:
         return plan
-    step = plan.flop / products_per_second(dtype, plan.tokens) + plan.calls * CALL_SECONDS + plan.moving_seconds
+    step = (
+        plan.flop / products_per_second(dtype, plan.tokens)
+        + plan.calls * CALL_SECONDS
+        + plan.moving_seconds
+    )
     return replace(plan, seconds=step * plan.steps)
 
 
@@ -53,29 +58,35 @@ def plan(
     """Bytes and time of a training, without its weights.
 
     Args:
-        config: a `TrainConfig`; or a model and, if there is one, a data file, then whatever there is of
-            ``BitsAndBytesConfig``, ``LoraConfig`` and ``SFTConfig`` or ``TrainingArguments``. options: by name
-            (fit_to="24GiB", ...), above all others. Without data, rows of max_length are planned for.
+        config: a `TrainConfig`; or a model and, if there is one, a data file, then whatever there
+            is of ``BitsAndBytesConfig``, ``LoraConfig`` and ``SFTConfig`` or ``TrainingArguments``.
+        options: by name (fit_to="24GiB", ...), above all others. Without data, rows of max_length
+            are planned for.
 
     Raises:
-        HalfbyteError: the model or the data is refused. That it does not fit is no error here: see ``fits``, `check`.
+        HalfbyteError: the model or the data is refused. That it does not fit is no error here: see
+            ``fits``, `check`.
     """
     kind = TrainConfig if any(type(thing) is TrainConfig for thing in config) else PlanConfig
     wanted = config_of(kind, config, options)
-    with cpu.using(wanted.kernels) if "kernels" in wanted.model_fields_set else contextlib.nullcontext():
+    with (
+        cpu.using(wanted.kernels)
+        if "kernels" in wanted.model_fields_set
+        else contextlib.nullcontext()
+    ):
         return _planned(wanted, say, progress)
 
 
 def _planned(config: TrainConfig, say: Callable[[str], None], progress: Progress) -> MemoryPlan:
-    allocate_apart(PASSING)
+    set_mmap_threshold(TRAIN_MMAP_THRESHOLD)
     path = hub.resolve(config.model, config.revision, weights=False)
     config = begin_with_adapter(config, path)
     data = read_data(config.data, config, path, say=say, progress=progress) if config.data else None
     planner = Planner(path, config, data, progress)
     if config.fit_to:
         return timed(planner.fit(), planner.dtype)
-    change, found = planner.settle()
-    for line in settled_in_words(change):
+    change, found = planner.resolve_auto()
+    for line in auto_in_words(change):
         say(line)
     if not found.fits:
         found = replace(found, choices=planner.ways_out(found))

@@ -1,4 +1,5 @@
-"""Plans under changing options: what `auto` means here, ways out, and the fastest plan that fits."""
+"""Plans under changing options: what `auto` means here, ways out, and the fastest plan that
+fits."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -7,22 +8,21 @@ from typing import Any
 
 import torch
 
-from ..config.options import FITTED, STATES, TrainConfig
+from ..config.options import SEARCHED, TrainConfig
 from ..data.batches import prepare
 from ..data.dataset import Data
-from ..engine.reductions import TILE
+from ..engine.reductions import LENGTH_STEP, REDUCTIONS, Situation
 from ..errors import DataError, HalfbyteError, UsageError
 from ..files.model_config import read_config
 from ..files.safetensors import Checkpoint
 from ..memory.process import UNASKED_SHARE
 from ..model.architecture import choose_dtype
+from ..model.host_embedding import reason_to_stay
 from ..progress import Progress, no_progress
 from .budget import MIB, budget_of
 from .dry_run import plan_memory
 from .memory_plan import Choice, MemoryPlan, in_words
 from .workload import work_of
-
-LENGTH_STEP = 128
 
 
 def ways_in_words(plan: MemoryPlan, planner: "Planner") -> list[str]:
@@ -78,29 +78,35 @@ class Planner:
 
     def choice(self, plan: MemoryPlan, loses: str = "", **change: Any) -> Choice:
         other = self.plan(**change)
-        return Choice(change, other.peak_bytes, other.relative_time / plan.relative_time, other.fits, loses)
+        return Choice(
+            change, other.peak_bytes, other.relative_time / plan.relative_time, other.fits, loses
+        )
 
     # --- what is left to us ---
 
-    def settle(self) -> tuple[dict[str, Any], MemoryPlan]:
-        """Options left to `auto`, decided, and the plan with them: what need not be in memory leaves it where the plan
-        does not fit otherwise; where it does, layers keep their activations as far as there is room for speed alone.
+    def resolve_auto(self) -> tuple[dict[str, Any], MemoryPlan]:
+        """Options left to `auto`, decided, and the plan with them: what need not be in memory
+        leaves it where the plan does not fit otherwise; where it does, layers keep their
+        activations as far as there is room for speed alone.
 
-        None of it changes a number but ``tokens_per_pass`` and ``tokens_per_tile``, which are last: they add in another
-        order.
+        None of it changes a number but ``tokens_per_pass`` and ``tokens_per_tile``, which are last:
+        they add in another order.
         """
-        kept: dict[str, Any] = {"kept_activations": "none"} if self.config.kept_activations == "auto" else {}
+        kept: dict[str, Any] = (
+            {"kept_activations": "none"} if self.config.kept_activations == "auto" else {}
+        )
         plan = self.plan()
         if plan.fits:
             return (self._most_layers({}, plan) if kept else None) or (kept, plan)
-        change, relieved = self._relieved(kept, self._remedies())
+        change, relieved = self._relieved(kept, self._at_start())
         return (change, relieved) if relieved is not None else ({}, plan)
 
     def _relieved(
-        self, change: dict[str, Any], remedies: Iterable[dict[str, Any]]
+        self, change: dict[str, Any], reductions: Iterable[dict[str, Any]]
     ) -> tuple[dict[str, Any], MemoryPlan | None]:
-        """A change, and of the remedies as many as it takes to fit; the plan of both, None where all are not enough."""
-        for more in remedies:
+        """A change, and of the reductions as many as it takes to fit; the plan of both, None where
+        all are not enough."""
+        for more in reductions:
             try:
                 plan = self.plan(**{**change, **more})
             except UsageError:  # not for this model
@@ -110,62 +116,69 @@ class Planner:
                 return change, plan
         return change, None
 
-    def _remedies(self) -> Iterator[dict[str, Any]]:
+    def _at_start(self) -> Iterator[dict[str, Any]]:
         """Changes that a training may make by itself where it does not fit, the cheapest first."""
-        c = self.config
-        if c.optim in STATES and c.paging == "auto":
-            yield {"paging": "always"}
-        if c.embedding_offloading == "auto" and self._may_move_embedding():
-            yield {"embedding_offloading": "always"}
-        if c.gradient_checkpointing and c.activation_offloading == "auto":
-            yield {"activation_offloading": "always"}
-        if self.budget.device == "cpu" and c.load_in_4bit and c.weight_streaming == "auto":
-            yield {"weight_streaming": "always"}
-        data = self._data_for(c)
-        longest = max(len(row.input_ids) for row in data.train.rows) if data is not None else c.max_length
-        largest = len(work_of(c, data, self.context).batch.input_ids)
-        if not c.tokens_per_pass and longest < largest:
-            yield {"tokens_per_pass": longest}
-        if not c.tokens_per_tile and longest > 2 * TILE:
-            yield {"tokens_per_tile": TILE}
+        for reduction in REDUCTIONS:
+            if change := reduction.at_start(self.config, self._situation()):
+                yield change
 
-    def _may_move_embedding(self) -> bool:
-        """Whether the embedding table could lie in host memory: beside a GPU, frozen, and read by nothing else."""
+    def _situation(self) -> Situation:
+        c = self.config
+        data = self._data_for(c)
+        length = min(c.max_length, self.data.max_length if self.data else c.max_length)
+        return Situation(
+            device=self.budget.device,
+            embedding_may_move=self._embedding_may_move(),
+            longest=max(len(row.input_ids) for row in data.train.rows) if data else c.max_length,
+            largest=len(work_of(c, data, self.context).batch.input_ids),
+            length=length,
+        )
+
+    def _embedding_may_move(self) -> bool:
+        """Whether the embedding table could lie in host memory: beside a GPU, frozen, and read by
+        nothing else."""
         trained = self.config.full or "embed" in self.config.modules_to_save
         tied = getattr(self.model_config.get_text_config(), "tie_word_embeddings", False)
-        return self.budget.device == "cuda" and not trained and not tied
+        return not reason_to_stay(self.budget.device, trained, tied)
 
-    def _most_layers(self, change: dict[str, Any], least: MemoryPlan) -> tuple[dict[str, Any], MemoryPlan] | None:
-        """The plan in which as many layers keep all of their activations as there is room for; None if none do."""
+    def _most_layers(
+        self, change: dict[str, Any], least: MemoryPlan
+    ) -> tuple[dict[str, Any], MemoryPlan] | None:
+        """The plan in which as many layers keep all of their activations as there is room for; None
+        if none do."""
         c = self.config
         if not c.gradient_checkpointing or not self.budget.bytes:
             return None
         share = 1.0 if c.fit_to else UNASKED_SHARE
-        room = self.budget.runtime + int((self.budget.bytes - self.budget.runtime) * share)
-        room = min(room, least.budget_bytes - least.reserve_bytes)
+        available = self.budget.runtime + int((self.budget.bytes - self.budget.runtime) * share)
+        available = min(available, least.budget_bytes - least.reserve_bytes)
         layers = getattr(self.model_config.get_text_config(), "num_hidden_layers", 0)
         every = {**change, "kept_activations": "all", "kept_layers": c.kept_layers}
         most = self.plan(**every)
-        if most.peak_bytes <= room:
+        if most.peak_bytes <= available:
             return every, most
         low, high = least.peak_bytes, most.peak_bytes
         layers = min(layers, c.kept_layers) if c.kept_layers >= 0 else layers
-        count = int(layers * (room - low) / (high - low)) if high > low else 0
+        count = int(layers * (available - low) / (high - low)) if high > low else 0
         while count > 0:
             some = {**every, "kept_layers": count}
             plan = self.plan(**some)
-            if plan.peak_bytes <= room:
+            if plan.peak_bytes <= available:
                 return some, plan
-            count = min(count - 1, int(count * (room - low) / max(plan.peak_bytes - low, 1)))
+            count = min(count - 1, int(count * (available - low) / max(plan.peak_bytes - low, 1)))
         return None
 
     # --- ways out ---
 
     def ways_out(self, plan: MemoryPlan) -> tuple[Choice, ...]:
         """Changes that need less memory, those that change no result first; each by itself."""
-        candidates = list(self._smaller())
+        situation = self._situation()
+        advised = [(r, r.as_advice(self.config, situation)) for r in REDUCTIONS]
+        candidates = [(r.costs(self.config), change) for r, change in advised if change]
         found = []
-        for number in self.progress([str(i) for i in range(len(candidates))], len(candidates), "looking for ways out"):
+        for number in self.progress(
+            [str(i) for i in range(len(candidates))], len(candidates), "looking for ways out"
+        ):
             loses, change = candidates[int(number)]
             try:
                 choice = self.choice(plan, loses, **change)
@@ -175,56 +188,17 @@ class Planner:
                 found.append(choice)
         return tuple(found)
 
-    def _smaller(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        c = self.config
-        if not c.gradient_checkpointing:
-            yield "", {"gradient_checkpointing": True}
-        if c.kept_activations not in ("none", "auto"):
-            yield "", {"kept_activations": "none"}
-        if c.per_device_train_batch_size > 1:
-            yield (
-                "",
-                {
-                    "per_device_train_batch_size": 1,
-                    "gradient_accumulation_steps": c.gradient_accumulation_steps * c.per_device_train_batch_size,
-                },
-            )
-        if not c.load_in_4bit and not c.full:
-            yield "the base is rounded to 4 bits", {"load_in_4bit": True}
-        elif c.full:
-            yield "an adapter is trained instead of every parameter", {"full": False, "load_in_4bit": True}
-        if c.load_in_4bit and not c.bnb_4bit_use_double_quant:
-            yield "scales are rounded to 8 bits", {"bnb_4bit_use_double_quant": True}
-        if c.optim in STATES and c.paging == "auto":
-            yield "", {"paging": "always"}
-        if c.embedding_offloading != "always" and self._may_move_embedding():
-            yield "", {"embedding_offloading": "always"}
-        if c.dequantized_weights != "product":
-            yield "", {"dequantized_weights": "product"}
-        if c.gradient_checkpointing and c.activation_offloading != "always":
-            yield "", {"activation_offloading": "always"}
-        if self.budget.device == "cpu" and c.load_in_4bit and c.weight_streaming != "always":
-            yield "", {"weight_streaming": "always"}
-        if c.optim in ("adamw_torch", "paged_adamw_32bit"):
-            yield "optimizer states are rounded to 8 bits", {"optim": "paged_adamw_8bit"}
-        if not c.full and c.lora_r > 8:
-            yield "the adapter is smaller", {"lora_r": c.lora_r // 2}
-        length = min(c.max_length, self.data.max_length if self.data else c.max_length)
-        if length > LENGTH_STEP and c.over_length != "error":
-            loses = "longer rows are cut" if c.over_length == "truncate" else "longer rows are left out"
-            yield loses, {"max_length": max(LENGTH_STEP, length // 2)}
-
     # --- the fastest that fits ---
 
     def fit(self) -> MemoryPlan:
-        """The fastest plan that fits: over what is kept and how the same global batch is cut; and what each choice
-        costs. Rows are cut as a last resort, in steps of 128 tokens. Where nothing fits, the plan of the options as
-        they are, with ways out.
+        """The fastest plan that fits: over what is kept and how the same global batch is cut; and
+        what each choice costs. Rows are cut as a last resort, in steps of 128 tokens. Where nothing
+        fits, the plan of the options as they are, with ways out.
         """
         c = self.config
         given = self.plan()
         total = c.per_device_train_batch_size * c.gradient_accumulation_steps
-        as_given = {name: getattr(c, name) for name in FITTED[:-1]}
+        as_given = {name: getattr(c, name) for name in SEARCHED}
         if c.kept_activations == "auto":
             as_given["kept_activations"] = "none"
         tried: list[tuple[dict[str, Any], MemoryPlan]] = [(as_given, given)]
@@ -249,9 +223,15 @@ class Planner:
             if change["kept_activations"] == "all" and not plan.fits
         }
         for change, plan in list(tried):
-            if change["kept_activations"] == "none" and plan.fits and change["per_device_train_batch_size"] in too_much:
+            if (
+                change["kept_activations"] == "none"
+                and plan.fits
+                and change["per_device_train_batch_size"] in too_much
+            ):
                 tried += [some for some in [self._most_layers(change, plan)] if some]
-        fitting = sorted((pair for pair in tried if pair[1].fits), key=lambda pair: pair[1].relative_time)
+        fitting = sorted(
+            (pair for pair in tried if pair[1].fits), key=lambda pair: pair[1].relative_time
+        )
         if not fitting:
             least: dict[str, Any] = {
                 "gradient_checkpointing": True,
@@ -260,7 +240,7 @@ class Planner:
                 "gradient_accumulation_steps": total,
             }
             # it is a row at a time already
-            others = (more for more in self._remedies() if "tokens_per_pass" not in more)
+            others = (more for more in self._at_start() if "tokens_per_pass" not in more)
             least, plan = self._relieved(least, others)
             if plan is not None:
                 return replace(plan, choices=(Choice(least, plan.peak_bytes, 1.0, True),))
@@ -274,7 +254,9 @@ class Planner:
         return replace(best, choices=tuple(rows))
 
     def _shorter(self, given: MemoryPlan, change: dict[str, Any]) -> MemoryPlan:
-        limit = min(self.config.max_length, self.data.max_length if self.data else self.config.max_length)
+        limit = min(
+            self.config.max_length, self.data.max_length if self.data else self.config.max_length
+        )
         low, high = 0, limit // LENGTH_STEP if self.config.over_length != "error" else 0
         found: MemoryPlan | None = None
         while low < high:  # the longest that fits, by halving

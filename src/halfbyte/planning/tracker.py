@@ -1,4 +1,5 @@
-"""Every storage that operations make, counted until it is gone: on real tensors as on the ``meta`` device.
+"""Every storage that operations make, counted until it is gone: on real tensors as on the ``meta``
+device.
 
 So a plan and a measurement are the same count.
 """
@@ -13,40 +14,46 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..memory.parts import current_part
+from ..ledger import Part, current_part
 from ..ops import cpu
-from ..ops.arena import SMALLEST, Pieces
-from ..ops.library import hearing_scratch
+from ..ops.arena import SMALLEST, FreeList
+from ..ops.library import recording_workspace
 from ..quantization.tensor import NF4Tensor
 
 
-class TensorBytes(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Within this block every storage that operations make is counted until it is gone.
 
-    Attributes: ``now``, ``peak``: bytes of all tensors, now and at most. ``at_peak``: by part. ``process_peak``: bytes
-    the process needs for them on a CPU, where results of our operations lie in an arena that keeps what it ever took.
-    ``flop``: floating-point operations of products and attention. ``calls``: operations.
+    Attributes: ``now``, ``peak``: bytes of all tensors, now and at most. ``at_peak``: by part.
+    ``process_peak``: bytes the process needs for them on a CPU, where results of our operations lie
+    in an arena that keeps what it ever took. ``flop``: floating-point operations of products and
+    attention. ``calls``: operations.
 
-    On ``meta`` tensors an operation that is also given real ones (ids, positions) is given shapes in their place.
+    On ``meta`` tensors an operation that is also given real ones (ids, positions) is given shapes
+    in their place.
 
     Args:
-        parts: what is there already. apart: tensors whose storage does not count, nor that of views of them.
+        parts: what is there already.
+        apart: tensors whose storage does not count, nor that of views of them.
     """
 
-    def __init__(self, parts: dict[str, list[Tensor]], apart: Iterable[Tensor] = ()) -> None:
+    def __init__(self, parts: dict[Part, list[Tensor]], apart: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._apart = [t.untyped_storage() for t in apart]  # held, so that no other takes their place
+        self._apart = [
+            t.untyped_storage() for t in apart
+        ]  # held, so that no other takes their place
         self._ignored = {storage._cdata for storage in self._apart}
         self._now = self.peak = self.process_peak = self.flop = self.calls = 0
-        self.by_part: Counter[str] = Counter()
-        self.at_peak: dict[str, int] = {}
-        self.arena = Pieces()
-        self._kept_scratch: Counter[str] = Counter()
-        self._passing, self._passing_part = 0, ""
+        self.by_part: Counter[Part] = Counter()
+        self.at_peak: dict[Part, int] = {}
+        self.arena = FreeList()
+        self._kept_workspace: Counter[Part] = Counter()
+        self._passing, self._passing_part = 0, Part.LIVE_LAYER
         self._in_arena = 0
         self._seen: dict[int, Any] = {}
-        # finalizers run wherever a storage dies, also in the middle of the lines below: they only leave a note
-        self._dead: deque[tuple[int, int, str, int | None]] = deque()
+        # finalizers run wherever a storage dies, also in the middle of the lines below: they only
+        # leave a note
+        self._dead: deque[tuple[int, int, Part, int | None]] = deque()
         for part, tensors in parts.items():
             for t in tensors:
                 self._add(t, part, False)
@@ -70,8 +77,8 @@ class TensorBytes(TorchDispatchMode):
             self._passing = 0
         return out
 
-    def __enter__(self) -> "TensorBytes":
-        self._listening = hearing_scratch(self._scratch)
+    def __enter__(self) -> "MemoryTracker":
+        self._listening = recording_workspace(self._workspace)
         self._listening.__enter__()
         return super().__enter__()
 
@@ -79,12 +86,12 @@ class TensorBytes(TorchDispatchMode):
         super().__exit__(*error)
         self._listening.__exit__(*error)
 
-    def _scratch(self, part: str, size: int, kept: bool) -> None:
+    def _workspace(self, part: Part, size: int, kept: bool) -> None:
         if not kept:
             self._passing += size
             self._passing_part = part
-        elif (more := size - self._kept_scratch[part]) > 0:
-            self._kept_scratch[part] = size
+        elif (more := size - self._kept_workspace[part]) > 0:
+            self._kept_workspace[part] = size
             self._now += more
             self.by_part[part] += more
             self._note_peak()
@@ -94,8 +101,8 @@ class TensorBytes(TorchDispatchMode):
         self.peak = self.process_peak = self.flop = self.calls = 0
         self._note_peak()
 
-    def _add(self, t: Tensor, part: str, ours: bool) -> None:
-        self._bury()
+    def _add(self, t: Tensor, part: Part, ours: bool) -> None:
+        self._free_dead()
         storage = t.untyped_storage()
         key = storage._cdata
         if key in self._seen or key in self._ignored:
@@ -113,16 +120,18 @@ class TensorBytes(TorchDispatchMode):
         if now > self.peak:
             self.peak, self.at_peak = now, dict(self.by_part)
             if self._passing:
-                self.at_peak[self._passing_part] = self.at_peak.get(self._passing_part, 0) + self._passing
+                self.at_peak[self._passing_part] = (
+                    self.at_peak.get(self._passing_part, 0) + self._passing
+                )
         self.process_peak = max(self.process_peak, now - self._in_arena + self.arena.touched)
 
     @property
     def now(self) -> int:
         """Bytes of all tensors."""
-        self._bury()
+        self._free_dead()
         return self._now
 
-    def _bury(self) -> None:
+    def _free_dead(self) -> None:
         while self._dead:
             key, size, part, place = self._dead.popleft()
             self._seen.pop(key, None)
@@ -134,7 +143,9 @@ class TensorBytes(TorchDispatchMode):
 
 
 def _shape_of(t: Tensor) -> Tensor:
-    return t if t.is_meta else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return (
+        t if t.is_meta else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    )
 
 
 def _flop(func: Any, args: Any, out: Any) -> int:
@@ -151,7 +162,7 @@ def _flop(func: Any, args: Any, out: Any) -> int:
         left = args[1] if name == "addmm" else args[0]
         return 2 * left.numel() * out.shape[-1]
     if name in ("attention", "attention_grad"):
-        q, bounds = (args[0], args[3]) if name == "attention" else (args[1], args[4])
-        pairs = sum(length * (length + 1) // 2 for length in bounds.diff().tolist())
+        q, cu_seqlens = (args[0], args[3]) if name == "attention" else (args[1], args[4])
+        pairs = sum(length * (length + 1) // 2 for length in cu_seqlens.diff().tolist())
         return (4 if name == "attention" else 10) * pairs * q.shape[1] * q.shape[2]
     return 0

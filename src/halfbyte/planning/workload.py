@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from ..config.options import TrainConfig
 from ..data.batches import EVAL_TOKENS, MicroBatch, collate, largest_pass
 from ..data.dataset import Data, schedule_of
-from ..data.renderer import Encoded
+from ..data.renderer import TokenizedExample
 
 
 @dataclass(frozen=True)
 class Work:
     """The largest micro-batch of a training, and how many of all kinds there are.
 
-    batch: what is rehearsed. tokens: of an optimizer step, on average. passes: forward and backward, of a step. steps:
-    of the training. eval_tokens: of an evaluation's largest batch, 0 without one.
+    batch: what is rehearsed. tokens: of an optimizer step, on average. passes: forward and
+    backward, of a step. steps: of the training. eval_tokens: of an evaluation's largest batch, 0
+    without one.
     """
 
     batch: MicroBatch
@@ -25,11 +26,12 @@ class Work:
 
 
 def work_of(config: TrainConfig, data: Data | None, context: int | None = None) -> Work:
-    """The work that options and data make; rows of max_length (and no longer than context) without data."""
+    """The work that options and data make; rows of max_length (and no longer than context) without
+    data."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     if data is None:
         length = min(config.max_length, context or config.max_length)
-        row = Encoded("plan", [0] * length, [True] * length)
+        row = TokenizedExample("plan", [0] * length, [True] * length)
         rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
         if config.tokens_per_pass:
             together = min(rows, max(1, config.tokens_per_pass // length))
@@ -42,7 +44,11 @@ def work_of(config: TrainConfig, data: Data | None, context: int | None = None) 
     epoch = schedule.epoch(0)
     largest, parts = largest_pass(data.train.rows, schedule, config.tokens_per_pass)
     passes = config.gradient_accumulation_steps * parts
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(epoch))
+    steps = (
+        config.max_steps
+        if config.max_steps > 0
+        else math.ceil(config.num_train_epochs * len(epoch))
+    )
     longest = max((len(row.input_ids) for row in data.held_out), default=0)
     return Work(
         largest,

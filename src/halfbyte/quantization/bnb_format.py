@@ -1,6 +1,7 @@
 """bitsandbytes' 4-bit checkpoints, read and written bit for bit (``docs/format.md``).
 
-The bytes are bitsandbytes' bytes, so reading and writing that format is a rename (`components`, `from_components`).
+The bytes are bitsandbytes' bytes, so reading and writing that format is a rename (`components`,
+`from_components`).
 """
 
 import json
@@ -14,7 +15,7 @@ from torch import Tensor
 from .. import codebooks, ops
 from ..errors import ModelError
 from ..files.safetensors import Checkpoint, write_safetensors
-from ..memory.streaming import Travel
+from ..memory.streaming import LayerStreamer
 from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
 
 STATE_KEY = "quant_state.bitsandbytes__"
@@ -60,7 +61,8 @@ def from_components(name: str, stored: dict[str, Tensor]) -> NF4Tensor:
         stored: every tensor whose name is ``name`` or starts with ``name.``; others are ignored.
 
     Raises:
-        ModelError: a part is missing or of the wrong size, or the state names something we do not hold.
+        ModelError: a part is missing or of the wrong size, or the state names something we do not
+            hold.
     """
 
     def refuse(why: str) -> ModelError:
@@ -115,7 +117,8 @@ def read_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     return {
         name: read_stored(checkpoint, name) if name in quantized else checkpoint.read(name)
         for name in checkpoint
-        if name in quantized or not any(name.startswith(f"{q}.") for q in _prefixes(name) & quantized)
+        if name in quantized
+        or not any(name.startswith(f"{q}.") for q in _prefixes(name) & quantized)
     }
 
 
@@ -130,23 +133,26 @@ def stored_keys(names: Collection[str], name: str) -> list[str]:
     return [key for key in (name, *(f"{name}.{part}" for part in _STORED), *states) if key in names]
 
 
-def read_stored(checkpoint: Checkpoint, name: str, travel: Travel | None = None, group: int = 0) -> NF4Tensor:
+def read_stored(
+    checkpoint: Checkpoint, name: str, streamer: LayerStreamer | None = None, group: int = 0
+) -> NF4Tensor:
     """One 4-bit tensor of a bitsandbytes checkpoint.
 
     Args:
-        travel: codes and scales stay in the file (one that `hub.TensorFile` wrote), as members of this group of it.
+        streamer: codes and scales stay in the file (one that `hub.TensorFile` wrote), as members of
+            this group of it.
     """
     entries = {key: checkpoint.entries[key] for key in stored_keys(checkpoint.entries, name)}
-    stays = (name, f"{name}.absmax") if travel is not None else ()
+    stays = (name, f"{name}.absmax") if streamer is not None else ()
     stored = {
-        key: travel.tensor(group, entry.file, entry.start, entry.nbytes).view(entry.dtype)
-        if travel is not None and key in stays
+        key: streamer.tensor(group, entry.file, entry.start, entry.nbytes).view(entry.dtype)
+        if streamer is not None and key in stays
         else checkpoint.read(key)
         for key, entry in entries.items()
     }
     tensor = from_components(name, stored)
-    if travel is not None:
-        tensor.stop = travel.stop(group)
+    if streamer is not None:
+        tensor.streamed = streamer.handle(group)
     return tensor
 
 

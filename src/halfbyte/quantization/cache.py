@@ -1,7 +1,8 @@
 """Quantized bases kept on disk for streaming, named by the digest of what they hold.
 
-What an entry was made of (files, their sizes and times, options) leads to it; its digest is hashed again whenever it is
-loaded. It is a checkpoint like any other that transformers and bitsandbytes open.
+What an entry was made of (files, their sizes and times, options) leads to it; its digest is hashed
+again whenever it is loaded. It is a checkpoint like any other that transformers and bitsandbytes
+open.
 """
 
 import hashlib
@@ -23,8 +24,9 @@ from .writer import FACTS, write_quantized
 
 
 @dataclass(frozen=True)
-class Kept:
-    """An entry of the cache: its directory, the digest of its weights, and the record of their quantization."""
+class CacheEntry:
+    """An entry of the cache: its directory, the digest of its weights, and the record of their
+    quantization."""
 
     path: Path
     digest: str
@@ -38,13 +40,15 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"
 
 
-def cached(path: Path, options: ModelOptions, progress: Progress) -> Kept:
+def cached(path: Path, options: ModelOptions, progress: Progress) -> CacheEntry:
     """The cache's entry for a model directory, made where there is none.
 
     Raises:
         ModelError, StorageError: as `write_quantized`.
     """
-    if (path / FACTS).is_file():  # written by `write_quantized`, digest and all: it is its own entry
+    if (
+        path / FACTS
+    ).is_file():  # written by `write_quantized`, digest and all: it is its own entry
         return _entry(path)
     home, identity = cache_directory(), _identity(path, options)
     leads = home / "sources" / f"{identity}.json"
@@ -62,7 +66,7 @@ def cached(path: Path, options: ModelOptions, progress: Progress) -> Kept:
         ) from error
 
 
-def _found(home: Path, leads: Path) -> Kept | None:
+def _found(home: Path, leads: Path) -> CacheEntry | None:
     try:
         digest = atomic.read_json(leads)["digest"]
         kept = _entry(home / "bases" / digest)
@@ -71,8 +75,11 @@ def _found(home: Path, leads: Path) -> Kept | None:
         return None  # not made yet, or removed
 
 
-def _make(path: Path, options: ModelOptions, progress: Progress, home: Path, leads: Path) -> Kept:
-    """A new entry; the caller holds the lock of what it is made of, so leftovers of that name are a dead process's."""
+def _make(
+    path: Path, options: ModelOptions, progress: Progress, home: Path, leads: Path
+) -> CacheEntry:
+    """A new entry; the caller holds the lock of what it is made of, so leftovers of that name are a
+    dead process's."""
     atomic.check_writable(home / "bases")
     temporary = home / "bases" / f".{leads.stem[:32]}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -92,15 +99,16 @@ def _make(path: Path, options: ModelOptions, progress: Progress, home: Path, lea
     return _entry(final)
 
 
-def _entry(path: Path) -> Kept:
+def _entry(path: Path) -> CacheEntry:
     facts = atomic.read_json(path / FACTS)
     if not {"digest", "tensors"} <= facts.keys():
         raise ModelError(f"{path / FACTS} is damaged")
-    return Kept(path, facts["digest"], facts["tensors"])
+    return CacheEntry(path, facts["digest"], facts["tensors"])
 
 
-def remove(kept: Kept) -> bool:
-    """Delete an entry of the cache; False for a directory that is somebody's, or where it cannot be."""
+def remove(kept: CacheEntry) -> bool:
+    """Delete an entry of the cache; False for a directory that is somebody's, or where it cannot
+    be."""
     if kept.path.parent != cache_directory() / "bases":
         return False
     shutil.rmtree(kept.path, ignore_errors=True)
@@ -111,7 +119,11 @@ def _identity(path: Path, options: ModelOptions) -> str:
     """What a quantized base is made of: files by size and time of change, and the options."""
     files = Checkpoint(path).files
     facts: list[Any] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    facts += [options.bnb_4bit_quant_type, options.bnb_4bit_blocksize, options.bnb_4bit_use_double_quant]
+    facts += [
+        options.bnb_4bit_quant_type,
+        options.bnb_4bit_blocksize,
+        options.bnb_4bit_use_double_quant,
+    ]
     facts += [
         hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
         codebooks.levels(options.bnb_4bit_quant_type),

@@ -1,7 +1,8 @@
-"""A model directory to a transformers model whose linear weights are 4-bit, one tensor in memory at a time.
+"""A model directory to a transformers model whose linear weights are 4-bit, one tensor in memory at
+a time.
 
-The model is built empty (`model.architecture`), then filled (`quantization.weights`). Names on disk go through
-transformers' own renamings. A model is loaded whole or not at all.
+The model is built empty (`model.architecture`), then filled (`quantization.weights`). Names on disk
+go through transformers' own renamings. A model is loaded whole or not at all.
 """
 
 from pathlib import Path
@@ -14,23 +15,27 @@ from ..config.options import ModelOptions
 from ..errors import ModelError, UsageError
 from ..files.model_config import read_config, refused_by_transformers
 from ..files.safetensors import Checkpoint
-from ..memory.streaming import Travel
+from ..memory.streaming import LayerStreamer
 from ..model.architecture import build_empty, choose_device, choose_dtype
 from ..model.targets import quantizable
 from ..ops import cpu
 from ..progress import Progress, no_progress
 from .bnb_format import check_quantization
-from .cache import Kept, cached, remove
-from .weights import Filler, QuantReport, quantize_as
+from .cache import CacheEntry, cached, remove
+from .weights import QuantReport, WeightLoader, quantize_as
 
 MIN_COVERAGE = 0.9
 
 
-def load_base(path: Path, options: ModelOptions, progress: Progress = no_progress) -> tuple[Any, QuantReport]:
-    """The base model of a directory, frozen, in eval mode; with weight_streaming its 4-bit weights stay in a file.
+def load_base(
+    path: Path, options: ModelOptions, progress: Progress = no_progress
+) -> tuple[Any, QuantReport]:
+    """The base model of a directory, frozen, in eval mode; with weight_streaming its 4-bit weights
+    stay in a file.
 
     Raises:
-        ModelError: missing, unexpected or misshapen tensors (all in one message), a NaN, or too little quantized.
+        ModelError: missing, unexpected or misshapen tensors (all in one message), a NaN, or too
+            little quantized.
     """
     if "kernels" in options.model_fields_set:
         cpu.use(options.kernels)
@@ -50,7 +55,7 @@ def _load_streamed(
         )
     kept = cached(path, options, progress)
     try:
-        model, report = _load(path, kept.path, options, device, progress, Travel())
+        model, report = _load(path, kept.path, options, device, progress, LayerStreamer())
     except ModelError as error:
         if kept.path == path:  # somebody's own directory, and no entry of the cache
             raise
@@ -61,19 +66,27 @@ def _load_streamed(
     return model, report
 
 
-def _damaged(kept: Kept, path: Path, found: str) -> ModelError:
-    """The error for quantized weights that are not what was written; an entry of the cache is removed."""
+def _damaged(kept: CacheEntry, path: Path, found: str) -> ModelError:
+    """The error for quantized weights that are not what was written; an entry of the cache is
+    removed."""
     if remove(kept):
         end, way = "; they are removed", "repeat the command: they are made anew"
     elif kept.path == path:
         end, way = "", "quantize the model again"
     else:
         end, way = "", "delete this directory, and repeat the command"
-    return ModelError(f"the quantized weights in {kept.path} are damaged{end}", found=found, ways_out=[way])
+    return ModelError(
+        f"the quantized weights in {kept.path} are damaged{end}", found=found, ways_out=[way]
+    )
 
 
 def _load(
-    path: Path, weights: Path, options: ModelOptions, device: torch.device, progress: Progress, travel: Travel | None
+    path: Path,
+    weights: Path,
+    options: ModelOptions,
+    device: torch.device,
+    progress: Progress,
+    streamer: LayerStreamer | None,
 ) -> tuple[Any, QuantReport]:
     """The model of a directory with weights that may lie in another."""
     dtype = choose_dtype(options.dtype, device)
@@ -81,19 +94,23 @@ def _load(
     check_quantization(path, getattr(config, "quantization_config", None))
     checkpoint = Checkpoint(weights)
     model = build_empty(config)
-    filler = Filler(model, checkpoint, options, dtype, device, travel)
-    filler.check_names()
-    for target in progress(filler.sources, len(filler.sources), "loading"):
-        filler.fill(target)
+    loader = WeightLoader(model, checkpoint, options, dtype, device, streamer)
+    loader.check_names()
+    for target in progress(loader.sources, len(loader.sources), "loading"):
+        loader.load(target)
     model.tie_weights()
     _place_buffers(model, device)
     if left := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise ModelError(f"{len(left)} parameters of the model are in no file", found=", ".join(left[:5]))
+        raise ModelError(
+            f"{len(left)} parameters of the model are in no file", found=", ".join(left[:5])
+        )
     model.requires_grad_(False)
     model.eval()
     model.config.dtype = dtype
     _load_generation_config(model, path)
-    report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records, filler.digest())
+    report = QuantReport(
+        options.bnb_4bit_quant_type, loader.coverage(), loader.records, loader.digest()
+    )
     if options.load_in_4bit and report.coverage < MIN_COVERAGE and not options.allow_low_coverage:
         raise ModelError(
             f"only {report.coverage:.0%} of the weights in layers would be held in 4 bits",
@@ -119,7 +136,8 @@ def _place_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def empty_base(config: Any, options: ModelOptions, dtype: torch.dtype) -> Any:
-    """What `load_base` makes, on the ``meta`` device: the same shapes, types and 4-bit parts, and no weights.
+    """What `load_base` makes, on the ``meta`` device: the same shapes, types and 4-bit parts, and
+    no weights.
 
     Raises:
         ModelError: transformers cannot build it.

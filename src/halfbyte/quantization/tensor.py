@@ -1,15 +1,19 @@
-"""`NF4Tensor`: a weight that holds exactly what a bitsandbytes 4-bit checkpoint stores, and looks like its bf16 self.
+"""`NF4Tensor`: a weight that holds exactly what a bitsandbytes 4-bit checkpoint stores, and looks
+like its bf16 self.
 
-The problem: a `torch.nn.Linear` should stay one, so that transformers, PEFT and everything else that walks modules
-keeps working, while its frozen weight takes half a byte. So the weight is a tensor subclass: to autograd and to
-``.shape`` it is a [out, in] tensor of the compute dtype; inside are ``packed`` codes, ``absmax`` scales and their own
-scales. ``F.linear`` on it runs `ops.linear_4bit`, with the input gradient from the same 4 bits. Any other arithmetic
-raises by name instead of silently expanding 140 GB.
+The problem: a `torch.nn.Linear` should stay one, so that transformers, PEFT and everything else
+that walks modules keeps working, while its frozen weight takes half a byte. So the weight is a
+tensor subclass: to autograd and to ``.shape`` it is a [out, in] tensor of the compute dtype; inside
+are ``packed`` codes, ``absmax`` scales and their own scales. ``F.linear`` on it runs
+`ops.linear_4bit`, with the input gradient from the same 4 bits. Any other arithmetic raises by name
+instead of silently expanding 140 GB.
 
-The bytes are bitsandbytes' bytes, so reading and writing that format is a rename (`components`, `from_components`;
-``docs/format.md``). The subclass is not limited to NF4: ``quant_type`` says which table of levels it uses.
+The bytes are bitsandbytes' bytes, so reading and writing that format is a rename (`components`,
+`from_components`; ``docs/format.md``). The subclass is not limited to NF4: ``quant_type`` says
+which table of levels it uses.
 
-The road not taken: a module class of our own (as bitsandbytes' ``Linear4bit``) needs every tool to know it.
+The road not taken: a module class of our own (as bitsandbytes' ``Linear4bit``) needs every tool to
+know it.
 """
 
 import math
@@ -23,7 +27,7 @@ from torch.nn import functional
 
 from .. import codebooks, ops
 from ..memory import recompute
-from ..memory.streaming import Stop
+from ..memory.streaming import StreamedGroup
 
 NESTED_BLOCK_SIZE = 256
 _TENSORS = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
@@ -40,7 +44,8 @@ def _scale_table(device: torch.device) -> Tensor:
 
 
 def stored_sizes(weights: int, block_size: int = 64, double_quant: bool = True) -> tuple[int, int]:
-    """(bytes of codes, bytes of scales) of a 4-bit tensor of so many weights: `NF4Tensor.stored_bytes`, beforehand."""
+    """(bytes of codes, bytes of scales) of a 4-bit tensor of so many weights:
+    `NF4Tensor.stored_bytes`, beforehand."""
     blocks = -(-weights // block_size)
     nested = -(-blocks // NESTED_BLOCK_SIZE)
     return -(-weights // 2), blocks + 4 * nested + 4 if double_quant else 4 * blocks
@@ -49,10 +54,11 @@ def stored_sizes(weights: int, block_size: int = 64, double_quant: bool = True) 
 class NF4Tensor(Tensor):
     """A frozen 4-bit tensor. Made by `quantize` or `from_components`, not by the constructor.
 
-    Attributes: ``packed`` uint8 [ceil(n / 2)], high nibble first; ``absmax`` uint8 codes when nested, else fp32;
-    ``quant_map`` fp32 [16]; ``nested_absmax``, ``nested_quant_map``, ``nested_offset`` or None; ``block_size``,
-    ``nested_block_size``, ``quant_type``. ``shape`` and ``dtype`` are those of the weight it stands for. ``stop``:
-    where its codes stay in a file, what has them read and let go (`paged.Travel`); else None.
+    Attributes: ``packed`` uint8 [ceil(n / 2)], high nibble first; ``absmax`` uint8 codes when
+    nested, else fp32; ``quant_map`` fp32 [16]; ``nested_absmax``, ``nested_quant_map``,
+    ``nested_offset`` or None; ``block_size``, ``nested_block_size``, ``quant_type``. ``shape`` and
+    ``dtype`` are those of the weight it stands for. ``streamed``: where its codes stay in a file,
+    what has them read and let go (`paged.LayerStreamer`); else None.
     """
 
     packed: Tensor
@@ -64,23 +70,30 @@ class NF4Tensor(Tensor):
     block_size: int
     nested_block_size: int
     quant_type: str
-    stop: Stop | None
+    streamed: StreamedGroup | None
 
     @staticmethod
     def __new__(
-        cls, parts: ops.FourBit, shape: torch.Size, dtype: torch.dtype, quant_type: str, stop: Stop | None = None
+        cls,
+        parts: ops.FourBit,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        quant_type: str,
+        streamed: StreamedGroup | None = None,
     ) -> "NF4Tensor":
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts.packed.device)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=parts.packed.device
+        )
         for name, value in zip(parts._fields, parts, strict=True):
             setattr(self, name, value)
-        self.quant_type, self.stop = quant_type, stop
+        self.quant_type, self.streamed = quant_type, streamed
         return self
 
     @property
     def parts(self) -> ops.FourBit:
         """What the operations take; where it stays in a file, it is on its way from now on."""
-        if self.stop is not None:
-            self.stop.use()
+        if self.streamed is not None:
+            self.streamed.use()
         return self._parts
 
     @property
@@ -112,10 +125,12 @@ class NF4Tensor(Tensor):
 
     def with_dtype(self, dtype: torch.dtype) -> "NF4Tensor":
         """The same bytes presenting another compute dtype."""
-        return type(self)(self._parts, self.shape, dtype, self.quant_type, self.stop)
+        return type(self)(self._parts, self.shape, dtype, self.quant_type, self.streamed)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "NF4Tensor":
-        parts = self._parts._replace(**{n: change(t) for n in _TENSORS if (t := getattr(self, n)) is not None})
+        parts = self._parts._replace(
+            **{n: change(t) for n in _TENSORS if (t := getattr(self, n)) is not None}
+        )
         return type(self)(parts, self.shape, self.dtype, self.quant_type)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -130,7 +145,11 @@ class NF4Tensor(Tensor):
 
     def __deepcopy__(self, memo: dict) -> Any:
         copy = self._map(Tensor.clone)
-        return torch.nn.Parameter(copy, requires_grad=False) if isinstance(self, torch.nn.Parameter) else copy
+        return (
+            torch.nn.Parameter(copy, requires_grad=False)
+            if isinstance(self, torch.nn.Parameter)
+            else copy
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,13 +164,17 @@ class NF4Tensor(Tensor):
         if func in _DISPATCH:
             return _DISPATCH[func](*args, **(kwargs or {}))
         raise NotImplementedError(
-            f"{func} is not defined on a 4-bit tensor; call .dequantize() first for an ordinary tensor"
+            f"{func} is not defined on a 4-bit tensor; call .dequantize() first for an ordinary "
+            "tensor"
         )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, NF4Tensor) or weight.dim() != 2:
-        raise TypeError("a 4-bit tensor can only be the two-dimensional weight of F.linear, not its input or bias")
+        raise TypeError(
+            "a 4-bit tensor can only be the two-dimensional weight of F.linear, not its input or "
+            "bias"
+        )
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"input [..., {x.shape[-1]}] does not fit a weight {list(weight.shape)}")
     return four_bit_linear(x, weight, bias)
@@ -163,7 +186,8 @@ def four_bit_linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) ->
 
 
 class _FourBitLinear(torch.autograd.Function):
-    """x W^T + b. Keeps the 4-bit weight as an attribute, so saved-tensor hooks never see it; the input is not kept."""
+    """x W^T + b. Keeps the 4-bit weight as an attribute, so saved-tensor hooks never see it; the
+    input is not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
@@ -179,17 +203,22 @@ class _FourBitLinear(torch.autograd.Function):
 
 
 def _detach(tensor: NF4Tensor) -> NF4Tensor:
-    return type(tensor)(tensor._parts, tensor.shape, tensor.dtype, tensor.quant_type, tensor.stop)
+    return type(tensor)(
+        tensor._parts, tensor.shape, tensor.dtype, tensor.quant_type, tensor.streamed
+    )
 
 
 def _clone(tensor: NF4Tensor, *, memory_format: Any = None) -> NF4Tensor:
     return tensor._map(Tensor.clone)
 
 
-def _to_copy(tensor: NF4Tensor, *, dtype: Any = None, device: Any = None, **ignored: Any) -> NF4Tensor:
+def _to_copy(
+    tensor: NF4Tensor, *, dtype: Any = None, device: Any = None, **ignored: Any
+) -> NF4Tensor:
     if dtype is not None and dtype != tensor.dtype:
         raise TypeError(
-            f"a 4-bit tensor is not cast from {tensor.dtype} to {dtype}: load the model with dtype={dtype}, "
+            f"a 4-bit tensor is not cast from {tensor.dtype} to {dtype}: load the model with "
+            f"dtype={dtype}, "
             "or call .dequantize(dtype)"
         )
     return tensor._map(lambda part: part.to(device=device, copy=True))
@@ -215,12 +244,15 @@ def quantize(
     """Quantize a tensor of any shape (QLoRA, sections 2 and 3).
 
     Args:
-        w: fp32, bf16 or fp16; any shape, contiguous or not. block_size: weights per scale, a power of two in 32..4096.
-        double_quant: store the scales in 8 bits. quant_type: one of `codebooks.QUANT_TYPES`.
+        w: fp32, bf16 or fp16; any shape, contiguous or not.
+        block_size: weights per scale, a power of two in 32..4096.
+        double_quant: store the scales in 8 bits.
+        quant_type: one of `codebooks.QUANT_TYPES`.
         scale: how a block's scale is chosen; "absmax", the only rule so far.
 
     Raises:
-        TypeError: not a 16- or 32-bit float. ValueError: an unknown option, or a NaN or infinity, naming its block.
+        TypeError: not a 16- or 32-bit float.
+        ValueError: an unknown option, or a NaN or infinity, naming its block.
     """
     if scale != "absmax":
         raise ValueError(f'scale must be "absmax", got {scale!r}')
@@ -231,16 +263,21 @@ def quantize(
     if double_quant:
         table = _scale_table(w.device)
         codes, nested_absmax, offset = ops.quantize_absmax(absmax, table, NESTED_BLOCK_SIZE)
-        parts = parts._replace(absmax=codes, nested_absmax=nested_absmax, nested_quant_map=table, nested_offset=offset)
+        parts = parts._replace(
+            absmax=codes, nested_absmax=nested_absmax, nested_quant_map=table, nested_offset=offset
+        )
     return NF4Tensor(parts, w.shape, w.dtype, quant_type)
 
 
 def refuse_non_finite(absmax: Tensor, block_size: int) -> None:
-    """Raise ValueError if a block holds a NaN or an infinity: its absolute maximum then is one, too."""
+    """Raise ValueError if a block holds a NaN or an infinity: its absolute maximum then is one,
+    too."""
     if absmax.numel() and not absmax.is_meta and not math.isfinite(absmax.max().item()):
         finite = torch.isfinite(absmax)
         block = int((~finite).nonzero()[0])
         raise ValueError(
-            f"{int((~finite).sum())} of {absmax.numel()} blocks hold a NaN or an infinity; the first is block {block} "
-            f"(elements {block * block_size}..{(block + 1) * block_size - 1} of the flattened tensor)"
+            f"{int((~finite).sum())} of {absmax.numel()} blocks hold a NaN or an infinity; the "
+            f"first is block {block} "
+            f"(elements {block * block_size}..{(block + 1) * block_size - 1} of the flattened "
+            "tensor)"
         )

@@ -1,6 +1,8 @@
-"""Weights of a directory, tensor by tensor: read alone, quantized or as they are, hashed, put in their place and freed.
+"""Weights of a directory, tensor by tensor: read alone, quantized or as they are, hashed, put in
+their place and freed.
 
-Peak memory is the finished model plus the largest tensor. What does not fit is collected and reported in one error.
+Peak memory is the finished model plus the largest tensor. What does not fit is collected and
+reported in one error.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from .. import ops
 from ..config.options import ModelOptions
 from ..errors import ModelError
 from ..files.safetensors import Checkpoint
-from ..memory.streaming import Travel
+from ..memory.streaming import LayerStreamer
 from ..model.targets import checkpoint_names, quantizable
 from .bnb_format import quantized_names, read_stored
 from .tensor import NF4Tensor, quantize
@@ -33,7 +35,8 @@ class QuantReport:
     coverage: float
     tensors: list[dict[str, Any]]
     digest: str
-    """sha256 over all weights as they are held: 4-bit codes and scales, other tensors as they are stored."""
+    """sha256 over all weights as they are held: 4-bit codes and scales, other tensors as they are
+    stored."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -44,7 +47,7 @@ class QuantReport:
         }
 
 
-class Filler:
+class WeightLoader:
     """Fills an empty model from a checkpoint, tensor by tensor."""
 
     def __init__(
@@ -54,32 +57,41 @@ class Filler:
         options: ModelOptions,
         dtype: torch.dtype,
         device: torch.device,
-        travel: Travel | None = None,
+        streamer: LayerStreamer | None = None,
     ) -> None:
-        """travel: weights that are stored in 4 bits stay in their file, layer by layer as groups of it."""
-        self.travel = travel
+        """streamer: weights that are stored in 4 bits stay in their file, layer by layer as groups
+        of it."""
+        self.streamer = streamer
         self.model, self.checkpoint, self.options = model, checkpoint, options
         self.dtype, self.device = dtype, device
         self.stored_4bit = quantized_names(set(checkpoint.entries))
-        plain = [n for n in checkpoint if not any(n.startswith(f"{q}.") for q in _parents(n) & self.stored_4bit)]
+        plain = [
+            n
+            for n in checkpoint
+            if not any(n.startswith(f"{q}.") for q in _parents(n) & self.stored_4bit)
+        ]
         self.sources = plain
         self.targets = checkpoint_names(model, plain)
         head = model.get_output_embeddings()
         self.linear = quantizable(model)
         embeddings = {id(m.weight) for m in (model.get_input_embeddings(), head) if m is not None}
         self.in_layers = {
-            name: p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embeddings
+            name: p.numel()
+            for name, p in model.named_parameters()
+            if p.dim() >= 2 and id(p) not in embeddings
         }
         self.records: list[dict[str, Any]] = []
         self.hashes: dict[str, futures.Future[str]] = {}
-        # where weights are read to be quantized: the same memory for all, so that freed pieces of their size do not
-        # pile up between the pieces that stay
+        # where weights are read to be quantized: the same memory for all, so that freed pieces of
+        # their size do not pile up between the pieces that stay
         read = [
-            n for n in plain if options.load_in_4bit and self.targets[n] in self.linear and n not in self.stored_4bit
+            n
+            for n in plain
+            if options.load_in_4bit and self.targets[n] in self.linear and n not in self.stored_4bit
         ]
         most = max((checkpoint.entries[n].nbytes for n in read), default=0)
         self.buffer = torch.empty(most, dtype=torch.uint8)
-        self.room = torch.empty(2, _SAMPLE if read else 0, device=device)
+        self.workspace = torch.empty(2, _SAMPLE if read else 0, device=device)
         self.hasher = futures.ThreadPoolExecutor(max_workers=1)
 
     def check_names(self) -> None:
@@ -95,18 +107,23 @@ class Filler:
             if expected is None:
                 if not _matches(target, ignored) and "rotary_emb.inv_freq" not in target:
                     problems.append(f"unexpected: {source}")
-            elif source not in self.stored_4bit and self.checkpoint.entries[source].shape != tuple(expected.shape):
+            elif source not in self.stored_4bit and self.checkpoint.entries[source].shape != tuple(
+                expected.shape
+            ):
                 shape = list(self.checkpoint.entries[source].shape)
-                problems.append(f"{source}: {shape} in the file, {list(expected.shape)} in the model")
+                problems.append(
+                    f"{source}: {shape} in the file, {list(expected.shape)} in the model"
+                )
         if problems:
             more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
             raise ModelError(
-                f"the weights in {self.checkpoint.directory} do not fit {type(self.model).__name__}",
+                f"the weights in {self.checkpoint.directory} do not fit "
+                f"{type(self.model).__name__}",
                 found="; ".join(sorted(problems)[:12]) + more,
                 ways_out=["check that config.json belongs to these weights"],
             )
 
-    def fill(self, source: str) -> None:
+    def load(self, source: str) -> None:
         """Read one tensor, quantize or cast it, and put it in its place."""
         module_name, _, attribute = self.targets[source].rpartition(".")
         try:
@@ -116,7 +133,9 @@ class Filler:
         value = self.read(source)
         if attribute in module._buffers:
             buffer = module._buffers[attribute]
-            module._buffers[attribute] = value.to(self.device, buffer.dtype if buffer is not None else None)
+            module._buffers[attribute] = value.to(
+                self.device, buffer.dtype if buffer is not None else None
+            )
         elif attribute in module._parameters:
             if not isinstance(value, NF4Tensor):
                 self._refuse_whole_numbers(source, value)
@@ -126,7 +145,9 @@ class Filler:
 
     def is_quantized(self, source: str) -> bool:
         """Whether a tensor is held in 4 bits."""
-        return self.options.load_in_4bit and (source in self.stored_4bit or self.targets[source] in self.linear)
+        return self.options.load_in_4bit and (
+            source in self.stored_4bit or self.targets[source] in self.linear
+        )
 
     def read(self, source: str) -> Tensor:
         """One tensor as it is held, in 4 bits, or else as it is stored; hashed."""
@@ -151,22 +172,25 @@ class Filler:
     def _stored(self, source: str, target: str) -> Tensor:
         layer = re.search(r"\.(\d+)\.", source)
         group = int(layer.group(1)) if layer else 0
-        tensor = read_stored(self.checkpoint, source, self.travel, group)
+        tensor = read_stored(self.checkpoint, source, self.streamer, group)
         expected = self.model.get_parameter(target).shape
         if tensor.shape != expected:
-            raise ModelError(f"{source}: {list(tensor.shape)} in the file, {list(expected)} in the model")
+            raise ModelError(
+                f"{source}: {list(tensor.shape)} in the file, {list(expected)} in the model"
+            )
         if not self.options.load_in_4bit:
             return tensor.dequantize(self.dtype).to(self.device)
         self.records.append(self._record(source, tensor, None))
         self._hash(source, tensor.stored_tensors())
-        if self.travel is not None:
+        if self.streamer is not None:
             futures.wait(self.hashes.values())
-            self.travel.release(group)
+            self.streamer.release(group)
             return tensor.with_dtype(self.dtype)
         return tensor.with_dtype(self.dtype)._map(lambda part: part.to(self.device))
 
     def _hash(self, source: str, tensors: Iterable[Tensor]) -> None:
-        """Hash beside the next tensor's reading; one at a time, so that no more than one is kept alive for it."""
+        """Hash beside the next tensor's reading; one at a time, so that no more than one is kept
+        alive for it."""
         futures.wait(self.hashes.values())
         self.hashes[source] = self.hasher.submit(_digest, list(tensors))
 
@@ -176,7 +200,11 @@ class Filler:
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def _quantize(self, source: str, tensor: Tensor) -> Tensor:
-        tensor = tensor if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor.float()
+        tensor = (
+            tensor
+            if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            else tensor.float()
+        )
         try:
             quantized = quantize_as(tensor.to(self.device), self.options)
         except ValueError as error:
@@ -187,8 +215,12 @@ class Filler:
 
     def _refuse_non_finite(self, source: str, tensor: Tensor) -> None:
         # the extremes carry a NaN or an infinity, and need no copy of the tensor to be found
-        if tensor.numel() and not all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist()):
-            raise self._non_finite(source, f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite")
+        if tensor.numel() and not all(
+            math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist()
+        ):
+            raise self._non_finite(
+                source, f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite"
+            )
 
     def _non_finite(self, source: str, found: str) -> ModelError:
         return ModelError(
@@ -206,11 +238,12 @@ class Filler:
             "weights": quantized.numel(),
         }
         if original is not None:
-            record["relative_mse"] = relative_error(quantized, original, self.room)
+            record["relative_mse"] = relative_error(quantized, original, self.workspace)
         return record
 
     def coverage(self) -> float:
-        """Share of the weights in layers (all but embeddings, head and vectors) that is held in 4 bits."""
+        """Share of the weights in layers (all but embeddings, head and vectors) that is held in 4
+        bits."""
         total = sum(self.in_layers.values())
         return sum(record["weights"] for record in self.records) / total if total else 0.0
 
@@ -226,11 +259,12 @@ def _digest(tensors: list[Tensor]) -> str:
 _SAMPLE = 1 << 20
 
 
-def relative_error(quantized: NF4Tensor, original: Tensor, room: Tensor) -> float:
+def relative_error(quantized: NF4Tensor, original: Tensor, workspace: Tensor) -> float:
     """Squared quantization error over squared weight, of the first million weights (whole blocks).
 
     Args:
-        room: fp32 [2, a million], overwritten: temporary tensors between the weights that stay would split the heap.
+        workspace: fp32 [2, a million], overwritten: temporary tensors between the weights that stay
+            would split the heap.
     """
     n = min(_SAMPLE, original.numel())
     n = n if n == original.numel() else n - n % quantized.block_size
@@ -243,7 +277,7 @@ def relative_error(quantized: NF4Tensor, original: Tensor, room: Tensor) -> floa
             absmax=parts.absmax[:blocks],
             nested_absmax=None if parts.nested_absmax is None else parts.nested_absmax[:groups],
         )
-    values, reference = room[0, :n], room[1, :n]
+    values, reference = workspace[0, :n], workspace[1, :n]
     ops.dequantize_4bit(parts, n, torch.float32, values)
     reference.copy_(original.reshape(-1)[:n])
     power = float(torch.linalg.vector_norm(reference))

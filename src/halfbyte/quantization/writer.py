@@ -1,7 +1,5 @@
 """A base in 4 bits on disk, as bitsandbytes stores it, written a tensor at a time."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 
 from ..config.options import ModelOptions
-from ..errors import StorageError, UsageError
+from ..errors import UsageError
 from ..files import atomic, hub
 from ..files.model_config import read_config
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, TensorFile
@@ -17,7 +15,7 @@ from ..model.architecture import build_empty
 from ..progress import Progress
 from .bnb_format import STATE_KEY, check_quantization, components, quantized_names, stored_keys
 from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
-from .weights import Filler, QuantReport
+from .weights import QuantReport, WeightLoader
 
 SHARD = 4 << 30
 """Bytes of one file, about."""
@@ -26,35 +24,48 @@ _STATE_ROOM = 512
 """Longest quant_state, bytes: six short entries, a shape, a number."""
 
 
-def write_quantized(path: Path, options: ModelOptions, directory: Path, progress: Progress) -> QuantReport:
-    """The weights of a model directory in 4 bits, with its configuration, into a directory; and their digest.
+def write_quantized(
+    path: Path, options: ModelOptions, directory: Path, progress: Progress
+) -> QuantReport:
+    """The weights of a model directory in 4 bits, with its configuration, into a directory; and
+    their digest.
 
     Args:
-        options: quant_type, block size, double quantization. What is not held in 4 bits is written as it is.
+        options: quant_type, block size, double quantization. What is not held in 4 bits is written
+            as it is.
 
     Raises:
-        ModelError: as `load.load_base`. StorageError: the disk said no.
+        ModelError: as `load.load_base`.
+        StorageError: the disk said no.
     """
     config = read_config(path)
     check_quantization(path, getattr(config, "quantization_config", None))
     checkpoint = Checkpoint(path)
-    filler = Filler(build_empty(config), checkpoint, options, torch.bfloat16, torch.device("cpu"))
-    filler.check_names()
-    shards, weight_map, size = list(_shards(filler)), {}, 0
-    waiting = iter(progress(filler.sources, len(filler.sources), "quantizing"))
+    loader = WeightLoader(
+        build_empty(config), checkpoint, options, torch.bfloat16, torch.device("cpu")
+    )
+    loader.check_names()
+    shards, weight_map, size = list(_shards(loader)), {}, 0
+    waiting = iter(progress(loader.sources, len(loader.sources), "quantizing"))
     for number, sources in enumerate(shards):
-        name = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            SINGLE
+            if len(shards) == 1
+            else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
         known: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         late: dict[str, int] = {}
         for source in sources:
-            layout = _layout(filler, source)
+            layout = _layout(loader, source)
             late |= {key: shape[0] for key, (_, shape) in layout.items() if STATE_KEY in key}
             known |= {key: value for key, value in layout.items() if key not in late}
         with TensorFile(directory / name, known, late) as file:
             for _ in sources:
                 source = next(waiting)
-                value = filler.read(source)
-                written = components(source, value) if isinstance(value, NF4Tensor) else {source: value}
+                value = loader.read(source)
+                written = (
+                    components(source, value) if isinstance(value, NF4Tensor) else {source: value}
+                )
                 for key, tensor in written.items():
                     file.write(key, tensor)
             size += file.written
@@ -62,10 +73,17 @@ def write_quantized(path: Path, options: ModelOptions, directory: Path, progress
     for _ in waiting:  # the progress bar ends
         pass
     if len(shards) > 1:
-        atomic.write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        atomic.write_json(
+            directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map}
+        )
     said = atomic.read_json(path / "config.json")  # of stored 4-bit weights it says what they are
-    atomic.write_json(directory / "config.json", said if filler.stored_4bit else {**said, **_quantization(options)})
-    report = QuantReport(options.bnb_4bit_quant_type, filler.coverage(), filler.records, filler.digest())
+    atomic.write_json(
+        directory / "config.json",
+        said if loader.stored_4bit else {**said, **_quantization(options)},
+    )
+    report = QuantReport(
+        options.bnb_4bit_quant_type, loader.coverage(), loader.records, loader.digest()
+    )
     atomic.write_json(directory / FACTS, {"digest": report.digest, "tensors": report.tensors})
     return report
 
@@ -90,13 +108,16 @@ def _quantization(options: ModelOptions) -> dict[str, Any]:
     return {"quantization_config": settings}
 
 
-def _shards(filler: Filler) -> Iterator[list[str]]:
+def _shards(loader: WeightLoader) -> Iterator[list[str]]:
     """Sources in the order they lie on disk, in files of about `SHARD` bytes."""
     part: list[str] = []
     size = 0
-    for source in filler.sources:
+    for source in loader.sources:
         part.append(source)
-        size += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in _layout(filler, source).values())
+        size += sum(
+            torch.Size(shape).numel() * dtype.itemsize
+            for dtype, shape in _layout(loader, source).values()
+        )
         if size >= SHARD:
             yield part
             part, size = [], 0
@@ -104,24 +125,34 @@ def _shards(filler: Filler) -> Iterator[list[str]]:
         yield part
 
 
-def _layout(filler: Filler, source: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor that is stored for a source; of its quant_state, a length it does not exceed."""
-    entry, options = filler.checkpoint.entries[source], filler.options
-    if source in filler.stored_4bit:  # as `nf4.components` writes it, whatever it is stored as
-        entries = filler.checkpoint.entries
-        kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {source: (torch.uint8, (entry.nbytes, 1))}
+def _layout(loader: WeightLoader, source: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor that is stored for a source; of its quant_state, a length it
+    does not exceed."""
+    entry, options = loader.checkpoint.entries[source], loader.options
+    if source in loader.stored_4bit:  # as `nf4.components` writes it, whatever it is stored as
+        entries = loader.checkpoint.entries
+        kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            source: (torch.uint8, (entry.nbytes, 1))
+        }
         for key in stored_keys(entries, source)[1:]:
             late = STATE_KEY in key
-            count = max(_STATE_ROOM, entries[key].nbytes) if late else torch.Size(entries[key].shape).numel()
+            count = (
+                max(_STATE_ROOM, entries[key].nbytes)
+                if late
+                else torch.Size(entries[key].shape).numel()
+            )
             kept[key] = (entries[key].dtype, (count,))
         return kept
-    if not filler.is_quantized(source):
+    if not loader.is_quantized(source):
         return {source: (entry.dtype, entry.shape)}
     weights = torch.Size(entry.shape).numel()
     blocks = -(-weights // options.bnb_4bit_blocksize)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         source: (torch.uint8, (-(-weights // 2), 1)),
-        f"{source}.absmax": (torch.uint8 if options.bnb_4bit_use_double_quant else torch.float32, (blocks,)),
+        f"{source}.absmax": (
+            torch.uint8 if options.bnb_4bit_use_double_quant else torch.float32,
+            (blocks,),
+        ),
         f"{source}.quant_map": (torch.float32, (16,)),
     }
     if options.bnb_4bit_use_double_quant:
@@ -131,31 +162,32 @@ def _layout(filler: Filler, source: str) -> dict[str, tuple[torch.dtype, tuple[i
     return layout
 
 
-def quantize(path: Path, options: ModelOptions, output_dir: str | Path, progress: Progress) -> QuantReport:
-    """A model directory with its weights in 4 bits: `write_quantized` and the tokenizer's files; whole, or not there.
+def quantize(
+    path: Path, options: ModelOptions, output_dir: str | Path, progress: Progress
+) -> QuantReport:
+    """A model directory with its weights in 4 bits: `write_quantized` and the tokenizer's files;
+    whole, or not there.
 
     Raises:
-        UsageError: output_dir is not empty. ModelError, StorageError: as `write_quantized`.
+        UsageError: output_dir is not empty.
+        ModelError, StorageError: as `write_quantized`.
     """
     target = Path(output_dir).expanduser().absolute()
     if stored := quantized_names(set(Checkpoint(path).entries)):
-        raise UsageError(f"{path} is in 4 bits already", found=f"{len(stored)} weights", ways_out=["use it as it is"])
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"])
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        atomic.check_writable(building)
+        raise UsageError(
+            f"{path} is in 4 bits already",
+            found=f"{len(stored)} weights",
+            ways_out=["use it as it is"],
+        )
+    with atomic.new_directory(target) as building:
         report = write_quantized(path, options, building, progress)
         for pattern in hub.HUB_PATTERNS:
             for file in path.glob(pattern):
-                if file.suffix != ".safetensors" and file.name != INDEX and not (building / file.name).exists():
+                there = (
+                    file.suffix == ".safetensors"
+                    or file.name == INDEX
+                    or (building / file.name).exists()
+                )
+                if not there:
                     atomic.write_bytes(building / file.name, file.read_bytes())
-        if target.exists():
-            target.rmdir()
-        building.rename(target)
-        atomic.sync(target.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror}", ways_out=["free space"]) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return report

@@ -1,6 +1,8 @@
-"""The model card: what an adapter or a merged model was made of, how it was checked, and how to load it.
+"""The model card: what an adapter or a merged model was made of, how it was checked, and how to
+load it.
 
-Every figure comes from the run's own files; what is not known is not written. Hugging Face's metadata stand on top.
+Every figure comes from the run's own files; what is not known is not written. Hugging Face's
+metadata stand on top.
 """
 
 import json
@@ -18,7 +20,11 @@ CARD = "README.md"
 def adapter_card(run: Run, info: dict[str, Any]) -> str:
     """Of a run's adapter (a full fine-tuning: of the whole model). info: what `run.json` holds."""
     full = info["config"]["full"]
-    kind = "every parameter was trained" if full else f"a LoRA adapter of rank {info['config']['lora_r']}"
+    kind = (
+        "every parameter was trained"
+        if full
+        else f"a LoRA adapter of rank {info['config']['lora_r']}"
+    )
     parts = [
         _metadata(info, "transformers" if full else "peft"),
         f"# {run.path.name}",
@@ -36,7 +42,8 @@ def merged_card(run: Run, info: dict[str, Any], receipt: dict[str, Any]) -> str:
     parts = [
         _metadata(info, "transformers"),
         f"# {run.path.name}, merged",
-        f"{_name(info)} with a LoRA adapter of rank {info['config']['lora_r']} added into its weights, "
+        f"{_name(info)} with a LoRA adapter of rank {info['config']['lora_r']} added into its "
+        "weights, "
         f"onto the {receipt['onto']} base, stored in {stored}.",
         _load_model(),
         _receipt(receipt),
@@ -48,11 +55,20 @@ def merged_card(run: Run, info: dict[str, Any], receipt: dict[str, Any]) -> str:
 
 def _metadata(info: dict[str, Any], library: str) -> str:
     name, c = info["base"]["name"], info["config"]
-    tags = ["halfbyte", *(["full-fine-tuning"] if c["full"] else ["lora"]), *(["qlora"] if c["load_in_4bit"] else [])]
+    tags = [
+        "halfbyte",
+        *(["full-fine-tuning"] if c["full"] else ["lora"]),
+        *(["qlora"] if c["load_in_4bit"] else []),
+    ]
     lines = ["---"]
     if is_public(name):
         lines.append(f"base_model: {json.dumps(name)}")
-    lines += [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}", "---"]
+    lines += [
+        f"library_name: {library}",
+        "pipeline_tag: text-generation",
+        f"tags: {json.dumps(tags)}",
+        "---",
+    ]
     return "\n".join(lines)
 
 
@@ -69,7 +85,8 @@ def _name_of(name: str) -> str:
 def _load_adapter(info: dict[str, Any]) -> str:
     base = info["base"]["name"] if is_public(info["base"]["name"]) else "path/to/the/base"
     held = (
-        "The adapter corrected its base as it is in 4 bits: load that (`quantization_config`, or halfbyte on the run) "
+        "The adapter corrected its base as it is in 4 bits: load that (`quantization_config`, or "
+        "halfbyte on the run) "
         "for exactly\nthe model that was trained. "
         if info["config"]["load_in_4bit"]
         else ""
@@ -103,26 +120,47 @@ def _training(run: Run, info: dict[str, Any]) -> str:
     c, data = info["config"], info["data"]
     per_step = c["per_device_train_batch_size"] * c["gradient_accumulation_steps"]
     rows = [
-        ("rows, tokens", f"{data['rows']:,} rows, {data['tokens']:,} tokens, {data['supervised_tokens']:,} trained"),
+        (
+            "rows, tokens",
+            f"{data['rows']:,} rows, {data['tokens']:,} tokens, {data['supervised_tokens']:,} "
+            "trained",
+        ),
         ("data", f"{data['form']}, sha256 {data['sha256']}"),
         ("chat template", f"sha256 {info['template_sha256']}"),
         ("steps", f"{info['total_steps']:,} of {per_step} rows"),
-        ("optimizer", f"{c['optim']}, learning rate {c['learning_rate']:g}, {c['lr_scheduler_type']}"),
-        ("seed, versions", f"{c['seed']}; " + ", ".join(f"{name} {v}" for name, v in info["versions"].items())),
+        (
+            "optimizer",
+            f"{c['optim']}, learning rate {c['learning_rate']:g}, {c['lr_scheduler_type']}",
+        ),
+        (
+            "seed, versions",
+            f"{c['seed']}; " + ", ".join(f"{name} {v}" for name, v in info["versions"].items()),
+        ),
         *_loss(run),
         *_memory(run),
     ]
     if not c["full"]:
-        adapter = f"r {c['lora_r']}, alpha {c['lora_alpha']}, dropout {c['lora_dropout']:g}, {c['target_modules']}"
+        adapter = (
+            f"r {c['lora_r']}, alpha {c['lora_alpha']}, dropout {c['lora_dropout']:g}, "
+            f"{c['target_modules']}"
+        )
         adapter += (", DoRA" if c.get("use_dora") else "") + (", rsLoRA" if c["use_rslora"] else "")
         adapter += f", trained whole: {c['modules_to_save']}" if c.get("modules_to_save") else ""
-        adapter += f", begun with {_name_of(c['adapter_name_or_path'])}" if c.get("adapter_name_or_path") else ""
+        adapter += (
+            f", begun with {_name_of(c['adapter_name_or_path'])}"
+            if c.get("adapter_name_or_path")
+            else ""
+        )
         for name in ("rank_pattern", "alpha_pattern"):
             adapter += f", {name} {json.dumps(c[name])}" if c.get(name) else ""
         rows.insert(0, ("adapter", adapter))
     for change in info.get("changes", []):
         key = change["change"].partition(":")[0]
-        line = f"{key}: another path" if key in ("adapter_name_or_path", "chat_template") else change["change"]
+        line = (
+            f"{key}: another path"
+            if key in ("adapter_name_or_path", "chat_template")
+            else change["change"]
+        )
         rows.append((f"changed at step {change['step']}", line))
     return "## Training\n\n" + _table(["", ""], rows)
 
@@ -131,18 +169,31 @@ def _loss(run: Run) -> list[tuple[str, str]]:
     held_out = [row for row in run.read(EVALS) if row["loss"] is not None]
     if len(held_out) > 1:
         first, last = held_out[0], held_out[-1]
-        return [("held-out loss", f"{first['loss']:.4f} before, {last['loss']:.4f} after ({last['tokens']:,} tokens)")]
+        return [
+            (
+                "held-out loss",
+                f"{first['loss']:.4f} before, {last['loss']:.4f} after ({last['tokens']:,} tokens)",
+            )
+        ]
     steps = [row for row in run.read(METRICS) if row["loss"] is not None]
-    return [("training loss", f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")] if steps else []
+    return (
+        [("training loss", f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")] if steps else []
+    )
 
 
 def _memory(run: Run) -> list[tuple[str, str]]:
-    measured = max((row["measured_bytes"] for row in run.read(MEMORY) if "measured_bytes" in row), default=0)
+    measured = max(
+        (row["measured_bytes"] for row in run.read(MEMORY) if "measured_bytes" in row), default=0
+    )
     try:
         planned = read_json(run.path / PLAN_JSON)["peak_bytes"]
     except (HalfbyteError, KeyError):
         planned = 0
-    words = [f"{size / 2**30:.2f} GiB {what}" for size, what in ((planned, "planned"), (measured, "measured")) if size]
+    words = [
+        f"{size / 2**30:.2f} GiB {what}"
+        for size, what in ((planned, "planned"), (measured, "measured"))
+        if size
+    ]
     return [("memory at the peak", ", ".join(words))] if words else []
 
 
@@ -164,19 +215,31 @@ def _receipt(receipt: dict[str, Any]) -> str:
     for onto, found in receipt["comparisons"].items():
         this = f"{receipt['onto']}, requantized" if receipt["surviving"] else receipt["onto"]
         mark = " (this one)" if onto == this else ""
-        mark += " (recommended)" if onto == receipt["recommended"] and len(receipt["comparisons"]) > 1 else ""
+        mark += (
+            " (recommended)"
+            if onto == receipt["recommended"] and len(receipt["comparisons"]) > 1
+            else ""
+        )
         rows.append(
-            (f"onto {onto}{mark}", f"{found['kl']:.2e}", f"{found['greedy_agreement']:.2%}", f"{found['loss']:.4f}")
+            (
+                f"onto {onto}{mark}",
+                f"{found['kl']:.2e}",
+                f"{found['greedy_agreement']:.2%}",
+                f"{found['loss']:.4f}",
+            )
         )
     text = (
         "## Merge receipt\n\n"
-        f"Compared with the adapter running on its base as trained, on {receipt['rows']} rows {receipt['rows_are']} "
-        f"({receipt['tokens']:,} tokens):\n\n" + _table(["", "KL divergence, nats", "same token", "loss"], rows)
+        f"Compared with the adapter running on its base as trained, on {receipt['rows']} rows "
+        f"{receipt['rows_are']} "
+        f"({receipt['tokens']:,} tokens):\n\n"
+        + _table(["", "KL divergence, nats", "same token", "loss"], rows)
     )
     if receipt["surviving"]:
         least, middle, most = receipt["surviving"]
         text += (
-            f"\n\nThe merged weights were rounded to 4 bits again; {middle:.1%} of the adapter's effect survive that "
+            f"\n\nThe merged weights were rounded to 4 bits again; {middle:.1%} of the adapter's "
+            "effect survive that "
             f"in the median layer ({least:.1%} to {most:.1%})."
         )
     return text

@@ -1,16 +1,16 @@
 """Resumable state: a directory per checkpoint, complete or not counted at all.
 
-``checkpoints/step-00000040/`` holds the adapter as PEFT writes it, the optimizer's raw state, ``state.json`` and, last,
-``manifest.json`` with size and sha256 of every other file. It is written under a temporary name, synced, renamed, and
-only then are older ones removed. A checkpoint counts if its manifest's name, sizes and hashes hold; the newest is the
-one with the highest step, whatever the clock says. Everything random is a function of the step, so there is no random
-state to save; saves happen between optimizer steps only.
+``checkpoints/step-00000040/`` holds the adapter as PEFT writes it, the optimizer's raw state,
+``state.json`` and, last, ``manifest.json`` with size and sha256 of every other file. It is written
+under a temporary name, synced, renamed, and only then are older ones removed. A checkpoint counts
+if its manifest's name, sizes and hashes hold; the newest is the one with the highest step, whatever
+the clock says. Everything random is a function of the step, so there is no random state to save;
+saves happen between optimizer steps only.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.lora import lora_layers
+from ..adapters.lora import has_adapter
 from ..adapters.peft_files import adapter_bytes, restore_adapter, save_adapter
 from ..engine.adamw8bit import AdamW8bit
 from ..engine.paged_optimizers import PagedAdamW, PagedAdamW8bit
-from ..errors import HalfbyteError, ModelError, StorageError, is_exhaustion
-from ..files.atomic import json_bytes, read_json, sha256_file, sync, write_json
+from ..errors import HalfbyteError, ModelError, StorageError
+from ..files import atomic
+from ..files.atomic import json_bytes, read_json, remove_directory, sha256_file, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
 
 SCHEMA = 2
@@ -51,51 +52,44 @@ def save(
     base: str,
     best: int | None = None,
 ) -> Path:
-    """Write checkpoint ``step`` and prune older ones to the ``keep`` newest and the one of step ``best``.
+    """Write checkpoint ``step`` and prune older ones to the ``keep`` newest and the one of step
+    ``best``.
 
     Raises:
         StorageError: the disk said no; nothing is left behind and older checkpoints are untouched.
     """
     final = directory / f"step-{step:08d}"
-    temporary = directory / f".step-{step:08d}.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        if any(True for _ in lora_layers(model)):
-            save_adapter(model, temporary, base)
+    again = "free space; then repeat the command with --resume_from_checkpoint auto"
+    with atomic.new_directory(
+        final, replace=True, doing="save checkpoint", ways_out=[again]
+    ) as building:
+        if has_adapter(model):
+            save_adapter(model, building, base)
         else:
-            write_safetensors(temporary / FULL_WEIGHTS, trained_tensors(model))
-        write_safetensors(temporary / OPTIMIZER, optimizer_tensors(optimizer))
+            write_safetensors(building / FULL_WEIGHTS, trained_tensors(model))
+        write_safetensors(building / OPTIMIZER, optimizer_tensors(optimizer))
         release_states(optimizer)
-        write_json(temporary / STATE, {"schema": SCHEMA, "step": step, **state})
-        files = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, _sealed({"schema": SCHEMA, "step": step, "files": files}))
-        sync(temporary)
-        if final.exists():
-            _remove(final)
-        temporary.rename(final)
-        sync(directory)
-    except OSError as error:
-        if is_exhaustion(error):
-            raise
-        raise StorageError(
-            f"cannot save checkpoint {final}: {error.strerror}",
-            ways_out=["free space; then repeat the command with --resume_from_checkpoint auto"],
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(building / STATE, {"schema": SCHEMA, "step": step, **state})
+        files = {file.name: _facts(file) for file in sorted(building.iterdir())}
+        write_json(building / MANIFEST, _sealed({"schema": SCHEMA, "step": step, "files": files}))
     check(final)
     for path in directories(directory)[:-keep]:
         if path != final and (best is None or path.name != f"step-{best:08d}"):
             with contextlib.suppress(OSError):
-                _remove(path)
+                remove_directory(path)
     return final
 
 
 def directories(directory: Path) -> list[Path]:
-    """Directories with a checkpoint's name, oldest first; whatever else lies there is somebody's own."""
+    """Directories with a checkpoint's name, oldest first; whatever else lies there is somebody's
+    own."""
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if path.is_dir() and re.fullmatch(r"step-\d{8}", path.name))
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_dir() and re.fullmatch(r"step-\d{8}", path.name)
+    )
 
 
 def _facts(file: Path) -> dict[str, Any]:
@@ -106,22 +100,20 @@ def _facts(file: Path) -> dict[str, Any]:
 
 
 def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with a digest of itself: a flipped bit in a name or size makes it damaged, not another manifest."""
-    return {**manifest, "digest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint so that a crash in between leaves no half of it under its name."""
-    gone = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-    path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    """The manifest with a digest of itself: a flipped bit in a name or size makes it damaged, not
+    another manifest."""
+    return {
+        **manifest,
+        "digest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def check(path: Path) -> int:
     """The step of a checkpoint directory, after comparing every file with the manifest.
 
     Raises:
-        ModelError: naming the first file that is missing or differs. StorageError: the system cannot read one.
+        ModelError: naming the first file that is missing or differs.
+        StorageError: the system cannot read one.
     """
     try:
         return _check(path)
@@ -136,13 +128,19 @@ def _check(path: Path) -> int:
     if manifest != _sealed(sealed) or file.read_bytes() != json_bytes(manifest):
         raise ModelError(f"checkpoint file {file} is damaged")
     if manifest.get("schema") != SCHEMA:
-        raise ModelError(f"{file} was written by another version", found=f"schema {manifest.get('schema')!r}")
+        raise ModelError(
+            f"{file} was written by another version", found=f"schema {manifest.get('schema')!r}"
+        )
     step = manifest["step"]
     if path.name != f"step-{step:08d}":
         raise ModelError(f"{file} does not belong to {path.name}")
     for name, facts in manifest["files"].items():
         item = path / name
-        if not item.is_file() or item.stat().st_size != facts["bytes"] or sha256_file(item) != facts["sha256"]:
+        if (
+            not item.is_file()
+            or item.stat().st_size != facts["bytes"]
+            or sha256_file(item) != facts["sha256"]
+        ):
             raise ModelError(f"checkpoint file {item} is missing or damaged")
     return step
 
@@ -160,7 +158,8 @@ def listed(directory: Path) -> list[tuple[Path, str]]:
 
 
 def newest(directory: Path) -> tuple[Found | None, list[str]]:
-    """The valid checkpoint with the highest step, and a line for each newer one that is not valid."""
+    """The valid checkpoint with the highest step, and a line for each newer one that is not
+    valid."""
     damaged = []
     for path in reversed(directories(directory)):
         try:
@@ -182,13 +181,20 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def refuse_full_disk(directory: Path, one: int, keep: int) -> None:
-    """Raise StorageError where the run's checkpoints, and one more while it is written, would not fit."""
-    there = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) if directory.exists() else 0
+    """Raise StorageError where the run's checkpoints, and one more while it is written, would not
+    fit."""
+    there = (
+        sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        if directory.exists()
+        else 0
+    )
     needed, free = (keep + 1) * one + one, shutil.disk_usage(directory.parent).free
     if needed - there > free:
         raise StorageError(
-            f"{directory.parent} has {free / 2**20:,.0f} MiB free; this run writes {needed / 2**20:,.0f} MiB",
-            expected=f"{keep} checkpoints, one more while it is written, and the adapter: {one / 2**20:,.1f} MiB each",
+            f"{directory.parent} has {free / 2**20:,.0f} MiB free; this run writes "
+            f"{needed / 2**20:,.0f} MiB",
+            expected=f"{keep} checkpoints, one more while it is written, and the adapter: "
+            f"{one / 2**20:,.1f} MiB each",
             ways_out=["free space", "choose another --output_dir", "lower --save_total_limit"],
         )
 
@@ -198,8 +204,9 @@ def read_state(found: Found) -> dict[str, Any]:
 
 
 def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Bring model and optimizer to a checkpoint's state, bit for bit; returns the updates made until then."""
-    if any(True for _ in lora_layers(model)):
+    """Bring model and optimizer to a checkpoint's state, bit for bit; returns the updates made
+    until then."""
+    if has_adapter(model):
         restore_adapter(model, found.path)
     else:
         _copy_all(trained_tensors(model), found.path / FULL_WEIGHTS)
@@ -209,7 +216,11 @@ def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
     elif isinstance(optimizer, PagedAdamW) and optimizer.paged:
         optimizer.restart(updates)
     else:
-        _create_state(optimizer, updates, {name.partition(".")[0] for name in read_header(found.path / OPTIMIZER)})
+        _create_state(
+            optimizer,
+            updates,
+            {name.partition(".")[0] for name in read_header(found.path / OPTIMIZER)},
+        )
     _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER)
     release_states(optimizer)
     return updates
@@ -239,7 +250,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _create_state(optimizer: torch.optim.Optimizer, step: int, places: set[str]) -> None:
-    """Room for torch AdamW's state of the parameters at these places; others never had a gradient."""
+    """Room for torch AdamW's state of the parameters at these places; others never had a
+    gradient."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
     for place, p in enumerate(params):
@@ -255,16 +267,21 @@ def _copy_all(tensors: dict[str, Tensor], file: Path) -> None:
     entries = read_header(file)
     if entries.keys() != tensors.keys():
         differ = sorted(entries.keys() ^ tensors.keys())
-        raise ModelError(f"{file} does not hold what this training keeps", found=", ".join(differ[:5]))
+        raise ModelError(
+            f"{file} does not hold what this training keeps", found=", ".join(differ[:5])
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             if entries[name].shape != tuple(tensor.shape) or entries[name].dtype != tensor.dtype:
-                raise ModelError(f"{file}: {name} has another shape or dtype than this training keeps")
+                raise ModelError(
+                    f"{file}: {name} has another shape or dtype than this training keeps"
+                )
             tensor.copy_(read_tensor(entries[name], name))
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what an interrupted save left behind and set damaged checkpoints aside; only under the run's lock."""
+    """Delete what an interrupted save left behind and set damaged checkpoints aside; only under the
+    run's lock."""
     for path, wrong in listed(directory):
         if wrong:
             with contextlib.suppress(OSError):

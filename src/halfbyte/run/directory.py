@@ -1,8 +1,9 @@
-"""The run directory: the product of training, as plain files other programs can read (DESIGN section 2).
+"""The run directory: the product of training, as plain files other programs can read (DESIGN
+section 2).
 
-``LOCK`` is held with flock while a trainer works; the kernel releases it when the process dies, however it dies, so
-there are no stale locks. ``metrics.jsonl`` is append-only; after a resume the rows past the checkpoint are cut off, so
-every step stands there once.
+``LOCK`` is held with flock while a trainer works; the kernel releases it when the process dies,
+however it dies, so there are no stale locks. ``metrics.jsonl`` is append-only; after a resume the
+rows past the checkpoint are cut off, so every step stands there once.
 """
 
 import contextlib
@@ -46,7 +47,9 @@ class Run:
             raise ModelError(
                 f"{run.path} has no trained adapter yet",
                 expected=str(run.adapter),
-                ways_out=["finish the training: repeat its command with --resume_from_checkpoint auto"],
+                ways_out=[
+                    "finish the training: repeat its command with --resume_from_checkpoint auto"
+                ],
             )
         return run
 
@@ -68,9 +71,12 @@ class Run:
         sections = (("config", ()), ("base", ("path", "digest")), ("data", ("source", "form")))
         for section, keys in (*sections, ("clock", ()), ("template_sha256", ())):
             kind = str if section in ("clock", "template_sha256") else dict
-            if not isinstance(info.get(section), kind) or any(key not in info[section] for key in keys):
+            if not isinstance(info.get(section), kind) or any(
+                key not in info[section] for key in keys
+            ):
                 raise ModelError(
-                    f"{self.path / RUN_JSON} is damaged or of another version: {section!r} is not complete",
+                    f"{self.path / RUN_JSON} is damaged or of another version: {section!r} is not "
+                    "complete",
                     ways_out=["train again", "or use the adapter directly: " + str(self.adapter)],
                 )
         return info
@@ -98,14 +104,17 @@ class Run:
         return self.read(METRICS)
 
     def samples(self) -> list[dict[str, Any]]:
-        """Each sampled question once: where, question, expected, and the answers before and after training."""
+        """Each sampled question once: where, question, expected, and the answers before and after
+        training."""
         found: dict[str, dict[str, Any]] = {}
         rows = self.read(SAMPLES)
         last = max((row["step"] for row in rows), default=0)
         for row in rows:
             if row["step"] not in (0, last):
                 continue
-            sample = found.setdefault(row["where"], {k: row[k] for k in ("where", "question", "expected")})
+            sample = found.setdefault(
+                row["where"], {k: row[k] for k in ("where", "question", "expected")}
+            )
             when = "before" if row["step"] == 0 else "after"
             sample[when], sample[f"{when}_stopped"] = row["answer"], row["stopped"]
         return [sample for sample in found.values() if "before" in sample and "after" in sample]
@@ -142,7 +151,10 @@ class Run:
         if not (self.path / name).is_file():
             return
         rows = [row for row in self.read(name) if row["step"] <= last_step]
-        write_bytes(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        write_bytes(
+            self.path / name,
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
+        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

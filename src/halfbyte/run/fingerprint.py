@@ -3,21 +3,23 @@
 import difflib
 from typing import Any
 
-from ..config.options import _FIXED, _MAY_CHANGE, _YOUNGER, STATES
+from ..config.options import ADDED_LATER, FREE_ON_RESUME, NEVER_ON_RESUME, UNPAGED
 from ..errors import ModelError, UsageError
 
 ARITHMETIC = 2
-"""Raised when a release computes the same training in 16 bits with other last bits. 2: 1 / tokens is not rounded."""
+"""Raised when a release computes the same training in 16 bits with other last bits. 2: 1 / tokens
+is not rounded."""
 
 
 def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is compared apart."""
+    """What must be equal for a resumed run to go on as the unbroken one would; the base's digest is
+    compared apart."""
     settings = {
         key: value
         for key, value in info["config"].items()
-        if key not in _MAY_CHANGE and not (key in _YOUNGER and value == _YOUNGER[key])
+        if key not in FREE_ON_RESUME and not (key in ADDED_LATER and value == ADDED_LATER[key])
     }
-    settings["optim"] = STATES.get(settings["optim"], settings["optim"])
+    settings["optim"] = UNPAGED.get(settings["optim"], settings["optim"])
     return {
         **settings,
         "data": info["data"]["sha256"],
@@ -37,7 +39,8 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
     """What differs from the checkpoint's training and was allowed to, a line each.
 
     Raises:
-        ModelError: something differs that was not allowed, or that no resume can change; names all of it.
+        ModelError: something differs that was not allowed, or that no resume can change; names all
+            of it.
     """
     before, now = state["fingerprint"], fingerprint(info)
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -49,12 +52,16 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
             ways_out=[f"did you mean {close[0]!r}?"] if close else [],
         )
     lines = {key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ}
-    refused = [key for key in differ if key not in allowed or key in _FIXED]
+    refused = [key for key in differ if key not in allowed or key in NEVER_ON_RESUME]
     if refused:
-        free = [key for key in refused if key not in _FIXED]
+        free = [key for key in refused if key not in NEVER_ON_RESUME]
         ways = ["repeat the command as it was", "or start anew in another --output_dir"]
         if free and len(free) == len(refused):
-            ways.insert(1, f"or accept the change, and a result that is not bit-exact: --allow_change {','.join(free)}")
+            ways.insert(
+                1,
+                "or accept the change, and a result that is not bit-exact: --allow_change "
+                f"{','.join(free)}",
+            )
         raise ModelError(
             "the checkpoint belongs to another training than this command describes",
             found="; ".join(lines[key] for key in refused),

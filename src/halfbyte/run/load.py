@@ -1,4 +1,5 @@
-"""A model directory or a run to a model and its tokenizer; an adapter goes on no other base than its own."""
+"""A model directory or a run to a model and its tokenizer; an adapter goes on no other base than
+its own."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +18,8 @@ from .directory import ADAPTER_FACTS, Run, is_run
 
 
 def run_renderer(run: Run, options: DataOptions) -> Renderer:
-    """The renderer a run was trained with: its tokenizer, template and clock; the masks of the options."""
+    """The renderer a run was trained with: its tokenizer, template and clock; the masks of the
+    options."""
     return Renderer(
         run_tokenizer(run),
         assistant_only=options.assistant_only_loss,
@@ -26,19 +28,27 @@ def run_renderer(run: Run, options: DataOptions) -> Renderer:
     )
 
 
-def load(model_or_run: str | Path, *objects: Any, progress: Progress = no_progress, **changes: Any) -> tuple[Any, Any]:
-    """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run directory.
+def load(
+    model_or_run: str | Path, *objects: Any, progress: Progress = no_progress, **changes: Any
+) -> tuple[Any, Any]:
+    """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run
+    directory.
 
     Args:
-        model_or_run: Hub id, model directory or run directory. objects: a ``BitsAndBytesConfig``. changes: fields of
-            `config.ModelOptions`, above it; a run's base is held as it was in training unless changed here.
+        model_or_run: Hub id, model directory or run directory.
+        objects: a ``BitsAndBytesConfig``.
+        changes: fields of `config.ModelOptions`, above it; a run's base is held as it was in
+            training unless changed here.
 
     Raises:
         ModelError, UsageError: as `load_base` and `lora.load_adapter`.
     """
     given = options_of(objects, ())
     if unfit := sorted(given.keys() - ModelOptions.model_fields.keys()):
-        raise UsageError("only a BitsAndBytesConfig says how a model is held", found=f"{', '.join(unfit[:5])}, ...")
+        raise UsageError(
+            "only a BitsAndBytesConfig says how a model is held",
+            found=f"{', '.join(unfit[:5])}, ...",
+        )
     changes = {**given, **changes}
     if not is_run(model_or_run):
         path = hub.resolve(str(model_or_run), changes.get("revision"))
@@ -47,13 +57,17 @@ def load(model_or_run: str | Path, *objects: Any, progress: Progress = no_progre
     run = Run.open(model_or_run)
     info, trained = run.info(), run.config()
     options = ModelOptions(**{**trained.holding(), **changes})
-    if "weight_streaming" not in changes and (not options.load_in_4bit or choose_device(options.device).type != "cpu"):
+    if "weight_streaming" not in changes and (
+        not options.load_in_4bit or choose_device(options.device).type != "cpu"
+    ):
         options.weight_streaming = "never"  # what was streamed there cannot be here
     if trained.full:
         model, _ = load_base(run.adapter, options, progress)
     else:
-        model, report = load_base(hub.resolve(info["base"]["path"], options.revision), options, progress)
-        if options.held_as(trained) and not changes.get("allow_other_base"):
+        model, report = load_base(
+            hub.resolve(info["base"]["path"], options.revision), options, progress
+        )
+        if options.same_quantization(trained) and not changes.get("allow_other_base"):
             way = "allow_other_base, where this is an option"
             refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"], way)
         load_adapter(model, run.adapter)
@@ -62,7 +76,8 @@ def load(model_or_run: str | Path, *objects: Any, progress: Progress = no_progre
 
 
 def refuse_foreign_adapter(path: Path, digest: str, base: str) -> None:
-    """Raise ModelError if an adapter says that it was trained on another base than the one of this digest."""
+    """Raise ModelError if an adapter says that it was trained on another base than the one of this
+    digest."""
     facts = path / ADAPTER_FACTS
     if facts.is_file():
         before = atomic.read_json(facts).get("base_digest", digest)
@@ -80,17 +95,21 @@ def run_tokenizer(run: Run) -> Any:
     if hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() != expected:
         raise ModelError(
             f"the chat template in {run.adapter} is not the one this adapter was trained with",
-            ways_out=["bring back chat_template.jinja of the training", "or train again with the new template"],
+            ways_out=[
+                "bring back chat_template.jinja of the training",
+                "or train again with the new template",
+            ],
         )
     return tokenizer
 
 
 def refuse_other_base(found: str, expected: str, path: str, allow: str = "") -> None:
-    """Raise ModelError if the base is not the one an adapter was trained on. allow: how the caller is told that it is
-    as good, if it can be."""
+    """Raise ModelError if the base is not the one an adapter was trained on. allow: how the caller
+    is told that it is as good, if it can be."""
     if found != expected:
         raise ModelError(
-            f"the base in {path} is not the one this adapter was trained on: its weights have changed since",
+            f"the base in {path} is not the one this adapter was trained on: its weights have "
+            "changed since",
             found=f"digest {found[:16]}",
             expected=f"digest {expected[:16]}",
             ways_out=[

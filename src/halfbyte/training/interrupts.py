@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import Interrupted
 
 NOTHING_LOST = (
-    "no step was under way, so nothing is lost. Repeat the command with --resume_from_checkpoint auto to go on"
+    "no step was under way, so nothing is lost. Repeat the command with "
+    "--resume_from_checkpoint auto to go on"
 )
 ONLY_THE_RESULT = (
     "the training is done and its last checkpoint saved. "
@@ -22,10 +23,11 @@ class Abandoned(Interrupted):
 
 
 class Interrupts:
-    """SIGINT and SIGTERM while a run is worked on: noted where state changes, acted on at once where it does not.
+    """SIGINT and SIGTERM while a run is worked on: noted where state changes, acted on at once
+    where it does not.
 
-    The first signal is noted in ``signal``; inside `immediate` it raises `Abandoned`. A second one ends the process
-    there and then, which every file of the run survives.
+    The first signal is noted in ``signal``; inside `immediate` it raises `Abandoned`. A second one
+    ends the process there and then, which every file of the run survives.
     """
 
     def __init__(self) -> None:
@@ -62,7 +64,8 @@ class Interrupts:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Within this block, inside of `immediate`, a signal is noted; it raises `Abandoned` at the end."""
+        """Within this block, inside of `immediate`, a signal is noted; it raises `Abandoned` at the
+        end."""
         outer, self._message = self._message, None
         try:
             yield

@@ -1,10 +1,114 @@
-"""What a training leaves behind: checkpoints and the result."""
+"""What a training leaves behind: checkpoints, and the result that other tools load.
+
+Each is there whole or not at all (`files.atomic.new_directory`); older ones are untouched until a
+newer one is complete.
+"""
 
 from typing import Any
 
+from ..adapters.lora import has_adapter
+from ..adapters.peft_files import save_adapter
+from ..config.options import REORDERING
+from ..data.renderer import Renderer
+from ..engine.learner import Learner
+from ..files import atomic
+from ..files.publish import publish
+from ..run import checkpoint
+from ..run.card import CARD, adapter_card
+from ..run.directory import ADAPTER_FACTS, EVALS, Run
+from ..run.fingerprint import fingerprint
+from .promise import Promise
+
+AGAIN = "free space; then repeat the command with --resume_from_checkpoint auto"
+
+
+def save_checkpoint(
+    run: Run, learner: Learner, promise: Promise, info: dict[str, Any], step: int, total_steps: int
+) -> None:
+    """Save the state after a step, and prune older checkpoints; the best and the newest stay.
+
+    Args:
+        info: the run's record, of which the checkpoint holds what a resume must share.
+
+    Raises:
+        StorageError: the disk said no; nothing of it is left behind.
+    """
+    config = promise.config
+    state = {
+        "total_steps": total_steps,
+        "updates": learner.updates,
+        "loss_scale": [learner.scale.value, learner.scale.good],
+        "cut": {
+            "given": promise.given,
+            "now": {name: getattr(config, name) for name in REORDERING},
+        },
+        "base_digest": info["base"]["digest"],
+        "fingerprint": fingerprint(info),
+    }
+    with promise.monitor.phase("save", step):
+        checkpoint.save(
+            run.checkpoints,
+            step,
+            learner.model,
+            learner.optimizer,
+            state,
+            config.save_total_limit,
+            config.model,
+            best_step(run, step),
+        )
+
+
+def best_step(run: Run, step: int) -> int | None:
+    """Return the step with the lowest held-out loss, among the checkpoints there are and
+    ``step``."""
+    there = {path.name for path in checkpoint.directories(run.checkpoints)} | {f"step-{step:08d}"}
+    rows = [row for row in run.read(EVALS) if f"step-{row['step']:08d}" in there]
+    losses = {row["step"]: row["loss"] for row in rows if row["loss"] is not None}
+    return min(losses, key=lambda done: losses[done]) if losses else None
+
+
+def save_result(
+    run: Run, learner: Learner, renderer: Renderer, info: dict[str, Any], base: str
+) -> None:
+    """Write adapter/: what other tools load (of a full fine-tuning: the whole model).
+
+    Args:
+        base: the base model's name, for the adapter's file.
+
+    Raises:
+        StorageError: the disk said no; an older result is as it was.
+    """
+    with atomic.new_directory(run.adapter, replace=True, ways_out=[AGAIN]) as target:
+        if has_adapter(learner.model):
+            save_adapter(learner.model, target, base)
+        else:
+            learner.model.save_pretrained(target)
+        tokenizer = renderer.tokenizer
+        tokenizer.chat_template = renderer.template
+        tokenizer.save_pretrained(target)
+        facts = {"base_digest": info["base"]["digest"], "template_sha256": info["template_sha256"]}
+        atomic.write_json(target / ADAPTER_FACTS, facts)
+        atomic.write_bytes(target / CARD, adapter_card(run, info).encode())
+        _generation_config(learner.model, renderer.stop_ids()).save_pretrained(target)
+
+
+def publish_result(run: Run, promise: Promise, repository: str, steps: int) -> None:
+    """Upload the result, where ``push_to_hub`` asks for it."""
+    config = promise.config
+    if not config.push_to_hub:
+        return
+    to = "hf" if config.full else "peft"
+    again = (
+        f"halfbyte export {run.path} --to {to} -o DIR --push_to_hub --hub_model_id "
+        f"{config.hub_model_id}"
+    )
+    where = publish(run.adapter, repository, f"{steps} steps with halfbyte", again)
+    promise.reporter.say(f"published: {where}")
+
 
 def _generation_config(model: Any, stops: list[int]) -> Any:
-    """The base's generation settings with the end tokens of this training, in a form that can be saved."""
+    """The base's generation settings with the end tokens of this training, in a form that can be
+    saved."""
     from transformers import GenerationConfig
 
     found = model.generation_config

@@ -1,8 +1,9 @@
 """Experiment trackers, fed with the rows of ``metrics.jsonl`` and ``eval.jsonl``.
 
-The run's own files stay the record; a tracker is a copy. Each is a package of its own, imported when it is asked for,
-before anything else is done, so that a missing one is known at once. A tracker that fails in the middle of a training
-(a network, a server) is given up with a line, and the training goes on.
+The run's own files stay the record; a tracker is a copy. Each is a package of its own, imported
+when it is asked for, before anything else is done, so that a missing one is known at once. A
+tracker that fails in the middle of a training (a network, a server) is given up with a line, and
+the training goes on.
 """
 
 import importlib.util
@@ -17,7 +18,8 @@ PROJECT = "halfbyte"
 
 
 def tracker_names(report_to: str) -> list[str]:
-    """The trackers that an option names; "none" and "" are no tracker, "all" those that are installed.
+    """The trackers that an option names; "none" and "" are no tracker, "all" those that are
+    installed.
 
     Raises:
         UsageError: one that is not known.
@@ -26,7 +28,9 @@ def tracker_names(report_to: str) -> list[str]:
     if names == ["all"]:
         return [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
     if unknown := [name for name in names if name not in PACKAGES]:
-        raise UsageError(f"report_to names {unknown[0]!r}", expected=f"none, or some of {', '.join(PACKAGES)}")
+        raise UsageError(
+            f"report_to names {unknown[0]!r}", expected=f"none, or some of {', '.join(PACKAGES)}"
+        )
     return names
 
 
@@ -34,7 +38,9 @@ class Trackers:
     """Copies of a run's rows to trackers.
 
     Args:
-        names: from `tracker_names`. run: the run directory, whose name is the tracker's. say: takes lines for people.
+        names: from `tracker_names`.
+        run: the run directory, whose name is the tracker's.
+        say: takes lines for people.
 
     Raises:
         UsageError: a tracker's package is not installed.
@@ -46,28 +52,41 @@ class Trackers:
         self.open: dict[str, Any] = {}
 
     def start(self, config: dict[str, Any], step: int, identity: str) -> None:
-        """Open them; rows from ``step`` on will follow, and what was logged of them by a run before is void.
+        """Open them; rows from ``step`` on will follow, and what was logged of them by a run before
+        is void.
 
         Args:
             identity: of the run, the same when it is resumed.
         """
         flat = {
-            key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in config.items()
+            key: value if isinstance(value, int | float | str | bool) else str(value)
+            for key, value in config.items()
         }
         for name, module in self.modules.items():
-            self._guarded(name, lambda name=name, module=module: self._start(name, module, flat, step, identity))
+            self._guarded(
+                name,
+                lambda name=name, module=module: self._start(name, module, flat, step, identity),
+            )
 
-    def _start(self, name: str, module: Any, config: dict[str, Any], step: int, identity: str) -> None:
+    def _start(
+        self, name: str, module: Any, config: dict[str, Any], step: int, identity: str
+    ) -> None:
         title = f"{self.run.name}-{identity}"
         if name == "tensorboard":
-            writer = module.SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1 if step else None)
-            writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in config.items()), step)
+            writer = module.SummaryWriter(
+                str(self.run / "tensorboard"), purge_step=step + 1 if step else None
+            )
+            writer.add_text(
+                "config", "\n".join(f"    {key}: {value}" for key, value in config.items()), step
+            )
             self.open[name] = writer
         elif name == "wandb":
             where = {"dir": str(self.run), "id": identity, "resume": "allow"}
             self.open[name] = module.init(project=PROJECT, name=title, config=config, **where)
         else:
-            self.open[name] = module.init(project=PROJECT, name=title, config=config, resume="allow")
+            self.open[name] = module.init(
+                project=PROJECT, name=title, config=config, resume="allow"
+            )
 
     def log(self, row: dict[str, Any], prefix: str = "train") -> None:
         """A row with its ``step``; what is no number is left out."""
@@ -99,7 +118,10 @@ class Trackers:
             raise
         except Exception as error:
             self.open.pop(name, None)
-            self.say(f"{name} failed ({str(error)[:200] or type(error).__name__}): the training goes on without it")
+            self.say(
+                f"{name} failed ({str(error)[:200] or type(error).__name__}): the training goes "
+                "on without it"
+            )
 
 
 def _imported(name: str) -> Any:
