@@ -277,7 +277,7 @@ def test_linear_arguments_are_checked():
     q = nf4.quantize(torch.randn(8, 64)).parts
     x, y = torch.randn(3, 64), torch.empty(3, 8)
 
-    def call(**change: Any) -> None:
+    def product(**change: Any) -> None:
         given: dict[str, Any] = {
             "x": x.data_ptr(), "tokens": 3, "in": 64, "out": 8,
             "weight": cpu_calls._weight(q, 512)[0], "bias": None,
@@ -285,7 +285,7 @@ def test_linear_arguments_are_checked():
         }  # fmt: skip
         call(cpu.active(), "hb_linear", *{**given, **change}.values())
 
-    call()
+    product()
     other = cpu_calls._weight(q, 512)[0]
     other.nested_count = 2
     short = cpu_calls._weight(q, 512)[0]
@@ -309,7 +309,7 @@ def test_linear_arguments_are_checked():
         ({"dtype": 7}, "unknown dtype"),
     ):
         with pytest.raises(ValueError, match=message):
-            call(**change)
+            product(**change)
 
 
 @needs_library

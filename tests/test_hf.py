@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SHARED, small_config
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import TrainerCallback, AutoModelForCausalLM, LlamaForCausalLM
 
 import halfbyte
 from halfbyte.adapters.lora import lora_layers
@@ -502,7 +502,7 @@ def test_memory_is_measured_beside_the_plan(checkpoint: Path, tmp_path: Path):
     )
     seen: list[dict[str, Any]] = []
 
-    class Tracker(optimize.TrainerCallback):
+    class Tracker(TrainerCallback):
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any
         ) -> None:
