@@ -43,7 +43,7 @@ def measure(case: str, home: Path) -> dict[str, float]:
     from halfbyte.data.renderer import TokenizedExample
     from halfbyte.memory.process import Peak
     from halfbyte.model import attention
-    from halfbyte.planning.resident import on_device
+    from halfbyte.planning.parts import on_device
     from halfbyte.planning.search import Planner
     from halfbyte.planning.tracker import MemoryTracker
     from halfbyte.run.directory import Run

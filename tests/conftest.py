@@ -5,16 +5,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-if not Path(
-    "/dev/nvidiactl"
-).exists():  # before anything imports Triton, whose own functions are interpreted, too
+# before anything imports Triton, whose own functions are interpreted, too
+if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# before anything imports torch: threads that spin while they wait keep those they wait for off two
+# cores as soon as anything else runs (tests/adapters beside a busy process: 163 s, 31 like this)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import json
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+import halfbyte
+from halfbyte.files import hub
+from halfbyte.run.directory import Run
+
+from .helpers import plain_flash, reliable_options, shared, small_config
+from .tools.faults import make_inputs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,27 +48,6 @@ def oasst_es() -> Path:
     return shared("data/oasst1-chat/oasst1_val_es.jsonl")
 
 
-def shared(path: str) -> Path:
-    if not (SHARED / path).exists():
-        pytest.skip(f"../shared/{path} is not here")
-    return SHARED / path
-
-
-def small_config(**changes: Any) -> LlamaConfig:
-    """A Llama with grouped-query attention and biases, of next to no size."""
-    sizes = {
-        "vocab_size": 160,
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "attention_bias": True,
-    }
-    return LlamaConfig(**{**sizes, **changes})
-
-
 @pytest.fixture
 def tiny_config() -> LlamaConfig:
     return small_config()
@@ -73,3 +61,121 @@ def tiny_llama(tiny_config: LlamaConfig) -> LlamaForCausalLM:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.08)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A short training of the built-in model, rows held out."""
+    home = tmp_path_factory.mktemp("merge")
+    lines = [
+        {"prompt": f"{i} teas and {i % 7} buns", "completion": f"{i % 7} buns, {i} cups"}
+        for i in range(80)
+    ]
+    (home / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options: dict[str, Any] = {
+        "max_steps": 20,
+        "num_samples": 0,
+        "learning_rate": 2e-3,
+        "eval_split": 10,
+    }
+    options |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+    return halfbyte.train(
+        model="demo", data=str(home / "rows.jsonl"), output_dir=str(home / "run"), **options
+    )
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def middling_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of 60 MB in 16 bits with the tokenizer of the built-in one, and rows long and
+    short."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("middling")
+    tokenizer = AutoTokenizer.from_pretrained(hub.resolve("demo"))
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_attention_heads=8, max_position_embeddings=4096, **shape
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    rows = path / "rows.jsonl"
+    question = (
+        "how many teas and buns do you have left today, and what is the price of all of "
+        "them together? "
+    )
+    lines = [
+        {"instruction": f"{i}: " + question * (40 if i == 7 else 1), "output": "ten"}
+        for i in range(16)
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path, rows
+
+
+@pytest.fixture(scope="session")
+def reliable_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("inputs")
+    make_inputs(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def straight_run(reliable_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return halfbyte.train(
+        **reliable_options(reliable_inputs, tmp_path_factory.mktemp("straight") / "run")
+    )
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's flash attention, which is only on GPUs, by what its signature says."""
+
+    def forward(
+        q, k, v, rows_q, rows_k, longest_q, longest_k, p, causal, debug, *, scale, **window
+    ):
+        assert (
+            rows_q is rows_k
+            and longest_q == longest_k == int(rows_q.diff().max())
+            and causal
+            and not p
+            and not debug
+        )
+        wide = (t.float() for t in (q, k, v))
+        out, lse = plain_flash(
+            *wide, rows_q, window["window_size_left"], window["window_size_right"], scale
+        )
+        return out.to(q.dtype), lse, None, None, None
+
+    def backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        rows_q,
+        rows_k,
+        longest_q,
+        longest_k,
+        p,
+        causal,
+        state,
+        unused,
+        **more,
+    ):
+        assert state.dtype == torch.uint64 and causal and not p and dout.is_contiguous()
+        wide = [t.float().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            again, _ = plain_flash(
+                *wide, rows_q, more["window_size_left"], more["window_size_right"], more["scale"]
+            )
+        return tuple(g.to(q.dtype) for g in torch.autograd.grad(again, wide, dout.float()))
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)

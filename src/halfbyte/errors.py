@@ -1,4 +1,4 @@
-"""Every failure a person can meet, with the exit code of the command line (DESIGN section 1).
+"""Every failure a person can meet, with the exit code of the command line.
 
 An error says what happened, where (``file:line``, tensor, byte), what was found and what was
 expected, and then the ways out in the order we would try them. Whoever raises fills in what it

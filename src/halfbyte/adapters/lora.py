@@ -40,6 +40,7 @@ from torch.nn import functional
 from .. import ops
 from ..errors import UsageError
 from ..memory import recompute
+from ..model.targets import adaptable
 from ..quantization.tensor import NF4Tensor
 
 
@@ -314,12 +315,7 @@ def target_names(model: Any, target_modules: str) -> list[str]:
     Raises:
         UsageError: nothing matches, or a name in the list matches nothing; tells what there is.
     """
-    head = model.get_output_embeddings()
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
+    linear = adaptable(model)
     if target_modules == "all-linear":
         chosen, unmatched = linear, []
     elif re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", target_modules):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, UsageError
 from ..files.atomic import read_json, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
+from ..model.targets import targets
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
 from .modules_to_save import make_modules_trainable, trainable_modules
 
@@ -112,7 +113,7 @@ def shortest_targets(model: Any, names: list[str]) -> list[str]:
     """Last names where they select exactly these layers in PEFT (which matches by suffix), else
     whole paths."""
     last = sorted({name.rpartition(".")[2] for name in names})
-    everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    everything = [target.path for target in targets(model)]
     matched = {name for name in everything if any(ends_with(name, suffix) for suffix in last)}
     return last if matched == set(names) else sorted(names)
 
@@ -213,7 +214,7 @@ def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
     pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB](\.default)?\.weight")
     entries = read_header(directory / WEIGHTS)
     names = sorted({match.group(1) for name in entries if (match := pattern.fullmatch(name))})
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {target.path for target in targets(model)}
     unknown = [name for name in names if name not in linear]
     if not names or unknown:
         raise ModelError(

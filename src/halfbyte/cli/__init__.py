@@ -55,7 +55,7 @@ def halfbyte() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with DESIGN's codes; a traceback only with --debug."""
+    """Run the command line and exit with the codes of `errors`; a traceback only with --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run(arguments))
 

@@ -1,6 +1,9 @@
 """``halfbyte eval MODEL --data FILE``."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..config.options import DataOptions, ModelOptions
 from ..config.verbs import EvalConfig
@@ -8,35 +11,20 @@ from ..run.directory import Run, is_run
 from . import console
 from .options import Verb
 
+if TYPE_CHECKING:
+    from ..data.dataset import Data
+
 
 def evaluate(record: EvalConfig) -> dict[str, Any]:
     """Loss, perplexity and exact match on held-out rows; for a run, its base beside it."""
-    from ..adapters.peft_files import adapter_off
     from ..data.dataset import data_lines, read_data
-    from ..engine.evaluate import score
     from ..engine.selftest import self_test
     from ..files import hub
-    from ..quantization.load import load_base
     from ..run.load import load, run_renderer
 
-    given = {
-        key: getattr(record, key)
-        for key in ModelOptions.model_fields
-        if key in record.model_fields_set
-    }
     run = Run.open(record.model) if is_run(record.model) else None
-    renderer = None
-    # every row given is evaluated: what a shared configuration holds out is for training
-    options: DataOptions = record.model_copy(update={"eval_split": 0.0})
-    if run is not None:
-        trained = run.config()
-        kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
-        given_here = {
-            key: getattr(trained, key) for key in kept if key not in record.model_fields_set
-        }
-        options = options.model_copy(update=given_here)
-        if record.chat_template is None:
-            renderer = run_renderer(run, options)
+    options = _rows_as_in(run, record)
+    own = run is not None and record.chat_template is None
     base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
     # read before the model, so that bad rows are known at once
     data = read_data(
@@ -45,50 +33,19 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         base,
         say=console.say,
         progress=console.progress,
-        renderer=renderer,
+        renderer=run_renderer(run, options) if run and own else None,
         training=False,
     )
     for line in data_lines(data, "evaluated"):
         console.say(line)
     rows = data.train.rows[: record.max_rows or None]
-    model, _ = load(record.model, progress=console.progress, **given)
-    packed = self_test(model).packing
-
-    def measure(tested: Any) -> dict[str, Any]:
-        return score(
-            tested, data, rows, packed=packed, generate=record.generate, progress=console.progress
-        ).as_dict()
-
-    tuned = None
+    model, _ = load(record.model, progress=console.progress, **_given(record))
+    measure = functools.partial(_measure, record, data, rows, self_test(model).packing)
     if run is None:
-        found = measure(model)
+        found, tuned = measure(model), None
     else:
-        tuned = measure(model)
-        if run.config().full:
-            del model
-            held = ModelOptions(**{**run.config().holding(), **given})
-            found = measure(load_base(base, held, console.progress)[0])
-        else:
-            with adapter_off(model):
-                found = measure(model)
-    console.table(
-        f"{len(rows):,} rows, {found['tokens']:,} supervised tokens",
-        ["", "base", *(["tuned"] if tuned else [])],
-        [
-            [label, *(show(side) for side in (found, tuned) if side)]
-            for label, show in (
-                ("loss", lambda s: "not finite" if s["loss"] is None else f"{s['loss']:.4f}"),
-                (
-                    "perplexity",
-                    lambda s: "-" if s["perplexity"] is None else f"{s['perplexity']:.2f}",
-                ),
-                (
-                    "exact match",
-                    lambda s: "-" if s["exact_match"] is None else f"{s['exact_match']:.1%}",
-                ),
-            )
-        ],
-    )
+        found, tuned = _both(run, model, base, record, measure)
+    _show(found, tuned, len(rows))
     if run is not None and not run.config().full:
         console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
     else:
@@ -101,6 +58,65 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         "tuned": tuned,
         "counts": data.counts(),
     }
+
+
+def _given(record: EvalConfig) -> dict[str, Any]:
+    """How the model is to be held, as far as that was said."""
+    fields = record.model_fields_set
+    return {key: getattr(record, key) for key in ModelOptions.model_fields if key in fields}
+
+
+def _rows_as_in(run: Run | None, record: EvalConfig) -> DataOptions:
+    """How rows are read: as the run's were, unless it was said otherwise; every one is evaluated,
+    for what a shared configuration holds out is for training."""
+    options: DataOptions = record.model_copy(update={"eval_split": 0.0})
+    if run is None:
+        return options
+    trained = run.config()
+    kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
+    as_before = {key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
+    return options.model_copy(update=as_before)
+
+
+def _measure(
+    record: EvalConfig, data: "Data", rows: list[Any], packed: bool, model: Any
+) -> dict[str, Any]:
+    from ..engine.evaluate import score
+
+    generate, progress = record.generate, console.progress
+    return score(model, data, rows, packed=packed, generate=generate, progress=progress).as_dict()
+
+
+def _both(
+    run: Run, model: Any, base: Path, record: EvalConfig, measure: Callable[[Any], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The scores of a run's base and of the run."""
+    from ..adapters.peft_files import adapter_off
+    from ..quantization.load import load_base
+
+    tuned = measure(model)
+    if not run.config().full:
+        with adapter_off(model):
+            return measure(model), tuned
+    del model
+    held = ModelOptions(**{**run.config().holding(), **_given(record)})
+    return measure(load_base(base, held, console.progress)[0]), tuned
+
+
+def _show(found: dict[str, Any], tuned: dict[str, Any] | None, rows: int) -> None:
+    def shown(key: str, unknown: str, form: str) -> list[str]:
+        sides = [side for side in (found, tuned) if side]
+        return [unknown if side[key] is None else format(side[key], form) for side in sides]
+
+    console.table(
+        f"{rows:,} rows, {found['tokens']:,} supervised tokens",
+        ["", "base", *(["tuned"] if tuned else [])],
+        [
+            ["loss", *shown("loss", "not finite", ".4f")],
+            ["perplexity", *shown("perplexity", "-", ".2f")],
+            ["exact match", *shown("exact_match", "-", ".1%")],
+        ],
+    )
 
 
 command = Verb("eval", EvalConfig, evaluate, positional=("model",))

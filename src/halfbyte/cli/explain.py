@@ -1,5 +1,8 @@
 """``halfbyte explain TOPIC``: the article this project grew from, alive: its tables computed now,
-on this machine, and the published or measured figure beside the article's wherever they differ."""
+on this machine, and the published or measured figure beside the article's wherever they differ.
+
+One file because its pages are running text beside the figures they recompute.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -3,6 +3,8 @@
 
 Names are Hugging Face's own; those of other tools are in `config.aliases`, the other verbs' in
 `config.verbs`. No torch here: ``halfbyte --help`` reads this file.
+
+One file because it is the one place where an option of a training is declared.
 """
 
 import json

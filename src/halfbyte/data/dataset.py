@@ -107,22 +107,7 @@ def read_data(
     refuse_unknown_ids(rows, model_config.vocab_size)
     train_rows, held_out = hold_out(rows, options.eval_split, options.seed)
     train = prepare(train_rows, max_length, options.over_length)
-    if held_out:
-        given = len(held_out)
-        try:
-            held_out = prepare(held_out, max_length, options.over_length).rows
-        except DataError as error:
-            error.what = f"of the rows held out for evaluation: {error.what}"
-            error.ways_out = (
-                "hold out more rows, or others: --eval_split, --seed",
-                *error.ways_out,
-            )
-            raise
-        if len(held_out) < given:
-            say(
-                f"{given - len(held_out)} held-out rows are left out: too long, or without a "
-                "trained token"
-            )
+    held_out = _prepare_held_out(held_out, max_length, options.over_length, say)
     if len({example.where for example in found.rows}) != len(found.rows):
         raise AssertionError(f"rows of {source} share a place")
     data = Data(
@@ -144,6 +129,23 @@ def read_data(
             ways_out=["raise --max_length", "--over_length drop leaves too long rows out"],
         )
     return data
+
+
+def _prepare_held_out(
+    rows: list[TokenizedExample], max_length: int, over_length: Any, say: Callable[[str], None]
+) -> list[TokenizedExample]:
+    if not rows:
+        return rows
+    try:
+        prepared = prepare(rows, max_length, over_length).rows
+    except DataError as error:
+        error.what = f"of the rows held out for evaluation: {error.what}"
+        way = "hold out more rows, or others: --eval_split, --seed"
+        error.ways_out = (way, *error.ways_out)
+        raise
+    if lost := len(rows) - len(prepared):
+        say(f"{lost} held-out rows are left out: too long, or without a trained token")
+    return prepared
 
 
 def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None = None) -> Renderer:

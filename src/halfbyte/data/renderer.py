@@ -17,6 +17,9 @@ What is trained? Where the template marks it with ``{% generation %}``, that. El
 the text by which the rendering grows from "up to the question, asking for an answer" to "up to the
 answer", after checking that these are prefixes of the whole. Templates that rewrite earlier turns
 fail that test and are refused by name.
+
+One file because text, ids and loss mask of a row are three views of the same characters, and are
+only right together.
 """
 
 import hashlib

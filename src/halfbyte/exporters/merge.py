@@ -36,7 +36,7 @@ from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
 from ..model.architecture import FP32_LIMIT
 from ..model.targets import checkpoint_names
 from ..progress import Progress, no_progress
-from ..quantization.bnb_format import quantized_names, read_stored
+from ..quantization.bnb_format import quantized_names, read_stored, weight_names
 from ..quantization.load import load_base
 from ..quantization.tensor import NF4Tensor
 from ..quantization.weights import quantize_as
@@ -330,7 +330,7 @@ def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) 
             f"{base} holds 4-bit weights only; the original ones are not there to merge onto",
             ways_out=["merge --onto trained"],
         )
-    names = [name for name in checkpoint if not any(name.startswith(f"{q}.") for q in stored)]
+    names = weight_names(checkpoint, stored)
     targets, whole = checkpoint_names(model, names), trained_whole(model)
     weight_map: dict[str, str] = {}
     shards: dict[str, list[str]] = {}

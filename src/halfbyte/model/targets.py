@@ -1,6 +1,12 @@
-"""Which weights of a model can be held in 4 bits or adapted, and what they are made of on disk."""
+"""Which weights of a model can be held in 4 bits or adapted, and what they are made of on disk.
+
+A target is a weight that a layer multiplies by. Loading, planning, adapters and merging ask here,
+so that a new kind of target (the experts of a mixture, which are many tensors on disk and one in
+the model) is added in this file.
+"""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -8,15 +14,50 @@ from torch import nn
 from ..errors import ModelError
 
 
+@dataclass(frozen=True)
+class Target:
+    """A weight that a layer multiplies by.
+
+    Attributes:
+        path: the module's, from the model on.
+        attribute: the weight's name in it.
+        is_head: whether it is the output head, which is neither quantized nor adapted by default.
+    """
+
+    path: str
+    attribute: str
+    is_head: bool
+
+    @property
+    def name(self) -> str:
+        """The parameter's name in the model."""
+        return f"{self.path}.{self.attribute}"
+
+
+def is_target(module: nn.Module, attribute: str) -> bool:
+    """Return True if a module multiplies by its parameter of that name."""
+    return isinstance(module, nn.Linear) and attribute == "weight"
+
+
+def targets(model: Any) -> list[Target]:
+    """Return every target of a model, in the model's order."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        Target(path, attribute, module is head)
+        for path, module in model.named_modules()
+        for attribute in ("weight",)
+        if is_target(module, attribute)
+    ]
+
+
 def quantizable(model: Any) -> set[str]:
-    """Names of the weights that are held in 4 bits: those of linear layers, but not the output
-    head."""
-    head = model.get_output_embeddings()
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+    """Return the names of the weights that are held in 4 bits: all targets but the output head."""
+    return {target.name for target in targets(model) if not target.is_head}
+
+
+def adaptable(model: Any) -> list[str]:
+    """Return the paths of the layers that take an adapter: all targets' but the output head."""
+    return [target.path for target in targets(model) if not target.is_head]
 
 
 def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:

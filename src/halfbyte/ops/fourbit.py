@@ -16,6 +16,8 @@ tree of elementwise adds, so that any backend and any number of threads gives th
 Roads not taken: one gather of a 16-entry table per weight is seven times slower on a CPU than one
 gather of a 256-entry table of *pairs* (two fp32 viewed as one int64), which is what `_dequantize`
 does.
+
+One file because quantizing, dequantizing and multiplying share one layout of storage.
 """
 
 from typing import NamedTuple

@@ -7,6 +7,9 @@ sums are not contracted (`gpu._launch` says so to the compiler). Indices are 64 
 may have more than 2^31 elements.
 
 The functions here see pointers and sizes only; `gpu` checks shapes and chooses grids.
+
+One file because Triton reads these functions as a language of its own, which the type checker
+leaves out as a whole.
 """
 
 import triton

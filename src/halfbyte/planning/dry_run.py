@@ -33,7 +33,7 @@ from ..quantization.tensor import NF4Tensor
 from ..run import checkpoint
 from .budget import MIB
 from .memory_plan import LedgerLine, MemoryPlan
-from .resident import offloaded, on_device, sizes, weights_by_part
+from .parts import offloaded, on_device, sizes, weights_by_part
 from .tracker import MemoryTracker
 from .workload import Work, work_of
 
@@ -74,10 +74,9 @@ def plan_memory(
         CannotPlan: the model cannot be built or run without numbers.
         ModelError: it cannot be trained like this.
     """
+    given = _Given(config, work, device, dtype, stored, runtime_bytes)
     try:
-        return _plan_memory(
-            model_config, config, work, device, dtype, stored, runtime_bytes, budget_bytes
-        )
+        return _counted(model_config, given).plan(budget_bytes)
     except (
         NotImplementedError,
         RuntimeError,
@@ -94,98 +93,6 @@ def plan_memory(
         ) from error
 
 
-def _plan_memory(
-    model_config: Any,
-    config: TrainConfig,
-    work: Work,
-    device: str,
-    dtype: torch.dtype,
-    stored: Checkpoint | None,
-    runtime_bytes: int,
-    budget_bytes: int,
-) -> MemoryPlan:
-    with planning_for(device):
-        model = empty_base(model_config, config, dtype)
-        base = sizes(weights_by_part(model))
-        in_4bit = [p.numel() for p in model.parameters() if isinstance(p.data, NF4Tensor)]
-        largest = max(in_4bit, default=0)
-        quantized = sum(in_4bit)
-        fuse(model)
-        learner = Learner(model, config, Abilities(True, True, 0.0, 0.0), lambda what, line: None)
-        parts, streamed = on_device(learner), 0
-        if config.weight_streaming == "always" and device == "cpu":
-            streamed = sum(base.pop(part) for part in STREAMED)
-            parts = {part: [] if part in STREAMED else tensors for part, tensors in parts.items()}
-        with attention.packed(model):
-            peaks, flop, calls = _run(learner, work, parts)
-        held = sizes({**on_device(learner), **{part: [] for part in STREAMED if streamed}})
-    on_gpu = device == "cuda"
-    away = _away(learner, streamed)
-    step = max((peaks[phase] for phase in ("backward", "update")), key=lambda peak: peak.process)
-    phases = {}
-    for name, peak in (("step", step), ("eval", peaks.get("eval")), ("save", peaks["save"])):
-        if peak is not None:
-            slack = (
-                int(GPU_SLACK * (peak.tensors - sum(held.values()))) if on_gpu else PROCESS_GROWTH
-            )
-            phases[name] = runtime_bytes + slack + (peak.tensors if on_gpu else peak.process)
-    table = host_table(model)
-    parameters = sum({id(p): p.numel() for p in model.parameters()}.values()) + (
-        0 if table is None else table.numel()
-    )
-    reading = _reading_bytes(stored, largest, dtype)
-    # while it is loaded, and when what is trained has its gradients and the self-test has been
-    # (with one set of them)
-    states = held[Part.OPTIMIZER] if config.optim in ("adamw_8bit", "paged_adamw_8bit") else 0
-    added = held[Part.ADAPTERS] + held[Part.GRADIENTS] + states
-    load = (
-        runtime_bytes + sum(base.values()) + max(reading, added + (0 if on_gpu else PROCESS_GROWTH))
-    )
-    phases = {"load": load, "first step": phases["step"], **phases}
-    slack = phases["step"] - runtime_bytes - step.tensors
-    adapters = held[Part.ADAPTERS] // 4
-    ledger = [
-        LedgerLine(part, step.parts.get(part, 0))
-        for part in (*held, *(p for p in step.parts if p not in held))
-    ]
-    trained = held[Part.ADAPTERS] or sum(p.nbytes for p in learner.trained)
-    one = trained + max(held[Part.OPTIMIZER], away[Part.PAGED_STATES])
-    ledger += [
-        LedgerLine(Part.GPU_CONTEXT if on_gpu else Part.PROCESS, runtime_bytes),
-        LedgerLine(Part.SLACK, slack),
-        *(LedgerLine(part, size, "host" if on_gpu else "disk") for part, size in away.items()),
-        LedgerLine(Part.CHECKPOINTS, (config.save_total_limit + 2) * one, "disk"),
-        LedgerLine(Part.ADAPTER_FILE if adapters else Part.MODEL_FILE, trained, "disk"),
-        LedgerLine(Part.BASE_FILES, _file_bytes(stored, parameters), "disk"),
-        *(
-            [LedgerLine(Part.HOST_PROCESS, held_now() + PROCESS_GROWTH + reading, "host")]
-            if on_gpu
-            else []
-        ),
-    ]
-    merged = parameters * (4 if parameters <= FP32_LIMIT else 2)
-    phases["merge"] = (
-        runtime_bytes + sum(base.values()) + held[Part.ADAPTERS] + max(merged, reading)
-    )
-    return MemoryPlan(
-        config.model,
-        device,
-        tuple(part for part in ledger if part.bytes),
-        phases,
-        step.tensors,
-        budget_bytes,
-        parameters,
-        adapters,
-        quantized,
-        len(work.batch.input_ids),
-        int(flop * work.tokens / len(work.batch.input_ids)),
-        calls * work.passes,
-        2 * away[Part.PAGED_STATES]
-        + 2 * work.passes * (away[Part.OFFLOADED_INPUTS] + away[Part.STREAMED_WEIGHTS]),
-        work.steps,
-    )
-
-
 @dataclass(frozen=True)
 class _PeakOf:
     """tensors, process: bytes at the peak of a phase. parts: of the tensors."""
@@ -193,6 +100,161 @@ class _PeakOf:
     tensors: int
     process: int
     parts: dict[Part, int]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a plan is asked for: the arguments of `plan_memory`."""
+
+    config: TrainConfig
+    work: Work
+    device: str
+    dtype: torch.dtype
+    stored: Checkpoint | None
+    runtime_bytes: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+
+def _counted(model_config: Any, given: _Given) -> "_Counts":
+    """Build the model without numbers, make it trainable, and count a step of it."""
+    config = given.config
+    with planning_for(given.device):
+        model = empty_base(model_config, config, given.dtype)
+        base = sizes(weights_by_part(model))
+        in_4bit = [p.numel() for p in model.parameters() if isinstance(p.data, NF4Tensor)]
+        fuse(model)
+        abilities = Abilities(True, True, 0.0, 0.0)
+        learner = Learner(model, config, abilities, lambda what, line: None)
+        parts, streamed = on_device(learner), 0
+        if config.weight_streaming == "always" and given.device == "cpu":
+            streamed = sum(base.pop(part) for part in STREAMED)
+            parts = {part: [] if part in STREAMED else tensors for part, tensors in parts.items()}
+        with attention.packed(model):
+            peaks, flop, calls = _run(learner, given.work, parts)
+        held = sizes({**on_device(learner), **{part: [] for part in STREAMED if streamed}})
+    return _Counts(
+        given=given,
+        learner=learner,
+        in_4bit=in_4bit,
+        base=sum(base.values()),
+        held=held,
+        away=_away(learner, streamed),
+        peaks=peaks,
+        flop=flop,
+        calls=calls,
+    )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What was counted, and the plan that follows from it.
+
+    Attributes:
+        in_4bit: weights of each 4-bit tensor.
+        base: bytes of the base's weights where it computes.
+        held: bytes that stay from step to step, by part. away: those that lie elsewhere.
+        peaks: of each phase. flop, calls: of a pass.
+    """
+
+    given: _Given
+    learner: Learner
+    in_4bit: list[int]
+    base: int
+    held: dict[Part, int]
+    away: dict[Part, int]
+    peaks: dict[str, _PeakOf]
+    flop: int
+    calls: int
+
+    def plan(self, budget_bytes: int) -> MemoryPlan:
+        given, work, away = self.given, self.given.work, self.away
+        moved_in_a_pass = away[Part.OFFLOADED_INPUTS] + away[Part.STREAMED_WEIGHTS]
+        phases, tokens = self._phases(), len(work.batch.input_ids)
+        return MemoryPlan(
+            model=given.config.model,
+            device=given.device,
+            ledger=tuple(line for line in self._ledger(phases["step"]) if line.bytes),
+            phases=phases,
+            tensor_bytes=self._step.tensors,
+            budget_bytes=budget_bytes,
+            parameters=self._parameters,
+            lora_parameters=self.held[Part.ADAPTERS] // 4,
+            quantized_parameters=sum(self.in_4bit),
+            tokens=tokens,
+            flop=int(self.flop * work.tokens / tokens),
+            calls=self.calls * work.passes,
+            moved_bytes=2 * away[Part.PAGED_STATES] + 2 * work.passes * moved_in_a_pass,
+            steps=work.steps,
+        )
+
+    @property
+    def _step(self) -> _PeakOf:
+        """The larger of a step's two halves."""
+        return max((self.peaks[half] for half in ("backward", "update")), key=lambda p: p.process)
+
+    @property
+    def _parameters(self) -> int:
+        model = self.learner.model
+        table = host_table(model)
+        counted = sum({id(p): p.numel() for p in model.parameters()}.values())
+        return counted + (0 if table is None else table.numel())
+
+    @property
+    def _reading(self) -> int:
+        return _reading_bytes(self.given.stored, max(self.in_4bit, default=0), self.given.dtype)
+
+    def _phases(self) -> dict[str, int]:
+        """The peak of device memory in each phase."""
+        given, held = self.given, self.held
+        on_gpu, before = given.on_gpu, given.runtime_bytes
+        found = {"step": self._step, "eval": self.peaks.get("eval"), "save": self.peaks["save"]}
+        steps = {}
+        for name, peak in found.items():
+            if peak is not None:
+                coming_and_going = peak.tensors - sum(held.values())
+                slack = int(GPU_SLACK * coming_and_going) if on_gpu else PROCESS_GROWTH
+                steps[name] = before + slack + (peak.tensors if on_gpu else peak.process)
+        # while it is loaded, and when what is trained has its gradients and the self-test has been
+        # (with one set of them)
+        in_8_bits = given.config.optim in ("adamw_8bit", "paged_adamw_8bit")
+        states = held[Part.OPTIMIZER] if in_8_bits else 0
+        added = held[Part.ADAPTERS] + held[Part.GRADIENTS] + states
+        growth = 0 if on_gpu else PROCESS_GROWTH
+        merged = self._parameters * (4 if self._parameters <= FP32_LIMIT else 2)
+        return {
+            "load": before + self.base + max(self._reading, added + growth),
+            "first step": steps["step"],
+            **steps,
+            "merge": before + self.base + held[Part.ADAPTERS] + max(merged, self._reading),
+        }
+
+    def _ledger(self, step_bytes: int) -> list[LedgerLine]:
+        """Parts of device memory at the peak of a step, then host and disk."""
+        given, held, step, on_gpu = self.given, self.held, self._step, self.given.on_gpu
+        trained = held[Part.ADAPTERS] or sum(p.nbytes for p in self.learner.trained)
+        one = trained + max(held[Part.OPTIMIZER], self.away[Part.PAGED_STATES])
+        result = Part.ADAPTER_FILE if held[Part.ADAPTERS] else Part.MODEL_FILE
+        beside = Part.GPU_CONTEXT if on_gpu else Part.PROCESS
+        lines = [
+            *(LedgerLine(part, step.parts.get(part, 0)) for part in held),
+            *(LedgerLine(part, size) for part, size in step.parts.items() if part not in held),
+            LedgerLine(beside, given.runtime_bytes),
+            LedgerLine(Part.SLACK, step_bytes - given.runtime_bytes - step.tensors),
+        ]
+        where = "host" if on_gpu else "disk"
+        lines += [LedgerLine(part, size, where) for part, size in self.away.items()]
+        lines += [
+            LedgerLine(Part.CHECKPOINTS, (given.config.save_total_limit + 2) * one, "disk"),
+            LedgerLine(result, trained, "disk"),
+            LedgerLine(Part.BASE_FILES, _file_bytes(given.stored, self._parameters), "disk"),
+        ]
+        if on_gpu:
+            host = held_now() + PROCESS_GROWTH + self._reading
+            lines.append(LedgerLine(Part.HOST_PROCESS, host, "host"))
+        return lines
 
 
 STREAMED = (Part.CODES, Part.SCALES)

@@ -10,7 +10,7 @@ import torch
 from ..engine.learner import Learner
 from ..engine.paged_optimizers import is_paged
 from ..memory.process import Peak
-from .resident import on_device, sizes
+from .parts import on_device, sizes
 
 DRIFT = 0.05
 """Share of the plan by which a measurement may be above it before it is said aloud."""

@@ -5,7 +5,7 @@ The bytes are bitsandbytes' bytes, so reading and writing that format is a renam
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +116,23 @@ def read_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     quantized = quantized_names(set(checkpoint.entries))
     return {
         name: read_stored(checkpoint, name) if name in quantized else checkpoint.read(name)
-        for name in checkpoint
-        if name in quantized
-        or not any(name.startswith(f"{q}.") for q in _prefixes(name) & quantized)
+        for name in weight_names(checkpoint, quantized)
     }
 
 
-def _prefixes(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:i]) for i in range(1, len(parts))}
+def weight_names(names: Iterable[str], quantized: set[str]) -> list[str]:
+    """Return the weights among a checkpoint's tensors: what a quantized one is stored as counts as
+    one, by the weight's name.
+
+    Args:
+        quantized: the weights that are stored in 4 bits (`quantized_names`).
+    """
+
+    def belongs_to_another(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:end]) in quantized for end in range(1, len(parts)))
+
+    return [name for name in names if name in quantized or not belongs_to_another(name)]
 
 
 def stored_keys(names: Collection[str], name: str) -> list[str]:

@@ -23,7 +23,7 @@ from ..errors import ModelError
 from ..files.safetensors import Checkpoint
 from ..memory.streaming import LayerStreamer
 from ..model.targets import checkpoint_names, quantizable
-from .bnb_format import quantized_names, read_stored
+from .bnb_format import quantized_names, read_stored, weight_names
 from .tensor import NF4Tensor, quantize
 
 
@@ -65,11 +65,7 @@ class WeightLoader:
         self.model, self.checkpoint, self.options = model, checkpoint, options
         self.dtype, self.device = dtype, device
         self.stored_4bit = quantized_names(set(checkpoint.entries))
-        plain = [
-            n
-            for n in checkpoint
-            if not any(n.startswith(f"{q}.") for q in _parents(n) & self.stored_4bit)
-        ]
+        plain = weight_names(checkpoint, self.stored_4bit)
         self.sources = plain
         self.targets = checkpoint_names(model, plain)
         head = model.get_output_embeddings()
@@ -282,11 +278,6 @@ def relative_error(quantized: NF4Tensor, original: Tensor, workspace: Tensor) ->
     reference.copy_(original.reshape(-1)[:n])
     power = float(torch.linalg.vector_norm(reference))
     return (float(torch.linalg.vector_norm(values.sub_(reference))) / power) ** 2 if power else 0.0
-
-
-def _parents(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

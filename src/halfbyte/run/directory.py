@@ -1,5 +1,4 @@
-"""The run directory: the product of training, as plain files other programs can read (DESIGN
-section 2).
+"""The run directory: the product of training, as plain files other programs can read.
 
 ``LOCK`` is held with flock while a trainer works; the kernel releases it when the process dies,
 however it dies, so there are no stale locks. ``metrics.jsonl`` is append-only; after a resume the

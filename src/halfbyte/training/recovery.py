@@ -18,7 +18,7 @@ from ..engine.selftest import recomputed_line
 from ..errors import DoesNotFit, StorageError, first_line, is_exhaustion
 from ..memory.process import headroom, return_freed
 from ..planning.budget import gib
-from ..planning.resident import on_device, sizes
+from ..planning.parts import on_device, sizes
 from ..run.directory import MEMORY
 from .interrupts import Interrupts
 from .promise import Promise

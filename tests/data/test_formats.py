@@ -1,0 +1,185 @@
+"""Data of every kind: which form a row has, what it becomes, and what is said about a row that is
+none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.data.formats import Example, read_examples
+from halfbyte.data.renderer import Renderer
+from halfbyte.errors import DataError
+from halfbyte.files import hub
+
+from ..helpers import A, Q
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"frage": "a", "antwort": "b"}, "fit no known form"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant's turn"),
+        ({"messages": [{"role": "user", "content": None}]}, "must be a string"),
+        ({"messages": []}, "non-empty list"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}], "completion": []},
+            "completion has no assistant",
+        ),
+        ({"prompt": "a\ud800", "completion": "b"}, "lone surrogate U\\+D800 at character 1"),
+    ],
+)
+def test_wrong_rows_are_explained(tmp_path: Path, row: dict, message: str):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read_examples(path)
+    assert caught.value.where.startswith(f"{path}:1") and caught.value.exit_code == 4
+
+
+def one(tmp_path: Path, row: dict[str, Any], name: str = "rows.jsonl") -> Example:
+    path = tmp_path / name
+    path.write_text(json.dumps(row) + "\n")
+    (example,) = read_examples(path).rows
+    return example
+
+
+def refused(tmp_path: Path, row: Any, message: str) -> DataError:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read_examples(path)
+    assert caught.value.exit_code == 4 and caught.value.where.startswith(f"{path}:1")
+    return caught.value
+
+
+def test_alpaca_with_everything(tmp_path: Path):
+    row = {
+        "instruction": "do",
+        "input": "this",
+        "output": "done",
+        "system": "be kind",
+        "history": [["a", "b"]],
+    }
+    turns = one(tmp_path, row).messages or []
+    assert [t["role"] for t in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert turns[3]["content"] == "do\n\nthis" and turns[4]["content"] == "done"
+
+
+def test_questions_and_answers(tmp_path: Path):
+    assert one(tmp_path, {"question": "hi", "answer": "yo"}).messages == [Q, A]
+
+
+def test_real_files_of_every_kind_are_taken():
+    from ..helpers import shared
+
+    for path, format, count in (
+        ("data/gsm8k/test.jsonl", "qa", 1319),
+        ("data/rasbt-instruction/instruction-data.json", "alpaca", 1100),
+        ("data/sharegpt/dummy_conversation.json", "sharegpt", 500),
+        ("data/oasst1-chat/oasst1_val_en.jsonl", "messages", 419),
+    ):
+        found = read_examples(shared(path))
+        assert (found.format, len(found.rows)) == (format, count)
+
+
+def test_sharegpt(tmp_path: Path):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    assert one(tmp_path, {"conversations": turns}).messages == [Q, A]
+    with_system = one(tmp_path, {"conversations": turns, "system": "s"}).messages or []
+    assert with_system[0] == {"role": "system", "content": "s"}
+    error = refused(
+        tmp_path, {"conversations": [{"from": "alien", "value": "x"}, *turns]}, "unknown role"
+    )
+    assert "'alien'" in error.found
+
+
+def test_tools_and_tool_calls_reach_the_template(tmp_path: Path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        Q,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        A,
+    ]
+    example = one(tmp_path, {"messages": turns, "tools": json.dumps([{"name": "add"}])})
+    assert example.tools == [{"name": "add"}]
+    assert (example.messages or [])[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def test_content_in_parts_is_joined_and_images_refused(tmp_path: Path):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert one(tmp_path, {"messages": [{"role": "user", "content": parts}, A]}).messages == [Q, A]
+    picture = {"role": "user", "content": [{"type": "image", "url": "x"}]}
+    assert (
+        "'image'" in refused(tmp_path, {"messages": [picture, A]}, "something else than text").found
+    )
+
+
+def test_columns_that_a_table_filled_with_nulls(tmp_path: Path):
+    """datasets and parquet give every message every key; a null is no value."""
+    row = {
+        "messages": [{**Q, "tool_calls": None, "name": None}, A],
+        "chosen": None,
+        "rejected": None,
+    }
+    assert one(tmp_path, row).messages == [Q, A]
+
+
+def test_prompt_and_completion_as_messages_train_the_completion_only(tmp_path: Path, stories: Path):
+    example = one(
+        tmp_path,
+        {"prompt": [Q, {"role": "assistant", "content": "read this"}, Q], "completion": [A]},
+    )
+    renderer = Renderer(hub.load_tokenizer(stories))
+    assert [s.text for s in renderer.segments(example) if s.supervised] == ["yo", "</s>"]
+    everything = Renderer(hub.load_tokenizer(stories), completion_only=False)
+    assert all(s.supervised for s in everything.segments(example))
+    refused(tmp_path, {"prompt": [Q], "completion": [Q]}, "assistant's turn")
+
+
+def test_text_and_ids(tmp_path: Path, stories: Path):
+    renderer = Renderer(hub.load_tokenizer(stories))
+    (row,) = renderer.encode([one(tmp_path, {"text": "once upon a time"})])
+    assert all(row.loss_mask[1:]) and row.input_ids[-1] == renderer.tokenizer.eos_token_id
+    (row,) = renderer.encode([one(tmp_path, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})])
+    assert (row.input_ids, row.loss_mask) == ([5, 6, 7], [False, True, True])
+    refused(tmp_path, {"input_ids": [5, 6], "labels": [5]}, "2 input_ids but 1 labels")
+    refused(tmp_path, {"input_ids": [5, 6], "labels": [6, 5]}, "neither the id there nor -100")
+    refused(tmp_path, {"input_ids": [5, -6]}, "negative")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [Q, Q, A]}, "out of order"),
+        ({"messages": [Q, {"role": "system", "content": "s"}, A]}, "system message stands after"),
+        ({"messages": [Q, {"role": "assistant", "content": " "}]}, "turn is empty"),
+        ({"text": "  "}, "text is empty"),
+        ({"text": "a\0b"}, "NUL character at character 1"),
+        ({"instruction": "a", "output": "b", "history": ["x"]}, "pairs"),
+        ({"messages": [Q, A], "tools": "{"}, "not valid JSON"),
+    ],
+)
+def test_rows_that_are_wrong(tmp_path: Path, row: dict[str, Any], message: str):
+    refused(tmp_path, row, message)
+
+
+def test_strings_that_look_like_lists_are_strings(tmp_path: Path):
+    example = one(tmp_path, {"prompt": "[3, 1]", "completion": "[1, 3]"})
+    assert (example.prompt, example.completion, example.messages) == ("[3, 1]", "[1, 3]", None)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([{"name": "x\ud800"}], "lone surrogate"),
+        ([{"a\0": 1}], "NUL"),
+        (json.loads('{"a":' * 90 + "1" + "}" * 90), "list of JSON schemas"),
+        ([json.loads('{"a":' * 90 + "1" + "}" * 90)], "nested more than 64"),
+    ],
+)
+def test_tools_are_checked_like_messages(tmp_path: Path, tools: Any, message: str):
+    refused(tmp_path, {"messages": [Q, A], "tools": tools}, message)

@@ -1,0 +1,186 @@
+"""Tests of `data.readers`."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.data.formats import read_examples
+from halfbyte.errors import DataError
+
+from ..helpers import A, Q
+
+GOOD = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "message"),
+    [
+        ([b"", b'{"prompt": "a",'], 2, "not valid JSON"),
+        ([b'{"prompt": "a", "completion": 3}'], 2, "must be a string"),
+        ([b'{"prompt": "a"}'], 2, "must be a string"),
+        ([b'{"prompt": "a", "completion": "\xff"}'], 2, "not UTF-8"),
+        ([b"[1]"], 2, "must be a JSON object"),
+        ([b'{"prompt": "a", "completion": ""}'], 2, "completion is empty"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, lines: list[bytes], line: int, message: str):
+    path = tmp_path / "rows.jsonl"
+    first = json.dumps(GOOD).encode()
+    path.write_bytes(b"\n".join([first, *(part for part in lines if part)]) + b"\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read_examples(path)
+    assert caught.value.where.startswith(f"{path}:{line}")
+
+
+def test_line_separators_inside_strings_are_no_line_ends(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n" * 3
+    )
+    (example,) = read_examples(path).rows
+    assert example.prompt == "a\u2028b"
+
+
+def test_arrays_name_the_line_of_the_element(tmp_path: Path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([GOOD, GOOD, {"prompt": 3, "completion": "x"}], indent=1))
+    with pytest.raises(DataError, match="must be a string") as caught:
+        read_examples(path)
+    assert caught.value.where == f"{path}:10"
+    path.write_text(json.dumps([GOOD, GOOD])[:-1])
+    with pytest.raises(DataError, match="cut off"):
+        read_examples(path)
+    path.write_text(json.dumps([GOOD]) + "\n" + json.dumps([GOOD]))
+    with pytest.raises(DataError, match="text follows"):
+        read_examples(path)
+
+
+def test_empty_files_and_directories(tmp_path: Path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        read_examples(tmp_path / "empty.jsonl")
+    with pytest.raises(DataError, match="is a directory"):
+        read_examples(tmp_path)
+    with pytest.raises(DataError, match="cannot read"):
+        read_examples(tmp_path / "absent.jsonl")
+
+
+def test_csv_tsv_parquet_and_gzip_give_the_same_rows(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [{"prompt": 'say "a, b"\nnow', "completion": "c"}, {"prompt": "d", "completion": "é"}]
+    (tmp_path / "r.csv").write_text('prompt,completion\n"say ""a, b""\nnow",c\nd,é\n')
+    (tmp_path / "r.tsv").write_text('prompt\tcompletion\n"say ""a, b""\nnow"\tc\nd\té\n')
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(lines[:20]) + gzip.compress(lines[20:]))
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    for name in ("r.csv", "r.tsv", "r.parquet", "r.jsonl.gz", "r.json"):
+        found = read_examples(tmp_path / name)
+        assert [{"prompt": r.prompt, "completion": r.completion} for r in found.rows] == rows, name
+    assert read_examples(tmp_path / "r.csv").rows[1].where == f"{tmp_path / 'r.csv'}:4", (
+        "the second row's first line"
+    )
+
+
+def test_nested_columns_of_parquet_and_json_cells_of_csv(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist([{"messages": [Q, A]}]), tmp_path / "m.parquet")
+    assert read_examples(tmp_path / "m.parquet").rows[0].messages == [Q, A]
+    cell = json.dumps([Q, A]).replace('"', '""')
+    (tmp_path / "m.csv").write_text(f'messages\n"{cell}"\n')
+    assert read_examples(tmp_path / "m.csv").rows[0].messages == [Q, A]
+
+
+def test_parquet_with_odd_types_names_the_row(tmp_path: Path):
+    import datetime
+
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "odd.parquet"
+    parquet.write_table(
+        pa.Table.from_pylist([{"prompt": "a", "completion": datetime.datetime(2020, 1, 1)}]), path
+    )
+    with pytest.raises(DataError, match="'completion' must be a string") as caught:
+        read_examples(path)
+    assert caught.value.where == f"{path} row 1" and caught.value.found == "a datetime"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(DataError, match="cannot read the parquet file"):
+        read_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "line"),
+    [
+        ("r.csv", b"prompt,completion\na,b,c\n", "3 cells under a header of 2", ":2"),
+        ("r.csv", b"prompt,prompt\na,b\n", "occurs twice", ":1"),
+        ("r.csv", b'prompt,completion\na,"b\n', "not valid CSV", ":2"),
+        ("r.jsonl.gz", gzip.compress(b"{}" * 100)[:-9], "cut off", ""),
+        ("r.jsonl", b'{"text": "a"}\n\xff\n', "not UTF-8", ":2"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str, line: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_examples(tmp_path / name)
+    assert caught.value.where.startswith(f"{tmp_path / name}{line}" if line else "")
+
+
+def test_bombs_are_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from halfbyte.data import readers as rows
+
+    monkeypatch.setattr(rows, "UNPACKED_LIMIT", 1 << 20)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b" " * (3 << 20)))
+    with pytest.raises(DataError, match="unpacks to more than"):
+        read_examples(tmp_path / "b.jsonl.gz")
+
+
+def test_names_that_are_neither_file_nor_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    def load_dataset(*arguments: Any, **more: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="neither a file nor a Hub data set"):
+        read_examples("no-such-owner/no-such-data")
+
+
+def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The network is not here: the library's loader is given a local table instead."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> Any:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"messages": [Q, A]}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = read_examples("owner/name", config="c", split="test")
+    assert asked == [("owner/name", "c", "test")] and found.rows[0].messages == [Q, A]
+    assert found.rows[0].where == "owner/name[test] row 1"
+
+
+def test_skip_bad_counts_and_has_a_limit(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"text": "a"}\n{nope\n{"text": 3}\n[1]\n{"text": "b"}\n')
+    found = read_examples(path, skip_bad=3)
+    assert [r.completion for r in found.rows] == ["a", "b"]
+    assert [error.where.rsplit(":")[1] for error in found.bad] == ["2", "3", "4"]
+    with pytest.raises(DataError, match="JSON object, not a list"):
+        read_examples(path, skip_bad=2)
+
+
+def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path):
+    (tmp_path / "r.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}, {"text": "c"}]))
+    places = [row.where for row in read_examples(tmp_path / "r.json").rows]
+    path = tmp_path / "r.json"
+    assert places == [f"{path}:1", f"{path}:1 item 2", f"{path}:1 item 3"]

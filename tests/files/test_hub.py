@@ -1,0 +1,41 @@
+"""Tests of `files.hub`."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import (
+    ModelError,
+)
+from halfbyte.files import hub
+from halfbyte.files.model_config import read_config
+
+
+def test_links_pipes_and_giants_in_a_model_directory(reliable_inputs: Path, tmp_path: Path):
+    def refused(message: str) -> None:
+        with pytest.raises(ModelError, match=message):
+            hub.resolve(str(tmp_path / "m"))
+        shutil.rmtree(tmp_path / "m")
+
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    shutil.copytree(reliable_inputs / "base", tmp_path / "m")
+    (tmp_path / "m/extra.json").symlink_to(secret)
+    refused("outside the model's directory")
+    shutil.copytree(reliable_inputs / "base", tmp_path / "m")
+    os.mkfifo(tmp_path / "m/extra.json")
+    refused("not a regular file")
+    shutil.copytree(reliable_inputs / "base", tmp_path / "m")
+    with (tmp_path / "m/extra.json").open("wb") as file:
+        file.truncate(200_000_000)
+    refused("too many")
+    # a Hub snapshot links into the cache's blobs
+    cache = tmp_path / "cache"
+    (cache / "snapshots/abc").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for file in (reliable_inputs / "base").iterdir():
+        shutil.copy(file, cache / "blobs" / file.name)
+        (cache / "snapshots/abc" / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert read_config(hub.resolve(str(cache / "snapshots/abc"))).model_type == "llama"

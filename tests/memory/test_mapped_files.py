@@ -1,0 +1,32 @@
+"""Tests of `memory.mapped_files`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.errors import StorageError
+from halfbyte.memory.mapped_files import ScratchFile
+
+from ..helpers import MIB
+
+
+def test_a_room_takes_memory_while_it_is_used_and_keeps_its_values(tmp_path: Path):
+    file = ScratchFile(8 * MIB, tmp_path)
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    values = file.tensor(MIB, 6 * MIB // 4, torch.float32)
+    assert not values.any()
+    values.copy_(torch.arange(len(values)))
+    assert 6 * MIB <= file.resident_bytes() <= 8 * MIB
+    file.release()
+    assert file.resident_bytes() == 0
+    file.will_need(0, 8 * MIB)
+    assert torch.equal(values, torch.arange(len(values)).float())
+    file.release(MIB, 4 * MIB)
+    assert file.resident_bytes() <= 4 * MIB
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(StorageError, match="cannot lay"):
+        ScratchFile(1 << 60, tmp_path)
+    assert not list(tmp_path.iterdir())

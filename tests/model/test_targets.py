@@ -1,0 +1,21 @@
+"""What can be quantized and adapted, asked in one place."""
+
+from transformers import LlamaForCausalLM
+
+from halfbyte.adapters.lora import AdapterConfig, attach_lora, target_names
+from halfbyte.model.targets import adaptable, is_target, quantizable, targets
+
+
+def test_targets_are_linear_weights_and_the_head_is_told_apart(tiny_llama: LlamaForCausalLM):
+    found = targets(tiny_llama)
+    assert len(found) == 2 * 7 + 1 and [t.path for t in found if t.is_head] == ["lm_head"]
+    assert quantizable(tiny_llama) == {t.name for t in found if not t.is_head}
+    assert adaptable(tiny_llama) == target_names(tiny_llama, "all-linear")
+    assert not is_target(tiny_llama.model.embed_tokens, "weight")
+    assert not is_target(tiny_llama.model.layers[0].self_attn.q_proj, "bias")
+
+
+def test_adapted_layers_stay_targets(tiny_llama: LlamaForCausalLM):
+    before = targets(tiny_llama)
+    attach_lora(tiny_llama, AdapterConfig(4, 8))
+    assert targets(tiny_llama) == before
