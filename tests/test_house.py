@@ -97,7 +97,7 @@ GLOSSARY = """
     _Lane Pieces bounds Encoded settle settled_in_words remedies Watch TensorBytes _bury
     resident elsewhere _Tape attended _Unneeded _Surroundings _Playing Filler filler
     SavedModule held_as LASTING PASSING allocate_apart _YOUNGER become _lively slope
-    strangers LENIENCE NormForm MlpForm AttentionForm hearing_scratch unit units
+    strangers LENIENCE NormForm MlpForm AttentionForm hearing_scratch
 """.split()
 """Private words that PyTorch's readers would need a dictionary for; what we say is in the code."""
 

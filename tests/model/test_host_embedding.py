@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 import halfbyte
 from halfbyte.config.options import PlanConfig, TrainConfig
 from halfbyte.engine.learner import Learner
+from halfbyte.engine.reductions import REDUCTIONS
 from halfbyte.engine.selftest import Abilities
 from halfbyte.errors import UsageError
 from halfbyte.model.host_embedding import host_table, keep_on_host, why_not
@@ -85,7 +86,8 @@ def test_where_it_cannot_lie_there_it_says_why():
 
     with pytest.raises(UsageError, match="computes in host memory"):
         learner(LlamaForCausalLM(small_config()), embedding_offloading="always")
-    assert not learner(LlamaForCausalLM(small_config())).offload_embedding()
+    (move,) = [r for r in REDUCTIONS if r.option == "embedding_offloading"]
+    assert move.while_running(learner(LlamaForCausalLM(small_config())), []) is None
     with pytest.raises(UsageError, match="the same table"):
         outline(small_config(tie_word_embeddings=True), 64, embedding_offloading="always")
     with pytest.raises(UsageError, match="it is trained"):

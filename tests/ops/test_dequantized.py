@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from halfbyte import nf4, ops
 from halfbyte.config.options import TrainConfig
 from halfbyte.engine.learner import Learner
+from halfbyte.engine.reductions import REDUCTIONS
 from halfbyte.engine.selftest import Abilities, checkpoint_layers
 from halfbyte.errors import UsageError
 from halfbyte.ops import cpu, dequantized
@@ -155,11 +156,10 @@ def test_where_it_has_no_use_it_is_refused():
     with cpu.using("torch"):
         one = learner(dequantized_weights="layer")
         assert isinstance(one.dequant_buffer, LayerBuffer)
-        assert (
-            one.dequantize_one_by_one()
-            and type(one.dequant_buffer) is DequantBuffer
-            and not one.dequantize_one_by_one()
-        )
+        (change,) = [r for r in REDUCTIONS if r.option == "dequantized_weights"]
+        assert change.while_running(one, []) == {"dequantized_weights": "product"}
+        assert type(one.dequant_buffer) is DequantBuffer
+        assert change.while_running(one, []) is None
         with pytest.raises(UsageError, match="no second stream"):
             learner(dequantized_weights="ahead")
         with pytest.raises(UsageError, match="no layer is run again"):

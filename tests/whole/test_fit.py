@@ -35,6 +35,7 @@ def limited(room: int, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_promised_run_survives_and_an_unplannable_one_ends_before_loading(
     middling_model: tuple[Path, Path], tmp_path: Path
 ):
@@ -68,6 +69,7 @@ def test_a_promised_run_survives_and_an_unplannable_one_ends_before_loading(
     )
 
 
+@pytest.mark.slow
 def test_real_exhaustion_ends_with_the_phase_and_the_ways_out(
     middling_model: tuple[Path, Path], tmp_path: Path
 ):

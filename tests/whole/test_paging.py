@@ -24,6 +24,7 @@ from halfbyte.memory.mapped_files import ScratchFile
 from halfbyte.planning.memory_plan import MemoryPlan
 from halfbyte.progress import Reporter
 from halfbyte.run.directory import Run
+from halfbyte.training import recovery
 from halfbyte.training.trainer import Trainer, run_training
 from halfbyte.training.trainer import train as train_config
 
@@ -335,7 +336,7 @@ def test_room_is_made_before_memory_runs_out(
 ):
     """What is left decides: enough, and nothing is done; too little once, and the first remedy is
     taken."""
-    module, needs, honest = sys.modules["halfbyte.training.trainer"], [], MemoryPlan.live_bytes
+    module, needs, honest = recovery, [], MemoryPlan.live_bytes
 
     def live_bytes(plan: MemoryPlan, tokens: int) -> int:
         needs.append((honest(plan, tokens), plan))

@@ -208,17 +208,17 @@ posix = pytest.mark.skipif(sys.platform != "linux", reason="forks, tmpfs and rli
 
 @posix
 def test_kill_9(tmp_path: Path):
-    check_kills(faults("kill", 8, tmp_path, 300), 8)
+    check_kills(faults("kill", 4, tmp_path, 300), 4)
 
 
 @posix
 def test_signals(tmp_path: Path):
-    check_signals(faults("signal", 6, tmp_path, 300))
+    check_signals(faults("signal", 3, tmp_path, 300))
 
 
 @posix
 def test_full_disk(tmp_path: Path):
-    check_full(faults("full", 5, tmp_path, 300))
+    check_full(faults("full", 2, tmp_path, 300))
 
 
 @posix

@@ -153,7 +153,8 @@ def trained(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return halfbyte.train(**options(stories, path, home / "run", max_steps=8))
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_kept_does_not_change_a_bit(stories: Path, rows: Path, tmp_path: Path, dtype: str):
     """With dropout, in every setting, and where a resumed run keeps something else than it did
     before."""
@@ -222,7 +223,12 @@ def test_a_packed_step_equals_rows_run_alone(stories: Path, rows: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"packing": True, "max_length": 128}, {"optim": "adamw_torch"}]
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"packing": True, "max_length": 128},
+        pytest.param({"optim": "adamw_torch"}, marks=pytest.mark.slow),
+    ],
 )
 def test_resumed_equals_unbroken(
     stories: Path, rows: Path, tmp_path: Path, changes: dict[str, Any]
