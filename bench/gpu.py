@@ -434,9 +434,8 @@ def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any)
         torch.cuda.reset_peak_memory_stats()
     model = random_model(name, options)
     fused = fuse(model).line()
-    tested = self_test(
-        model
-    )  # random weights of 80 layers may round apart further than real ones: said, and no more
+    # random weights of 80 layers may round apart further than real ones: said, and no more
+    tested = self_test(model)
     notes: list[str] = []
     learner = Learner(
         model, options, Abilities(True, True, 0.0, 0.0), lambda what, line: notes.append(line)
@@ -599,9 +598,8 @@ def steps(left: Callable[[], float]) -> dict[str, Any]:
             )
             if "step_s" in found_here:
                 row[f"{variant}_over_halfbyte"] = found_here["step_s"] / four["step_s"]
-                if (
-                    "rows" not in more
-                ):  # bits may differ: flash attention's gradients add in no fixed order
+                # bits may differ: flash attention's gradients add in no fixed order
+                if "rows" not in more:
                     pairs = zip(found_here["losses"], four["losses"], strict=True)
                     row[f"{variant}_losses_differ"] = max(abs(a / b - 1) for a, b in pairs)
         if tokens == 4096 and bitsandbytes() is not None and not _tiny:

@@ -70,7 +70,7 @@ ROUNDS = "HALFBYTE_BENCH_ROUNDS"
 
 
 def make_packed(size: str, home: Path) -> Path:
-    """A Llama whose 4-bit weights are random bytes, as `halfbyte.quantized` writes a base."""
+    """A Llama with 4-bit weights of random bytes, as `quantization.writer` writes a base."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig
 

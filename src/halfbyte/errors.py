@@ -125,9 +125,8 @@ class Interrupted(HalfbyteError):
 
 def is_exhaustion(error: BaseException) -> bool:
     """Whether an exception says that memory, of the host or of a GPU, has run out."""
-    torch = sys.modules.get(
-        "torch"
-    )  # whoever has not imported it cannot have run out of its memory
+    # whoever has not imported it cannot have run out of its memory
+    torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (
         torch is not None and isinstance(error, torch.OutOfMemoryError)
     ):

@@ -112,9 +112,8 @@ def test_without_marks_the_prefix_difference_trains_the_same_words(family: str):
         for renderer in (marked, plain):
             text = "".join(s.text for s in renderer.segments(example) if s.supervised)
             words.append("".join(text.replace(tokenizer.eos_token, "<end>").split()))
-        if (
-            family == "phi3"
-        ):  # its marked form also trains the tokenizer's end token after the last turn
+        # its marked form also trains the tokenizer's end token after the last turn
+        if family == "phi3":
             words = [text.removesuffix("<end>") for text in words]
         assert words[0] == words[1], example.where
 

@@ -23,9 +23,8 @@ def test_8bit_adamw_is_within_bitsandbytes_own_acceptance():
         error = float((ours - reference).abs().mean())
         assert error < 6e-5, (step, error)
         with torch.no_grad():
-            reference.copy_(
-                ours
-            )  # as their test does: each step is judged alone, from equal parameters
+            # as their test does: each step is judged alone, from equal parameters
+            reference.copy_(ours)
 
 
 def test_8bit_adamw_agrees_with_bitsandbytes():

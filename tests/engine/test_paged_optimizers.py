@@ -92,10 +92,11 @@ def test_paged_adamw_is_torchs_to_the_bit(
     plain = torch.optim.AdamW(groups(theirs), lr=0.01, weight_decay=0.01)
     steps(paged, ours, 4)
     steps(plain, theirs, 4)
+    # one takes no part, as where it is frozen meanwhile
     for params, optimizer in (
         (ours, paged),
         (theirs, plain),
-    ):  # one takes no part, as where it is frozen meanwhile
+    ):
         for p in params:
             p.grad = torch.ones_like(p)
         params[2].grad = None

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,8 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import halfbyte
 from halfbyte.adapters.peft_files import load_adapter
 from halfbyte.cli import run as command
+from halfbyte.cli.export import OPENS
 from halfbyte.config.options import ModelOptions
+from halfbyte.config.verbs import ExportConfig
 from halfbyte.errors import ModelError, StorageError, UsageError
+from halfbyte.exporters.export import _WRITERS, FORMATS
 from halfbyte.files import publish
 from halfbyte.files.safetensors import Checkpoint, write_safetensors
 from halfbyte.progress import no_progress
@@ -109,8 +112,8 @@ def test_every_export_runs_in_its_tool_with_our_logits(run: halfbyte.Run, home: 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run: halfbyte.Run, home: Path):
     with pytest.raises(UsageError, match="not empty"):
         halfbyte.export(run.path, run.path, "peft")
-    with pytest.raises(UsageError, match="gguf"):
-        halfbyte.export(run.path, home / "no", "gguf")
+    with pytest.raises(UsageError, match="no-such-format"):
+        halfbyte.export(run.path, home / "no", "no-such-format")
     assert not (home / "no").exists() and not list(home.glob(".no*"))
 
 
@@ -293,3 +296,9 @@ def test_a_hub_that_refuses_is_known_before_the_work_and_loses_nothing_after(
     )
     with pytest.raises(UsageError, match="hub_model_id"):
         halfbyte.train(str(stories), data, push_to_hub=True)
+
+
+def test_every_format_is_one_everywhere():
+    """The option, the table, and what the command line says of opening it."""
+    option = get_args(ExportConfig.model_fields["to"].annotation)
+    assert set(option) == set(FORMATS) == set(OPENS) == {*_WRITERS, "hf"}

@@ -52,8 +52,8 @@ def weights() -> list[nf4.NF4Tensor]:
     return [nf4.quantize(torch.randn(shape)) for shape in SHAPES]
 
 
-class Spelled(torch.utils._python_dispatch.TorchDispatchMode):
-    """Lets a `streams.PeakMonitor` around it see what an operation's meaning does."""
+class AsReference(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lets a `streams.StreamWatch` around it see what an operation's reference does."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reference = {"linear_4bit": "_linear", "linear_4bit_input_grad": "_input_grad"}.get(
@@ -67,7 +67,7 @@ class Spelled(torch.utils._python_dispatch.TorchDispatchMode):
 def test_weights_come_ahead_and_nothing_races(weights: list[nf4.NF4Tensor]):
     with cpu.using("torch"):
         expected = passes(DequantBuffer(), weights)
-    with watched() as watch, Spelled():
+    with watched() as watch, AsReference():
         found = passes(PrefetchBuffer(), weights)
     assert watch.races == []
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -91,7 +91,7 @@ def test_without_an_event_there_are_races(
             original(self, event)
 
     monkeypatch.setattr(Stream, "wait_event", sometimes)
-    with watched() as watch, Spelled():
+    with watched() as watch, AsReference():
         passes(PrefetchBuffer(), weights)
     assert watch.races
 
@@ -103,7 +103,7 @@ def test_memory_is_given_back_when_nothing_is_on_its_way_to_it(
 ):
     if not waits:
         monkeypatch.setattr(Stream, "wait_stream", lambda self, other: None)
-    with watched() as watch, Spelled(), cpu.using("torch"):
+    with watched() as watch, AsReference(), cpu.using("torch"):
         dequant_buffer = PrefetchBuffer()
         with dequant_buffer.in_use():
             # the last of those that are repeated begins to bring another
@@ -129,7 +129,7 @@ def test_a_model_learns_the_same_bits(kind: str):
         expected = gradients(model)
         for name in ("product", kind):
             dequant_buffer = BUFFERS[name]()
-            with watched() as watch, Spelled():
+            with watched() as watch, AsReference():
                 for _ in range(2):
                     with dequant_buffer.in_use():
                         found = gradients(model)

@@ -115,9 +115,8 @@ def test_the_best_of_those_that_exist_is_kept_and_strangers_are_left_alone(
 ):
     """Evaluated more often than saved, the best evaluation without a checkpoint; damage and a
     user's copy beside."""
-    module = sys.modules[
-        "halfbyte.training.trainer"
-    ]  # the package's attribute of that name is the function
+    # the package's attribute of that name is the function
+    module = sys.modules["halfbyte.training.trainer"]
     losses = {
         0: 9.0,
         1: 1.0,

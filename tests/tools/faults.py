@@ -334,9 +334,8 @@ def _trial(home: Path, out: Path, patch: Callable[[], None], tally: dict[str, An
 
     def work() -> int:
         patch()
-        return cli(
-            [*arguments(home, out), "--rehearse", "false"]
-        )  # whose save would be the one that fails
+        # whose save would be the one that fails
+        return cli([*arguments(home, out), "--rehearse", "false"])
 
     code = wait(forked(work, log))
     tally["tried"] += 1
@@ -465,9 +464,8 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True)
     given = parser.parse_args()
     given.home.mkdir(parents=True, exist_ok=True)
-    pid = forked(
-        lambda: make_inputs(given.home) or 0, given.home / "log"
-    )  # forked: nothing is computed in here
+    # forked: nothing is computed in here
+    pid = forked(lambda: make_inputs(given.home) or 0, given.home / "log")
     assert wait(pid) == 0, (given.home / "log").read_text()
     print(
         json.dumps(

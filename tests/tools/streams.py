@@ -32,7 +32,7 @@ class Event:
 class Stream:
     """What is used of `torch.cuda.Stream`."""
 
-    def __init__(self, watch: "PeakMonitor", number: int) -> None:
+    def __init__(self, watch: "StreamWatch", number: int) -> None:
         self.watch, self.number = watch, number
 
     def record_event(self) -> Event:
@@ -51,7 +51,7 @@ class Stream:
         self.watch.handler._handle_stream_synchronization(self.number)
 
 
-class PeakMonitor(TorchDispatchMode):
+class StreamWatch(TorchDispatchMode):
     """Within this block streams are watched; ``races`` says what was found, ``calls`` (operation,
     stream) of ours."""
 
@@ -137,8 +137,8 @@ class PeakMonitor(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[PeakMonitor]:
-    watch = PeakMonitor()
+def watched() -> Iterator[StreamWatch]:
+    watch = StreamWatch()
     with pytest.MonkeyPatch.context() as patch, watch:
         patch.setattr(torch.cuda, "Stream", watch.make)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: watch.now)

@@ -34,9 +34,8 @@ class TrainableModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own: Any = super()
-        if (
-            isinstance(self, nn.Embedding) and not self.disabled
-        ):  # cast what is looked up, not the whole table
+        # cast what is looked up, not the whole table
+        if isinstance(self, nn.Embedding) and not self.disabled:
             return own.forward(*args, **kwargs).to(self.computes_in)
         with self._parameters_as_given():
             return own.forward(*args, **kwargs)
@@ -97,7 +96,7 @@ def make_modules_trainable(model: Any, names: list[str], *, keep_originals: bool
 
     Args:
         names: ends of paths, as PEFT takes them ("norm" is every layer's, "model.norm" the last).
-        keep_originals: for `adapter.adapter_off`; takes memory.
+        keep_originals: for `adapters.peft_files.adapter_off`; takes memory.
 
     Raises:
         UsageError: a name matches nothing, what it matches is held in 4 bits or adapted, or shares

@@ -36,9 +36,8 @@ def say(line: str) -> None:
         and shutil.which("halfbyte") is None
         and sys.argv[0].endswith("halfbyte")
     ):
-        line = line.replace(
-            "halfbyte", sys.argv[0], 1
-        )  # as it was called: a fresh .venv is on nobody's PATH
+        # as it was called: a fresh .venv is on nobody's PATH
+        line = line.replace("halfbyte", sys.argv[0], 1)
     people.print(line, markup=False, soft_wrap=not people.is_terminal)
 
 

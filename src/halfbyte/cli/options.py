@@ -122,10 +122,11 @@ class Verb(click.Command):
                 if notice:
                     console.say(notice)
                 fields = self.declaration.model_fields.keys()
+                # a file's repository is the training's: theirs is named with them
                 if self.name in (
                     "merge",
                     "export",
-                ):  # a file's repository is the training's: theirs is named with them
+                ):
                     fields = fields - options.PublishOptions.model_fields.keys()
                 values.update({k: v for k, v in ours.items() if k in fields})
         values.update({name: value for name, value in given.items() if value is not None})

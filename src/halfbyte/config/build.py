@@ -28,9 +28,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise UsageError(f"{path} must hold a mapping of options, not a {type(value).__name__}")
-    return {
-        str(key): item for key, item in value.items() if item is not None
-    }  # a blank value is not given
+    # a blank value is not given
+    return {str(key): item for key, item in value.items() if item is not None}
 
 
 def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> OptionsT:

@@ -16,9 +16,10 @@ class Rules:
 
     Attributes:
         resume: what a resumed run may do. "free": change it, for it changes no number of the
-            training, or last bits where memory chooses them (of ``kernels`` it is compared what
-            computes, not what was asked). "named": change it where ``allow_change`` names it.
-            "never": what is saved has the shape of it. None: the option belongs to no training.
+            training, or last bits where memory chooses them. (Of ``kernels`` it is compared what
+            computes, of ``model`` and ``data`` the digest of what they hold.) "named": change it
+            where ``allow_change`` names it. "never": what is saved has the shape of it (of
+            ``optim``, the unpaged one's). None: the option belongs to no training.
         of_adapter: an adapter that a training begins with decides it.
         fit_to: whether ``fit_to`` chooses it: "searched", "last" (where nothing else fits), or not
             ("").

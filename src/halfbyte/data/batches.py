@@ -103,8 +103,8 @@ def prepare(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows laid end to end. input_ids, position_ids, labels: int64 [T]; bounds: int32 [rows + 1],
-    from 0 to T.
+    """Rows laid end to end. input_ids, position_ids, labels: int64 [T]; cu_seqlens: int32 [rows +
+    1], from 0 to T.
 
     labels[t] is the token that position t shall predict, or `IGNORE`. rows: their places in the
     data file.

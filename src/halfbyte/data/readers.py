@@ -4,7 +4,7 @@ Hub data sets.
 A row is a mapping of columns with its place in the source (``file:line``), which every later
 message about the row names. JSON and CSV are read here because no reader at hand knows lines and
 bytes; parquet and the Hub go through pyarrow and datasets. Lines of JSONL end at the newline byte
-only: JSON allows U+2028 inside strings. What a row means is not decided here (`forms`).
+only: JSON allows U+2028 inside strings. What a row means is not decided here (`data.formats`).
 """
 
 import csv

@@ -452,9 +452,8 @@ class Renderer:
         stops, control = {self.tokenizer.eos_token_id}, set(self.special.values())
         try:
             (row,) = self.encode([Example("the template's own example", turns)])
-        except (
-            DataError
-        ):  # texts are trained without a template: one that cannot be used then ends nothing
+        # texts are trained without a template: one that cannot be used then ends nothing
+        except DataError:
             return sorted(stops)
         for index, flag in zip(reversed(row.input_ids), reversed(row.loss_mask), strict=True):
             if index in control and flag:

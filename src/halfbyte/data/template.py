@@ -117,9 +117,8 @@ def _kill(process: Any, pipe: Any) -> None:
 def _serve(
     pipe: Any, template: str, special_tokens: dict[str, Any], clock: datetime, parent: int
 ) -> None:  # pragma: no cover
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole process group; the parent decides
+    # Ctrl-C reaches the whole process group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _confine(pipe.fileno(), parent)
     from transformers.utils.chat_template_utils import (

@@ -1,8 +1,9 @@
 """A model and what one optimizer step adds to it: trained parameters, their gradients and states,
 an output head.
 
-The training loop (`train.py`) drives it on numbers, a memory plan (`plan.py`) on the ``meta``
-device, where the same lines run on shapes alone: what a plan promises is what these lines allocate.
+The training loop (`training.step`) drives it on numbers, a memory plan (`planning.dry_run`) on the
+``meta`` device, where the same lines run on shapes alone: what a plan promises is what these lines
+allocate.
 """
 
 import re
@@ -120,7 +121,7 @@ class Learner:
                 found=f"logits differ by {abilities.head_error:.2g} (relative)",
                 expected="differences within rounding",
             )
-        self._refuse_idle_desk()
+        self._refuse_useless_buffer()
         if self.config.packing and not abilities.packing:
             raise ModelError(
                 "this model lets packed rows see each other",
@@ -129,7 +130,7 @@ class Learner:
                 ways_out=["train without --packing"],
             )
 
-    def _refuse_idle_desk(self) -> None:
+    def _refuse_useless_buffer(self) -> None:
         """Raise UsageError where ``dequantized_weights`` could change nothing."""
         c, weight = self.config, next(self.model.parameters())
         if c.dequantized_weights == "product":

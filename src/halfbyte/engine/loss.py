@@ -94,8 +94,9 @@ def sequence_loss(
     """Summed loss of one sequence of rows laid end to end, fp32 [].
 
     Args:
-        input_ids, position_ids, labels: int64 [T]. bounds: int32 [rows + 1] under
-            `attention.segments`, None for a single row under the model's own attention.
+        input_ids, position_ids, labels: int64 [T].
+        cu_seqlens: int32 [rows + 1] under `model.attention.packed`, None for a single row under the
+            model's own attention.
         head, parameters: as for `supervised_loss`.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
@@ -194,9 +195,8 @@ class _ChunkedLoss(torch.autograd.Function):
             losses, grad_here = ops.cross_entropy(
                 logits.detach(), labels[start : start + rows], place
             )
-            grad_logits = (
-                grad_here if grad_logits is None else grad_logits
-            )  # one buffer for all chunks
+            # one buffer for all chunks
+            grad_logits = grad_here if grad_logits is None else grad_logits
             total += losses.sum()
             wanted = [*([piece] if needs_hidden else []), *parameters]
             if wanted:

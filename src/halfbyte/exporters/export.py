@@ -49,7 +49,7 @@ def export(
     Raises:
         UsageError: output_dir is not empty, or the run has nothing of the kind.
         ModelError: the run or its base is refused.
-        VerificationError: as `merge.merge`.
+        VerificationError: as `exporters.merge.merge`.
     """
     source, target = Run.open(run), Path(output_dir).expanduser().absolute()
     if to not in FORMATS:
@@ -62,16 +62,13 @@ def export(
         receipt = merge(source.path, target, progress=progress, say=say)
         return {"to": to, "output_dir": str(target), **receipt.as_dict()}
     with atomic.new_directory(target, ways_out=["free space, and repeat"]) as building:
-        whole = (
-            to != "bnb-4bit"
-        )  # the adapter, or what a full fine-tuning has in its place: the model
-        facts = (
-            _result(source, building) if whole else _base_and_adapter(source, building, progress)
-        )
+        # of a full fine-tuning, in place of the adapter, the model
+        write = _result if source.config().full else _WRITERS[to]
+        facts = write(source, building, progress)
     return {"to": to, "output_dir": str(target), **facts}
 
 
-def _result(source: Run, target: Path) -> dict[str, Any]:
+def _result(source: Run, target: Path, progress: Progress = no_progress) -> dict[str, Any]:
     if not source.adapter.is_dir():
         raise ModelError(f"{source.path} has no result yet", ways_out=["finish the training"])
     shutil.copytree(source.adapter, target, dirs_exist_ok=True)
@@ -104,3 +101,7 @@ def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str
         if file.name not in (CONFIG, WEIGHTS, ADAPTER_FACTS):
             shutil.copyfile(file, target / file.name)
     return {**facts, "digest": digest}
+
+
+_WRITERS = {"peft": _result, "bnb-4bit": _base_and_adapter}
+"""What is written as it is; "hf" is a merge, with a receipt."""

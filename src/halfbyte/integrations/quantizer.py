@@ -192,9 +192,8 @@ class FourBitQuantizer(_Quantizer):
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Deserialize}
 
-    if not hasattr(
-        HfQuantizer, "get_load_operations"
-    ):  # transformers before 5.20 or so asks otherwise
+    # transformers before 5.20 or so asks otherwise
+    if not hasattr(HfQuantizer, "get_load_operations"):
 
         def get_weight_conversions(self) -> list[Any]:
             if not self.pre_quantized:

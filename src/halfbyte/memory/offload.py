@@ -174,9 +174,8 @@ class OffloadedTensor:
         pool = self.pool
         if self.file is not None:
             self.file.will_need(*self.file.range(self.place))
-        elif (
-            self._back is None and pool.like.is_meta and not pool.staged
-        ):  # a mapped place: nothing is counted
+        # a mapped place: nothing is counted
+        elif self._back is None and pool.like.is_meta and not pool.staged:
             with _disable_current_modes():
                 self._back = pool.like.new_empty(self.shape)
         elif self._back is None and pool.staged:

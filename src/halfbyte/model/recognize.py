@@ -76,6 +76,7 @@ class NormSpec:
     cast_first: bool
 
 
+# Gemma's: 1 + weight, in fp32, with a helper for the quotient
 _NORMS: dict[str, tuple[float, bool]] = {
     "f3eb51cb9fe99ac0": (0.0, True),  # Llama's: the quotient is cast, then multiplied
     "3fd67a4923a43db3": (0.0, False),  # gpt-oss's: multiplied, then cast
@@ -83,7 +84,7 @@ _NORMS: dict[str, tuple[float, bool]] = {
     "f0d3a1774fc2b09e": (
         1.0,
         False,
-    ),  # Gemma's: 1 + weight, in fp32, with a helper for the quotient
+    ),
     "c95ba60b59dcaeb0": (0.0, False),  # Moshi's: likewise without the 1
 }
 
@@ -122,6 +123,7 @@ class MlpSpec:
     activation: str
 
 
+# Phi's and GLM's: both halves from one product
 _MLPS = {
     "34dea4c3151471a2": ("down", "activation", "gate", "up"),  # Llama's
     "acf31888bbcc4c94": ("down", "activation", "gate", "up"),  # the same without a local name
@@ -129,7 +131,7 @@ _MLPS = {
         "gate",
         "activation",
         "down",
-    ),  # Phi's and GLM's: both halves from one product
+    ),
 }
 """Digest of a form to what its attributes are, in order."""
 

@@ -35,7 +35,7 @@ def attention(
     Args:
         q: [T, heads, d];
         k, v: [T, kv_heads, d], heads a multiple of kv_heads; fp32, bf16 or fp16, with d contiguous.
-        bounds: int32 [rows + 1] on the CPU, from 0 to T.
+        cu_seqlens: int32 [rows + 1] on the CPU, from 0 to T.
 
     Returns:
         out [T, heads, d] like q; lse fp32 [heads, T], the logarithms of the softmax's denominators.
@@ -87,7 +87,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
         or cu_seqlens.device.type not in ("cpu", "meta")
     ):
         raise ValueError(
-            f"bounds must be int32 [rows + 1] on the CPU, got {cu_seqlens.dtype} on "
+            f"cu_seqlens must be int32 [rows + 1] on the CPU, got {cu_seqlens.dtype} on "
             f"{cu_seqlens.device}"
         )
 

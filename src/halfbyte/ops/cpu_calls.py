@@ -23,9 +23,8 @@ def _weight(parts: Any, numel: int) -> tuple[_FourBit, list[Any]]:
     tensors.append(offset)
     pointers = [_pointer(t) for t in tensors]
     if nested_absmax is not None and not nested_absmax.numel():
-        pointers[3] = pointers[
-            2
-        ]  # an empty tensor has no address; that it is nested still has to be said
+        # an empty tensor has no address; that it is nested still has to be said
+        pointers[3] = pointers[2]
     counts = (
         numel,
         packed.numel(),

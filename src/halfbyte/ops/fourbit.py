@@ -444,9 +444,8 @@ def _input_grad_fake(grad: Tensor, *args) -> Tensor:
     if args[-1][0] and args[-3] is not None and not cpu.serves(grad):
         plan_dropping(dx)
         if not gpu.computes(grad, "add_dropped"):
-            record_workspace(
-                Part.LIVE_LAYER, dx.nbytes
-            )  # LoRA's term, with what is dropped and without
+            # LoRA's term, with what is dropped and without
+            record_workspace(Part.LIVE_LAYER, dx.nbytes)
     return dx
 
 

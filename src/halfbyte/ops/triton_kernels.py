@@ -3,10 +3,10 @@ for.
 
 The arithmetic is the plain-PyTorch reference's, operation by operation, so the results are the same
 bits where that is exact: quotients and roots are IEEE's (``div_rn``, ``sqrt_rn``), products and
-sums are not contracted (`gpu._launch` says so to the compiler). Indices are 64 bits wide: weights
-may have more than 2^31 elements.
+sums are not contracted (`gpu_calls._launch` says so to the compiler). Indices are 64 bits wide:
+weights may have more than 2^31 elements.
 
-The functions here see pointers and sizes only; `gpu` checks shapes and chooses grids.
+The functions here see pointers and sizes only; `gpu_calls` checks shapes and chooses grids.
 
 One file because Triton reads these functions as a language of its own, which the type checker
 leaves out as a whole.

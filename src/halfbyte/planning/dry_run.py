@@ -155,8 +155,10 @@ class _Counts:
     Attributes:
         in_4bit: weights of each 4-bit tensor.
         base: bytes of the base's weights where it computes.
-        held: bytes that stay from step to step, by part. away: those that lie elsewhere.
-        peaks: of each phase. flop, calls: of a pass.
+        held: bytes that stay from step to step, by part.
+        away: those that lie elsewhere.
+        peaks: of each phase.
+        flop, calls: of a pass.
     """
 
     given: _Given
@@ -267,9 +269,8 @@ def _away(learner: Learner, streamed: int) -> dict[Part, int]:
     inputs = 0
     if run is not None and run.inputs.away is not None and (inputs := run.inputs.nbytes):
         on_gpu = device_type(run.inputs.like) == "cuda"
-        inputs = (
-            1 << (inputs - 1).bit_length() if on_gpu else inputs
-        )  # pinned in one block: a power of two
+        # pinned in one block: a power of two
+        inputs = 1 << (inputs - 1).bit_length() if on_gpu else inputs
     return {
         Part.STREAMED_WEIGHTS: streamed,
         Part.HOST_EMBEDDING: 0 if table is None else table.nbytes,
@@ -314,9 +315,8 @@ def _reading_bytes(stored: Checkpoint | None, largest_linear: int, dtype: torch.
     its file, and room to judge it. Others are read where they stay."""
     if stored is None:
         return READ_ROOM + 2 * largest_linear
-    whole = max(
-        (e.nbytes for e in stored.entries.values() if e.dtype != dtype), default=0
-    )  # read, then cast
+    # read, then cast
+    whole = max((e.nbytes for e in stored.entries.values() if e.dtype != dtype), default=0)
     linear = stored.entries[max(stored.entries, key=lambda name: stored.entries[name].nbytes)]
     return READ_ROOM + max(whole, min(linear.nbytes, largest_linear * linear.dtype.itemsize))
 

@@ -39,9 +39,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self, parts: dict[Part, list[Tensor]], apart: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._apart = [
-            t.untyped_storage() for t in apart
-        ]  # held, so that no other takes their place
+        # held, so that no other takes their place
+        self._apart = [t.untyped_storage() for t in apart]
         self._ignored = {storage._cdata for storage in self._apart}
         self._now = self.peak = self.process_peak = self.flop = self.calls = 0
         self.by_part: Counter[Part] = Counter()

@@ -147,8 +147,8 @@ def read_stored(
     """One 4-bit tensor of a bitsandbytes checkpoint.
 
     Args:
-        streamer: codes and scales stay in the file (one that `hub.TensorFile` wrote), as members of
-            this group of it.
+        streamer: codes and scales stay in the file (one that `files.safetensors.TensorFile` wrote),
+            as members of this group of it.
     """
     entries = {key: checkpoint.entries[key] for key in stored_keys(checkpoint.entries, name)}
     stays = (name, f"{name}.absmax") if streamer is not None else ()

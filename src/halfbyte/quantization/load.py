@@ -96,8 +96,8 @@ def _load(
     model = build_empty(config)
     loader = WeightLoader(model, checkpoint, options, dtype, device, streamer)
     loader.check_names()
-    for target in progress(loader.sources, len(loader.sources), "loading"):
-        loader.load(target)
+    for source in progress(loader.sources, len(loader.sources), "loading"):
+        loader.load(source)
     model.tie_weights()
     _place_buffers(model, device)
     if left := [name for name, p in model.named_parameters() if p.is_meta]:

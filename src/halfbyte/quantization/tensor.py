@@ -52,13 +52,14 @@ def stored_sizes(weights: int, block_size: int = 64, double_quant: bool = True) 
 
 
 class NF4Tensor(Tensor):
-    """A frozen 4-bit tensor. Made by `quantize` or `from_components`, not by the constructor.
+    """A frozen 4-bit tensor. Made by `quantize` or read (`bnb_format.from_components`), not by the
+    constructor.
 
     Attributes: ``packed`` uint8 [ceil(n / 2)], high nibble first; ``absmax`` uint8 codes when
     nested, else fp32; ``quant_map`` fp32 [16]; ``nested_absmax``, ``nested_quant_map``,
     ``nested_offset`` or None; ``block_size``, ``nested_block_size``, ``quant_type``. ``shape`` and
     ``dtype`` are those of the weight it stands for. ``streamed``: where its codes stay in a file,
-    what has them read and let go (`paged.LayerStreamer`); else None.
+    what has them read and let go (`memory.streaming.LayerStreamer`); else None.
     """
 
     packed: Tensor
@@ -141,7 +142,9 @@ class NF4Tensor(Tensor):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("an NF4Tensor is not pickled: save its `components` as safetensors")
+        raise TypeError(
+            "an NF4Tensor is not pickled: save its `bnb_format.components` as safetensors"
+        )
 
     def __deepcopy__(self, memo: dict) -> Any:
         copy = self._map(Tensor.clone)

@@ -35,7 +35,7 @@ def write_quantized(
             as it is.
 
     Raises:
-        ModelError: as `load.load_base`.
+        ModelError: as `quantization.load.load_base`.
         StorageError: the disk said no.
     """
     config = read_config(path)
@@ -129,7 +129,9 @@ def _layout(loader: WeightLoader, source: str) -> dict[str, tuple[torch.dtype, t
     """Dtype and shape of each tensor that is stored for a source; of its quant_state, a length it
     does not exceed."""
     entry, options = loader.checkpoint.entries[source], loader.options
-    if source in loader.stored_4bit:  # as `nf4.components` writes it, whatever it is stored as
+    if (
+        source in loader.stored_4bit
+    ):  # as `bnb_format.components` writes it, whatever it is stored as
         entries = loader.checkpoint.entries
         kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             source: (torch.uint8, (entry.nbytes, 1))

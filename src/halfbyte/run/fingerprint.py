@@ -45,7 +45,7 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
     before, now = state["fingerprint"], fingerprint(info)
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     known = before.keys() | now.keys() | {"base"}
-    if unknown := sorted(allowed - known):
+    if unknown := sorted(allowed - known - FREE_ON_RESUME):  # what is free needs no leave
         close = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         raise UsageError(
             f"allow_change names {unknown[0]!r}, which is nothing that can change",

@@ -37,11 +37,11 @@ def load(
     Args:
         model_or_run: Hub id, model directory or run directory.
         objects: a ``BitsAndBytesConfig``.
-        changes: fields of `config.ModelOptions`, above it; a run's base is held as it was in
-            training unless changed here.
+        changes: fields of `config.options.ModelOptions`, above it; a run's base is held as it was
+            in training unless changed here.
 
     Raises:
-        ModelError, UsageError: as `load_base` and `lora.load_adapter`.
+        ModelError, UsageError: as `load_base` and `adapters.peft_files.load_adapter`.
     """
     given = options_of(objects, ())
     if unfit := sorted(given.keys() - ModelOptions.model_fields.keys()):

@@ -1,9 +1,9 @@
 """A step that cannot run out of memory: what happens before a pass for which too little is left,
 and after one that failed.
 
-Gradients are all that a pass changes, so a failed one can be begun anew, with the next of the
-reductions that is allowed (`engine.reductions`). None of them changes a number but those that add
-in another order, which the run's record says.
+Gradients are all that a pass changes, so after a failed one they are set to zero and those of the
+step are begun anew, with the next of the reductions that is allowed (`engine.reductions`). None of
+them changes a number but those that add in another order, which the run's record says.
 """
 
 import traceback
@@ -74,9 +74,8 @@ class Recovery:
                 if not is_exhaustion(error):
                     raise
                 message = first_line(error)
-                traceback.clear_frames(
-                    error.__traceback__
-                )  # and with them what the failed computation held
+                # and with them what the failed computation held
+                traceback.clear_frames(error.__traceback__)
             self.learner.forget()
             return_freed()
             if not self.take_less(step, batches, f"memory ran out ({message[:120]})"):

@@ -129,9 +129,8 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         learner, report = build_learner(config, base, reporter, notes, begin=resume is None)
     promise.monitor.learner = learner
     info["base"]["digest"], info["found"] = report.digest, notes
-    info["identity"] = uuid.uuid4().hex[
-        :8
-    ]  # of the run, for trackers; none of its numbers depends on it
+    # of the run, for trackers; none of its numbers depends on it
+    info["identity"] = uuid.uuid4().hex[:8]
     start = 0
     if resume is not None:
         resume.compare_base(report.digest, str(base))

@@ -75,9 +75,8 @@ class Stepper:
         monitor.now = f"step {step + 1}"
         monitor.peak.restart()
         supervised = sum(batch.supervised for batch in batches)
-        with self.recovery.interrupts.immediate(
-            ""
-        ):  # nothing but gradients changes, and they are thrown away
+        # nothing but gradients changes, and they are thrown away
+        with self.recovery.interrupts.immediate(""):
             mean_loss, norm, passes = self._gradients(step, batches, supervised)
         rate = learning_rate(self.promise.config, step, self.total_steps)
         if finite := self._is_finite(step, mean_loss, norm, batches):

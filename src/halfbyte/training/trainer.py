@@ -81,9 +81,8 @@ def run_training(config: TrainConfig, run: Run, reporter: Reporter | None = None
         if not is_exhaustion(error):
             raise
         message = first_line(error)
-        traceback.clear_frames(
-            error.__traceback__
-        )  # and with them what the failed computation held
+        # and with them what the failed computation held
+        traceback.clear_frames(error.__traceback__)
     return_freed()
     trainer: Trainer | None = trainers[0] if trainers else None
     learner = promise.monitor.learner
