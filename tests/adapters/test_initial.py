@@ -61,6 +61,7 @@ def test_training_goes_on_from_an_adapter_of_peft_and_peft_from_ours(stories: Pa
     assert any(p.requires_grad for p in onward.parameters())
 
 
+@pytest.mark.slow
 def test_a_resume_needs_the_adapter_no_more(stories: Path, tmp_path: Path):
     first = train_adapter(
         stories, tmp_path, "first", max_steps=1, modules_to_save="lm_head,embed_tokens"

@@ -22,6 +22,7 @@ from halfbyte.quantization.tensor import quantize
 from halfbyte.run.directory import Run
 
 
+@pytest.mark.slow
 def test_a_run_on_an_unquantized_or_a_4_bit_base_merges_too(trained_run: Run, tmp_path: Path):
     """Requantized it is in 4 bits, whatever it was trained on; a 4-bit base held in 16 bits merges
     as it is stored."""

@@ -31,6 +31,7 @@ def test_what_does_not_fit_is_told_with_ways_out(
     assert "it does not fit" in captured.err and "ways out" in captured.err
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_fastest_that_fits(tmp_path: Path):
     path = geometry(tmp_path)
     common: dict[str, Any] = {

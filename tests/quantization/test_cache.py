@@ -154,6 +154,7 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(
         load_base(tmp_path / "m", ModelOptions(weight_streaming="always"))
 
 
+@pytest.mark.slow
 def test_two_builders_make_one_entry_and_leftovers_go(
     tiny_config: LlamaConfig, tmp_path: Path, own_cache: Path
 ):

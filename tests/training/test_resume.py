@@ -51,6 +51,18 @@ def test_passes_stay_cut_as_memory_cut_them_unless_asked_otherwise(
     assert asked == {"tokens_per_tile": 0}
 
 
+def test_what_an_adapter_decided_is_the_runs_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The adapter that a run was begun with need not be there any more."""
+    resume = found(tmp_path, monkeypatch)
+    begun = promise_for(tmp_path, adapter_name_or_path="gone", lora_r=8, use_dora=True).config
+    monkeypatch.setattr(Run, "config", lambda self: begun)
+    again = resume.options_of_adapter(promise_for(tmp_path, adapter_name_or_path="gone").config)
+    assert again["lora_r"] == 8 and again["use_dora"] and "learning_rate" not in again
+    assert resume.options_of_adapter(promise_for(tmp_path).config) == {}
+
+
 def test_another_base_is_refused_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     resume = found(tmp_path, monkeypatch, base_digest="a" * 64)
     assert resume.allowed == {"learning_rate", "base"}

@@ -84,6 +84,7 @@ def test_real_exhaustion_ends_with_the_phase_and_the_ways_out(
     assert "Traceback" not in forced.stderr
 
 
+@pytest.mark.slow
 def test_the_longest_row_is_tried_before_the_first_step_and_changes_nothing(
     middling_model: tuple[Path, Path], tmp_path: Path
 ):

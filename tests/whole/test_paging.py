@@ -31,6 +31,7 @@ from halfbyte.training.trainer import train as train_config
 from ..helpers import MIB
 
 
+@pytest.mark.slow
 def test_a_quantized_model_trains_as_the_one_it_was_made_from(
     orders: Path,
     unpaged: dict[str, str],
@@ -123,6 +124,7 @@ def test_a_run_ends_with_the_same_bytes_whatever_lies_where(
     assert not [path for path in (tmp_path / "run").iterdir() if "tmp" in path.name]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_another_mode_with_the_same_bytes(
     orders: Path, unpaged: dict[str, str], tmp_path: Path, own_cache: Path
 ):
@@ -212,6 +214,7 @@ def test_memory_that_runs_out_in_a_step_costs_that_step_once_more(
     ]
 
 
+@pytest.mark.slow
 def test_a_step_is_split_where_nothing_else_is_left_and_the_run_says_so(
     orders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -251,6 +254,7 @@ def test_a_step_is_split_where_nothing_else_is_left_and_the_run_says_so(
     ), "the split is kept"
 
 
+@pytest.mark.slow
 def test_a_resume_from_before_a_split_runs_whole_steps_again(
     orders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

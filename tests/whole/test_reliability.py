@@ -211,11 +211,13 @@ def test_kill_9(tmp_path: Path):
     check_kills(faults("kill", 4, tmp_path, 300), 4)
 
 
+@pytest.mark.slow
 @posix
 def test_signals(tmp_path: Path):
     check_signals(faults("signal", 3, tmp_path, 300))
 
 
+@pytest.mark.slow
 @posix
 def test_full_disk(tmp_path: Path):
     check_full(faults("full", 2, tmp_path, 300))

@@ -178,6 +178,7 @@ def test_what_is_kept_does_not_change_a_bit(stories: Path, rows: Path, tmp_path:
     assert digest(halfbyte.train(**changed, resume_from_checkpoint="auto")) == digest(whole)
 
 
+@pytest.mark.slow
 def test_any_split_into_micro_batches_is_the_same_training(
     stories: Path, rows: Path, tmp_path: Path
 ):
@@ -199,6 +200,7 @@ def test_any_split_into_micro_batches_is_the_same_training(
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpointed_equals_not(stories: Path, rows: Path, tmp_path: Path):
     """Recomputation repeats the same bits, dropout masks included."""
     plain = halfbyte.train(**options(stories, rows, tmp_path / "a", gradient_checkpointing=False))
@@ -508,6 +510,7 @@ def test_train_evaluate_train(stories: Path, rows: Path, tmp_path: Path):
     assert len(before) == 35 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_fp16_keeps_small_gradients_and_loses_no_step(stories: Path, rows: Path, tmp_path: Path):
     """As on a card without bf16: a scale too large is halved for the same rows, and is in the log;
     a resume goes on with it, to the same bytes; the losses are those of fp32."""
