@@ -52,15 +52,11 @@ NAMES = (
 TOWNS = "London Paris Rome York Bath Dover Leeds Oxford Madrid Vienna Bergen Cork".split()
 COLOURS = "red blue green white black yellow brown grey pink purple".split()
 NOUNS = (
-    "apple pear plum cherry orange lemon grape tea coffee milk juice water soup bread bun cake "
-    "pie roll cookie "
-    "sandwich muffin scone toast salad egg cheese honey sugar salt butter cup plate spoon knife "
-    "table chair "
-    "lamp book pen letter key coin hat coat shoe glove ring rope box bag ball kite drum bell boat "
-    "ship cart "
-    "horse cow dog cat mouse bird duck hen fish tree leaf flower stone river road bridge house "
-    "door window "
-    "garden king queen boy girl friend brother"
+    "apple pear plum cherry orange lemon grape tea coffee milk juice water soup bread bun cake pie "
+    "roll cookie sandwich muffin scone toast salad egg cheese honey sugar salt butter cup plate "
+    "spoon knife table chair lamp book pen letter key coin hat coat shoe glove ring rope box bag "
+    "ball kite drum bell boat ship cart horse cow dog cat mouse bird duck hen fish tree leaf "
+    "flower stone river road bridge house door window garden king queen boy girl friend brother"
 ).split()
 SIZES = "small large big little tiny huge old new".split()
 

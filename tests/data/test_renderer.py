@@ -19,9 +19,8 @@ CHATML = (
 
 GENERATION = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}</s>{% "
-    "endgeneration %}"
-    "{% else %}U:{{ m.content }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}A:{% endif %}"
+    "endgeneration %}{% else %}U:{{ m.content }}{% endif %}\n{% endfor %}{% if "
+    "add_generation_prompt %}A:{% endif %}"
 )
 
 

@@ -213,8 +213,7 @@ def product(fence: Fence, chance: random.Random, backward: bool) -> None:
     if not worst <= 1:
         raise AssertionError(
             f"{'dx' if backward else 'y'} off by {worst:.3g} bounds on {cpu.path_in_use()}: "
-            f"{dtype}, {tokens} tokens, "
-            f"[{rows}, {width}], rank {rank}, block {parts.block_size}"
+            f"{dtype}, {tokens} tokens, [{rows}, {width}], rank {rank}, block {parts.block_size}"
         )
 
 

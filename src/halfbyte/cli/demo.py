@@ -33,9 +33,8 @@ def demo(record: DemoConfig) -> dict[str, Any]:
     _write(home / "orders.jsonl", rows)
     _write(home / "held_out.jsonl", held_out)
     console.say(
-        f"the task: a spoken order becomes JSON. {len(rows):,} rows to learn from, "
-        f"{len(held_out)} other orders to be "
-        "tested on"
+        f"the task: a spoken order becomes JSON. {len(rows):,} rows to learn from, {len(held_out)} "
+        "other orders to be tested on"
     )
     config = _config(home, "run", record.seed)
     _show_plan(config)
@@ -147,16 +146,14 @@ def _show_plan(config: TrainConfig) -> None:
     count = sides[0].parameters
     console.table(
         f"the plan: {count / 1e6:.1f} M parameters, {sides[0].lora_parameters / 1e6:.2f} M of an "
-        "adapter trained "
-        "(Python and PyTorch themselves take some 400 MiB more)",
+        "adapter trained (Python and PyTorch themselves take some 400 MiB more)",
         ["MiB", "4-bit", "16-bit"],
         lines,
     )
     small, large = sum(stored_sizes(LLAMA_2_70B_LINEAR)) / 1e9, 2 * LLAMA_2_70B_LINEAR / 1e9
     console.say(
         f"a small model is mostly activations; Llama 2 70B's linear layers take {small:.1f} GB "
-        f"instead of {large:.1f} "
-        "(see `halfbyte explain memory`)"
+        f"instead of {large:.1f} (see `halfbyte explain memory`)"
     )
 
 
@@ -218,8 +215,7 @@ def _merge(run: Path, target: Path) -> Any:
     receipt = merge(run, target, say=console.say)
     console.say(
         f"merged and verified: {receipt.greedy_agreement:.2%} of {receipt.tokens:,} predicted "
-        "tokens are the same, "
-        f"logits differ by at most {receipt.max_logit_difference:.1e}"
+        f"tokens are the same, logits differ by at most {receipt.max_logit_difference:.1e}"
     )
     return receipt
 

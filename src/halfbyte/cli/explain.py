@@ -443,31 +443,27 @@ def _quiz(record: ExplainConfig) -> Page:
         (
             "Why do NF4's levels lie at quantiles of a normal distribution instead of evenly?",
             "Trained weights look normal: most are near zero. The gap between levels is "
-            f"{middle:.3f} there and {tail:.3f} at the "
-            "edge, so precision goes where the weights are. See `explain nf4` for the error this "
-            "saves.",
+            f"{middle:.3f} there and {tail:.3f} at the edge, so precision goes where the weights "
+            "are. See `explain nf4` for the error this saves.",
         ),
         (
             "What does double quantization compress, and what for?",
             "The scales, one per 64 weights. In fp32 they cost 0.5 bits a weight, in 8 bits with "
-            "a scale per 256 of them "
-            f"{8 * scales / 70e9:.3f}: {70e9 * (0.5 / 8) / 1e9 - scales / 1e9:.1f} GB less for 70 "
-            "billion weights.",
+            f"a scale per 256 of them {8 * scales / 70e9:.3f}: "
+            f"{70e9 * (0.5 / 8) / 1e9 - scales / 1e9:.1f} GB less for 70 billion weights.",
         ),
         (
             "In which precision are the matrix products of a QLoRA step computed?",
             "In 16 bits (bf16, or fp16 on older cards). The 4-bit weight is expanded block by "
-            "block when it is needed and "
-            "forgotten again; the adapter's master weights and the optimizer's arithmetic are "
-            "fp32.",
+            "block when it is needed and forgotten again; the adapter's master weights and the "
+            "optimizer's arithmetic are fp32.",
         ),
         (
             "How much do the base weights of a 70B model take in NF4 with double quantization, "
             "against fp16?",
             f"{(codes + scales) / 1e9:.1f} GB against 140 GB if all 70e9 weights are counted, a "
-            "factor of "
-            f"{140e9 / (codes + scales):.2f}. Of Llama 2 70B, embeddings and head stay in 16 "
-            "bits: see `explain memory`.",
+            f"factor of {140e9 / (codes + scales):.2f}. Of Llama 2 70B, embeddings and head stay "
+            "in 16 bits: see `explain memory`.",
         ),
     ):
         page.text(f"Q: {question}")

@@ -22,8 +22,7 @@ def quantize(record: QuantizeConfig) -> dict[str, Any]:
     errors = [each["relative_mse"] for each in report.tensors if "relative_mse" in each]
     console.say(
         f"{len(report.tensors)} weights, {report.coverage:.1%} of those in layers: "
-        f"{before / 1e6:,.1f} MB in 16 bits, "
-        f"{after / 1e6:,.1f} MB in 4"
+        f"{before / 1e6:,.1f} MB in 16 bits, {after / 1e6:,.1f} MB in 4"
         + (f"; squared error {max(errors):.3%} of the weights' at most" if errors else "")
     )
     console.say(f"the quantized model is in {record.output_dir}")

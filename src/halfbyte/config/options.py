@@ -79,8 +79,7 @@ class ModelOptions(KernelOptions, FourBitOptions):
     weight_streaming: Literal["auto", "always", "never"] = option(
         "auto",
         "on a CPU: 4-bit weights stay in a file (written once, kept in the cache) and are read as "
-        "layers need them; "
-        "auto: where a training does not fit otherwise",
+        "layers need them; auto: where a training does not fit otherwise",
         resume="free",
     )
 
@@ -330,11 +329,9 @@ class TrainingOptions(Options):
     kept_activations: Literal["auto", "none", "attention", "mlp_in", "all"] = option(
         "auto",
         "with gradient_checkpointing: what a layer keeps beside its input, so that less is "
-        "recomputed. attention: what "
-        "attention reads and gives; mlp_in: also what the MLP reads; all: the results of all "
-        "products; auto: all, in "
-        "as many layers as fit in half of the memory that is free (with fit_to: all of it). The "
-        "numbers are the same",
+        "recomputed. attention: what attention reads and gives; mlp_in: also what the MLP reads; "
+        "all: the results of all products; auto: all, in as many layers as fit in half of the "
+        "memory that is free (with fit_to: all of it). The numbers are the same",
         resume="free",
         fit_to="searched",
     )
@@ -347,33 +344,29 @@ class TrainingOptions(Options):
     )
     activation_offloading: Literal["auto", "always", "never"] = option(
         "auto",
-        "with gradient_checkpointing: layer inputs wait for the backward pass in a file (on a "
-        "GPU: in host memory); "
-        "auto: where the plan does not fit otherwise",
+        "with gradient_checkpointing: layer inputs wait for the backward pass in a file (on a GPU: "
+        "in host memory); auto: where the plan does not fit otherwise",
         resume="free",
         in_trainer=True,
     )
     embedding_offloading: Literal["auto", "always", "never"] = option(
         "auto",
         "on a GPU: the frozen embedding table lies in host memory, and the rows of a batch are "
-        "copied; auto: where the "
-        "plan does not fit otherwise. The numbers are the same",
+        "copied; auto: where the plan does not fit otherwise. The numbers are the same",
         resume="free",
     )
     tokens_per_pass: int = option(
         0,
         "a micro-batch of more tokens goes forward and backward in parts of whole rows, for the "
-        "same gradients; 0: "
-        "only where memory is too short",
+        "same gradients; 0: only where memory is too short",
         ge=0,
         resume="free",
         reorders_sums=True,
     )
     tokens_per_tile: int = option(
         0,
-        "MLPs of layers run on so many tokens at a time, for the same gradients in less memory; "
-        "0: only where memory "
-        "is too short",
+        "MLPs of layers run on so many tokens at a time, for the same gradients in less memory; 0: "
+        "only where memory is too short",
         ge=0,
         resume="free",
         reorders_sums=True,
@@ -381,10 +374,9 @@ class TrainingOptions(Options):
     dequantized_weights: Literal["product", "ahead", "layer"] = option(
         "product",
         "where products cannot read 4-bit weights (on a GPU): how long a dequantized one stays. "
-        "product: for one "
-        "product; ahead: likewise, and the next one is made meanwhile, in a second buffer; layer: "
-        "from a layer's "
-        "recomputation through its backward pass. The numbers are the same",
+        "product: for one product; ahead: likewise, and the next one is made meanwhile, in a "
+        "second buffer; layer: from a layer's recomputation through its backward pass. The numbers "
+        "are the same",
         resume="free",
     )
     logging_steps: int = option(
@@ -482,8 +474,7 @@ class FitOptions(Options):
     fit_to: str | None = option(
         None,
         "24GiB, or the name of a card (rtx-4090): the fastest plan that fits, over micro-batch, "
-        "accumulation and what "
-        "is kept; the global batch stays",
+        "accumulation and what is kept; the global batch stays",
         resume="free",
     )
 

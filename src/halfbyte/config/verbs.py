@@ -141,9 +141,8 @@ class ExportConfig(KernelOptions, PublishOptions):
     run: str = option(..., "a run directory")
     to: Literal["peft", "hf", "bnb-4bit"] = option(
         ...,
-        "peft: the adapter; hf: one verified model in 16 bits; bnb-4bit: the base in the 4 bits "
-        "of the training, and "
-        "the adapter beside it",
+        "peft: the adapter; hf: one verified model in 16 bits; bnb-4bit: the base in the 4 bits of "
+        "the training, and the adapter beside it",
     )
     output_dir: str = option(..., "where it goes")
 

@@ -265,8 +265,7 @@ class Renderer:
         if text.startswith(after):
             raise DataError(
                 "the chat template writes no end token after the assistant's turn, so the model "
-                "would never learn to "
-                "stop",
+                "would never learn to stop",
                 found=repr(after[start:][-40:]),
                 ways_out=[
                     "give a template that ends the turn with the end token (--chat_template)"
@@ -301,8 +300,7 @@ class Renderer:
             ):
                 raise DataError(
                     f"the text {culprit!r} in this row would become a control token: the chat "
-                    "template rewrites "
-                    "contents, so its own tokens cannot be told from the row's",
+                    "template rewrites contents, so its own tokens cannot be told from the row's",
                     where=where,
                     ways_out=[
                         "change that text in the row",

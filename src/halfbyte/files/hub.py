@@ -145,8 +145,7 @@ def load_tokenizer(directory: Path) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"the tokenizer in {directory} has no tokenizer.json: positions of characters in "
-            "tokens are unknown, "
-            "so masks cannot be exact",
+            "tokens are unknown, so masks cannot be exact",
             ways_out=["convert it to a fast tokenizer with transformers and save it there"],
         )
     return tokenizer

@@ -207,8 +207,7 @@ def _adamw_8bit_step_fake(params: list[Tensor], *args) -> None:
 define(
     "adamw_8bit_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) m_codes, Tensor(c!) v_codes, "
     "Tensor(d!) m_absmax, Tensor(e!) v_absmax, Tensor m_map, Tensor v_map, float lr, float beta1, "
-    "float beta2, "
-    "float eps, float weight_decay, int step) -> ()",
+    "float beta2, float eps, float weight_decay, int step) -> ()",
     _adamw_8bit_step,
     _adamw_8bit_step_fake,
 )

@@ -185,8 +185,7 @@ define(
 )
 define(
     "attention_grad(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor out, "
-    f"Tensor lse, {_PARAMS})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, {_PARAMS}) -> (Tensor, Tensor, Tensor)",
     _attention_grad,
     _grad_fake,
 )

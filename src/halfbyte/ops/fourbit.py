@@ -59,8 +59,7 @@ class FourBit(NamedTuple):
 
 STORAGE = (
     "Tensor packed, Tensor absmax, Tensor quant_map, Tensor? nested_absmax, Tensor? "
-    "nested_quant_map, "
-    "Tensor? nested_offset, int block_size, int nested_block_size"
+    "nested_quant_map, Tensor? nested_offset, int block_size, int nested_block_size"
 )
 
 

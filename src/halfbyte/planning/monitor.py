@@ -72,8 +72,7 @@ class PeakMonitor:
         if planned and found > planned * (1 + DRIFT):
             self.say(
                 f"memory: {name} took {found / 2**20:,.0f} MiB, {found / planned - 1:.0%} more "
-                "than the "
-                f"{planned / 2**20:,.0f} MiB planned"
+                f"than the {planned / 2**20:,.0f} MiB planned"
             )
 
     def line(self) -> str:

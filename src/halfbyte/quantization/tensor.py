@@ -221,8 +221,7 @@ def _to_copy(
     if dtype is not None and dtype != tensor.dtype:
         raise TypeError(
             f"a 4-bit tensor is not cast from {tensor.dtype} to {dtype}: load the model with "
-            f"dtype={dtype}, "
-            "or call .dequantize(dtype)"
+            f"dtype={dtype}, or call .dequantize(dtype)"
         )
     return tensor._map(lambda part: part.to(device=device, copy=True))
 
@@ -280,7 +279,6 @@ def refuse_non_finite(absmax: Tensor, block_size: int) -> None:
         block = int((~finite).nonzero()[0])
         raise ValueError(
             f"{int((~finite).sum())} of {absmax.numel()} blocks hold a NaN or an infinity; the "
-            f"first is block {block} "
-            f"(elements {block * block_size}..{(block + 1) * block_size - 1} of the flattened "
-            "tensor)"
+            f"first is block {block} (elements "
+            f"{block * block_size}..{(block + 1) * block_size - 1} of the flattened tensor)"
         )

@@ -43,8 +43,7 @@ def merged_card(run: Run, info: dict[str, Any], receipt: dict[str, Any]) -> str:
         _metadata(info, "transformers"),
         f"# {run.path.name}, merged",
         f"{_name(info)} with a LoRA adapter of rank {info['config']['lora_r']} added into its "
-        "weights, "
-        f"onto the {receipt['onto']} base, stored in {stored}.",
+        f"weights, onto the {receipt['onto']} base, stored in {stored}.",
         _load_model(),
         _receipt(receipt),
         _training(run, info),
@@ -86,8 +85,7 @@ def _load_adapter(info: dict[str, Any]) -> str:
     base = info["base"]["name"] if is_public(info["base"]["name"]) else "path/to/the/base"
     held = (
         "The adapter corrected its base as it is in 4 bits: load that (`quantization_config`, or "
-        "halfbyte on the run) "
-        "for exactly\nthe model that was trained. "
+        "halfbyte on the run) for exactly\nthe model that was trained. "
         if info["config"]["load_in_4bit"]
         else ""
     )
@@ -229,18 +227,15 @@ def _receipt(receipt: dict[str, Any]) -> str:
             )
         )
     text = (
-        "## Merge receipt\n\n"
-        f"Compared with the adapter running on its base as trained, on {receipt['rows']} rows "
-        f"{receipt['rows_are']} "
-        f"({receipt['tokens']:,} tokens):\n\n"
+        "## Merge receipt\n\nCompared with the adapter running on its base as trained, on "
+        f"{receipt['rows']} rows {receipt['rows_are']} ({receipt['tokens']:,} tokens):\n\n"
         + _table(["", "KL divergence, nats", "same token", "loss"], rows)
     )
     if receipt["surviving"]:
         least, middle, most = receipt["surviving"]
         text += (
             f"\n\nThe merged weights were rounded to 4 bits again; {middle:.1%} of the adapter's "
-            "effect survive that "
-            f"in the median layer ({least:.1%} to {most:.1%})."
+            f"effect survive that in the median layer ({least:.1%} to {most:.1%})."
         )
     return text
 
