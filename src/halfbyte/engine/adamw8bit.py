@@ -128,7 +128,10 @@ class AdamW8bit(torch.optim.Optimizer):
             group["weight_decay"],
         )
         moments = zip(arena["small_m"].split(sizes), arena["small_v"].split(sizes), strict=True)
-        for p, (m, v) in zip(params, moments, strict=True):
+        updates = list(zip(params, moments, strict=True))
+        if params and params[0].is_meta:  # a plan: one after the other takes what the largest does
+            updates = [max(updates, key=lambda update: update[0].numel())]
+        for p, (m, v) in updates:
             adamw_update(p.view(-1), _grad(p).reshape(-1), m, v, *hyper, t=self.steps)  # pyright: ignore[reportCallIssue]
 
     def state_tensors(self) -> dict[str, Tensor]:
