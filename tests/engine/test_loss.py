@@ -6,7 +6,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from halfbyte.data.batches import IGNORE
+from halfbyte.data.formats import IGNORE
 from halfbyte.engine import loss
 
 

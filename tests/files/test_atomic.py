@@ -44,6 +44,13 @@ def test_what_is_there_is_replaced_only_where_that_is_meant(tmp_path: Path):
         raise AssertionError("not reached")
 
 
+def test_what_failed_is_named_where_it_lies_elsewhere(tmp_path: Path):
+    with pytest.raises(StorageError) as caught, atomic.new_directory(tmp_path / "out"):
+        (tmp_path / "gone").read_bytes()
+    assert caught.value.where == str(tmp_path / "gone")
+    assert "another directory" in caught.value.ways_out[-1]
+
+
 def test_running_out_of_memory_is_no_question_of_the_disk(tmp_path: Path):
     target = tmp_path / "out"
     with pytest.raises(OSError, match="Cannot allocate"), atomic.new_directory(target):

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..errors import DataError
 from ..ops.library import ROW_MULTIPLE
+from .formats import IGNORE
 from .renderer import TokenizedExample
 
 EVAL_TOKENS = 2048
@@ -258,9 +259,6 @@ class Schedule:
             ]
             steps.append([[row for sequence in group for row in sequence] for group in micro])
         return steps
-
-
-IGNORE = -100
 
 
 def largest_pass(

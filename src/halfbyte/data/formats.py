@@ -38,7 +38,7 @@ FORMATS = (
     '{"text": ...}',
     '{"input_ids": [...], "labels": [...]}',
 )
-IGNORED_LABEL, DEEPEST = -100, 64
+IGNORE, DEEPEST = -100, 64
 
 
 @dataclass(frozen=True)
@@ -222,15 +222,14 @@ def _from_ids(row: dict[str, Any], where: str) -> Example:
     if len(labels) != len(ids):
         raise DataError(f"{len(ids)} input_ids but {len(labels)} labels", where=where)
     if wrong := [
-        i for i, (a, b) in enumerate(zip(ids, labels, strict=True)) if b not in (a, IGNORED_LABEL)
+        i for i, (a, b) in enumerate(zip(ids, labels, strict=True)) if b not in (a, IGNORE)
     ]:
         raise DataError(
-            f"label {labels[wrong[0]]} at position {wrong[0]} is neither the id there nor "
-            f"{IGNORED_LABEL}",
+            f"label {labels[wrong[0]]} at position {wrong[0]} is neither the id there nor {IGNORE}",
             where=where,
             ways_out=["labels stand beside their ids; they are shifted when the loss is computed"],
         )
-    return Example(where, input_ids=ids, loss_mask=[label != IGNORED_LABEL for label in labels])
+    return Example(where, input_ids=ids, loss_mask=[label != IGNORE for label in labels])
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops
-from ..data.batches import IGNORE
+from ..data.formats import IGNORE
 from ..ledger import Part, counted_as
 from ..ops.library import ROW_MULTIPLE, device_type
 

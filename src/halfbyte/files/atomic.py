@@ -91,7 +91,7 @@ def new_directory(
     *,
     replace: bool = False,
     doing: str = "write",
-    ways_out: Sequence[str] = ("free space",),
+    ways_out: Sequence[str] = ("free space or fix the permissions", "or name another directory"),
 ) -> Iterator[Path]:
     """Give a directory to fill, which becomes ``target`` when the block ends: whole, or not there.
 
@@ -121,7 +121,9 @@ def new_directory(
         if is_exhaustion(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"cannot {doing} {target}: {reason}", ways_out=ways_out) from error
+        where = str(getattr(error, "filename", None) or "")  # what failed may lie elsewhere
+        what = f"cannot {doing} {target}: {reason}"
+        raise StorageError(what, where=where, ways_out=ways_out) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
