@@ -287,6 +287,25 @@ class _Done:
     wrapped: int = 0
 
 
+def _what_was_done(done: _Done, fused: str, narrowed: int) -> Iterator[str]:
+    """Lines for people: layers replaced and left alone, bytes won back."""
+    yield f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused}"
+    if done.other:
+        yield f"left as they are: {done.other} LoRA layers of other kinds (DoRA, ...)"
+    if done.wrapped:
+        yield (
+            f"left as they are: {done.wrapped} modules whose forward something else has replaced "
+            "(accelerate's hooks)"
+        )
+    if done.packed:
+        yield (
+            f"{done.packed} layers had been evaluated before: bitsandbytes has rounded their "
+            "scales to bf16"
+        )
+    if narrowed:
+        yield f"back from fp32, losing nothing: {narrowed / 2**20:,.1f} MiB less"
+
+
 def optimize(
     model: Any,
     *,
@@ -338,30 +357,16 @@ def optimize(
     inner.eval()
     fused = fusion.fuse(inner)
     inner.train()
-    line = (
+    checkpointing = (
         _checkpoint(inner, kept_activations)
         if any(p.requires_grad for p in inner.parameters())
         else ""
     )
     for module, training in modes:
         module.training = training
-    say(f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused.line()}")
-    if done.other:
-        say(f"left as they are: {done.other} LoRA layers of other kinds (DoRA, ...)")
-    if done.wrapped:
-        say(
-            f"left as they are: {done.wrapped} modules whose forward something else has replaced "
-            "(accelerate's hooks)"
-        )
-    if done.packed:
-        say(
-            f"{done.packed} layers had been evaluated before: bitsandbytes has rounded their "
-            "scales to bf16"
-        )
-    if narrowed:
-        say(f"back from fp32, losing nothing: {narrowed / 2**20:,.1f} MiB less")
-    if line:
-        say(line)
+    for line in (*_what_was_done(done, fused.line(), narrowed), checkpointing):
+        if line:
+            say(line)
     return model
 
 
