@@ -8,8 +8,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 demo: .venv/.installed
 	$(BIN)/halfbyte demo
 
+# two workers: most tests are one thread's work
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
