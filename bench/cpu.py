@@ -380,6 +380,21 @@ def load(who: str, home: Path) -> dict[str, float]:
 # --- the contest ----------------------------------------------------------------------------------
 
 
+def child(name: str, command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """What a measuring process prints in its last line, JSON; where it fails, what it said."""
+    with tempfile.TemporaryFile() as said:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=said, env=environment)
+        said.seek(0)
+        last = said.read().decode(errors="replace").splitlines()[-30:]
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        state = f"was killed by signal {-done.returncode}" if done.returncode < 0 else "failed"
+        raise SystemExit(
+            "\n".join([*last, f"{name} {state} ({done.returncode}): {' '.join(command)}"])
+        )
+    return json.loads(lines[-1])
+
+
 def contest(
     script: str, what: str, contestants: list[str], rounds: int, home: Path
 ) -> dict[str, dict[str, float]]:
@@ -389,12 +404,7 @@ def contest(
         for who in contestants:
             command = [sys.executable, script, "--child", what, who, "--home", str(home)]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-            )
-            if done.returncode:
-                raise SystemExit(f"{what} {who} failed with {done.returncode}: {' '.join(command)}")
-            results[who].append(json.loads(done.stdout.splitlines()[-1]))
+            results[who].append(child(f"{what} {who}", command, environment))
             print(f"{what} {who}: {results[who][-1]}", file=sys.stderr, flush=True)
     if list(results) == ["all"]:  # one process held them all
         runs = results["all"]
