@@ -91,3 +91,32 @@ def test_foreign_code_pickles_and_formats_are_refused(copy_of_stories: Path):
     (copy_of_stories / "model.safetensors").rename(copy_of_stories / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled weights only"):
         load_base(copy_of_stories, ModelOptions())
+
+
+def test_a_tied_tensor_is_found_under_any_of_its_names(tiny_llama: Any, tmp_path: Path):
+    """A file may hold the head, the embedding or both; both must be the same."""
+    config = tiny_llama.config
+    config.tie_word_embeddings = True
+    model = type(tiny_llama)(config)
+    model.save_pretrained(tmp_path / "embedding")
+    tensors = load_file(tmp_path / "embedding" / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    rest = {name: t for name, t in tensors.items() if t is not table}
+    forms = {
+        "head": {**rest, "lm_head.weight": table},
+        "both": {**tensors, "lm_head.weight": table.clone()},
+        "torn": {**tensors, "lm_head.weight": table + 1},
+    }
+    for name, form in forms.items():
+        shutil.copytree(tmp_path / "embedding", tmp_path / name)
+        save_file(form, tmp_path / name / "model.safetensors", {"format": "pt"})
+    options = ModelOptions(dtype="float32", allow_low_coverage=True)
+    expected, report = load_base(tmp_path / "embedding", options)
+    ids = torch.arange(8)[None]
+    for name in ("head", "both"):
+        found, _ = load_base(tmp_path / name, options)
+        assert found.lm_head.weight is found.model.embed_tokens.weight
+        assert torch.equal(found(ids).logits, expected(ids).logits)
+    assert load_base(tmp_path / "head", options)[1].digest == report.digest
+    with pytest.raises(ModelError, match=r"one tensor in this model.*differ in the file"):
+        load_base(tmp_path / "torn", options)

@@ -60,8 +60,15 @@ def adaptable(model: Any) -> list[str]:
     return [target.path for target in targets(model) if not target.is_head]
 
 
+def tied_names(model: Any) -> dict[str, str]:
+    """Return the names that a model's ties give a tensor beside its own one, each with that one:
+    ``{"lm_head.weight": "model.embed_tokens.weight"}``."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Names on disk to the model's names, by transformers' own renamings.
+    """Names on disk to the model's names, by transformers' own renamings; of a tied tensor, its own
+    name, whichever of them is on disk.
 
     Raises:
         ModelError: the model's layout on disk needs tensors to be joined or split
@@ -74,6 +81,7 @@ def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    ties = tied_names(model)
     result = {}
     for name in names:
         target, pattern = rename_source_key(
@@ -85,5 +93,5 @@ def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
                 "not read yet",
                 ways_out=["use a dense model"],
             )
-        result[name] = target
+        result[name] = ties.get(target, target)
     return result

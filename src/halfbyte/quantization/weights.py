@@ -22,7 +22,7 @@ from ..config.options import ModelOptions
 from ..errors import ModelError
 from ..files.safetensors import Checkpoint
 from ..memory.streaming import LayerStreamer
-from ..model.targets import checkpoint_names, quantizable
+from ..model.targets import checkpoint_names, quantizable, tied_names
 from .bnb_format import quantized_names, read_stored, weight_names
 from .tensor import NF4Tensor, quantize
 
@@ -94,7 +94,7 @@ class WeightLoader:
         """Everything that does not fit, in one error, from the headers alone."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers())
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = tied_names(self.model).keys()
         ignored = list(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or [])
         found = set(self.targets.values())
         problems = [f"missing: {name}" for name in parameters.keys() - found - tied]
@@ -137,6 +137,7 @@ class WeightLoader:
                 self._refuse_whole_numbers(source, value)
                 value = value.to(self.device, self.dtype)
                 self._refuse_non_finite(source, value)
+                self._refuse_torn_tie(source, value, module._parameters[attribute])
             module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
     def is_quantized(self, source: str) -> bool:
@@ -191,9 +192,16 @@ class WeightLoader:
         self.hashes[source] = self.hasher.submit(_digest, list(tensors))
 
     def digest(self) -> str:
-        digests = sorted((source, future.result()) for source, future in self.hashes.items())
+        digests = sorted((self._own_name(name), f.result()) for name, f in self.hashes.items())
         self.hasher.shutdown()
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def _own_name(self, source: str) -> str:
+        """The name a tensor has on disk; where only another name of a tied tensor is there, the
+        tensor's own one in the model."""
+        target = self.targets[source]
+        alone = list(self.targets.values()).count(target) == 1
+        return target if alone and source in tied_names(self.model) else source
 
     def _quantize(self, source: str, tensor: Tensor) -> Tensor:
         tensor = (
@@ -208,6 +216,22 @@ class WeightLoader:
         self.records.append(self._record(source, quantized, tensor))
         self._hash(source, quantized.stored_tensors())
         return quantized.with_dtype(self.dtype)
+
+    def _refuse_torn_tie(self, source: str, value: Tensor, before: Tensor | None) -> None:
+        """Raise ModelError if the file holds two different tensors for one of the model."""
+        if before is None or before.is_meta or torch.equal(before, value):
+            return
+        target = self.targets[source]
+        names = [name for name in self.sources if self.targets[name] == target]
+        raise ModelError(
+            f"{' and '.join(names)} are one tensor in this model (config.json ties them), and "
+            "differ in the file",
+            where=str(self.checkpoint.entries[source].file),
+            ways_out=[
+                'set "tie_word_embeddings" to false in config.json, if they were trained apart',
+                "or remove the one that is out of date from the file",
+            ],
+        )
 
     def _refuse_non_finite(self, source: str, tensor: Tensor) -> None:
         # the extremes carry a NaN or an infinity, and need no copy of the tensor to be found
