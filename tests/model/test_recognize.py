@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from halfbyte import ops
 from halfbyte.model import fusion
 from halfbyte.model.attention import packed
+from halfbyte.model.fp32 import distance
 from halfbyte.model.fusion import FusedNorm
 from halfbyte.model.recognize import activation_name
 
@@ -76,7 +77,7 @@ def test_attentions_of_many_families(family: str, dtype: torch.dtype):
     expected = run()
     assert fusion.fuse(model).attentions == 2
     for mine, theirs in zip(run(), expected, strict=True):
-        assert fusion._near(mine, theirs, {torch.float32: 2e-4, torch.bfloat16: 0.03}[dtype])
+        assert distance(mine, theirs) <= {torch.float32: 2e-4, torch.bfloat16: 0.03}[dtype]
     # with a cache, or another attention, it is the model's own
     torch.testing.assert_close(
         model.generate(ids[:, :5], max_new_tokens=3, do_sample=False).shape, torch.Size([1, 8])
