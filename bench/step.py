@@ -61,10 +61,17 @@ RANK, VOCABULARY, STEPS = 16, 32000, 4
 
 
 def step(case: str, who: str, home: Path) -> dict[str, float]:
+    size, rows, length = CASES[case]
+    found = step_of(make_checkpoint(size, home), rows, length, who)
+    if who.startswith("halfbyte"):
+        found["over_floor"] = found["seconds"] / (flop(size, rows, length) / matmul_rate())
+    return found
+
+
+def step_of(path: Path, rows: int, length: int, who: str) -> dict[str, float]:
+    """Tokens a second and peak memory of a step on a model, so many rows of so many tokens."""
     import torch
 
-    size, rows, length = CASES[case]
-    path = make_checkpoint(size, home)
     torch.manual_seed(0)
     ids = [torch.randint(4, VOCABULARY, (rows, length)) for _ in range(3)]
     _warm_up()
@@ -77,15 +84,12 @@ def step(case: str, who: str, home: Path) -> dict[str, float]:
             losses.append(run(ids[number % 3], number))
             seconds.append(time.perf_counter() - began)
     each = statistics.median(seconds[1:])
-    found = {
+    return {
         "tokens_per_s": rows * length / each,
         "seconds": each,
         "peak_mib": memory.mib,
         "loss": losses[-1],
     }
-    if who.startswith("halfbyte"):
-        found["over_floor"] = each / (flop(size, rows, length) / matmul_rate())
-    return found
 
 
 def _warm_up() -> None:

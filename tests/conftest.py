@@ -2,6 +2,7 @@
 skip without it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import halfbyte
 from halfbyte.files import hub
 from halfbyte.run.directory import Run
+from halfbyte.training.trainer import Trainer
 
 from .helpers import plain_flash, reliable_options, shared, small_config
 from .tools.faults import make_inputs
@@ -30,6 +32,18 @@ from .tools.faults import make_inputs
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Quantized bases are kept for these tests alone."""
     os.environ["HALFBYTE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+HONEST_JUDGE = Trainer.judge
+
+
+@pytest.fixture(scope="session", autouse=True)
+def not_judged() -> Iterator[None]:
+    """Hundreds of small trainings are not held against their base, which takes as long as they do;
+    `trained_run` is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "judge", lambda self: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +93,11 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "eval_split": 10,
     }
     options |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
-    return halfbyte.train(
-        model="demo", data=str(home / "rows.jsonl"), output_dir=str(home / "run"), **options
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "judge", HONEST_JUDGE)
+        return halfbyte.train(
+            model="demo", data=str(home / "rows.jsonl"), output_dir=str(home / "run"), **options
+        )
 
 
 @pytest.fixture

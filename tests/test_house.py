@@ -68,6 +68,7 @@ TESTED_ELSEWHERE = {
     "config.verbs": "cli/test_cli.py",
     "config.rules": "config/test_options.py",
     "engine.generate": "engine/test_evaluate.py: answers alone and together",
+    "exporters.write": "exporters/test_merge.py and test_exact.py: whole merges",
     "files.publish": "exporters/test_export.py, beside the Hub on this machine",
     "integrations.memory_callback": "integrations/test_optimize.py, beside the script's trainer",
     "model.architecture": "planning/test_dry_run.py and quantization/test_load.py build with it",

@@ -71,6 +71,7 @@ def test_the_articles_objects_say_what_they_say():
         assistant_only_loss=False,
         device="cpu",
         activation_offloading="never",
+        eval_split=0,
     )
     assert config.model_dump() == ours.model_dump()
 

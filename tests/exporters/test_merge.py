@@ -49,9 +49,7 @@ def test_a_run_on_an_unquantized_or_a_4_bit_base_merges_too(trained_run: Run, tm
             and "rank_pattern" in card
             and str(tmp_path) not in card
         )
-        receipt = halfbyte.merge(
-            out, out.with_name("m"), requantize=True, min_survival=0, min_agreement=0.95
-        )
+        receipt = halfbyte.merge(out, out.with_name("m"), requantize=True, min_survival=0)
         assert list(receipt.comparisons) == ["trained", "trained, requantized"]
         assert receipt.comparisons["trained, requantized"].kl > receipt.comparisons["trained"].kl
         entries = read_header(out.with_name("m") / "model.safetensors")
@@ -68,14 +66,14 @@ def test_without_room_for_the_other_merge_it_is_not_compared(
     trained_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     module = sys.modules["halfbyte.exporters.merge"]
-    honest = module._write
+    honest = module.write_merged
 
     def write(base: Path, target: Path, model: Any, onto: str, progress: Any) -> None:
         if onto == "original":
             raise StorageError("the disk is full, as the test wants it")
         honest(base, target, model, onto, progress)
 
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "write_merged", write)
     said: list[str] = []
     receipt = halfbyte.merge(trained_run.path, tmp_path / "m", say=said.append)
     assert list(receipt.comparisons) == ["trained"] and any("not compared" in line for line in said)

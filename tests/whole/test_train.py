@@ -424,7 +424,7 @@ def test_peft_gives_our_logits(trained: Run, stories: Path):
 @pytest.mark.parametrize("onto", ["trained", "original"])
 def test_merged_models_give_our_logits(trained: Run, tmp_path: Path, onto: str):
     receipt = halfbyte.merge(trained.path, tmp_path / "merged", onto=onto)
-    assert receipt.max_logit_difference < 1e-4 and receipt.greedy_agreement > 0.99
+    assert receipt.kl < 1e-6 and receipt.greedy_agreement > 0.99
     ours, tokenizer = halfbyte.load(trained.path, load_in_4bit=onto == "trained")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = probe(tokenizer)
@@ -439,9 +439,11 @@ def test_a_spoiled_merge_is_refused(trained: Run, tmp_path: Path, monkeypatch: p
 
     honest = LoraLinear.merged
     monkeypatch.setattr(
-        LoraLinear, "merged", lambda self, weight: 2 * weight - honest(self, weight)
+        LoraLinear,
+        "merged",
+        lambda self, weight, dtype: (2 * weight.float() - honest(self, weight)).to(dtype),
     )
-    with pytest.raises(VerificationError, match="not the model that was trained"):
+    with pytest.raises(VerificationError, match="not the adapter on its base"):
         halfbyte.merge(trained.path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

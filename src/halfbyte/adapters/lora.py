@@ -43,6 +43,9 @@ from ..memory import recompute
 from ..model.targets import adaptable
 from ..quantization.tensor import NF4Tensor
 
+MERGED_AT_ONCE = 1 << 22
+"""Weights that are added to in fp64 at a time."""
+
 
 @dataclass
 class DropoutClock:
@@ -206,15 +209,21 @@ class LoraLinear(nn.Linear):
             threshold, clock.seed, clock.step, clock.micro_batch, self.layer_index, first
         )
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """What the adapter makes of a weight, fp32 [out, in]: W + s B A, with DoRA its rows of the
-        trained norms."""
-        a, b = (p.detach().to(weight.device) for p in (self.lora_A, self.lora_B))
-        total = weight.float() + (b @ a) * self.adapter.scaling
-        if self.lora_magnitude_vector is None:
-            return total
-        norms = total.norm(dim=1).clamp(min=1e-15)
-        return total * (self.lora_magnitude_vector.detach().to(weight.device) / norms).unsqueeze(1)
+    def merged(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the adapter makes of a weight, [out, in]: W + s B A, with DoRA its rows of the
+        trained norms; computed in fp64 and rounded once."""
+        a, b = (p.detach().to(weight.device).double() for p in (self.lora_A, self.lora_B))
+        magnitude = self.lora_magnitude_vector
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        rows = max(1, MERGED_AT_ONCE // weight.shape[1])
+        for start in range(0, weight.shape[0], rows):
+            here = slice(start, start + rows)
+            total = weight[here].double() + (b[here] @ a) * self.adapter.scaling
+            if magnitude is not None:
+                norms = total.norm(dim=1).clamp(min=1e-15)
+                total *= (magnitude.detach().to(weight.device)[here] / norms).unsqueeze(1)
+            out[here] = total
+        return out
 
     def base_weight(self) -> Tensor:
         """The frozen weight as an ordinary tensor."""

@@ -58,21 +58,28 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Within this block the model is its base: adapted layers are the linear layers they were made
     from, and whole modules have their own weights (if `load_adapter` kept them)."""
-    layers, modules = (
-        [layer for _, layer in lora_layers(model)],
-        [module for _, module in trainable_modules(model)],
-    )
-    for layer in layers:
-        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+    modules = [module for _, module in trainable_modules(model)]
     for module in modules:
         module.disabled = True
+    try:
+        with lora_off(model):
+            yield
+    finally:
+        for module in modules:
+            module.disabled = False
+
+
+@contextlib.contextmanager
+def lora_off(model: nn.Module) -> Iterator[None]:
+    """Within this block adapted layers are the linear layers they were made from."""
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         for layer in layers:
             layer.__class__ = LoraLinear
-        for module in modules:
-            module.disabled = False
 
 
 def adapter_config(model: Any, base_model: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from typing import Any
 from ..config.options import ModelOptions
 from ..config.verbs import ChatConfig
 from ..errors import UsageError
-from ..run.directory import Run, is_run
 from . import console
 from .options import Verb
 
@@ -14,14 +13,16 @@ def chat(record: ChatConfig) -> dict[str, Any]:
     """Talk to MODEL: a run directory, a Hub id or a local directory. --prompt for one answer."""
     from ..data.renderer import Renderer
     from ..run.load import load
+    from ..run.source import held_in, run_at
 
     given = {
         key: getattr(record, key)
         for key in ModelOptions.model_fields
         if key in record.model_fields_set
     }
-    run = Run.open(record.model) if is_run(record.model) else None
+    run = run_at(record.model)
     model, tokenizer = load(record.model, progress=console.progress, **given)
+    console.say(f"{record.model} is held in {held_in(model)}")
     renderer = Renderer(tokenizer, clock=run.clock() if run else None)
     # a run trained on texts continues texts: a chat template is a form it never saw
     plain = run is not None and run.info()["data"]["form"] in ("prompt", "text")

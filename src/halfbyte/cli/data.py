@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from ..config.verbs import DataCheckConfig
-from ..run.directory import Run, is_run
 from . import console
 from .options import Verb
 
@@ -17,8 +16,9 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
     from ..data.dataset import data_lines, read_data
     from ..files import hub
     from ..run.load import run_renderer
+    from ..run.source import run_at
 
-    run = Run.open(record.model) if is_run(record.model) else None
+    run = run_at(record.model)
     base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
     renderer = None
     if run is not None and record.chat_template is None:

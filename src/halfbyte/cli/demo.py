@@ -215,7 +215,7 @@ def _merge(run: Path, target: Path) -> Any:
     receipt = merge(run, target, say=console.say)
     console.say(
         f"merged and verified: {receipt.greedy_agreement:.2%} of {receipt.tokens:,} predicted "
-        f"tokens are the same, logits differ by at most {receipt.max_logit_difference:.1e}"
+        f"tokens are the same, and all {receipt.recomputed.tensors} tensors when computed again"
     )
     return receipt
 

@@ -2,17 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.options import DataOptions, ModelOptions
 from ..config.verbs import EvalConfig
-from ..run.directory import Run, is_run
+from ..run.directory import Run
 from . import console
 from .options import Verb
 
 if TYPE_CHECKING:
     from ..data.dataset import Data
+    from ..run.source import Source
 
 
 def evaluate(record: EvalConfig) -> dict[str, Any]:
@@ -21,11 +21,14 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     from ..engine.selftest import self_test
     from ..files import hub
     from ..run.load import load, run_renderer
+    from ..run.source import Source, held_in, is_adapter, run_at
 
-    run = Run.open(record.model) if is_run(record.model) else None
+    run = run_at(record.model)
+    adapter = run is None and is_adapter(record.model)
+    source = Source.open(record.model) if run or adapter else None
     options = _rows_as_in(run, record)
     own = run is not None and record.chat_template is None
-    base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
+    base = source.base if source else hub.resolve(record.model, record.revision)
     # read before the model, so that bad rows are known at once
     data = read_data(
         record.data,
@@ -33,7 +36,7 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         base,
         say=console.say,
         progress=console.progress,
-        renderer=run_renderer(run, options) if run and own else None,
+        renderer=run_renderer(run, options) if run and own else _renderer(source, options),
         training=False,
     )
     for line in data_lines(data, "evaluated"):
@@ -41,12 +44,13 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     rows = data.train.rows[: record.max_rows or None]
     model, _ = load(record.model, progress=console.progress, **_given(record))
     measure = functools.partial(_measure, record, data, rows, self_test(model).packing)
-    if run is None:
+    held = held_in(model)
+    if source is None:
         found, tuned = measure(model), None
     else:
-        found, tuned = _both(run, model, base, record, measure)
-    _show(found, tuned, len(rows))
-    if run is not None and not run.config().full:
+        found, tuned = _both(source, model, record, measure)
+    _show(found, tuned, len(rows), held)
+    if source is not None and not source.full:
         console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
     else:
         console.say(f"next: halfbyte train {record.model} --data my.jsonl")
@@ -54,6 +58,7 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         "model": record.model,
         "data": record.data,
         "rows": len(rows),
+        "held": held,
         "base": found,
         "tuned": tuned,
         "counts": data.counts(),
@@ -87,30 +92,38 @@ def _measure(
     return score(model, data, rows, packed=packed, generate=generate, progress=progress).as_dict()
 
 
+def _renderer(source: "Source | None", options: DataOptions) -> Any:
+    """The renderer of an adapter that PEFT wrote, which may bring its own tokenizer."""
+    from ..data.dataset import make_renderer
+
+    return None if source is None or source.run else make_renderer(source.tokenizer(), options)
+
+
 def _both(
-    run: Run, model: Any, base: Path, record: EvalConfig, measure: Callable[[Any], dict[str, Any]]
+    source: "Source", model: Any, record: EvalConfig, measure: Callable[[Any], dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The scores of a run's base and of the run."""
+    """The scores of an adapter's base and of what it makes of it; of a full fine-tuning's base and
+    of the run."""
     from ..adapters.peft_files import adapter_off
     from ..quantization.load import load_base
 
     tuned = measure(model)
-    if not run.config().full:
+    if not source.full:
         with adapter_off(model):
             return measure(model), tuned
     del model
-    held = ModelOptions(**{**run.config().holding(), **_given(record)})
-    return measure(load_base(base, held, console.progress)[0]), tuned
+    held = ModelOptions(**{**source.holding.holding(), **_given(record)})
+    return measure(load_base(source.base, held, console.progress)[0]), tuned
 
 
-def _show(found: dict[str, Any], tuned: dict[str, Any] | None, rows: int) -> None:
+def _show(found: dict[str, Any], tuned: dict[str, Any] | None, rows: int, held: str) -> None:
     def shown(key: str, unknown: str, form: str) -> list[str]:
         sides = [side for side in (found, tuned) if side]
         return [unknown if side[key] is None else format(side[key], form) for side in sides]
 
     console.table(
         f"{rows:,} rows, {found['tokens']:,} supervised tokens",
-        ["", "base", *(["tuned"] if tuned else [])],
+        ["", f"{'base' if tuned else 'model'}, {held}", *(["tuned"] if tuned else [])],
         [
             ["loss", *shown("loss", "not finite", ".4f")],
             ["perplexity", *shown("perplexity", "-", ".2f")],

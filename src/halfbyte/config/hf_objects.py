@@ -217,6 +217,7 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
         found["dtype"] = "bfloat16" if thing.bf16 else "float16"
     if getattr(thing, "use_cpu", False):
         found["device"] = "cpu"
+    found["eval_split"] = 0.0  # its trainer trains on every row it is given
     return found
 
 

@@ -236,9 +236,10 @@ class DataOptions(Options):
     chat_template: str | None = option(
         None, "a Jinja file used instead of the tokenizer's own template", resume="named"
     )
-    eval_split: float = option(
-        0.0,
-        "held out and evaluated: a share of the rows below 1, or that many rows",
+    eval_split: float | None = option(
+        None,
+        "held out and evaluated: a share of the rows below 1, or that many rows, or 0; not given: "
+        "16 to 64 of a hundred rows or more, to judge the training by",
         ge=0,
         resume="named",
     )
@@ -400,6 +401,11 @@ class TrainingOptions(Options):
     )
     num_samples: int = option(
         3, "rows whose question is answered before and after training; 0: none", ge=0, resume="free"
+    )
+    judge: bool = option(
+        True,
+        "hold the finished run against the model it was made of, on held-out rows and neutral text",
+        resume="free",
     )
     save_total_limit: int = option(
         2,

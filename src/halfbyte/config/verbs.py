@@ -105,18 +105,18 @@ class QuantizeConfig(KernelOptions, FourBitOptions):
 class MergeConfig(KernelOptions, PublishOptions):
     """Everything ``halfbyte merge`` reads."""
 
-    run: str = option(..., "a run directory")
+    run: str = option(..., "a run directory, or an adapter that PEFT wrote")
     onto: Literal["trained", "original"] = option(
         "trained",
         "the base the adapter is added to: the 4-bit weights it was trained on, or the original "
         "ones",
     )
     output_dir: str = option(..., "where the merged model goes")
-    min_agreement: float = option(
-        0.99,
-        "share of positions where merged and adapted model must predict the same token",
+    max_noise: float = option(
+        4.0,
+        "how many times the KL divergence that rounding alone causes the merged model may be from "
+        "the adapted one",
         ge=0,
-        le=1,
     )
     requantize: bool = option(
         False, "write the merged weights in 4 bits, which erases part of what the adapter adds"

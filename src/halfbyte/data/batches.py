@@ -102,6 +102,13 @@ def prepare(
     return result
 
 
+def coarse_length(tokens: int) -> int:
+    """The next of a few lengths, four to each doubling: multiples of `ROW_MULTIPLE`, and of a
+    quarter of the power of two below."""
+    step = max(ROW_MULTIPLE, 1 << max(tokens.bit_length() - 3, 0))
+    return -(-tokens // step) * step
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows laid end to end. input_ids, position_ids, labels: int64 [T]; cu_seqlens: int32 [rows +
@@ -127,15 +134,16 @@ class MicroBatch:
         )
         return MicroBatch(ids, positions, labels, self.cu_seqlens, self.rows)
 
-    def padded(self) -> "MicroBatch":
-        """The same rows, and a row of padding up to a multiple of `ROW_MULTIPLE` tokens, which
-        nothing is trained on.
+    def padded(self, coarse: bool = False) -> "MicroBatch":
+        """The same rows, and a row of padding up to a multiple of `ROW_MULTIPLE` tokens (or, if
+        ``coarse``, to `coarse_length`), which nothing is trained on.
 
         Matrix units work on 16 rows at a time, so the padding is nearly free; and a library that
         compiles and keeps a kernel per shape (oneDNN: about a megabyte each) then meets few shapes
         instead of one for every row length.
         """
-        lack = -len(self.input_ids) % ROW_MULTIPLE
+        count = len(self.input_ids)
+        lack = coarse_length(count) - count if coarse else -count % ROW_MULTIPLE
         if lack == 0:
             return self
         positions = torch.arange(lack, device=self.position_ids.device)

@@ -34,6 +34,7 @@ class Data:
     """Rows and everything that was decided about them.
 
     examples: as read, by place. train: what is trained on. held_out: evaluated, never trained on.
+    share_held_out: ``eval_split`` as it was given, or decided.
     """
 
     format: str
@@ -45,6 +46,7 @@ class Data:
     bad: list[DataError] = field(default_factory=list)
     duplicates: int = 0
     ends: int = 0
+    share_held_out: float = 0
 
     def counts(self) -> dict[str, int]:
         return {
@@ -60,6 +62,17 @@ class Data:
         too long to ask."""
         pair = self.renderer.question_and_answer(self.examples[row.where])
         return None if pair is None or len(pair[0]) >= self.max_length else pair
+
+    def questions(self, count: int) -> list[tuple[TokenizedExample, list[int], str]]:
+        """The first rows that can be asked, held-out ones before others: row, ids that ask, and the
+        answer wanted."""
+        found = []
+        for row in self.held_out + self.train.rows:
+            if len(found) >= count:
+                break
+            if pair := self.question(row):
+                found.append((row, *pair))
+        return found
 
 
 def read_data(
@@ -105,7 +118,8 @@ def read_data(
     for error in bad:
         say(f"skipped a bad row: {error.where}: {error.what}")
     refuse_unknown_ids(rows, model_config.vocab_size)
-    train_rows, held_out = hold_out(rows, options.eval_split, options.seed)
+    share = held_by_default(len(rows)) if options.eval_split is None else options.eval_split
+    train_rows, held_out = hold_out(rows, share, options.seed)
     train = prepare(train_rows, max_length, options.over_length)
     held_out = _prepare_held_out(held_out, max_length, options.over_length, say)
     if len({example.where for example in found.rows}) != len(found.rows):
@@ -120,6 +134,7 @@ def read_data(
         bad=found.bad + bad,
         duplicates=len(rows) - len({_digest(row, "") for row in rows}),
         ends=_rows_with_supervised_end(train.rows, renderer),
+        share_held_out=share,
     )
     if training and data.ends == 0 and data.format != "input_ids":
         raise DataError(
@@ -201,6 +216,12 @@ def refuse_unknown_ids(rows: Iterable[TokenizedExample], vocabulary: int) -> Non
                     ADDING_TOKENS,
                 ],
             )
+
+
+def held_by_default(rows: int) -> int:
+    """How many rows are held out where nobody said: two of a hundred, 16 to 64; of fewer than a
+    hundred rows none."""
+    return min(max(round(0.02 * rows), 16), 64) if rows >= 100 else 0
 
 
 def hold_out(

@@ -6,20 +6,24 @@ batches. An answer matches exactly if the model, asked as in training, writes th
 stops by itself; it may not go on.
 """
 
+import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from ..data.batches import EVAL_TOKENS, collate
+from ..data.batches import EVAL_TOKENS, MicroBatch, collate
 from ..data.dataset import Data
+from ..data.formats import IGNORE
 from ..data.renderer import Renderer, TokenizedExample
 from ..model import attention
+from ..ops.library import device_type
 from ..progress import Progress, no_progress
 from .generate import Answer, answers
-from .loss import output_head, sequence_loss
+from .loss import chunk_rows, hidden_states, output_head
 
 
 @dataclass(frozen=True)
@@ -72,33 +76,86 @@ def score(
     )
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class RowLosses:
+    """What a model loses on rows, each by itself.
+
+    sums: nats over a row's supervised tokens. tokens: how many these are.
+    """
+
+    sums: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Nats per supervised token, NaN without one."""
+        return math.fsum(self.sums) / sum(self.tokens) if sum(self.tokens) else math.nan
+
+
 def mean_loss(
     model: Any, rows: Sequence[TokenizedExample], *, packed: bool, progress: Progress = no_progress
 ) -> tuple[float, int]:
     """(nats per supervised token, supervised tokens); a model in training is left as it was."""
-    device = model.device
-    head, total, tokens = output_head(model), 0.0, 0
+    found = row_losses(model, rows, packed=packed, progress=progress)
+    return found.mean, sum(found.tokens)
+
+
+@torch.no_grad()
+def row_losses(
+    model: Any,
+    rows: Sequence[TokenizedExample],
+    *,
+    packed: bool,
+    progress: Progress = no_progress,
+    at_once: int = EVAL_TOKENS,
+) -> RowLosses:
+    """The loss of each row; a model in training is left as it was.
+
+    Args:
+        packed: the model keeps rows of one sequence apart (`selftest.self_test`).
+        at_once: tokens of rows that are laid end to end, at most.
+    """
+    head, device = output_head(model), model.device
+    sums, tokens = [0.0] * len(rows), [0] * len(rows)
     groups = list(
-        _groups(list(range(len(rows))), [len(row.input_ids) for row in rows] if packed else None)
+        _groups(
+            list(range(len(rows))),
+            [len(row.input_ids) for row in rows] if packed else None,
+            at_once,
+        )
     )
     was_training = model.training
     model.eval()
-    apart = attention.packed(model, packed)
     try:
-        with apart:
+        with attention.packed(model, packed):
             for number in progress([str(i) for i in range(len(groups))], len(groups), "evaluating"):
-                batch = collate(rows, groups[int(number)]).to(device)
-                tokens += batch.supervised
-                batch = batch.padded() if packed else batch
-                cu_seqlens = batch.cu_seqlens if packed else None
-                loss = sequence_loss(
-                    model, head, [], batch.input_ids, batch.position_ids, batch.labels, cu_seqlens
-                )
-                total += float(loss)
+                group = groups[int(number)]
+                batch = collate(rows, group)
+                ends = batch.cu_seqlens[1:].tolist()
+                for each, place in _token_losses(model, head, batch.to(device), packed):
+                    row = group[bisect.bisect_right(ends, place)]
+                    sums[row] += each
+                    tokens[row] += 1
     finally:
         model.train(was_training)
-    return total / tokens, tokens
+    return RowLosses(tuple(sums), tuple(tokens))
+
+
+def _token_losses(
+    model: Any, head: Callable[[torch.Tensor], torch.Tensor], batch: MicroBatch, packed: bool
+) -> Iterator[tuple[float, int]]:
+    """(nats, position) of each supervised token of a batch."""
+    batch = batch.padded() if packed else batch
+    hidden = hidden_states(
+        model, batch.input_ids, batch.position_ids, batch.cu_seqlens if packed else None
+    )
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    chosen = (batch.labels != IGNORE).nonzero().squeeze(1)
+    for part in chosen.split(chunk_rows(vocabulary, device_type(hidden))):
+        losses = functional.cross_entropy(
+            head(hidden[part]).float(), batch.labels[part], reduction="none"
+        )
+        yield from zip(losses.tolist(), part.tolist(), strict=True)
 
 
 def largest_group(rows: Sequence[TokenizedExample]) -> list[TokenizedExample]:
@@ -130,13 +187,15 @@ def exact_matches(
     return results
 
 
-def _groups(order: Sequence[int], lengths: Sequence[int] | None) -> Iterable[list[int]]:
-    """The order cut into groups of about `EVAL_TOKENS` tokens; of one row each without lengths."""
+def _groups(
+    order: Sequence[int], lengths: Sequence[int] | None, at_once: int = EVAL_TOKENS
+) -> Iterable[list[int]]:
+    """The order cut into groups of at most so many tokens; of one row each without lengths."""
     group: list[int] = []
     used = 0
     for i in order:
-        length = EVAL_TOKENS if lengths is None else lengths[i]
-        if group and used + length > EVAL_TOKENS:
+        length = at_once if lengths is None else lengths[i]
+        if group and used + length > at_once:
             yield group
             group, used = [], 0
         group.append(i)

@@ -1,13 +1,17 @@
 """Answers from a model: transformers' own generation with its key-value cache, our renderer before
 it."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..data.renderer import Renderer
+
+SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
+"""Longest sample answer of a training, and the time after which sampling is cut off."""
 
 
 class _Stream:
@@ -85,14 +89,37 @@ def answers(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     max_time: float | None = None,
+    at_once: int = 0,
 ) -> list[Answer]:
     """The likeliest answers to several prompts (ids), generated together.
 
     Args:
         max_time: seconds after which all answers are cut off.
+        at_once: so many tokens of prompts go through the model together, at least one prompt; 0:
+            all of them.
     """
-    limits: dict[str, Any] = {} if max_time is None else {"max_time": max_time}
-    return _generate(model, renderer, prompts, max_new_tokens, do_sample=False, **limits)
+    found: list[Answer] = []
+    began = time.monotonic()
+    for group in prompts_at_once(prompts, at_once):
+        limits: dict[str, Any] = {}
+        if max_time is not None:
+            limits["max_time"] = max(max_time - (time.monotonic() - began), 0.0)
+        found += _generate(model, renderer, group, max_new_tokens, do_sample=False, **limits)
+    return found
+
+
+def prompts_at_once(prompts: Sequence[list[int]], at_once: int) -> Iterator[list[list[int]]]:
+    """Groups of prompts that go through a model together: padded, so many tokens; all where
+    ``at_once`` is 0."""
+    group: list[list[int]] = []
+    for prompt in prompts:
+        width = max(map(len, [*group, prompt]))
+        if group and at_once and width * (len(group) + 1) > at_once:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
 
 
 @torch.inference_mode()

@@ -110,6 +110,8 @@ class Learner:
         self.head_parameters = [p for p in embedding.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
         self.gradients = hold_gradients(self.trained)
+        # PyTorch's own 16-bit products on a CPU: a kernel is compiled and kept for every shape
+        self.compiles_per_shape = not config.load_in_4bit and device_type(self.trained[0]) == "cpu"
         self.dequant_buffer = BUFFERS[config.dequantized_weights]()
         self.updates = 0
 
@@ -236,7 +238,7 @@ class Learner:
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Summed loss of a micro-batch, fp32 []."""
-        batch = batch.padded() if self.abilities.packing else batch
+        batch = batch.padded(self.compiles_per_shape) if self.abilities.packing else batch
         cu_seqlens = batch.cu_seqlens if self.abilities.packing else None
         return sequence_loss(
             self.model,

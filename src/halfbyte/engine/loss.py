@@ -99,15 +99,22 @@ def sequence_loss(
             model's own attention.
         head, parameters: as for `supervised_loss`.
     """
-    inputs: dict[str, Any] = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
-    if cu_seqlens is not None:
-        inputs["cu_seq_lens_q"] = cu_seqlens
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    hidden = hidden_states(model, input_ids, position_ids, cu_seqlens)
     embedding = model.get_output_embeddings().weight
     rows = chunk_rows(embedding.shape[0], device_type(embedding))
     if parameters:  # each chunk makes a gradient of the whole head
         rows *= 8
     return supervised_loss(hidden, labels, head, parameters, rows)
+
+
+def hidden_states(
+    model: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """What the output head is given for one sequence [T] of rows laid end to end: [T, d]."""
+    inputs: dict[str, Any] = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
+    if cu_seqlens is not None:
+        inputs["cu_seq_lens_q"] = cu_seqlens
+    return model.base_model(**inputs, use_cache=False).last_hidden_state[0]
 
 
 def causal_lm_loss(

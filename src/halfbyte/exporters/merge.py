@@ -4,77 +4,62 @@ that was trained.
 Onto what? In training the adapter corrected the *4-bit* weights, errors included; adding it to
 those (``trained``) gives the model that was trained, stored in 16 or 32 bits. Adding it to the
 original weights (``original``) gives another model, without quantization error but also without
-what the adapter learned to compensate. Which is nearer to the model that was trained is measured,
-not believed: both are written, opened again from disk and compared with the running adapter on the
-same rows, held-out ones where there are any (KL divergence, greedy agreement, loss). The one that
-was asked for is kept, and the better one recommended. A merge that is not the adapter on its base
-is not called done.
+what the adapter learned to compensate. Which is better is measured, not believed: both are written
+and judged, with the run and the models it was made of, on the same rows, held-out ones where there
+are any. The one that was asked for is kept, and the best one recommended.
+
+A merge is not called done before two judges agree: every tensor is computed again from the files
+alone (`exporters.exact`), and the model, opened again, behaves as the run does up to what rounding
+does to it (`exporters.verify`).
 
 Rounding the merged weights to 4 bits again erases part of what the adapter adds, often most of it:
 an adapter's change is small beside the distance of two levels. ``requantize`` therefore measures,
 layer by layer, the share that survives, and refuses below a threshold.
 """
 
-import math
+import contextlib
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..adapters.lora import LoraLinear, lora_layers
-from ..adapters.modules_to_save import trained_whole
+from ..adapters.peft_files import adapter_off
 from ..config.options import ModelOptions
 from ..data.renderer import TokenizedExample
-from ..errors import ModelError, StorageError, UsageError, VerificationError
-from ..files import atomic, hub
-from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
+from ..engine.judge import BASE, ORIGINAL, RUN
+from ..errors import StorageError, UsageError, VerificationError
+from ..files import atomic
+from ..files.safetensors import Checkpoint
 from ..model.architecture import FP32_LIMIT
-from ..model.targets import checkpoint_names
+from ..model.fp32 import model_in_fp32
 from ..progress import Progress, no_progress
-from ..quantization.bnb_format import quantized_names, read_stored, weight_names
+from ..quantization.bnb_format import quantized_names, read_stored
 from ..quantization.load import load_base
+from ..quantization.original import OriginalWeights
 from ..quantization.tensor import NF4Tensor
 from ..quantization.weights import quantize_as
 from ..quantization.writer import quantize
 from ..run.card import CARD, merged_card
-from ..run.directory import ADAPTER_FACTS, Run
 from ..run.load import load
-from .verify import Comparison, _agreement, _compare, _logits, _loss, _probes
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """How far the merged model is from the adapter running on the same base, and from the model
-    that was trained.
-
-    rows_are: "held out", "of the training data", "of the data as it is now", or "built in".
-    running_loss: of the run, adapter on the base as trained. max_logit_difference, largest_logit,
-    greedy_agreement: of the merge, before it is requantized if it is. comparisons: with the run, by
-    what is merged onto (with requantize, also of what came of it). recommended: the one with the
-    least KL divergence. surviving: with requantize, the least, median and greatest share of the
-    adapter's effect over its layers.
-    """
-
-    onto: str
-    compute_dtype: str
-    rows: int
-    rows_are: str
-    tokens: int
-    max_logit_difference: float
-    largest_logit: float
-    greedy_agreement: float
-    running_loss: float
-    comparisons: dict[str, Comparison]
-    recommended: str
-    surviving: tuple[float, float, float] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from ..run.source import Source
+from .exact import Recomputed, recompute
+from .receipt import Receipt
+from .verify import (
+    HELD_OUT,
+    NOISE_FACTOR,
+    NOISE_FLOOR,
+    Behaviour,
+    Comparison,
+    behaviour,
+    compare,
+    probes,
+)
+from .write import write_config, write_merged
 
 
 def merge(
@@ -82,7 +67,7 @@ def merge(
     output_dir: str | Path,
     *,
     onto: str = "trained",
-    min_agreement: float = 0.99,
+    max_noise: float = NOISE_FACTOR,
     requantize: bool = False,
     min_survival: float = 0.9,
     device: str = "auto",
@@ -92,8 +77,9 @@ def merge(
     """Write the merged model beside output_dir, verify it, and only then give it that name.
 
     Args:
+        run: a run directory, or an adapter that PEFT wrote.
         onto: "trained" or "original".
-        min_agreement: share of probe positions where both must predict the same token.
+        max_noise: how many times the KL divergence that rounding alone causes is accepted.
         requantize: write the merged weights in 4 bits.
         min_survival: the share of the adapter's effect that has to survive that, in the median
             layer.
@@ -104,14 +90,14 @@ def merge(
         VerificationError: the merged model is not the adapted one, or too little survives; nothing
             is left in output_dir.
     """
-    source, target = Run.open(run), Path(output_dir).expanduser().absolute()
+    source, target = Source.open(run, device), Path(output_dir).expanduser().absolute()
     if onto not in ("trained", "original"):
         raise UsageError(f'onto must be "trained" or "original", got {onto!r}')
-    if source.config().full:
+    if source.full:
         raise UsageError("a full fine-tuning has no adapter to merge", found=str(source.adapter))
     with atomic.new_directory(target) as building:
         merger = _Merger(source, building, device, progress, say)
-        receipt = merger.run(onto, min_agreement)
+        receipt = merger.run(onto, max_noise)
         result = merger.built[onto]
         if requantize:
             result, shares, found = merger.requantized(onto, min_survival)
@@ -123,18 +109,24 @@ def merge(
             )
         atomic.write_json(result / "merge.json", receipt.as_dict())
         atomic.write_bytes(
-            result / CARD, merged_card(source, source.info(), receipt.as_dict()).encode()
+            result / CARD, merged_card(source.run, source.name, receipt.as_dict()).encode()
         )
         merger.keep(result)
     return receipt
 
 
 class _Merger:
-    """One run, merged onto what there is, in a directory of its own."""
+    """One adapter, merged onto what there is, in a directory of its own.
+
+    Attributes:
+        built: directories of merged models, by what they are merged onto.
+        exact: how the run behaves in fp32.
+        start: how the model the training began with does, where it is at hand.
+    """
 
     def __init__(
         self,
-        source: Run,
+        source: Source,
         directory: Path,
         device: str,
         progress: Progress,
@@ -142,87 +134,141 @@ class _Merger:
     ) -> None:
         self.source, self.directory, self.device = source, directory, device
         self.progress, self.say = progress, say
-        self.config, info = source.config(), source.info()
-        self.base = hub.resolve(info["base"]["path"])
-        self.dtype = _compute_dtype(self.base, info)
+        self.base = source.base
+        self.dtype = _compute_dtype(self.base, source.compute_dtype)
+        # the merged model's roundings: of the compute dtype, or where that is fp32, as it is stored
+        self.narrow = _stored_dtype(self.base) if self.dtype == "float32" else self.dtype
         self.built: dict[str, Path] = {}
         self.rows: list[TokenizedExample] = []
-        self.expected: list[Tensor] = []
+        self.exact: Behaviour | None = None
+        self.start: Behaviour | None = None
+        self.others = ["trained", "original"] if self._has_both() else []
 
-    def run(self, onto: str, min_agreement: float) -> Receipt:
+    def run(self, onto: str, max_noise: float) -> Receipt:
         """Merge onto every base there is, compare, and verify the one that was asked for.
 
         Raises:
             VerificationError: it is not the adapter running on its base.
         """
-        others = ["trained", "original"] if self._has_both() else []
         running, _ = self._load()
-        rows, rows_are = _probes(self.source, self.say)
-        self.rows, self.expected = rows, _logits(running, rows)
-        expected = self.expected
-        self._build(onto, running)
-        for other in others:
+        original = OriginalWeights(running, self.base)
+        self.rows, rows_are = probes(self.source, self.say)
+        losses, wanted, noise = self._before(running, original, onto)
+        recomputed = self._build(onto, running)
+        for other in self.others:
             if other != onto:
                 try:
                     self._build(other, running)
                 except StorageError as error:  # it would only have been compared
                     self.say(f"not compared with a merge onto the {other} base: {error.what}")
-        reference = expected
-        if onto == "original" and self.config.load_in_4bit:
-            del running
-            reference = _logits(self._load(load_in_4bit=False)[0], rows)
+        del running, original
         self.say(f"merged onto the {onto} base; comparing the result with the running adapter")
-        comparisons, got = {}, expected
+        assert self.exact is not None
+        comparisons: dict[str, Comparison] = {}
+        itself = Comparison(0.0, 1.0, 0.0)
         for name, path in self.built.items():
-            merged, _ = load_base(
-                path, ModelOptions(load_in_4bit=False, dtype=self.dtype, device=self.device)
-            )
-            found = _logits(merged, rows)
-            del merged
-            comparisons[name] = _compare(expected, found, rows)
-            got = found if name == onto else got
+            found = self._behaviour_of(path)
+            comparisons[name] = compare(self.exact, found, self.start)
+            if name == onto:
+                itself = compare(wanted, found)
         receipt = Receipt(
             onto=onto,
             compute_dtype=self.dtype,
-            rows=len(rows),
+            rows=len(self.rows),
             rows_are=rows_are,
-            tokens=sum(len(row.input_ids) for row in rows),
-            max_logit_difference=max(
-                float((x - y).abs().max()) for x, y in zip(reference, got, strict=True)
-            ),
-            largest_logit=max(float(x.abs().max()) for x in reference),
-            greedy_agreement=_agreement(reference, got),
-            running_loss=_loss(expected, rows),
+            tokens=sum(len(row.input_ids) for row in self.rows),
+            recomputed=recomputed,
+            rounded_to=self.narrow,
+            noise=noise,
+            kl=itself.kl,
+            greedy_agreement=itself.greedy_agreement,
+            running_loss=losses[RUN],
+            losses=losses,
             comparisons=comparisons,
-            recommended=min(comparisons, key=lambda name: comparisons[name].kl),
+            recommended=_best(comparisons, rows_are),
         )
-        differ = round((1 - receipt.greedy_agreement) * receipt.tokens)
-        # of few positions one may differ: two tokens that are as good as equally likely
-        too_many = differ > math.ceil((1 - min_agreement) * receipt.tokens)
-        if not receipt.max_logit_difference < float("inf") or too_many:
+        limit = max_noise * max(noise, NOISE_FLOOR)
+        if not itself.kl <= limit:
             raise VerificationError(
-                "the merged model is not the model that was trained; it was removed",
-                found=f"{receipt.greedy_agreement:.2%} of {receipt.tokens} positions predict the "
-                "same token, "
-                f"logits differ by up to {receipt.max_logit_difference:.3g}",
-                expected=f"at least {min_agreement:.2%}",
+                "the merged model does not behave as the model that was trained; it was removed",
+                found=f"KL divergence {itself.kl:.2e} nats a token, {itself.greedy_agreement:.2%} "
+                "of the likeliest tokens the same",
+                expected=f"at most {limit:.2e}: {max_noise:g} times what rounding to "
+                f"{self.narrow} does to it by itself ({noise:.2e})",
                 ways_out=[
                     "use the adapter unmerged",
-                    "or lower --min_agreement if you accept the difference",
+                    "or raise --max_noise if you accept the difference",
                 ],
             )
         return receipt
 
-    def _build(self, onto: str, running: Any) -> None:
+    def _before(
+        self, running: Any, original: OriginalWeights, onto: str
+    ) -> tuple[dict[str, float], Behaviour, float]:
+        """How the run and the models it was made of behave: their losses, what the merge is to
+        behave as, and how far rounding alone takes that."""
+
+        def of(name: str) -> Behaviour:
+            return self._measure(running, name)
+
+        with model_in_fp32(running):
+            self.exact = of("the run in fp32")
+        rounding = running if self.narrow == self.dtype else self._load(dtype=self.narrow)[0]
+        rough = self._measure(rounding, "the run with its roundings")
+        losses = {RUN: rough.losses.mean if rounding is running else self.exact.losses.mean}
+        wanted = self.exact
+        if self.source.holding.load_in_4bit:
+            with adapter_off(running):
+                losses = {BASE: of("its base in 4 bits").losses.mean, **losses}
+        if original.available:
+            with adapter_off(running), original.in_use():
+                self.start = of("the original model")
+            losses = {ORIGINAL: self.start.losses.mean, **losses}
+            if onto == "original" and self.source.holding.load_in_4bit:
+                wanted = self._on_original(running, "float32")
+                rough = self._on_original(rounding, self.narrow)
+        return losses, wanted, compare(wanted, rough).kl
+
+    def _on_original(self, running: Any, dtype: str) -> Behaviour:
+        """How the adapter does on the original model, in a compute dtype."""
+        name = f"the adapter on the original model, in {dtype}"
+        if any(layer.adapter.use_dora for _, layer in lora_layers(running)):
+            # its layers hold the norms of the weights they were made on
+            return self._measure(self._load(load_in_4bit=False, dtype=dtype)[0], name)
+        wide = model_in_fp32(running) if dtype == "float32" else contextlib.nullcontext()
+        with OriginalWeights(running, self.base).in_use(), wide:
+            return self._measure(running, name)
+
+    def _measure(self, model: Any, name: str) -> Behaviour:
+        return behaviour(model, self.rows, self.progress, name)
+
+    def _behaviour_of(self, path: Path) -> Behaviour:
+        merged, _ = load_base(
+            path, ModelOptions(load_in_4bit=False, dtype=self.dtype, device=self.device)
+        )
+        return self._measure(merged, "the merged model")
+
+    def _build(self, onto: str, running: Any) -> Recomputed:
+        """Write a merged model, and compute it again."""
         path = self.directory / onto
         try:
             path.mkdir()
-            _write(self.base, path, running, onto, self.progress)
-            _write_config(self.base, self.source.adapter, path)
+            write_merged(self.base, path, running, onto, self.progress)
+            write_config(self.base, self.source.adapter, path)
+            found = recompute(
+                path,
+                self.base,
+                self.source.adapter,
+                running,
+                onto,
+                self.source.holding,
+                self.progress,
+            )
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
         self.built[onto] = path
+        return found
 
     def keep(self, result: Path) -> None:
         """Leave one of the merged models in the directory, and nothing else."""
@@ -238,7 +284,7 @@ class _Merger:
     def _has_both(self) -> bool:
         """Whether the base the adapter was trained on and the original one are two."""
         stored = quantized_names(set(Checkpoint(self.base).entries))
-        return self.config.load_in_4bit and not stored
+        return self.source.holding.load_in_4bit and not stored
 
     def requantized(
         self, onto: str, min_survival: float
@@ -249,7 +295,7 @@ class _Merger:
         Raises:
             VerificationError: less than ``min_survival`` in the median layer.
         """
-        options = ModelOptions(**{**self.config.holding(), "load_in_4bit": True})
+        options = ModelOptions(**{**self.source.holding.holding(), "load_in_4bit": True})
         running, _ = self._load(**({} if onto == "trained" else {"load_in_4bit": False}))
         shares: dict[str, float] = {}
         layers = list(lora_layers(running))
@@ -285,11 +331,17 @@ class _Merger:
         held = ModelOptions(**{**options.holding(), "dtype": self.dtype, "device": self.device})
         held.weight_streaming = "never"
         model, _ = load_base(path, held)
-        return (
-            path,
-            (least, middle, most),
-            _compare(self.expected, _logits(model, self.rows), self.rows),
-        )
+        assert self.exact is not None
+        found = self._measure(model, "what is kept")
+        return path, (least, middle, most), compare(self.exact, found, self.start)
+
+
+def _best(comparisons: dict[str, Comparison], rows_are: str) -> str:
+    """The merge that loses least on held-out rows; without any, the one nearest to the run."""
+    judged = rows_are == HELD_OUT
+    return min(
+        comparisons, key=lambda name: comparisons[name].loss if judged else comparisons[name].kl
+    )
 
 
 def surviving_share(layer: LoraLinear, options: ModelOptions) -> float:
@@ -311,83 +363,19 @@ def surviving_share(layer: LoraLinear, options: ModelOptions) -> float:
     return float(((after - before).double() * change.double()).sum()) / power if power else 1.0
 
 
-def _compute_dtype(base: Path, info: dict[str, Any]) -> Any:
+def _compute_dtype(base: Path, trained_in: str) -> Any:
     elements = sum(
         entry.nbytes // entry.dtype.itemsize for entry in Checkpoint(base).entries.values()
     )
-    return "float32" if elements <= FP32_LIMIT else info["compute_dtype"]
+    return "float32" if elements <= FP32_LIMIT else trained_in
 
 
-# --- writing --------------------------------------------------------------------------------------
-
-
-def _write(base: Path, target: Path, model: Any, onto: str, progress: Progress) -> None:
-    """The base's shards with the adapter added; one shard in memory at a time."""
+def _stored_dtype(base: Path) -> str:
+    """The narrowest type that a base's weights are stored in; of 4-bit ones, the type they are
+    merged to."""
     checkpoint = Checkpoint(base)
-    stored = quantized_names(set(checkpoint.entries))
-    if stored and onto == "original":
-        raise ModelError(
-            f"{base} holds 4-bit weights only; the original ones are not there to merge onto",
-            ways_out=["merge --onto trained"],
-        )
-    names = weight_names(checkpoint, stored)
-    targets, whole = checkpoint_names(model, names), trained_whole(model)
-    weight_map: dict[str, str] = {}
-    shards: dict[str, list[str]] = {}
-    for name in names:
-        shards.setdefault(checkpoint.entries[name].file.name, []).append(name)
-    total = 0
-    for file in progress(list(shards), len(shards), "merging"):
-        tensors = {
-            name: _whole(checkpoint, name, whole[targets[name]])
-            if targets[name] in whole
-            else _merged(checkpoint, name, targets[name], model, onto, name in stored)
-            for name in shards[file]
-        }
-        write_safetensors(target / file, tensors)
-        weight_map.update(dict.fromkeys(tensors, file))
-        total += sum(t.nbytes for t in tensors.values())
-    if list(shards) != [SINGLE]:
-        atomic.write_json(
-            target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-
-
-def _whole(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:
-    """A parameter that was trained itself, in the dtype it has on disk."""
-    return trained.detach().to("cpu", checkpoint.entries[name].dtype)
-
-
-def _merged(
-    checkpoint: Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool
-) -> Tensor:
-    """One tensor of the merged model, in the dtype it has on disk."""
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        module = model.get_submodule(module_name)
-    except AttributeError:  # older checkpoints hold buffers that models compute today
-        return checkpoint.read(name)
-    weight = module.weight if attribute == "weight" else None
-    kept = read_stored(checkpoint, name) if stored else None
-    dtype = checkpoint.entries[name].dtype if kept is None else kept.dtype
-    rounded = weight if isinstance(weight, NF4Tensor) and onto == "trained" else kept
-    adapted = module if isinstance(module, LoraLinear) and attribute == "weight" else None
-    if adapted is None and rounded is None:
-        return checkpoint.read(name)
-    value = checkpoint.read(name).float() if rounded is None else rounded.dequantize(torch.float32)
-    if adapted is not None:
-        value = adapted.merged(value)
-    return value.to("cpu", dtype)
-
-
-def _write_config(base: Path, adapter: Path, target: Path) -> None:
-    config = atomic.read_json(base / "config.json")
-    config.pop("quantization_config", None)
-    atomic.write_json(target / "config.json", config)
-    weights_of_adapter = {"adapter_model.safetensors", "adapter_config.json", ADAPTER_FACTS}
-    try:
-        for file in adapter.iterdir():
-            if file.name not in weights_of_adapter:
-                shutil.copyfile(file, target / file.name)
-    except OSError as error:
-        raise StorageError(f"cannot write to {target}: {error.strerror}") from error
+    stored = sorted(quantized_names(set(checkpoint.entries)))
+    found = [read_stored(checkpoint, stored[0]).dtype] if stored else []
+    found += [entry.dtype for name, entry in checkpoint.entries.items() if name not in stored]
+    narrow = [dtype for dtype in found if dtype in (torch.bfloat16, torch.float16)]
+    return str(narrow[0] if narrow else torch.float32).removeprefix("torch.")

@@ -1,6 +1,11 @@
-"""A merged model beside the running adapter, on the same rows: KL divergence, same token, loss."""
+"""How a model behaves on the rows a merge is judged on: likeliest tokens, probabilities, losses.
 
-from collections.abc import Callable
+All is measured against the run in fp32. What rounding alone does to this model on these rows is the
+distance of the run in its compute dtype; a merged model, which is the same up to its roundings, may
+be a few times as far.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,34 +13,65 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.dataset import encode, hold_out, source_digest
+from ..config.options import DataOptions
+from ..data.dataset import encode, hold_out, make_renderer, source_digest
 from ..data.formats import Example, read_examples
-from ..data.renderer import TokenizedExample
+from ..data.renderer import Renderer, TokenizedExample
+from ..engine.evaluate import RowLosses
+from ..engine.judge import difference, first_rows, neutral_passages
+from ..engine.loss import chunk_rows, hidden_states, output_head
 from ..errors import DataError
-from ..run.directory import Run
+from ..ops.library import device_type
+from ..progress import Progress
 from ..run.load import run_renderer
+from ..run.source import Source
 
-PROBE_ROWS, PROBE_TOKENS = 16, 256
+JUDGED_TOKENS, LONGEST, POSITIONS = 4096, 1024, 384
+"""Tokens of the rows judged on, and of one row, at most; positions whose probabilities are compared
+(all of a vocabulary in fp32 each)."""
+
+NOISE_FACTOR = 4.0
+"""Times the KL divergence that rounding alone causes, beyond which a model is another one."""
+NOISE_FLOOR = 1e-6
+"""KL divergence, nats, that is taken for rounding in any case: where all is computed in fp32."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A merged model beside the running adapter, on the same rows.
+    """A model beside the run in fp32, on the same rows.
 
-    kl: mean over positions of KL(running || merged), nats. greedy_agreement: share of positions
-    with the same likeliest token. loss: nats per supervised token.
+    kl: mean over positions of KL(run || model), nats. greedy_agreement: share of positions with the
+    same likeliest token. loss: nats per supervised token. gain: of that to the model the training
+    began with, with half of its 95 % interval; None where that is not at hand.
     """
 
     kl: float
     greedy_agreement: float
     loss: float
+    gain: tuple[float, float] | None = None
 
 
-def _probes(source: Run, say: Callable[[str], None]) -> tuple[list[TokenizedExample], str]:
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model does on rows. choices: the likeliest token of each position, by row. scores:
+    logarithms of probabilities, fp32 [positions, vocabulary]. losses: by row."""
+
+    choices: list[Tensor]
+    scores: Tensor
+    losses: RowLosses
+
+
+HELD_OUT = "held out"
+
+
+def probes(source: Source, say: Callable[[str], None]) -> tuple[list[TokenizedExample], str]:
     """Rows to compare on, with the masks of the training, and what they are: held out in it, else
     of its data, else sentences of our own."""
-    config, info = source.config(), source.info()
-    renderer = run_renderer(source, config)
+    run = source.run
+    if run is None:
+        return _built_in(make_renderer(source.tokenizer(), DataOptions())), "built in"
+    config, info = run.config(), run.info()
+    renderer = run_renderer(run, config)
     try:
         found = read_examples(
             info["data"]["source"],
@@ -47,77 +83,90 @@ def _probes(source: Run, say: Callable[[str], None]) -> tuple[list[TokenizedExam
         if not same:
             say("the data has changed since the training: the rows compared on may be others")
         # which rows were held out is a function of all of them
-        chosen = found.rows if config.eval_split and same else found.rows[:PROBE_ROWS]
+        chosen = found.rows if config.eval_split and same else found.rows[:JUDGED_TOKENS]
         rows, _ = encode(chosen, renderer, skip_bad=config.skip_bad)
         if config.eval_split and same:
-            return _cut(hold_out(rows, config.eval_split, config.seed)[1]), "held out"
+            return _cut(hold_out(rows, config.eval_split, config.seed)[1]), HELD_OUT
         return _cut(rows), "of the training data" if same else "of the data as it is now"
     except DataError as error:
-        say(
-            f"the training data cannot be read ({error.what}): comparing on one built-in sentence "
-            "instead"
-        )
-        question = [
-            {
-                "role": "user",
-                "content": "What is the capital of France, and why do people travel there?",
-            }
-        ]
-        examples = [
-            Example(
-                "probe",
-                [*question, {"role": "assistant", "content": "Paris. They like its museums."}],
-            )
-        ]
-        return _cut(renderer.encode(examples)), "built in"
+        say(f"the training data cannot be read ({error.what}): comparing on built-in text instead")
+        return _built_in(renderer), "built in"
+
+
+def _built_in(renderer: Renderer) -> list[TokenizedExample]:
+    """A question and its answer, where there is a chat template, and the neutral text."""
+    rows = [
+        TokenizedExample(f"text {i}", ids, [True] * len(ids))
+        for i, ids in enumerate(neutral_passages(renderer.tokenizer))
+    ]
+    turns = [
+        {"role": "user", "content": "What is the capital of France, and why do people go there?"},
+        {"role": "assistant", "content": "Paris. They like its museums."},
+    ]
+    if renderer.template:
+        rows = [*renderer.encode([Example("question", turns)]), *rows]
+    return _cut(rows)
 
 
 def _cut(rows: list[TokenizedExample]) -> list[TokenizedExample]:
-    """The first few, each cut; whole rows, trained or not: a long question must not leave a merge
-    without probes."""
-    return [
-        TokenizedExample(r.where, r.input_ids[:PROBE_TOKENS], r.loss_mask[:PROBE_TOKENS])
-        for r in rows[:PROBE_ROWS]
-    ]
+    """The first rows, each cut; whether trained on or not: a long question must not leave a merge
+    without rows."""
+    short = [TokenizedExample(r.where, r.input_ids[:LONGEST], r.loss_mask[:LONGEST]) for r in rows]
+    return first_rows(short, JUDGED_TOKENS)
 
 
 @torch.inference_mode()
-def _logits(model: Any, rows: list[TokenizedExample]) -> list[Tensor]:
-    device = model.device
-    ids = (torch.tensor([row.input_ids], device=device) for row in rows)
-    return [model(input_ids=each, use_cache=False).logits[0].float().cpu() for each in ids]
-
-
-def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
-    same = sum(int((x.argmax(-1) == y.argmax(-1)).sum()) for x, y in zip(a, b, strict=True))
-    return same / sum(x.shape[0] for x in a)
-
-
-def _loss(logits: list[Tensor], rows: list[TokenizedExample]) -> float:
-    """Nats per supervised token; of every token where no row has a supervised one."""
-    total, count = 0.0, 0
+def behaviour(
+    model: Any, rows: Sequence[TokenizedExample], progress: Progress, name: str
+) -> Behaviour:
+    """What a model does on rows, one by one. name: what it is, for people who wait."""
+    head, device = output_head(model), model.device
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    at_once = chunk_rows(vocabulary, device_type(model.get_output_embeddings().weight))
     supervised = any(any(row.loss_mask[1:]) for row in rows)
-    for values, row in zip(logits, rows, strict=True):
-        targets = torch.tensor(row.input_ids[1:])
-        chosen = (
-            torch.tensor(row.loss_mask[1:])
-            if supervised
-            else torch.ones(len(targets), dtype=torch.bool)
-        )
-        total += float(
-            functional.cross_entropy(values[:-1][chosen], targets[chosen], reduction="sum")
-        )
-        count += int(chosen.sum())
-    return total / max(count, 1)
+    wanted = _positions([len(row.input_ids) for row in rows])
+    choices: list[Tensor] = []
+    scores: list[Tensor] = []
+    sums: list[float] = []
+    counts: list[int] = []
+    for number in progress([str(i) for i in range(len(rows))], len(rows), name):
+        row, probed = rows[int(number)], wanted[int(number)]
+        ids = torch.tensor(row.input_ids, device=device)
+        hidden = hidden_states(model, ids, torch.arange(len(ids), device=device), None)
+        # of every token where no row has a supervised one
+        mask = row.loss_mask[1:] if supervised else [True] * (len(ids) - 1)
+        counted, following = torch.tensor([*mask, False]), ids.roll(-1).cpu()
+        total, chosen = 0.0, []
+        for start in range(0, len(ids), at_once):
+            here = head(hidden[start : start + at_once]).float().log_softmax(-1).cpu()
+            part = slice(start, start + len(here))
+            chosen.append(here.argmax(-1))
+            scores.append(here[[p - start for p in probed if part.start <= p < part.stop]])
+            found = here.gather(1, following[part].unsqueeze(1)).squeeze(1)[counted[part]]
+            total -= float(found.double().sum())
+        choices.append(torch.cat(chosen))
+        sums.append(total)
+        counts.append(int(counted.sum()))
+    return Behaviour(choices, torch.cat(scores), RowLosses(tuple(sums), tuple(counts)))
 
 
-def _compare(expected: list[Tensor], got: list[Tensor], rows: list[TokenizedExample]) -> Comparison:
-    kl, count = 0.0, 0
-    for p, q in zip(expected, got, strict=True):
-        kl += float(
-            functional.kl_div(
-                q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"
-            )
-        )
-        count += p.shape[0]
-    return Comparison(max(kl / count, 0.0), _agreement(expected, got), _loss(got, rows))
+def _positions(lengths: list[int]) -> list[list[int]]:
+    """Positions of each row whose probabilities are compared, `POSITIONS` of all spread evenly."""
+    every = max(1, -(-sum(lengths) // POSITIONS))
+    return [list(range(0, length, every)) for length in lengths]
+
+
+def compare(run: Behaviour, model: Behaviour, start: Behaviour | None = None) -> Comparison:
+    """A model beside the run; start: the model the training began with."""
+    kl = functional.kl_div(model.scores, run.scores, log_target=True, reduction="sum")
+    same = sum(int((a == b).sum()) for a, b in zip(run.choices, model.choices, strict=True))
+    gain = None
+    if start is not None:
+        found = difference(model.losses, start.losses)
+        gain = (found.mean, found.half_width)
+    return Comparison(
+        max(float(kl) / len(run.scores), 0.0),
+        same / sum(len(a) for a in run.choices),
+        model.losses.mean,
+        gain,
+    )

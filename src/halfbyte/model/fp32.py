@@ -51,6 +51,54 @@ def _wide(p: nn.Parameter) -> nn.Parameter:
     return p
 
 
+@contextlib.contextmanager
+def model_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Within this block a model computes in fp32, each layer widened when it is reached and no
+    longer: what it takes beside the model is one layer in fp32."""
+    entered: list[Any] = []
+    hooks: list[Any] = []
+
+    def enter(module: nn.Module, *given: Any) -> None:
+        entered.append(in_fp32(module))
+        entered[-1].__enter__()
+
+    def leave(module: nn.Module, *given: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    def widen(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out.float()
+
+    try:
+        for module in parts(model):
+            if isinstance(module, nn.Embedding):  # what is looked up, not the whole table
+                hooks.append(module.register_forward_hook(widen))
+            else:
+                hooks.append(module.register_forward_pre_hook(enter))
+                # before those of what was entered earlier
+                hooks.append(module.register_forward_hook(leave, prepend=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        while entered:
+            leave(model)
+
+
+def parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a model, and outside of these the modules that hold parameters of their own."""
+    layers = {
+        layer
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList)
+        for layer in stack
+        if any(True for _ in layer.parameters())
+    }
+    inside = {part for layer in layers for part in layer.modules() if part is not layer}
+    for module in model.modules():
+        if module not in inside and (module in layers or module._parameters):
+            yield module
+
+
 def distance(found: Tensor, reference: Tensor) -> float:
     """Relative difference, norm over norm; infinite where the shapes differ or a value is not
     finite."""

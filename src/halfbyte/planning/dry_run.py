@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..adapters.modules_to_save import trainable_modules
 from ..config.options import PlanConfig, TrainConfig
 from ..data.batches import collate
 from ..data.renderer import TokenizedExample
+from ..engine.judge import NEUTRAL_TOKENS
 from ..engine.learner import Learner
+from ..engine.loss import chunk_rows
 from ..engine.paged_optimizers import is_paged
 from ..engine.selftest import Abilities
 from ..errors import ModelError, first_line, is_exhaustion
@@ -29,9 +33,10 @@ from ..model.fusion import fuse
 from ..model.host_embedding import host_table
 from ..ops.library import device_type, planning_for
 from ..quantization.load import empty_base
+from ..quantization.original import exchanged
 from ..quantization.tensor import NF4Tensor
 from ..run import checkpoint
-from .budget import MIB
+from .budget import MIB, RESERVE
 from .memory_plan import LedgerLine, MemoryPlan
 from .parts import offloaded, on_device, sizes, weights_by_part
 from .tracker import MemoryTracker
@@ -43,6 +48,9 @@ MiB and more)."""
 PROCESS_GROWTH = 32 * MIB
 """What a process grows by while it loads and trains besides its tensors: code, compiled kernels,
 holes of the heap."""
+COMPILED = {True: MIB, False: 3 * MIB // 10}
+"""What oneDNN keeps for each product of each shape it has met, on a processor that multiplies bf16
+and on one that does not."""
 READ_ROOM = 8 * MIB
 
 
@@ -174,7 +182,7 @@ class _Counts:
     def plan(self, budget_bytes: int) -> MemoryPlan:
         given, work, away = self.given, self.given.work, self.away
         moved_in_a_pass = away[Part.OFFLOADED_INPUTS] + away[Part.STREAMED_WEIGHTS]
-        phases, tokens = self._phases(), len(work.batch.input_ids)
+        phases, tokens = self._phases(budget_bytes), len(work.batch.input_ids)
         return MemoryPlan(
             model=given.config.model,
             device=given.device,
@@ -205,19 +213,32 @@ class _Counts:
         return counted + (0 if table is None else table.numel())
 
     @property
+    def _compiled(self) -> int:
+        """What kernels of products that are compiled for each shape take by the end."""
+        learner = self.learner
+        if not learner.compiles_per_shape or self.given.dtype == torch.float32:
+            return 0
+        shapes = {tuple(t.shape) for t in weights_by_part(learner.model)[Part.LAYERS]}
+        each = 3 if learner.config.full else 2
+        kernel = COMPILED[torch.cpu._is_avx512_bf16_supported()]
+        return each * len(shapes) * self.given.work.lengths * kernel
+
+    @property
     def _reading(self) -> int:
         return _reading_bytes(self.given.stored, max(self.in_4bit, default=0), self.given.dtype)
 
-    def _phases(self) -> dict[str, int]:
-        """The peak of device memory in each phase."""
+    def _phases(self, budget: int) -> dict[str, int]:
+        """The peak of device memory in each phase. A run is judged where that takes no more than
+        the rest, or fits all the same."""
         given, held = self.given, self.held
         on_gpu, before = given.on_gpu, given.runtime_bytes
-        found = {"step": self._step, "eval": self.peaks.get("eval"), "save": self.peaks["save"]}
+        found = {"step": self._step, **{name: self.peaks.get(name) for name in BESIDE}}
         steps = {}
         for name, peak in found.items():
             if peak is not None:
                 coming_and_going = peak.tensors - sum(held.values())
-                slack = int(GPU_SLACK * coming_and_going) if on_gpu else PROCESS_GROWTH
+                grown = PROCESS_GROWTH + (self._compiled if name == "step" else 0)
+                slack = int(GPU_SLACK * coming_and_going) if on_gpu else grown
                 steps[name] = before + slack + (peak.tensors if on_gpu else peak.process)
         # while it is loaded, and when what is trained has its gradients and the self-test has been
         # (with one set of them)
@@ -226,8 +247,12 @@ class _Counts:
         added = held[Part.ADAPTERS] + held[Part.GRADIENTS] + states
         growth = 0 if on_gpu else PROCESS_GROWTH
         merged = self._parameters * (4 if self._parameters <= FP32_LIMIT else 2)
+        loading = before + self.base + max(self._reading, added + growth)
+        judging = steps.pop("judge", 0)
+        if 0 < judging <= max(loading, *steps.values(), int(budget * (1 - RESERVE))):
+            steps["judge"] = judging
         return {
-            "load": before + self.base + max(self._reading, added + growth),
+            "load": loading,
             "first step": steps["step"],
             **steps,
             "merge": before + self.base + held[Part.ADAPTERS] + max(merged, self._reading),
@@ -301,13 +326,69 @@ def _run(
         learner.forget()
         note("update")
         note("save")
-        if work.eval_tokens:
-            row = TokenizedExample("plan", [0] * work.eval_tokens, [True] * work.eval_tokens)
-            learner.model.eval()
-            with torch.no_grad():
-                learner.loss(collate([row], [0]))
-            note("eval")
+        learner.model.eval()
+        beside = max(len(work.batch.input_ids), NEUTRAL_TOKENS)
+        wanted = {"eval": work.eval_tokens}
+        if learner.config.judge or work.sample_tokens:
+            wanted["a pass"] = beside
+        for phase, tokens in wanted.items():
+            if tokens:
+                row = TokenizedExample("plan", [0] * tokens, [True] * tokens)
+                with torch.no_grad():
+                    learner.loss(collate([row], [0]))
+                note(phase)
+    if passed := found.pop("a pass", None):
+        found |= _beside(learner, work, found["save"], passed, beside)
     return found, flop, calls
+
+
+BESIDE = ("eval", "judge", "samples", "save")
+"""Phases between and after steps."""
+
+
+def _beside(
+    learner: Learner, work: Work, held: _PeakOf, passed: _PeakOf, tokens: int
+) -> dict[str, _PeakOf]:
+    """The peaks of judging and answering, from that of a pass of so many tokens without
+    gradients."""
+    found: dict[str, _PeakOf] = {}
+    model = learner.model
+    if learner.config.judge:
+        head = model.get_output_embeddings().weight
+        logits = 4 * chunk_rows(head.shape[0], device_type(head)) * head.shape[0]
+        # an original weight, on a CPU as it is read and cast, and logits of two models beside the
+        # pass's own
+        weight = _original_bytes(model) * (1 if device_type(head) == "cuda" else 2)
+        found["judge"] = _more(passed, weight + 2 * logits)
+    if work.sample_tokens:
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        element = torch.finfo(config.dtype or torch.float32).bits // 8
+        cache = 2 * config.num_hidden_layers * heads * width * element * work.sample_tokens
+        live = (passed.process - held.process) * max(work.sample_tokens / tokens, 0.1)
+        found["samples"] = _more(held, int(cache + live))
+    return found
+
+
+def _more(peak: _PeakOf, size: int) -> _PeakOf:
+    return _PeakOf(peak.tensors + size, peak.process + size, peak.parts)
+
+
+def _original_bytes(model: Any) -> int:
+    """Of the module with the most weights that are quantized or trained, in the compute dtype."""
+    whole: set[nn.Module] = {module for _, module in trainable_modules(model)}
+    sizes_of = [
+        sum(
+            p.numel() * p.data.dtype.itemsize
+            for p in (part.parameters() if part in whole else part._parameters.values())
+            if p is not None and (isinstance(p.data, NF4Tensor) or p.requires_grad)
+        )
+        for part in exchanged(model, whole)
+    ]
+    return max(sizes_of, default=0)
 
 
 def _reading_bytes(stored: Checkpoint | None, largest_linear: int, dtype: torch.dtype) -> int:

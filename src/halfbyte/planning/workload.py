@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 from ..config.options import TrainConfig
-from ..data.batches import EVAL_TOKENS, MicroBatch, collate, largest_pass
+from ..data.batches import EVAL_TOKENS, MicroBatch, coarse_length, collate, largest_pass
 from ..data.dataset import Data, schedule_of
 from ..data.renderer import TokenizedExample
+from ..engine.generate import SAMPLE_TOKENS, prompts_at_once
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Work:
 
     batch: what is rehearsed. tokens: of an optimizer step, on average. passes: forward and
     backward, of a step. steps: of the training. eval_tokens: of an evaluation's largest batch, 0
-    without one.
+    without one. sample_tokens: of the prompts that are answered together, and their answers; 0
+    without any. lengths: how many there are of passes, each as `coarse_length` has it.
     """
 
     batch: MicroBatch
@@ -23,6 +25,8 @@ class Work:
     passes: int
     steps: int
     eval_tokens: int = 0
+    sample_tokens: int = 0
+    lengths: int = 1
 
 
 def work_of(config: TrainConfig, data: Data | None, context: int | None = None) -> Work:
@@ -38,8 +42,11 @@ def work_of(config: TrainConfig, data: Data | None, context: int | None = None) 
             rows, passes = together, passes * -(-rows // together)
         batch = collate([row], [0] * rows)
         steps = max(config.max_steps, 0)
-        evaluated = max(EVAL_TOKENS, length) if config.eval_split else 0
-        return Work(batch, per_step * length, passes, steps, evaluated)
+        # whether rows are held out by default depends on how many there are
+        evaluated = max(EVAL_TOKENS, length) if config.eval_split != 0 else 0
+        asked = [length] * config.num_samples
+        sampled = _sample_tokens(asked, len(batch.input_ids))
+        return Work(batch, per_step * length, passes, steps, evaluated, sampled)
     schedule = schedule_of(config, data)
     epoch = schedule.epoch(0)
     largest, parts = largest_pass(data.train.rows, schedule, config.tokens_per_pass)
@@ -56,4 +63,22 @@ def work_of(config: TrainConfig, data: Data | None, context: int | None = None) 
         passes,
         steps,
         max(EVAL_TOKENS, longest) if longest else 0,
+        _sample_tokens(
+            [len(ids) for _, ids, _ in data.questions(config.num_samples)], len(largest.input_ids)
+        ),
+        _lengths(min(len(row.input_ids) for row in data.train.rows), len(largest.input_ids)),
     )
+
+
+def _lengths(shortest: int, longest: int) -> int:
+    """How many lengths of a pass there can be, each as `coarse_length` has it."""
+    count, length = 1, coarse_length(shortest)
+    while length < longest:
+        count, length = count + 1, coarse_length(length + 1)
+    return count
+
+
+def _sample_tokens(prompts: list[int], at_once: int) -> int:
+    """Of the largest group of prompts (by their lengths) that is answered together."""
+    groups = prompts_at_once([[0] * length for length in prompts], at_once)
+    return max((len(g) * (max(map(len, g)) + SAMPLE_TOKENS) for g in groups), default=0)

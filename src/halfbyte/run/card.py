@@ -36,19 +36,38 @@ def adapter_card(run: Run, info: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def merged_card(run: Run, info: dict[str, Any], receipt: dict[str, Any]) -> str:
-    """Of a merged model. receipt: `merge.Receipt.as_dict`."""
+def merged_card(run: Run | None, base: str, receipt: dict[str, Any]) -> str:
+    """Of a merged model.
+
+    Args:
+        run: where the adapter came from; None where PEFT wrote it.
+        base: the base's name.
+        receipt: `exporters.receipt.Receipt.as_dict`.
+    """
     stored = "4 bits" if receipt["surviving"] else "16 or 32 bits, as its base"
-    parts = [
-        _metadata(info, "transformers"),
-        f"# {run.path.name}, merged",
-        f"{_name(info)} with a LoRA adapter of rank {info['config']['lora_r']} added into its "
-        f"weights, onto the {receipt['onto']} base, stored in {stored}.",
-        _load_model(),
-        _receipt(receipt),
-        _training(run, info),
-        _base(info),
-    ]
+    name = _name_of(base) or "a local model"
+    said = f"onto the {receipt['onto']} base, stored in {stored}."
+    if run is None:
+        plain = {"base": {"name": base}, "config": {"full": False, "load_in_4bit": False}}
+        parts = [
+            _metadata(plain, "transformers"),
+            f"# {name}, merged",
+            f"{name} with a LoRA adapter added into its weights, {said}",
+            _load_model(),
+            _receipt(receipt),
+        ]
+    else:
+        info = run.info()
+        rank = info["config"]["lora_r"]
+        parts = [
+            _metadata(info, "transformers"),
+            f"# {run.path.name}, merged",
+            f"{name} with a LoRA adapter of rank {rank} added into its weights, {said}",
+            _load_model(),
+            _receipt(receipt),
+            _training(run, info),
+            _base(info),
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -135,6 +154,7 @@ def _training(run: Run, info: dict[str, Any]) -> str:
             f"{c['seed']}; " + ", ".join(f"{name} {v}" for name, v in info["versions"].items()),
         ),
         *_loss(run),
+        *_judged(info),
         *_memory(run),
     ]
     if not c["full"]:
@@ -209,7 +229,8 @@ def _base(info: dict[str, Any]) -> str:
 
 
 def _receipt(receipt: dict[str, Any]) -> str:
-    rows = [("the run, unmerged", "", "", f"{receipt['running_loss']:.4f}")]
+    names = {"original": "the model it began with", "base": "its base in 4 bits", "run": "the run"}
+    rows = [(names[key], "", "", f"{loss:.4f}") for key, loss in receipt["losses"].items()]
     for onto, found in receipt["comparisons"].items():
         this = f"{receipt['onto']}, requantized" if receipt["surviving"] else receipt["onto"]
         mark = " (this one)" if onto == this else ""
@@ -226,9 +247,14 @@ def _receipt(receipt: dict[str, Any]) -> str:
                 f"{found['loss']:.4f}",
             )
         )
+    again = receipt["recomputed"]
     text = (
-        "## Merge receipt\n\nCompared with the adapter running on its base as trained, on "
-        f"{receipt['rows']} rows {receipt['rows_are']} ({receipt['tokens']:,} tokens):\n\n"
+        f"## Merge receipt\n\nAll {again['tensors']:,} tensors were computed again from the files "
+        f"of base and adapter, and are the same; rounding to the stored type keeps "
+        f"{again['surviving'][1]:.1%} of the adapter's effect in the median layer. Compared with "
+        f"the run in fp32 on {receipt['rows']} rows {receipt['rows_are']} "
+        f"({receipt['tokens']:,} tokens; rounding to {receipt['rounded_to']} alone makes a KL "
+        f"divergence of {receipt['noise']:.2e}):\n\n"
         + _table(["", "KL divergence, nats", "same token", "loss"], rows)
     )
     if receipt["surviving"]:
@@ -238,6 +264,31 @@ def _receipt(receipt: dict[str, Any]) -> str:
             f"effect survive that in the median layer ({least:.1%} to {most:.1%})."
         )
     return text
+
+
+def _judged(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a training brought and what it made the model forget."""
+    found = info.get("judged")
+    if not found:
+        return []
+    rows, gap, loss = [], found["difference"], found["loss"]
+    names = {"original": "the model it began with", "base": "its base in 4 bits", "run": "the run"}
+    if gap and gap["half_width"] is not None:
+        losses = ", ".join(f"{names[key]} {value:.4f}" for key, value in loss.items())
+        rows.append((f"loss on {found['rows']} held-out rows", losses))
+        rows.append(
+            (
+                f"beside {names[found['against']]}",
+                f"{found['verdict']}: {gap['mean']:+.4f} +/- {gap['half_width']:.4f} nats a token",
+            )
+        )
+    kl = found["neutral"]["kl"]
+    if kl.get("run") is not None:
+        text = ", ".join(f"{names[key]} {value:.4f}" for key, value in kl.items())
+        rows.append(
+            (f"KL divergence from {names[found['against'] or 'base']} on neutral text", text)
+        )
+    return rows
 
 
 def _table(head: list[str], rows: list[Any]) -> str:

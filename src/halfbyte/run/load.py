@@ -14,7 +14,8 @@ from ..files import atomic, hub
 from ..model.architecture import choose_device
 from ..progress import Progress, no_progress
 from ..quantization.load import load_base
-from .directory import ADAPTER_FACTS, Run, is_run
+from .directory import ADAPTER_FACTS, Run
+from .source import as_stored, base_of_adapter, is_adapter, run_at, tokenizer_directory
 
 
 def run_renderer(run: Run, options: DataOptions) -> Renderer:
@@ -31,11 +32,12 @@ def run_renderer(run: Run, options: DataOptions) -> Renderer:
 def load(
     model_or_run: str | Path, *objects: Any, progress: Progress = no_progress, **changes: Any
 ) -> tuple[Any, Any]:
-    """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run
-    directory.
+    """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run or an
+    adapter.
 
     Args:
-        model_or_run: Hub id, model directory or run directory.
+        model_or_run: Hub id, model directory, run directory, or an adapter that PEFT wrote. A
+            merged model is held as it is stored.
         objects: a ``BitsAndBytesConfig``.
         changes: fields of `config.options.ModelOptions`, above it; a run's base is held as it was
             in training unless changed here.
@@ -50,11 +52,13 @@ def load(
             found=f"{', '.join(unfit[:5])}, ...",
         )
     changes = {**given, **changes}
-    if not is_run(model_or_run):
+    run = run_at(model_or_run)
+    if run is None and is_adapter(model_or_run):
+        return _load_adapter(Path(model_or_run).expanduser(), changes, progress)
+    if run is None:
         path = hub.resolve(str(model_or_run), changes.get("revision"))
-        model, _ = load_base(path, ModelOptions(**changes), progress)
+        model, _ = load_base(path, ModelOptions(**as_stored(path, changes)), progress)
         return model, hub.load_tokenizer(path)
-    run = Run.open(model_or_run)
     info, trained = run.info(), run.config()
     options = ModelOptions(**{**trained.holding(), **changes})
     if "weight_streaming" not in changes and (
@@ -73,6 +77,17 @@ def load(
         load_adapter(model, run.adapter)
         model.eval()
     return model, run_tokenizer(run)
+
+
+def _load_adapter(path: Path, changes: dict[str, Any], progress: Progress) -> tuple[Any, Any]:
+    """An adapter that PEFT wrote, on the base it names."""
+    base = base_of_adapter(path, changes.get("revision"))
+    model, report = load_base(base, ModelOptions(**changes), progress)
+    if not changes.get("allow_other_base") and ModelOptions(**changes).load_in_4bit:
+        refuse_foreign_adapter(path, report.digest, str(base))
+    load_adapter(model, path)
+    model.eval()
+    return model, hub.load_tokenizer(tokenizer_directory(path, base))
 
 
 def refuse_foreign_adapter(path: Path, digest: str, base: str) -> None:

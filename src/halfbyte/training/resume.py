@@ -69,6 +69,10 @@ class Resume:
         before = self.run.config()
         return {name: getattr(before, name) for name in OF_ADAPTER}
 
+    def options_of_data(self, config: TrainConfig) -> dict[str, Any]:
+        """How many rows are held out, where the command leaves it to us: as many as before."""
+        return {"eval_split": self.run.config().eval_split} if config.eval_split is None else {}
+
     def options_as_before(self, promise: Promise) -> dict[str, Any]:
         """Options that stay as the run had them: how passes were cut, unless the command asks for
         something else than it did then, and what ``fit_to`` chose that changes a number."""

@@ -45,17 +45,16 @@ def save_checkpoint(
         "base_digest": info["base"]["digest"],
         "fingerprint": fingerprint(info),
     }
-    with promise.monitor.phase("save", step):
-        checkpoint.save(
-            run.checkpoints,
-            step,
-            learner.model,
-            learner.optimizer,
-            state,
-            config.save_total_limit,
-            config.model,
-            best_step(run, step),
-        )
+    checkpoint.save(
+        run.checkpoints,
+        step,
+        learner.model,
+        learner.optimizer,
+        state,
+        config.save_total_limit,
+        config.model,
+        best_step(run, step),
+    )
 
 
 def best_step(run: Run, step: int) -> int | None:
@@ -90,6 +89,12 @@ def save_result(
         atomic.write_json(target / ADAPTER_FACTS, facts)
         atomic.write_bytes(target / CARD, adapter_card(run, info).encode())
         _generation_config(learner.model, renderer.stop_ids()).save_pretrained(target)
+
+
+def save_judgement(run: Run, info: dict[str, Any]) -> None:
+    """Write what became of a finished run (``info["judged"]``) into its record and its card."""
+    run.write_info(info)
+    atomic.write_bytes(run.adapter / CARD, adapter_card(run, info).encode())
 
 
 def publish_result(run: Run, promise: Promise, repository: str, steps: int) -> None:

@@ -108,11 +108,14 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         promise.config = begin_with_adapter(promise.config, base)
     else:
         promise.change(resume.options_of_adapter(promise.config))
+        promise.change(resume.options_of_data(promise.config))
     # a template that asks for the time sees the run's, so that a resumed run has the same ids
     clock = run.clock() if resume else datetime.now()
     data = _make_plan(
         promise, base, read_rows(promise.config, base, reporter, clock), resume, clock
     )
+    # as it was decided: a resumed run holds out the same rows
+    promise.change({"eval_split": data.share_held_out})
     config = promise.config
     schedule = schedule_of(config, data)
     steps_per_epoch = len(schedule.epoch(0))

@@ -10,33 +10,34 @@ import functools
 import math
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..adapters.modules_to_save import trainable_modules
 from ..config.hf_objects import config_of
 from ..config.options import TrainConfig
 from ..data.batches import MicroBatch, collate, largest_pass
 from ..engine.evaluate import largest_group, mean_loss
-from ..engine.generate import answers
-from ..errors import Interrupted, first_line, is_exhaustion
+from ..engine.generate import SAMPLE_SECONDS, SAMPLE_TOKENS, answers
+from ..engine.judge import NEUTRAL_TOKENS, Judge, words
+from ..errors import HalfbyteError, Interrupted, first_line, is_exhaustion
 from ..files import atomic
 from ..memory.process import TRAIN_MMAP_THRESHOLD, bounded, return_freed, set_mmap_threshold
 from ..model import attention
 from ..model.architecture import choose_device
 from ..ops import cpu
 from ..progress import Reporter
+from ..quantization.original import OriginalWeights
 from ..run.directory import EVALS, METRICS, SAMPLES, Run
 from .interrupts import NOTHING_LOST, ONLY_THE_RESULT, Abandoned, Interrupts
 from .promise import Promise
 from .recovery import Recovery, exhausted
 from .rehearsal import rehearse
-from .saving import publish_result, save_checkpoint, save_result
+from .saving import publish_result, save_checkpoint, save_judgement, save_result
 from .setup import Setup, set_up
 from .step import Stepper
 from .trackers import Trackers, tracker_names
-
-SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
-"""Longest sample answer, and the time after which sampling is cut off."""
 
 
 def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run:
@@ -192,9 +193,10 @@ class Trainer:
     def save(self) -> None:
         """Save the state as it is, after step ``done``."""
         setup = self.setup
-        save_checkpoint(
-            self.run, self.learner, self.promise, setup.info, self.done, self.total_steps
-        )
+        with self._beside_the_steps("save", self.done):
+            save_checkpoint(
+                self.run, self.learner, self.promise, setup.info, self.done, self.total_steps
+            )
         self.saved = self.done
 
     def rescue(self) -> str:
@@ -214,12 +216,46 @@ class Trainer:
     def finish(self) -> None:
         """Write the result, and answer the sample questions again."""
         setup = self.setup
-        self.promise.monitor.now = "writing the result"
-        save_result(
-            self.run, self.learner, self.data.renderer, setup.info, self.promise.config.model
-        )
+        with self._beside_the_steps("save", self.total_steps):
+            save_result(
+                self.run, self.learner, self.data.renderer, setup.info, self.promise.config.model
+            )
+        if self.promise.config.judge:
+            self.judge()
         if not any(row["step"] == self.total_steps for row in self.run.read(SAMPLES)):
             self.sample(self.total_steps)
+
+    def judge(self) -> None:
+        """Hold the run against the model it was made of: into run.json and the card; a result that
+        cannot be judged is a result all the same."""
+        learner, setup, say = self.learner, self.setup, self.reporter.say
+        plan = self.promise.plan
+        if plan is not None and "judge" not in plan.phases:
+            say("not held against the model it was made of: that takes more memory than planned")
+            return
+        base = Path(setup.info["base"]["path"])
+        try:
+            with self._beside_the_steps("judge", self.total_steps):
+                judge = Judge(
+                    learner.model,
+                    OriginalWeights(
+                        learner.model, base, [m for _, m in trainable_modules(learner.model)]
+                    ),
+                    learner.abilities.packing,
+                    not self.promise.config.full,
+                    max(self._largest_pass(), NEUTRAL_TOKENS),
+                )
+                tokenizer, progress = self.data.renderer.tokenizer, self.reporter.progress
+                found = judge.judge(self.data.held_out, tokenizer, progress)
+        except (HalfbyteError, RuntimeError) as error:
+            if not isinstance(error, HalfbyteError) and not is_exhaustion(error):
+                raise
+            say(f"not judged beside the model it was made of: {first_line(error)}")
+            return
+        setup.info["judged"] = found.as_dict()
+        save_judgement(self.run, setup.info)
+        for line in words(found):
+            say(line)
 
     def publish(self) -> None:
         """Upload the result, where that was asked for."""
@@ -251,6 +287,19 @@ class Trainer:
             with self.interrupts.immediate(""):
                 self.evaluate(done)
 
+    @contextlib.contextmanager
+    def _beside_the_steps(self, name: str, step: int) -> Iterator[None]:
+        """A phase of its own, which begins without what the steps keep for each other."""
+        return_freed()
+        with self.promise.monitor.phase(name, step):
+            yield
+
+    def _largest_pass(self) -> int:
+        """Tokens of the largest pass of a step."""
+        config = self.promise.config
+        rows, schedule = self.data.train.rows, self.setup.schedule
+        return len(largest_pass(rows, schedule, config.tokens_per_pass)[0].input_ids)
+
     def _is_evaluated(self, done: int) -> bool:
         every = self.promise.config.eval_steps
         return done in (0, self.total_steps) or bool(every and done % every == 0)
@@ -260,7 +309,7 @@ class Trainer:
         if not (rows := self.data.held_out):
             return
         model, packed = self.learner.model, self.learner.abilities.packing
-        with self.promise.monitor.phase("eval", step):
+        with self._beside_the_steps("eval", step):
             loss, tokens = mean_loss(model, rows, packed=packed, progress=self.reporter.progress)
         perplexity = math.exp(min(loss, 700)) if math.isfinite(loss) else None
         finite = loss if perplexity is not None else None
@@ -274,17 +323,19 @@ class Trainer:
 
     def sample(self, step: int) -> None:
         """Ask the same questions before and after training: rows of samples.jsonl."""
-        asked, renderer = [], self.data.renderer
-        for row in self.data.held_out + self.data.train.rows:
-            if len(asked) >= self.promise.config.num_samples:
-                break
-            if pair := self.data.question(row):
-                asked.append((row, *pair))
+        renderer = self.data.renderer
+        asked = self.data.questions(self.promise.config.num_samples)
         if not asked:
             return
-        self.promise.monitor.now = f"sampling, step {step}"
-        questions = [ids for _, ids, _ in asked]
-        found = answers(self.learner.model, renderer, questions, SAMPLE_TOKENS, SAMPLE_SECONDS)
+        with self._beside_the_steps("samples", step):
+            found = answers(
+                self.learner.model,
+                renderer,
+                [ids for _, ids, _ in asked],
+                SAMPLE_TOKENS,
+                SAMPLE_SECONDS,
+                at_once=self._largest_pass(),
+            )
         for (row, ids, wanted), said in zip(asked, found, strict=True):
             question = renderer.tokenizer.decode(ids, skip_special_tokens=True).strip()
             sample = {"step": step, "where": row.where, "question": question, "expected": wanted}

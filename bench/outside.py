@@ -1,0 +1,97 @@
+"""The memory of a whole family of processes, read from outside every few milliseconds.
+
+    python bench/outside.py COMMAND ...
+
+What a process says of itself can miss what it does not look at; this sees all anonymous memory of a
+command and its children, from start to exit.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PERIOD = 0.003
+
+
+@dataclass(frozen=True)
+class Seen:
+    """peak: bytes of anonymous memory at most. at: seconds after the start. returncode, out: the
+    command's. samples: how often it was read."""
+
+    peak: int
+    at: float
+    seconds: float
+    samples: int
+    returncode: int
+    out: str
+
+
+def anonymous(pid: int) -> int:
+    """Of a process, bytes; 0 once it is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def children(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    found = [pid]
+    for each in found:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                with contextlib.suppress(OSError):
+                    found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def watch(command: Sequence[str], alone: bool = False, **options: Any) -> Seen:
+    """Run a command and watch it.
+
+    Args:
+        alone: the process itself, without its children.
+    """
+    began = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    ) as process:
+        lines: list[str] = []
+        assert process.stdout is not None
+        reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
+        reader.start()
+        peak, at, samples, family = 0, 0.0, 0, [process.pid]
+        while process.poll() is None:
+            if samples % 20 == 0 and not alone:
+                family = children(process.pid)
+            now = sum(map(anonymous, family))
+            samples += 1
+            if now > peak:
+                peak, at = now, time.perf_counter() - began
+            time.sleep(PERIOD)
+        reader.join()
+    seconds = time.perf_counter() - began
+    return Seen(peak, at, seconds, samples, process.returncode, "".join(lines))
+
+
+if __name__ == "__main__":
+    seen = watch(sys.argv[1:])
+    print(seen.out, end="")
+    print(
+        json.dumps(
+            {
+                "peak_mib": round(seen.peak / 2**20, 1),
+                "at_s": round(seen.at, 1),
+                "of_s": round(seen.seconds, 1),
+                "samples": seen.samples,
+            }
+        )
+    )
+    sys.exit(seen.returncode)

@@ -1,0 +1,90 @@
+"""A merged model's files: the base's shards with the adapter added, one shard in memory at a time,
+and what belongs to them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.lora import LoraLinear
+from ..adapters.modules_to_save import trained_whole
+from ..errors import ModelError, StorageError
+from ..files import atomic
+from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
+from ..model.targets import checkpoint_names
+from ..progress import Progress
+from ..quantization.bnb_format import quantized_names, read_stored, weight_names
+from ..quantization.tensor import NF4Tensor
+from ..run.directory import ADAPTER_FACTS
+
+
+def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Progress) -> None:
+    """The base's shards with the adapter added; one shard in memory at a time."""
+    checkpoint = Checkpoint(base)
+    stored = quantized_names(set(checkpoint.entries))
+    if stored and onto == "original":
+        raise ModelError(
+            f"{base} holds 4-bit weights only; the original ones are not there to merge onto",
+            ways_out=["merge --onto trained"],
+        )
+    names = weight_names(checkpoint, stored)
+    targets, whole = checkpoint_names(model, names), trained_whole(model)
+    weight_map: dict[str, str] = {}
+    shards: dict[str, list[str]] = {}
+    for name in names:
+        shards.setdefault(checkpoint.entries[name].file.name, []).append(name)
+    total = 0
+    for file in progress(list(shards), len(shards), "merging"):
+        tensors = {
+            name: _whole(checkpoint, name, whole[targets[name]])
+            if targets[name] in whole
+            else _merged(checkpoint, name, targets[name], model, onto, name in stored)
+            for name in shards[file]
+        }
+        write_safetensors(target / file, tensors)
+        weight_map.update(dict.fromkeys(tensors, file))
+        total += sum(t.nbytes for t in tensors.values())
+    if list(shards) != [SINGLE]:
+        atomic.write_json(
+            target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def _whole(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:
+    """A parameter that was trained itself, in the dtype it has on disk."""
+    return trained.detach().to("cpu", checkpoint.entries[name].dtype)
+
+
+def _merged(
+    checkpoint: Checkpoint, name: str, path: str, model: Any, onto: str, stored: bool
+) -> Tensor:
+    """One tensor of the merged model, in the dtype it has on disk."""
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:  # older checkpoints hold buffers that models compute today
+        return checkpoint.read(name)
+    weight = module.weight if attribute == "weight" else None
+    kept = read_stored(checkpoint, name) if stored else None
+    dtype = checkpoint.entries[name].dtype if kept is None else kept.dtype
+    rounded = weight if isinstance(weight, NF4Tensor) and onto == "trained" else kept
+    adapted = module if isinstance(module, LoraLinear) and attribute == "weight" else None
+    if adapted is None and rounded is None:
+        return checkpoint.read(name)
+    value = checkpoint.read(name) if rounded is None else rounded.dequantize(torch.float32)
+    return (value.to(dtype) if adapted is None else adapted.merged(value, dtype)).cpu()
+
+
+def write_config(base: Path, adapter: Path, target: Path) -> None:
+    config = atomic.read_json(base / "config.json")
+    config.pop("quantization_config", None)
+    atomic.write_json(target / "config.json", config)
+    weights_of_adapter = {"adapter_model.safetensors", "adapter_config.json", ADAPTER_FACTS}
+    try:
+        for file in adapter.iterdir():
+            if file.name not in weights_of_adapter:
+                shutil.copyfile(file, target / file.name)
+    except OSError as error:
+        raise StorageError(f"cannot write to {target}: {error.strerror}") from error
