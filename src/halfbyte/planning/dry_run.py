@@ -237,7 +237,7 @@ class _Counts:
         for name, peak in found.items():
             if peak is not None:
                 coming_and_going = peak.tensors - sum(held.values())
-                grown = PROCESS_GROWTH + (self._compiled if name == "step" else 0)
+                grown = PROCESS_GROWTH + (self._compiled if name != "save" else 0)
                 slack = int(GPU_SLACK * coming_and_going) if on_gpu else grown
                 steps[name] = before + slack + (peak.tensors if on_gpu else peak.process)
         # while it is loaded, and when what is trained has its gradients and the self-test has been

@@ -9,10 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import HalfbyteError
-from ..files.atomic import read_json
 from ..files.publish import is_public
-from .directory import EVALS, MEMORY, METRICS, PLAN_JSON, Run
+from .directory import Run
+from .facts import facts
 
 CARD = "README.md"
 
@@ -134,7 +133,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 
 
 def _training(run: Run, info: dict[str, Any]) -> str:
-    c, data = info["config"], info["data"]
+    known = facts(run, info)
+    c, data = known["config"], known["data"]
     per_step = c["per_device_train_batch_size"] * c["gradient_accumulation_steps"]
     rows = [
         (
@@ -153,9 +153,9 @@ def _training(run: Run, info: dict[str, Any]) -> str:
             "seed, versions",
             f"{c['seed']}; " + ", ".join(f"{name} {v}" for name, v in info["versions"].items()),
         ),
-        *_loss(run),
-        *_judged(info),
-        *_memory(run),
+        *_loss(known),
+        *_judged(known["judged"]),
+        *_memory(known),
     ]
     if not c["full"]:
         adapter = (
@@ -183,34 +183,26 @@ def _training(run: Run, info: dict[str, Any]) -> str:
     return "## Training\n\n" + _table(["", ""], rows)
 
 
-def _loss(run: Run) -> list[tuple[str, str]]:
-    held_out = [row for row in run.read(EVALS) if row["loss"] is not None]
-    if len(held_out) > 1:
-        first, last = held_out[0], held_out[-1]
+def _loss(known: dict[str, Any]) -> list[tuple[str, str]]:
+    if known["held_out"]:
+        first, last = known["held_out"]
         return [
             (
                 "held-out loss",
                 f"{first['loss']:.4f} before, {last['loss']:.4f} after ({last['tokens']:,} tokens)",
             )
         ]
-    steps = [row for row in run.read(METRICS) if row["loss"] is not None]
+    steps = [row for row in known["curve"] if row["loss"] is not None]
     return (
         [("training loss", f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")] if steps else []
     )
 
 
-def _memory(run: Run) -> list[tuple[str, str]]:
-    measured = max(
-        (row["measured_bytes"] for row in run.read(MEMORY) if "measured_bytes" in row), default=0
-    )
-    try:
-        planned = read_json(run.path / PLAN_JSON)["peak_bytes"]
-    except (HalfbyteError, KeyError):
-        planned = 0
+def _memory(known: dict[str, Any]) -> list[tuple[str, str]]:
     words = [
-        f"{size / 2**30:.2f} GiB {what}"
-        for size, what in ((planned, "planned"), (measured, "measured"))
-        if size
+        f"{known['memory'][what] / 2**30:.2f} GiB {what}"
+        for what in ("planned", "measured")
+        if known["memory"][what]
     ]
     return [("memory at the peak", ", ".join(words))] if words else []
 
@@ -266,9 +258,8 @@ def _receipt(receipt: dict[str, Any]) -> str:
     return text
 
 
-def _judged(info: dict[str, Any]) -> list[tuple[str, str]]:
+def _judged(found: dict[str, Any] | None) -> list[tuple[str, str]]:
     """What a training brought and what it made the model forget."""
-    found = info.get("judged")
     if not found:
         return []
     rows, gap, loss = [], found["difference"], found["loss"]

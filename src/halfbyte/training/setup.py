@@ -48,6 +48,7 @@ from ..quantization.load import load_base
 from ..quantization.weights import QuantReport
 from ..run import checkpoint
 from ..run.directory import EVALS, MEMORY, METRICS, NONFINITE, SAMPLES, Run
+from ..run.facts import QUANT_JSON
 from ..run.load import refuse_foreign_adapter
 from .promise import Promise
 from .rehearsal import DIRECTORY
@@ -304,7 +305,7 @@ def _absolute(source: str) -> str:
 def _begin_files(run: Run, info: dict[str, Any], report: QuantReport, steps: int) -> None:
     """Write the record, cut rows past ``steps``, and remove what an interrupted save left."""
     run.write_info(info)
-    atomic.write_json(run.path / "quant.json", report.as_dict())
+    atomic.write_json(run.path / QUANT_JSON, report.as_dict())
     for file in (METRICS, EVALS, SAMPLES, NONFINITE, MEMORY):
         run.cut(file, steps)
     checkpoint.remove_unfinished(run.checkpoints)
