@@ -372,6 +372,28 @@ def test_package_gives_functions_not_modules():
         _ = halfbyte.nothing
 
 
+def test_threads_that_wait_give_their_core_away_soon():
+    """Unless torch is there already, or the user has said how threads wait."""
+    show = "import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    cases = (
+        ("import halfbyte; ", {}, "20000"),
+        ("import sys; sys.modules['torch'] = sys; import halfbyte; ", {}, "None"),
+        ("import halfbyte; ", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("import halfbyte; ", {"GOMP_SPINCOUNT": "7"}, "7"),
+    )
+    for begin, given, expected in cases:
+        command = [sys.executable, "-c", begin + show]
+        found = subprocess.run(
+            command, env={**environment, **given}, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == expected, (begin, given)
+
+
 def test_bench_shows_limits_and_ours(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
