@@ -1,10 +1,12 @@
 """Tests of `model.fp32`."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
-from halfbyte.model.fp32 import as_near, distance, in_fp32, typical_distance
+from halfbyte.model.fp32 import around_calls, as_near, distance, in_fp32, typical_distance
 from halfbyte.quantization.tensor import quantize
 
 
@@ -46,3 +48,32 @@ def test_a_typical_distance_is_not_that_of_the_worst_token():
     assert typical_distance(found, reference) == pytest.approx(0.01, rel=1e-4)
     found[:5] = float("nan")
     assert typical_distance(found, reference) == float("inf")
+
+
+def test_a_module_that_calls_others_keeps_its_context_until_it_returns():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            seen.append(list(open_now))
+            return y
+
+    @contextlib.contextmanager
+    def within(module: nn.Module):
+        open_now.append(type(module).__name__)
+        yield
+        open_now.remove(type(module).__name__)
+
+    seen: list[list[str]] = []
+    open_now: list[str] = []
+    outer = Outer()
+    with around_calls([outer, outer.inner], within):
+        outer(torch.ones(1, 2))
+        assert seen == [["Outer"]] and not open_now
+        with pytest.raises(RuntimeError):
+            outer(torch.ones(1, 3))
+    outer(torch.ones(1, 2))
+    assert not open_now and seen[-1] == []

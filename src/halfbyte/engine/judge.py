@@ -127,7 +127,7 @@ class Judge:
     """Computes with a trained model as each of the models it was made of.
 
     Args:
-        original: the base's own weights, where they are at hand.
+        original: the base's own weights.
         packed: whether it keeps rows of one sequence apart.
         adapted: whether there is an adapter that can be switched off.
         at_once: tokens of rows in a pass, at most.
@@ -136,19 +136,19 @@ class Judge:
     def __init__(
         self,
         model: Any,
-        original: OriginalWeights | None,
+        original: OriginalWeights,
         packed: bool,
         adapted: bool,
         at_once: int = EVAL_TOKENS,
     ) -> None:
         self.model, self.packed, self.at_once = model, packed, at_once
         self.models: dict[str, Callable[[], Any]] = {}
-        if original is not None and original.available:
+        if original.available:
             self.models[ORIGINAL] = lambda: _together(
                 lora_off(model), original.in_use(trained_too=True)
             )
         kept = all(module.originals is not None for _, module in trainable_modules(model))
-        if adapted and kept and (ORIGINAL not in self.models or _is_quantized(original)):
+        if adapted and kept and (not original.available or original.replaces_quantized):
             self.models[BASE] = lambda: adapter_off(model)
         self.models[RUN] = contextlib.nullcontext
 
@@ -253,10 +253,6 @@ def first_rows(rows: Sequence[TokenizedExample], most: int) -> list[TokenizedExa
             break
         chosen.append(row)
     return chosen
-
-
-def _is_quantized(original: OriginalWeights | None) -> bool:
-    return original is not None and original.replaces_quantized
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ from ..quantization.weights import quantize_as
 from ..quantization.writer import quantize
 from ..run.card import CARD, merged_card
 from ..run.load import load
-from ..run.source import Source
+from ..run.source import MERGED, Source
 from .exact import Recomputed, recompute
 from .receipt import Receipt
 from .verify import (
@@ -107,7 +107,7 @@ def merge(
                 f"what is kept, in 4 bits, predicts {found.greedy_agreement:.2%} of the tokens as "
                 "the run does"
             )
-        atomic.write_json(result / "merge.json", receipt.as_dict())
+        atomic.write_json(result / MERGED, receipt.as_dict())
         atomic.write_bytes(
             result / CARD, merged_card(source.run, source.name, receipt.as_dict()).encode()
         )

@@ -6,7 +6,7 @@ original's own.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,33 +55,51 @@ def _wide(p: nn.Parameter) -> nn.Parameter:
 def model_in_fp32(model: nn.Module) -> Iterator[None]:
     """Within this block a model computes in fp32, each layer widened when it is reached and no
     longer: what it takes beside the model is one layer in fp32."""
-    entered: list[Any] = []
-    hooks: list[Any] = []
-
-    def enter(module: nn.Module, *given: Any) -> None:
-        entered.append(in_fp32(module))
-        entered[-1].__enter__()
-
-    def leave(module: nn.Module, *given: Any) -> None:
-        entered.pop().__exit__(None, None, None)
 
     def widen(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         return out.float()
 
+    tables, others = [], []
+    for module in parts(model):
+        (tables if isinstance(module, nn.Embedding) else others).append(module)
+    # of a table, what is looked up and not the whole
+    hooks = [table.register_forward_hook(widen) for table in tables]
     try:
-        for module in parts(model):
-            if isinstance(module, nn.Embedding):  # what is looked up, not the whole table
-                hooks.append(module.register_forward_hook(widen))
-            else:
-                hooks.append(module.register_forward_pre_hook(enter))
-                # before those of what was entered earlier
-                hooks.append(module.register_forward_hook(leave, prepend=True))
+        with around_calls(others, in_fp32):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def around_calls(
+    modules: Iterable[nn.Module],
+    within: Callable[[nn.Module], contextlib.AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Within this block each call of one of the modules runs in the context made for it; what was
+    entered last is left first, in a module's own calls of others and where blocks are nested."""
+    entered: list[contextlib.AbstractContextManager[None]] = []
+    hooks: list[Any] = []
+
+    def enter(module: nn.Module, *given: Any) -> None:
+        context = within(module)
+        context.__enter__()
+        entered.append(context)
+
+    def leave(*given: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    try:
+        for module in modules:
+            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(module.register_forward_hook(leave, prepend=True))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        while entered:
-            leave(model)
+        while entered:  # a call that failed
+            leave()
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..files.safetensors import Checkpoint
+from ..model.fp32 import around_calls
 from ..model.targets import checkpoint_names
 from .bnb_format import quantized_names
 from .tensor import NF4Tensor
@@ -48,43 +49,31 @@ class OriginalWeights:
         Args:
             trained_too: replace parameters that were trained themselves, not only quantized ones.
         """
+        modules = exchanged(self.model, self.whole)
+        with around_calls(modules, lambda part: self._exchange(part, trained_too)):
+            yield
+
+    @contextlib.contextmanager
+    def _exchange(self, part: nn.Module, trained_too: bool) -> Iterator[None]:
+        """Within this block the originals stand in the place of a module's parameters."""
         held: list[tuple[nn.Module, str, nn.Parameter]] = []
-        hooks: list[Any] = []
-
-        def enter(part: nn.Module, *given: Any) -> None:
-            held.extend(self._exchange(part, trained_too))
-
-        def leave(part: nn.Module, *given: Any) -> None:
-            while held:
-                module, name, p = held.pop()
-                module._parameters[name] = p
-
         try:
-            for part in exchanged(self.model, self.whole):
-                hooks.append(part.register_forward_pre_hook(enter))
-                hooks.append(part.register_forward_hook(leave, prepend=True))
+            for module in part.modules() if part in self.whole else (part,):
+                for name, p in module._parameters.items():
+                    if p is None or not (
+                        isinstance(p.data, NF4Tensor) or (trained_too and p.requires_grad)
+                    ):
+                        continue
+                    source = self.sources.get(f"{self._paths[module]}.{name}")
+                    if source is None:  # an adapter's own
+                        continue
+                    value = self.checkpoint.read(source).to(p.device, p.data.dtype)
+                    held.append((module, name, p))
+                    module._parameters[name] = nn.Parameter(value, requires_grad=False)
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
-            leave(self.model)
-
-    def _exchange(
-        self, part: nn.Module, trained_too: bool
-    ) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-        """Put the original in the place of parameters; what was there."""
-        for module in part.modules() if part in self.whole else (part,):
-            for name, p in module._parameters.items():
-                if p is None or not (
-                    isinstance(p.data, NF4Tensor) or (trained_too and p.requires_grad)
-                ):
-                    continue
-                source = self.sources.get(f"{self._paths[module]}.{name}")
-                if source is None:  # an adapter's own
-                    continue
-                value = self.checkpoint.read(source).to(p.device, p.data.dtype)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
-                yield module, name, p
+            for module, name, p in held:
+                module._parameters[name] = p
 
 
 def exchanged(model: nn.Module, whole: set[nn.Module]) -> Iterator[nn.Module]:

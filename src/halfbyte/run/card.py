@@ -14,6 +14,8 @@ from .directory import Run
 from .facts import facts
 
 CARD = "README.md"
+MODELS = {"original": "the model it began with", "base": "its base in 4 bits", "run": "the run"}
+"""What a run is held against, by the keys of its judgement and of a merge's receipt."""
 
 
 def adapter_card(run: Run, info: dict[str, Any]) -> str:
@@ -221,8 +223,7 @@ def _base(info: dict[str, Any]) -> str:
 
 
 def _receipt(receipt: dict[str, Any]) -> str:
-    names = {"original": "the model it began with", "base": "its base in 4 bits", "run": "the run"}
-    rows = [(names[key], "", "", f"{loss:.4f}") for key, loss in receipt["losses"].items()]
+    rows = [(MODELS[key], "", "", f"{loss:.4f}") for key, loss in receipt["losses"].items()]
     for onto, found in receipt["comparisons"].items():
         this = f"{receipt['onto']}, requantized" if receipt["surviving"] else receipt["onto"]
         mark = " (this one)" if onto == this else ""
@@ -263,21 +264,20 @@ def _judged(found: dict[str, Any] | None) -> list[tuple[str, str]]:
     if not found:
         return []
     rows, gap, loss = [], found["difference"], found["loss"]
-    names = {"original": "the model it began with", "base": "its base in 4 bits", "run": "the run"}
     if gap and gap["half_width"] is not None:
-        losses = ", ".join(f"{names[key]} {value:.4f}" for key, value in loss.items())
+        losses = ", ".join(f"{MODELS[key]} {value:.4f}" for key, value in loss.items())
         rows.append((f"loss on {found['rows']} held-out rows", losses))
         rows.append(
             (
-                f"beside {names[found['against']]}",
+                f"beside {MODELS[found['against']]}",
                 f"{found['verdict']}: {gap['mean']:+.4f} +/- {gap['half_width']:.4f} nats a token",
             )
         )
     kl = found["neutral"]["kl"]
     if kl.get("run") is not None:
-        text = ", ".join(f"{names[key]} {value:.4f}" for key, value in kl.items())
+        text = ", ".join(f"{MODELS[key]} {value:.4f}" for key, value in kl.items())
         rows.append(
-            (f"KL divergence from {names[found['against'] or 'base']} on neutral text", text)
+            (f"KL divergence from {MODELS[found['against'] or 'base']} on neutral text", text)
         )
     return rows
 

@@ -22,6 +22,7 @@ from ..files.atomic import fcntl, read_json, write_bytes, write_json
 
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
 NONFINITE, MEMORY, PLAN_JSON = "nonfinite.jsonl", "memory.jsonl", "plan.json"
+QUANT_JSON = "quant.json"
 ADAPTER_FACTS = "halfbyte.json"
 """In adapter/: the digest of the base it belongs to, and the hash of its chat template."""
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from ..errors import HalfbyteError
 from ..files.atomic import read_json
-from .directory import EVALS, MEMORY, METRICS, PLAN_JSON, Run
-
-QUANT_JSON = "quant.json"
+from .directory import EVALS, MEMORY, METRICS, PLAN_JSON, QUANT_JSON, Run
 
 
 def facts(run: Run, info: dict[str, Any] | None = None) -> dict[str, Any]:

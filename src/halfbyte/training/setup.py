@@ -47,8 +47,7 @@ from ..progress import Reporter
 from ..quantization.load import load_base
 from ..quantization.weights import QuantReport
 from ..run import checkpoint
-from ..run.directory import EVALS, MEMORY, METRICS, NONFINITE, SAMPLES, Run
-from ..run.facts import QUANT_JSON
+from ..run.directory import EVALS, MEMORY, METRICS, NONFINITE, QUANT_JSON, SAMPLES, Run
 from ..run.load import refuse_foreign_adapter
 from .promise import Promise
 from .rehearsal import DIRECTORY
