@@ -4,8 +4,9 @@
 
 Family, geometry, row lengths, batch, rank, targets, base bits, recomputation, packing, optimizer,
 evaluation and samples are drawn; each training runs in a process of its own, without ways to need
-less, and its anonymous memory is read every few milliseconds from start to exit. A plan that is too
-small breaks the contract as one that is too generous does: the ratio is measured over planned.
+less, and the anonymous memory of it and its children is read every few milliseconds from start to
+exit. A plan that is too small breaks the contract as one that is too generous does: the ratio is
+measured over planned.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def hold(model: Path, rows: Path, options: dict[str, Any], run: Path) -> dict[st
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "halfbyte", "train", str(model), "--data", str(rows)]
     command += ["--output_dir", str(run), "--report_to", "none", *flags]
-    seen = watch(command, alone=True)
+    seen = watch(command)
     if seen.returncode:
         return {"failed": seen.returncode, "said": seen.out.splitlines()[-12:]}
     planned = json.loads((run / "plan.json").read_text())

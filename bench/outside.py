@@ -33,11 +33,16 @@ class Seen:
     out: str
 
 
-def anonymous(pid: int) -> int:
-    """Of a process, bytes; 0 once it is gone."""
+def anonymous(pid: int, shared: bool = False) -> int:
+    """Of a process, bytes; 0 once it is gone.
+
+    Args:
+        shared: what a fork shares with its parent is counted once (slower).
+    """
+    file, key = ("smaps_rollup", "Pss_Anon:") if shared else ("status", "RssAnon:")
     with contextlib.suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
+        for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+            if line.startswith(key):
                 return int(line.split()[1]) * 1024
     return 0
 
@@ -53,12 +58,8 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def watch(command: Sequence[str], alone: bool = False, **options: Any) -> Seen:
-    """Run a command and watch it.
-
-    Args:
-        alone: the process itself, without its children.
-    """
+def watch(command: Sequence[str], **options: Any) -> Seen:
+    """Run a command and watch it and its children."""
     began = time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
@@ -69,9 +70,9 @@ def watch(command: Sequence[str], alone: bool = False, **options: Any) -> Seen:
         reader.start()
         peak, at, samples, family = 0, 0.0, 0, [process.pid]
         while process.poll() is None:
-            if samples % 20 == 0 and not alone:
+            if samples % 20 == 0:
                 family = children(process.pid)
-            now = sum(map(anonymous, family))
+            now = sum(anonymous(pid, len(family) > 1) for pid in family)
             samples += 1
             if now > peak:
                 peak, at = now, time.perf_counter() - began

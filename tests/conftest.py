@@ -14,6 +14,7 @@ if not Path("/dev/nvidiactl").exists():
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ from halfbyte.training.trainer import Trainer
 
 from .helpers import plain_flash, reliable_options, shared, small_config
 from .tools.faults import make_inputs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole trainings first: of two workers none is left with a long file at the end."""
+    items.sort(key=lambda item: "/whole/" not in str(item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,9 +84,14 @@ def tiny_llama(tiny_config: LlamaConfig) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A short training of the built-in model, rows held out."""
-    home = tmp_path_factory.mktemp("merge")
+def trained_run(trained_once: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A short training of the built-in model, rows held out; a copy for each file of tests."""
+    return Run(shutil.copytree(trained_once.path, tmp_path_factory.mktemp("merge") / "run"))
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    home = tmp_path_factory.mktemp("trained")
     lines = [
         {"prompt": f"{i} teas and {i % 7} buns", "completion": f"{i % 7} buns, {i} cups"}
         for i in range(80)

@@ -12,9 +12,14 @@ from torch import Tensor
 
 import halfbyte
 from halfbyte.adapters.lora import LoraLinear, lora_layers
+from halfbyte.config.options import ModelOptions
 from halfbyte.errors import VerificationError
 from halfbyte.exporters import merge as merging
+from halfbyte.exporters.exact import recompute
+from halfbyte.exporters.write import write_merged
+from halfbyte.files import hub
 from halfbyte.files.safetensors import Checkpoint, read_header, read_tensor, write_safetensors
+from halfbyte.progress import no_progress
 from halfbyte.run.directory import Run
 
 Merged = Callable[..., Tensor]
@@ -56,20 +61,43 @@ def six_steps(tmp_path_factory: pytest.TempPathFactory, trained_run: Run) -> Run
         data=trained_run.info()["data"]["source"],
         output_dir=str(tmp_path_factory.mktemp("six") / "run"),
         max_steps=6,
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=8,
         num_samples=0,
         use_rslora=True,
         judge=False,
     )
 
 
+@pytest.fixture(scope="module")
+def running(six_steps: Run) -> Any:
+    return halfbyte.load(six_steps.path)[0]
+
+
 @pytest.mark.parametrize("wrong", [missing, rescaled, transposed, without_rslora])
-def test_a_wrong_merge_is_refused_six_steps_after_the_start(
-    six_steps: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Merged
+def test_a_wrong_sum_is_found_six_steps_after_the_start(
+    six_steps: Run,
+    running: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: Merged,
 ):
-    monkeypatch.setattr(LoraLinear, "merged", wrong)
-    with pytest.raises(VerificationError, match="not the adapter on its base") as caught:
+    base, options = hub.resolve("demo"), ModelOptions()
+    for onto in ("trained", "original"):
+        with monkeypatch.context() as patch:
+            patch.setattr(LoraLinear, "merged", wrong)
+            (tmp_path / onto).mkdir()
+            write_merged(base, tmp_path / onto, running, onto, no_progress)
+        given = (base, six_steps.adapter, running, onto, options, no_progress)
+        with pytest.raises(VerificationError, match="not the adapter on its base") as caught:
+            recompute(tmp_path / onto, *given)
+        assert "are not the sum" in caught.value.found
+
+
+def test_a_wrong_merge_is_refused(six_steps: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LoraLinear, "merged", missing)
+    with pytest.raises(VerificationError, match="not the adapter on its base"):
         halfbyte.merge(six_steps.path, tmp_path / "m")
-    assert "are not the sum" in caught.value.found
     assert not list(tmp_path.iterdir()), "nothing is left"
 
 

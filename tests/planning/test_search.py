@@ -39,6 +39,7 @@ def test_the_search_finds_the_fastest_that_fits(tmp_path: Path):
         "device": "cuda",
         "max_length": 2048,
         "dtype": "bfloat16",
+        "judge": False,  # which is left out where it alone would not fit
     }
     loose = halfbyte.plan(**common, fit_to="rtx-4090")
     assert loose.budget_bytes == CARDS["rtx-4090"] << 20 and loose.fits

@@ -63,7 +63,11 @@ def show(plan: "MemoryPlan", searched: bool) -> None:
         [*rows, ["together", gib(plan.phases["step"])]],
     )
     phases = [[phase, gib(size)] for phase, size in plan.phases.items()]
-    console.table("peak of each phase (merge is a command of its own)", ["phase", "bytes"], phases)
+    console.table(
+        "peak of each phase (merge, chat and export are commands of their own)",
+        ["phase", "bytes"],
+        phases,
+    )
     others = [
         [part.part, part.where, gib(part.bytes)] for part in plan.ledger if part.where != "device"
     ]

@@ -47,6 +47,7 @@ class Data:
     duplicates: int = 0
     ends: int = 0
     share_held_out: float = 0
+    _asked: dict[int, list[tuple[TokenizedExample, list[int], str]]] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         return {
@@ -65,14 +66,16 @@ class Data:
 
     def questions(self, count: int) -> list[tuple[TokenizedExample, list[int], str]]:
         """The first rows that can be asked, held-out ones before others: row, ids that ask, and the
-        answer wanted."""
-        found = []
-        for row in self.held_out + self.train.rows:
-            if len(found) >= count:
-                break
-            if pair := self.question(row):
-                found.append((row, *pair))
-        return found
+        answer wanted. They are remembered: a template is not asked again."""
+        if count not in self._asked:
+            found: list[tuple[TokenizedExample, list[int], str]] = []
+            for row in self.held_out + self.train.rows:
+                if len(found) >= count:
+                    break
+                if pair := self.question(row):
+                    found.append((row, *pair))
+            self._asked[count] = found
+        return self._asked[count]
 
 
 def read_data(

@@ -22,6 +22,7 @@ One file because text, ids and loss mask of a row are three views of the same ch
 only right together.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -124,6 +125,10 @@ class Renderer:
             index = self._backend.token_to_id(character)
             assert index is not None
             self._original_id[index] = self.special[text]
+
+    def rest(self) -> None:
+        """End the process that templates run in; the next conversation starts another."""
+        self._process.close()
 
     @property
     def template_sha256(self) -> str:
@@ -443,6 +448,10 @@ class Renderer:
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's end token, and the control tokens the template
         trains after it."""
+        return list(self._stop_ids)
+
+    @functools.cached_property
+    def _stop_ids(self) -> list[int]:
         turns = [
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": "answer"},

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import HalfbyteError, is_exhaustion
 from ..memory.recompute import Keep, Recompute, recompute_layers
 from ..model.attention import packed
+from ..model.fp32 import as_near, distance, model_in_fp32, typical_distance
 from .loss import output_head
 
 
@@ -33,9 +34,12 @@ class Abilities:
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest relative difference (norm over norm) that rounding can cause: about eight units of the
-last place, times the growth over a deep network. Tokens that leak between rows change the logits by
-several times as much."""
+"""Relative difference (norm over norm) above which rounding alone is not believed: about eight
+units of the last place, times the growth over a deep network. Tokens that leak between rows change
+the logits by several times as much."""
+SLACK = 4
+"""Times the tolerance that rounding may cause in fp32, where nothing finer tells how much it
+does."""
 
 
 @torch.no_grad()
@@ -43,69 +47,82 @@ def self_test(model: Any) -> Abilities:
     """Packed rows equal separate rows, and the chunked head equals the full logits, on a few
     tokens.
 
-    The caller refuses packing, or training, by name where it does not hold.
+    Packed rows may be as far from separate rows in fp32 as separate rows in the model's own dtype
+    are, up to `fp32.ALLOWANCE`; where that is far, they must demonstrably not see each other. The
+    caller refuses packing, or training, by name where it does not hold.
     """
     was_training = model.training
     model.eval()
     ids, position, length = _tokens(model)
-    tolerance = TOLERANCE[model.config.dtype]
     try:
-        apart = torch.cat(
-            [
-                model(input_ids=ids[i : i + length][None], use_cache=False).logits[0]
-                for i in (0, length)
-            ]
-        )
+        apart = _apart(model, ids, length)
         try:
+            with model_in_fp32(model):
+                exact = _apart(model, ids, length)
             packed = _packed(model, ids, position, length)
-            packing_error = _relative(packed, apart)
-            if tolerance < packing_error <= SLACK * tolerance and _see_only_themselves(
-                model, packed
-            ):
-                packing_error = tolerance
+            packing_error = _largest(packed, exact, length)
+            packing = _as_apart(model, packed, packing_error, _largest(apart, exact, length))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             _pass_on(error)
-            packing_error = math.inf
+            packing, packing_error = False, math.inf
         try:
-            hidden = model.base_model(
-                input_ids=ids[None, :length], use_cache=False
-            ).last_hidden_state[0]
-            chunks = torch.cat([output_head(model)(part) for part in hidden.split(5)])
-            head_error = _relative(chunks, apart[:length])
+            logits = model(input_ids=ids[None, :length], use_cache=False).logits[0]
+            chunks = torch.cat([output_head(model)(part) for part in apart[:length].split(5)])
+            head_error = distance(chunks, logits)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             _pass_on(error)
             head_error = math.inf
     finally:
         model.train(was_training)
-    return Abilities(packing_error <= tolerance, head_error <= tolerance, packing_error, head_error)
+    return Abilities(
+        packing, head_error <= TOLERANCE[model.config.dtype], packing_error, head_error
+    )
 
 
-SLACK = 4
-"""Times the tolerance that rounding may cause in a deep network whose products sum in another order
-for rows laid end to end, if the rows demonstrably do not see each other."""
+def _as_apart(model: Any, packed: Tensor, mine: float, own: float) -> bool:
+    """Whether packed rows are as near to separate rows in fp32 as separate rows are."""
+    dtype = model.config.dtype
+    near = mine <= SLACK * TOLERANCE[dtype] if dtype == torch.float32 else as_near(mine, own, dtype)
+    return near and (mine <= TOLERANCE[dtype] or _see_only_themselves(model, packed))
+
+
+def _largest(found: Tensor, exact: Tensor, length: int) -> float:
+    """Of two rows, how far the further one is from fp32."""
+    pairs = zip(found.split(length), exact.split(length), strict=True)
+    return max(typical_distance(mine, theirs) for mine, theirs in pairs)
+
+
+def _apart(model: Any, ids: Tensor, length: int) -> Tensor:
+    """Hidden states [2 n, d] of two rows, each in a pass of its own."""
+    return torch.cat(
+        [
+            model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0]
+            for row in ids.split(length)
+        ]
+    )
 
 
 def _packed(model: Any, ids: Tensor, position: Tensor, length: int) -> Tensor:
-    """Logits of two rows laid end to end."""
+    """Hidden states [2 n, d] of two rows laid end to end."""
     cu_seqlens = torch.tensor([0, length, 2 * length], dtype=torch.int32)
     with packed(model):
-        found = model(
+        found = model.base_model(
             input_ids=ids[None],
             position_ids=position[None],
             cu_seq_lens_q=cu_seqlens,
             use_cache=False,
         )
-    return found.logits[0]
+    return found.last_hidden_state[0]
 
 
-def _see_only_themselves(model: Any, logits: Tensor) -> bool:
+def _see_only_themselves(model: Any, found: Tensor) -> bool:
     """Whether each of two rows has the same bits whatever the other one holds."""
     ids, position, length = _tokens(model)
     one, two = ids.split(length)
     other_first = _packed(model, torch.cat((one.flip(0), two)), position, length)
     other_second = _packed(model, torch.cat((one, two.flip(0))), position, length)
-    return torch.equal(other_first[length:], logits[length:]) and torch.equal(
-        other_second[:length], logits[:length]
+    return torch.equal(other_first[length:], found[length:]) and torch.equal(
+        other_second[:length], found[:length]
     )
 
 
@@ -120,13 +137,6 @@ def _tokens(model: Any) -> tuple[Tensor, Tensor, int]:
     vocabulary, device, length = model.get_input_embeddings().weight.shape[0], model.device, 12
     ids = (torch.arange(2 * length, device=device) * 7919 + 13) % vocabulary
     return ids, torch.arange(length, device=device).repeat(2), length
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    if value.shape != reference.shape:
-        return math.inf
-    error = (value.float() - reference.float()).norm() / reference.float().norm().clamp(min=1e-30)
-    return float(error) if torch.isfinite(error) else math.inf
 
 
 # --- layers run again -----------------------------------------------------------------------------

@@ -151,10 +151,10 @@ class _Merger:
             VerificationError: it is not the adapter running on its base.
         """
         running, _ = self._load()
+        recomputed = self._build(onto, running)
         original = OriginalWeights(running, self.base)
         self.rows, rows_are = probes(self.source, self.say)
         losses, wanted, noise = self._before(running, original, onto)
-        recomputed = self._build(onto, running)
         for other in self.others:
             if other != onto:
                 try:

@@ -91,6 +91,8 @@ def probes(source: Source, say: Callable[[str], None]) -> tuple[list[TokenizedEx
     except DataError as error:
         say(f"the training data cannot be read ({error.what}): comparing on built-in text instead")
         return _built_in(renderer), "built in"
+    finally:
+        renderer.rest()
 
 
 def _built_in(renderer: Renderer) -> list[TokenizedExample]:

@@ -251,11 +251,14 @@ class _Counts:
         judging = steps.pop("judge", 0)
         if 0 < judging <= max(loading, *steps.values(), int(budget * (1 - RESERVE))):
             steps["judge"] = judging
+        used = before + self.base + held[Part.ADAPTERS] + growth
         return {
             "load": loading,
             "first step": steps["step"],
             **steps,
-            "merge": before + self.base + held[Part.ADAPTERS] + max(merged, self._reading),
+            "merge": used + max(merged, self._reading),
+            "chat": used + max(self.peaks["chat"].process, self._reading),
+            "export": used + self._reading,
         }
 
     def _ledger(self, step_bytes: int) -> list[LedgerLine]:
@@ -328,17 +331,13 @@ def _run(
         note("save")
         learner.model.eval()
         beside = max(len(work.batch.input_ids), NEUTRAL_TOKENS)
-        wanted = {"eval": work.eval_tokens}
-        if learner.config.judge or work.sample_tokens:
-            wanted["a pass"] = beside
-        for phase, tokens in wanted.items():
+        for phase, tokens in (("eval", work.eval_tokens), ("a pass", beside)):
             if tokens:
                 row = TokenizedExample("plan", [0] * tokens, [True] * tokens)
                 with torch.no_grad():
                     learner.loss(collate([row], [0]))
                 note(phase)
-    if passed := found.pop("a pass", None):
-        found |= _beside(learner, work, found["save"], passed, beside)
+    found |= _beside(learner, work, found["save"], found.pop("a pass"), beside)
     return found, flop, calls
 
 
@@ -349,8 +348,8 @@ BESIDE = ("eval", "judge", "samples", "save")
 def _beside(
     learner: Learner, work: Work, held: _PeakOf, passed: _PeakOf, tokens: int
 ) -> dict[str, _PeakOf]:
-    """The peaks of judging and answering, from that of a pass of so many tokens without
-    gradients."""
+    """The peaks of judging and answering, from that of a pass of so many tokens without gradients;
+    of a chat what it takes beside the model."""
     found: dict[str, _PeakOf] = {}
     model = learner.model
     if learner.config.judge:
@@ -360,16 +359,21 @@ def _beside(
         # pass's own
         weight = _original_bytes(model) * (1 if device_type(head) == "cuda" else 2)
         found["judge"] = _more(passed, weight + 2 * logits)
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = torch.finfo(config.dtype or torch.float32).bits // 8
+    # keys and values of a token
+    cached = 2 * config.num_hidden_layers * heads * width * element
+
+    def answering(tokens_at_once: int) -> int:
+        live = (passed.process - held.process) * max(tokens_at_once / tokens, 0.1)
+        return int(cached * tokens_at_once + live)
+
     if work.sample_tokens:
-        config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        element = torch.finfo(config.dtype or torch.float32).bits // 8
-        cache = 2 * config.num_hidden_layers * heads * width * element * work.sample_tokens
-        live = (passed.process - held.process) * max(work.sample_tokens / tokens, 0.1)
-        found["samples"] = _more(held, int(cache + live))
+        found["samples"] = _more(held, answering(work.sample_tokens))
+    # in a process of its own, without what trains
+    found["chat"] = _more(_PeakOf(0, 0, {}), answering(learner.config.max_length))
     return found
 
 

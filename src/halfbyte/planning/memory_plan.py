@@ -42,6 +42,10 @@ class Choice:
         return " ".join(f"--{name} {str(value).lower()}" for name, value in self.change.items())
 
 
+AFTERWARDS = ("merge", "chat", "export")
+"""Phases that are commands of their own."""
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Where the bytes of a training go.
@@ -72,8 +76,8 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of device memory, over all phases of the training (merging is a command of its own)."""
-        return max(size for phase, size in self.phases.items() if phase != "merge")
+        """Of device memory, over all phases of the training."""
+        return max(size for phase, size in self.phases.items() if phase not in AFTERWARDS)
 
     @property
     def reserve_bytes(self) -> int:

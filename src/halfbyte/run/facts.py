@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import HalfbyteError
 from ..files.atomic import read_json
-from .directory import EVALS, MEMORY, METRICS, PLAN_JSON, QUANT_JSON, Run
+from .directory import EVALS, MEMORY, METRICS, NONFINITE, PLAN_JSON, QUANT_JSON, Run
 
 
 def facts(run: Run, info: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def facts(run: Run, info: dict[str, Any] | None = None) -> dict[str, Any]:
         grad_norm of each logged step; ``evals``: rows of eval.jsonl; ``held_out``: the first and
         the last finite loss of these; ``memory``: bytes planned and measured at the peak, and by
         phase; ``judged``: what it learned and forgot; ``samples``: answers before and after;
-        ``quantization``: relative error of each tensor, largest first.
+        ``skipped``: steps that were not finite and were left out; ``quantization``: relative error
+        of each tensor, largest first.
 
     Raises:
         ModelError: run.json is damaged.
@@ -54,6 +55,7 @@ def facts(run: Run, info: dict[str, Any] | None = None) -> dict[str, Any]:
         "memory": _memory(run),
         "judged": info.get("judged"),
         "samples": run.samples(),
+        "skipped": len(run.read(NONFINITE)),
         "quantization": _quantization(run),
     }
 

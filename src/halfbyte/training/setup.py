@@ -128,6 +128,9 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
     if resume is not None:
         resume.compare(info, config)
     notes: dict[str, str] = {}
+    # no process with templates beside the weights: what will be asked is rendered now
+    data.questions(config.num_samples)
+    data.renderer.rest()
     with promise.monitor.phase("load", 0 if resume is None else resume.found.step):
         learner, report = build_learner(config, base, reporter, notes, begin=resume is None)
     promise.monitor.learner = learner
