@@ -63,7 +63,6 @@ TESTED_ELSEWHERE = {
     "cli.plan": "planning/test_plan.py",
     "cli.quantize": "quantization/test_cache.py",
     "cli.train": "cli/test_cli.py",
-    "config.aliases": "cli/test_cli.py: what a user types is translated and built there",
     "config.build": "cli/test_cli.py",
     "config.verbs": "cli/test_cli.py",
     "config.rules": "config/test_options.py",

@@ -8,7 +8,11 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from halfbyte import nf4
-from halfbyte.adapters.modules_to_save import make_modules_trainable, trainable_modules
+from halfbyte.adapters.modules_to_save import (
+    make_modules_trainable,
+    train_every_parameter,
+    trainable_modules,
+)
 from halfbyte.errors import UsageError
 
 
@@ -48,3 +52,56 @@ def test_whole_modules_that_cannot_be_are_refused_by_name(tiny_llama: LlamaForCa
     )
     with pytest.raises(UsageError, match="4 bits"):
         make_modules_trainable(tiny_llama, ["up_proj"])
+
+
+def test_every_parameter_of_a_model_in_16_bits_has_an_fp32_master(tiny_llama: LlamaForCausalLM):
+    """Updates far below half a unit of the last place add up; what is computed stays the same."""
+    model = tiny_llama.to(torch.bfloat16)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    train_every_parameter(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "tied masters stay tied"
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    norm = model.model.norm.weight
+    before = norm.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids).logits.float().square().mean().backward()
+        optimizer.step()
+    moved = (norm.detach() - before).abs()
+    assert float((moved > 0).float().mean()) > 0.9 and float(moved.max()) < 1e-4
+
+
+def test_models_in_32_bits_are_trained_as_they_are(tiny_llama: LlamaForCausalLM):
+    train_every_parameter(tiny_llama)
+    assert not list(trainable_modules(tiny_llama))
+
+
+class Around(nn.Module):
+    """A module with a parameter of its own around one with another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * self.scale + self.inner.weight[0]
+
+
+def test_trained_modules_may_lie_in_each_other():
+    torch.manual_seed(0)
+    model = Around().bfloat16()
+    x = torch.randn(2, 4).bfloat16()
+    with torch.no_grad():
+        expected = model(x)
+    train_every_parameter(model)
+    found = model(x)
+    assert torch.equal(found, expected)
+    found.float().sum().backward()
+    assert all(p.grad is not None and p.dtype == torch.float32 for p in model.parameters())

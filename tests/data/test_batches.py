@@ -1,6 +1,10 @@
 """Tests of `data.batches`."""
 
+import math
+import random
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +39,7 @@ def test_padding_is_a_row_of_its_own_that_trains_nothing():
     batch = collate([row(3), row(4, 2)], [1, 0])
     padded = batch.padded()
     assert len(padded.input_ids) == ROW_MULTIPLE and padded.cu_seqlens.tolist() == [0, 4, 7, 16]
-    assert padded.position_ids.tolist()[7:] == list(range(9))
+    assert padded.position_ids.tolist()[7:] == [0, 1, 2, 3, 0, 1, 2, 3, 0], "no longer than a row"
     assert padded.supervised == batch.supervised and padded.padded() is padded
 
 
@@ -68,3 +72,27 @@ def test_packing_keeps_every_row_once(lengths: list[int], epoch: int):
 
 def test_packing_fills_bins():
     assert pack([6, 4, 5, 5], [0, 1, 2, 3], 10) == [[0, 1], [2, 3]]
+
+
+def test_packed_sequences_come_in_no_order_of_lengths():
+    """Over ten epochs the place of a sequence tells neither how many rows it holds nor how long
+    they are."""
+    draw = random.Random(0)
+    rows = [
+        TokenizedExample(str(i), [7] * draw.choice((5, 9, 20, 40, 90)), [True] * 90)
+        for i in range(600)
+    ]
+    schedule = Schedule(rows, 3, 1, 1, pack_to=96)
+    counts, longest, orders = [], [], set()
+    for epoch in range(10):
+        sequences = schedule.sequences(epoch)
+        orders.add(tuple(map(tuple, sequences)))
+        counts.append([len(sequence) for sequence in sequences])
+        longest.append([max(len(rows[i].input_ids) for i in sequence) for sequence in sequences])
+        assert sorted(i for sequence in sequences for i in sequence) == list(range(600))
+    assert len(orders) == 10
+    for measured in (counts, longest):
+        values = torch.tensor(measured, dtype=torch.float64)
+        places = torch.arange(values.shape[1], dtype=torch.float64).repeat(10)
+        found = torch.corrcoef(torch.stack((places, values.flatten())))[0, 1]
+        assert abs(float(found)) < 3 / math.sqrt(values.numel()), "three standard errors"

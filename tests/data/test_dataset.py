@@ -9,7 +9,7 @@ import pytest
 from halfbyte.config.options import DataOptions
 from halfbyte.data.dataset import encode, hold_out, read_data
 from halfbyte.data.formats import Example
-from halfbyte.data.renderer import Renderer
+from halfbyte.data.renderer import Renderer, TokenizedExample
 from halfbyte.errors import DataError
 from halfbyte.files import hub
 
@@ -39,7 +39,7 @@ def test_held_out_rows_are_a_function_of_the_rows_and_never_trained(tmp_path: Pa
     } != held
     assert data.duplicates == 20
     with pytest.raises(DataError, match="nothing is left to train"):
-        hold_out(data.train.rows, 10**6, 0)
+        hold_out(data.train.rows, 10**6, 0, None)
 
 
 def test_a_row_that_never_trains_its_end_is_refused(tmp_path: Path, stories: Path):
@@ -81,3 +81,15 @@ def test_rows_the_template_refuses_can_be_skipped(stories: Path):
     assert [r.where for r in rows] == ["r0", "r2"] and bad[0].where == "r1"
     with pytest.raises(DataError, match="template refused"):
         encode(examples, renderer)
+
+
+def test_rows_that_are_equal_when_they_are_cut_stay_on_one_side():
+    rows = [
+        TokenizedExample(f"{start}.{end}", [start] * 6 + [end] * 4, [True] * 10)
+        for start in range(10, 20)
+        for end in range(30, 34)
+    ]
+    kept, out = hold_out(rows, 0.25, 0, 6)
+    assert {row.input_ids[0] for row in kept}.isdisjoint(row.input_ids[0] for row in out)
+    kept, out = hold_out(rows, 0.25, 0, None)
+    assert not {row.input_ids[0] for row in kept}.isdisjoint(row.input_ids[0] for row in out)

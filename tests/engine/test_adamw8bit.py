@@ -1,9 +1,15 @@
 """Tests of `engine.adamw8bit`."""
 
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
 import bitsandbytes
+import pytest
 import torch
 from torch import nn
 
+from halfbyte.codebooks import dynamic_map
 from halfbyte.engine.adamw8bit import AdamW8bit
 
 
@@ -63,3 +69,102 @@ def test_small_tensors_are_exact_and_state_moves_raw():
     assert other.steps == 5
     for name, tensor in mine.state_tensors().items():
         assert torch.equal(other.state_tensors()[name], tensor), name
+
+
+SIZE, RATE, BETAS = 8192, 1e-3, (0.9, 0.999)
+
+
+def hard_gradients(kind: str, steps: int) -> Iterator[torch.Tensor]:
+    """Of outliers, zeros and rows that are met now and then, which even ones do not show."""
+    draw = torch.Generator().manual_seed(0)
+    spread = torch.logspace(-4, 0, SIZE)[torch.randperm(SIZE, generator=draw)]
+    for step in range(steps):
+        noise = torch.randn(SIZE, generator=draw)
+        if kind == "outliers":
+            yield noise * spread
+        elif kind == "drift":
+            yield (noise * 0.1 + 1) * spread
+        elif kind == "stopped":
+            yield noise * spread * (1.0 if step < 20 else 1e-5)
+        elif kind == "zeros":
+            yield noise * (torch.arange(SIZE) % 3 == 0)
+        else:
+            met = torch.rand(SIZE // 64, generator=draw) < 0.02
+            yield noise * met.repeat_interleave(64)
+
+
+def walked(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], kind: str, steps: int
+) -> tuple[torch.Tensor, float]:
+    """Where parameters end, and the longest way of one in a step, both in rates."""
+    p = nn.Parameter(torch.zeros(SIZE))
+    optimizer, longest = make([p]), 0.0
+    for grad in hard_gradients(kind, steps):
+        before = p.detach().clone()
+        p.grad = grad
+        optimizer.step()
+        longest = max(longest, float((p.detach() - before).abs().max()) / RATE)
+    return p.detach() / RATE, longest
+
+
+def roundings() -> float:
+    """How much longer a step can be by the codes of both moments: the first rounded up, the second
+    down, each to the nearest of its map."""
+    first = [level for level in dynamic_map(signed=True) if level >= 0]
+    second = dynamic_map(signed=False)[1:]
+    up = max(b / ((a + b) / 2) for a, b in pairwise(first))
+    down = max((a + b) / 2 / a for a, b in pairwise(second))
+    return up * math.sqrt(down)
+
+
+@pytest.mark.parametrize("kind", ["outliers", "drift", "stopped", "zeros", "rows"])
+def test_no_weight_is_thrown_out(kind: str):
+    """2,000 steps: none goes further at once than AdamW can (Kingma & Ba 2015, section 2.1, by the
+    Cauchy-Schwarz inequality over all gradients), and none ends further from torch's path than
+    with bitsandbytes' 8 bits."""
+    b1, b2 = BETAS
+    bound = math.sqrt((1 - b1) ** 2 / ((1 - b2) * (1 - b1**2 / b2)))
+    assert bound == pytest.approx(7.27, abs=0.01)
+    plain = {"lr": RATE, "betas": BETAS, "weight_decay": 0.0}
+    wanted, _ = walked(lambda p: torch.optim.AdamW(p, **plain), kind, 2000)
+    ours, longest = walked(lambda p: AdamW8bit(p, **plain), kind, 2000)
+    peer, _ = walked(lambda p: bitsandbytes.optim.AdamW8bit(p, **plain), kind, 2000)
+    assert longest <= bound * roundings()
+    assert float((ours - wanted).abs().max()) <= 1.1 * float((peer - wanted).abs().max())
+    assert float((ours - wanted).norm()) <= 1.01 * float((peer - wanted).norm())
+
+
+def test_named_parameters_keep_32_bits_whatever_their_size():
+    torch.manual_seed(0)
+    table, other = nn.Parameter(torch.randn(500, 700)), nn.Parameter(torch.randn(80, 64))
+    reference = nn.Parameter(table.detach().clone())
+    mine = AdamW8bit([table, other], lr=1e-2, in_32bit=[table])
+    theirs = torch.optim.AdamW([reference], lr=1e-2)
+    assert mine.arenas[0]["small_m"].numel() == table.numel()
+    for _ in range(4):
+        table.grad, other.grad = torch.randn_like(table), torch.randn_like(other)
+        reference.grad = table.grad.clone()
+        mine.step()
+        theirs.step()
+    torch.testing.assert_close(table, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_of_8_bits_is_decoded_for_those_that_keep_32():
+    torch.manual_seed(0)
+    shapes = [(80, 64), (10, 7), (90, 60), (5,), (70, 64)]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    old = AdamW8bit(params, lr=1e-2)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        old.step()
+    new = AdamW8bit(params, lr=1e-2, in_32bit=[params[2]])
+    new.take_8bit(old.state_tensors())
+    arena, was = new.arenas[0], old.arenas[0]
+    assert torch.equal(arena["m_codes"][:5120], was["m_codes"][:5120])
+    assert torch.equal(arena["m_codes"][5120:], was["m_codes"][5120 + 5632 :])
+    assert torch.equal(arena["small_v"][:70], was["small_v"][:70])
+    assert torch.equal(arena["small_v"][-5:], was["small_v"][-5:])
+    levels = torch.tensor(dynamic_map(signed=False))[was["v_codes"][5120 : 5120 + 5400].long()]
+    scales = was["v_absmax"][20:42].repeat_interleave(256)[:5400]
+    assert torch.equal(arena["small_v"][70:-5], levels * scales)

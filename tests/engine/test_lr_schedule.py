@@ -1,15 +1,39 @@
 """Tests of `engine.lr_schedule`."""
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from halfbyte.config.options import TrainConfig
-from halfbyte.engine.lr_schedule import learning_rate
+from halfbyte.engine.lr_schedule import learning_rate, unused_warmup, warmup_steps
 
 
-def test_schedules():
-    config = TrainConfig(model="m", data="d", learning_rate=1.0, warmup_steps=2)
-    assert [learning_rate(config, s, 6) for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
-    cosine = config.model_copy(update={"lr_scheduler_type": "cosine"})
-    assert learning_rate(cosine, 4, 6) == pytest.approx(0.5)
-    constant = config.model_copy(update={"lr_scheduler_type": "constant"})
-    assert learning_rate(constant, 5, 6) == 1.0
+def config(**options) -> TrainConfig:
+    return TrainConfig(model="m", data="d", learning_rate=1e-3, **options)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_every_rate_is_transformers(name: str, warmup: int):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=23)
+    ours = config(lr_scheduler_type=name, warmup_steps=warmup)
+    for step in range(23):
+        assert learning_rate(ours, step, 23) == pytest.approx(schedule.get_last_lr()[0], abs=1e-18)
+        optimizer.step()
+        schedule.step()
+
+
+def test_no_warm_up_is_none():
+    assert warmup_steps(config(warmup_steps=0), 100) == 0
+    assert warmup_steps(config(), 100) == 3
+    assert learning_rate(config(warmup_steps=0), 0, 100) == 1e-3
+    assert warmup_steps(config(lr_scheduler_type="constant"), 100) == 0
+
+
+def test_a_warm_up_that_a_schedule_has_not_is_said():
+    said = unused_warmup(config(lr_scheduler_type="constant", warmup_ratio=0.03))
+    assert "warmup_ratio 0.03 is not used" in said and "constant_with_warmup" in said
+    assert not unused_warmup(config(lr_scheduler_type="constant"))
+    assert not unused_warmup(config(lr_scheduler_type="constant", warmup_steps=0))
+    assert not unused_warmup(config(warmup_steps=5))

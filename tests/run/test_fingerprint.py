@@ -12,32 +12,66 @@ from halfbyte.errors import (
     ModelError,
 )
 from halfbyte.progress import Reporter
-from halfbyte.run.fingerprint import changes_since, fingerprint
+from halfbyte.run.fingerprint import RULES, changes_since, fingerprint, rules_of
 
 from ..helpers import reliable_options, stopped_after
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_resume_across_other_arithmetic_is_named(dtype: str):
-    """A checkpoint of a release whose 16-bit gradients had other last bits."""
-    info: dict[str, Any] = {
-        "config": {"optim": "adamw_8bit", "lora_r": 4},
-        "data": {"sha256": ""},
+def record(**changes: Any) -> dict[str, Any]:
+    """What `run.json` says of a training."""
+    options = {"warmup_ratio": 0.0, "eval_split": 0.0, "optim": "adamw_torch", **changes}
+    dtype = options.pop("compute_dtype", "float32")
+    beside = {key: options.pop(key) for key in ("passes_apart", "warmup_steps") if key in options}
+    cut = options.pop("rows_cut", 0)
+    config = TrainConfig(model="m", data="d", **options)
+    return {
+        "config": config.model_dump(),
+        "data": {"sha256": "", "rows_cut": cut},
         "machine": {"threads": 2, "device": "", "kernel_path": ""},
         "versions": {"torch": "", "transformers": ""},
         "compute_dtype": dtype,
         **dict.fromkeys(("template_sha256", "tokenizer_sha256", "total_steps"), ""),
+        **beside,
     }
-    older = {key: value for key, value in fingerprint(info).items() if key != "arithmetic"}
-    if dtype == "float32":
-        assert changes_since({"fingerprint": older}, info, set()) == []
-        return
+
+
+CONCERNED = {
+    "arithmetic": {"compute_dtype": "bfloat16"},
+    "optimizer_codes": {"optim": "adamw_8bit"},
+    "optimizer_states": {"optim": "adamw_8bit", "modules_to_save": "lm_head"},
+    "masters": {"full": True, "load_in_4bit": False, "compute_dtype": "bfloat16"},
+    "order": {"packing": True},
+    "split": {"eval_split": 0.1, "rows_cut": 3},
+    "passes": {"passes_apart": True},
+    "rates": {"warmup_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_resume_under_another_rule_is_refused_by_its_name(name: str):
+    """A checkpoint of a release that computed the same training in another way."""
+    info = record(**CONCERNED[name])
+    older = {key: value for key, value in fingerprint(info).items() if key not in RULES}
     with pytest.raises(ModelError, match="another training") as refusal:
         changes_since({"fingerprint": older}, info, set())
-    assert "--allow_change arithmetic" in " ".join(refusal.value.ways_out)
-    assert changes_since({"fingerprint": older}, info, {"arithmetic"}) == [
-        "arithmetic: None then, 2 now"
-    ]
+    assert RULES[name].says in refusal.value.found
+    assert any("--allow_change" in way and name in way for way in refusal.value.ways_out)
+    lines = changes_since({"fingerprint": older}, info, set(RULES))
+    assert f"{name}: 1 then, 2 now ({RULES[name].says})" in lines
+    plain = record()
+    older = {key: value for key, value in fingerprint(plain).items() if key not in RULES}
+    assert changes_since({"fingerprint": older}, plain, set()) == [], "it concerns others"
+
+
+def test_a_constant_rate_that_warmed_up_once_is_named():
+    info = record(lr_scheduler_type="constant", warmup_ratio=0.03)
+    assert rules_of(info)["rates"] == 2
+    assert rules_of(record(lr_scheduler_type="constant"))["rates"] is None
+
+
+def test_no_warm_up_is_compared_as_it_was_said_before():
+    was = fingerprint(record())
+    assert (was["warmup_steps"], was["warmup_ratio"]) == (0, 0.0)
 
 
 def test_changes_are_refused_or_allowed_by_name_and_recorded(reliable_inputs: Path, tmp_path: Path):

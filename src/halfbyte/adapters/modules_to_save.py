@@ -56,12 +56,15 @@ class TrainableModule(nn.Module):
                 place, _, name = path.rpartition(".")
                 module = self.get_submodule(place)
                 # an attribute is found before a parameter of its name
+                shadowed.append((module, name, module.__dict__.get(name)))
                 module.__dict__[name] = self._cast(path, value)
-                shadowed.append((module, name))
             yield
         finally:
-            for module, name in shadowed:
-                del module.__dict__[name]
+            for module, name, before in reversed(shadowed):
+                if before is None:
+                    del module.__dict__[name]
+                else:  # of a trained module around this one
+                    module.__dict__[name] = before
 
     def _cast(self, path: str, value: Tensor) -> Tensor:
         """A parameter in the type to compute in; at rest it is cast once."""
@@ -74,6 +77,19 @@ class TrainableModule(nn.Module):
             with torch.inference_mode(False):
                 self.cast[path] = (value._version, value.detach().to(self.computes_in))
         return self.cast[path][1]
+
+
+def train_every_parameter(model: nn.Module) -> None:
+    """Have all parameters trained, in place: fp32 ones as they are, others as fp32 masters, which
+    take updates that 16 bits would round away (Micikevicius et al. 2018, arXiv:1710.03740, section
+    3.1)."""
+    masters: dict[nn.Parameter, nn.Parameter] = {}
+    for module in list(model.modules()):
+        own = [p for p in module._parameters.values() if p is not None]
+        for p in own:
+            p.requires_grad_(True)
+        if any(p.dtype != torch.float32 for p in own):
+            _as_masters(module, masters)
 
 
 def trainable_modules(model: nn.Module) -> Iterator[tuple[str, TrainableModule]]:
@@ -159,15 +175,27 @@ def _train_whole(
                     "--load_in_4bit false",
                 ],
             )
-    dtype = next(module.parameters()).dtype
     originals = {name: p.detach() for name, p in module.named_parameters()}
+    _as_masters(module, masters, requested_as, originals if keep_originals else None)
+
+
+def _as_masters(
+    module: nn.Module,
+    masters: dict[nn.Parameter, nn.Parameter],
+    requested_as: str = "",
+    originals: dict[str, Tensor] | None = None,
+) -> None:
+    """Make a module one that trains fp32 masters of its parameters. masters: of those that have
+    some already, which may be shared."""
+    dtype = next(module.parameters()).dtype
     for inner in module.modules():
         for name, p in inner._parameters.items():
             if p is not None:
                 if p not in masters:
-                    masters[p] = nn.Parameter(p.detach().to(torch.float32, copy=True))
+                    master = nn.Parameter(p.detach().to(torch.float32, copy=True))
+                    masters[p] = masters[master] = master
                 inner._parameters[name] = masters[p]
     swap_class(module, TrainableModule)
     module.requested_as, module.computes_in = requested_as, dtype  # pyright: ignore[reportArgumentType]
-    module.__dict__.update(originals=originals if keep_originals else None, cast={})
+    module.__dict__.update(originals=originals, cast={})
     module.disabled = False  # pyright: ignore[reportArgumentType]

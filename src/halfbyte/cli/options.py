@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..config import options
-from ..config.aliases import NEGATED, RENAMED, SWITCHES, translate
+from ..config.aliases import MICRO, NEGATED, RENAMED, SWITCHES, WHOLE, translate, whole_batch
 from ..config.build import build, read_yaml
 from ..config.verbs import all_keys
 from ..errors import UsageError
@@ -70,7 +70,7 @@ class Verb(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        translated, waiting = [], list(args)
+        translated, waiting = [], self._whole_batch(args)
         while waiting:
             argument = waiting.pop(0)
             name, equals, value = argument[2:].partition("=")
@@ -102,6 +102,27 @@ class Verb(click.Command):
                 translated.append(f"--{field}={item}" if equals or notice else f"--{field}")
         return super().parse_args(ctx, translated)
 
+    def _whole_batch(self, args: list[str]) -> list[str]:
+        """The arguments, with the batch of a whole step as accumulation."""
+        sizes = {name.replace("_", "-"): name for name in (*WHOLE, *MICRO)}
+        found: dict[str, int] = {}
+        for place, argument in enumerate(args):
+            name = argument[2:].partition("=")[0].replace("_", "-")
+            if argument.startswith("--") and name in sizes:
+                found[sizes[name]] = place
+        given = {
+            name: args[place].partition("=")[2] or (args[place + 1 : place + 2] or [""])[0]
+            for name, place in found.items()
+        }
+        kept, notice = whole_batch(given, f"halfbyte {self.name}")
+        if notice is None:
+            return list(args)
+        console.say(notice)
+        (place,) = (place for name, place in found.items() if name not in kept)
+        taken = 1 if "=" in args[place] else 2
+        steps = f"--gradient_accumulation_steps={kept['gradient_accumulation_steps']}"
+        return [*args[:place], steps, *args[place + taken :]]
+
     def _takes(self, name: str, following: str) -> bool:
         """Whether the argument after an option is its value: a text may begin with dashes, a switch
         has true/false."""
@@ -117,7 +138,10 @@ class Verb(click.Command):
         path, as_json, dry_run = given.pop("config"), given.pop("as_json"), given.pop("dry_run")
         values: dict[str, Any] = {}
         if path:
-            for key, value in read_yaml(Path(path)).items():
+            read, notice = whole_batch(read_yaml(Path(path)), path)
+            if notice:
+                console.say(notice)
+            for key, value in read.items():
                 ours, notice = translate(key, value, all_keys(), path)
                 if notice:
                     console.say(notice)

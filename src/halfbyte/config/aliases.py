@@ -15,6 +15,7 @@ RENAMED = {
     "cutoff_len": "max_length",
     "sequence_len": "max_length",
     "micro_batch_size": "per_device_train_batch_size",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
     "batch_size": "per_device_train_batch_size",
     "num_epochs": "num_train_epochs",
@@ -66,46 +67,41 @@ REFUSED = {
 }
 """Options of other tools that we know and do not have, and what to do instead."""
 
-SWITCHES = {"bf16": {"dtype": "bfloat16"}, "fp16": {"dtype": "float16"}}
+SWITCHES = {
+    "bf16": {"dtype": "bfloat16"},
+    "fp16": {"dtype": "float16"},
+    "lora_target_linear": {"target_modules": "all-linear"},
+}
 """Switches of other tools and what they mean here when they are on."""
 
-LEFT_OUT = {
-    *(
-        "save_strategy",
-        "eval_strategy",
-        "evaluation_strategy",
-        "logging_strategy",
-        "overwrite_output_dir",
-    ),
-    *(
-        "load_best_model_at_end",
-        "dataloader_num_workers",
-        "remove_unused_columns",
-        "group_by_length",
-        "task_type",
-        "bias",
-    ),
-    *(
-        "bias",
-        "flash_attention",
-        "gradient_checkpointing_kwargs",
-        "tf32",
-        "inference_mode",
-        "do_train",
-        "do_eval",
-    ),
-    *(
-        "run_name",
-        "logging_dir",
-        "lora_target_linear",
-        "wandb_project",
-        "strict",
-        "dataset_prepared_path",
-    ),
-}
-"""Keys of other tools' files that have no counterpart here and change nothing that is trained."""
-
 TRUE, FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off", "none", "[]")
+
+LEFT_OUT = {
+    **dict.fromkeys(
+        ("save_strategy", "eval_strategy", "evaluation_strategy", "logging_strategy"),
+        "when something is written, evaluated or shown trains nothing",
+    ),
+    **dict.fromkeys(("run_name", "logging_dir", "wandb_project"), "names of logs"),
+    **dict.fromkeys(("overwrite_output_dir", "dataset_prepared_path"), "places of files"),
+    **dict.fromkeys(("dataloader_num_workers", "do_eval", "strict"), "how a trainer goes about it"),
+    "remove_unused_columns": "what no format knows is read by none",
+    "flash_attention": "another order of the same sums",
+    "tf32": "no product is rounded to less than its dtype here",
+    "gradient_checkpointing_kwargs": "layers run again give the same gradients",
+}
+"""Keys of other tools' files that have no counterpart here, and why they change nothing that is
+trained."""
+
+ONLY = {
+    "bias": (("none",), "biases are not trained"),
+    "task_type": (("causal_lm",), "causal language models are trained"),
+    "inference_mode": (FALSE, "an adapter is trained"),
+    "do_train": (TRUE, "`halfbyte train` trains"),
+    "load_best_model_at_end": (FALSE, "the result is the last step's; the best checkpoint is kept"),
+    "group_by_length": (FALSE, "rows come in random order; packing true fills sequences"),
+}
+"""Keys of other tools that would change what is trained: the values that do not, and what is done
+here instead."""
 
 
 def nearest(key: str, known: set[str]) -> str | None:
@@ -132,7 +128,17 @@ def translate(
         ), f"{key} is {' and '.join(f'{o} {shown}' for o in ours)} here; taken as such"
     if name in RENAMED:
         return {RENAMED[name]: value}, f"{key} is called {RENAMED[name]} here; taken as such"
-    if name in LEFT_OUT or (name == "adapter" and str(value).lower() in ("lora", "qlora")):
+    if name in ONLY and str(value).lower() not in ONLY[name][0]:
+        raise UsageError(
+            f"{key} {value} would change what is trained, and is no option here",
+            where=where,
+            expected=f"{key} {ONLY[name][0][0]}, or without it: {ONLY[name][1]}",
+        )
+    if (
+        name in LEFT_OUT
+        or name in ONLY
+        or (name == "adapter" and str(value).lower() in ("lora", "qlora"))
+    ):
         return {}, f"{key} has no counterpart here and is left out"
     if name in SWITCHES:
         if str(value).lower() in TRUE:
@@ -149,3 +155,41 @@ def translate(
         where=where,
         ways_out=[f"did you mean {close!r}?"] if close else ["see `halfbyte --help`"],
     )
+
+
+WHOLE = ("batch_size", "train_batch_size")
+MICRO = ("micro_batch_size", "train_micro_batch_size_per_gpu", "per_device_train_batch_size")
+
+
+def whole_batch(given: dict[str, Any], where: str) -> tuple[dict[str, Any], str | None]:
+    """``batch_size`` beside ``micro_batch_size`` is the rows of a whole step in alpaca-lora,
+    axolotl and DeepSpeed: as accumulation (what is given with it, notice or None).
+
+    Raises:
+        UsageError: it is no multiple, or the accumulation that is given is another.
+    """
+    names = {key.replace("-", "_"): key for key in given}
+    whole = next((names[name] for name in WHOLE if name in names), None)
+    micro = next((names[name] for name in MICRO if name in names), None)
+    if whole is None or micro is None:
+        return given, None
+    try:
+        rows, at_once = int(given[whole]), int(given[micro])
+    except (TypeError, ValueError):
+        return given, None  # refused where it is checked
+    steps = rows // max(at_once, 1)
+    other = given.get(names.get("gradient_accumulation_steps", ""))
+    if steps * at_once != rows or (other is not None and str(other) != str(steps)):
+        raise UsageError(
+            f"{whole} {rows} beside {micro} {at_once} is the rows of a whole step, which they do "
+            "not make",
+            where=where,
+            found=f"gradient_accumulation_steps {other}" if other is not None else "",
+            ways_out=["name per_device_train_batch_size and gradient_accumulation_steps"],
+        )
+    kept = {key: value for key, value in given.items() if key != whole}
+    notice = (
+        f"{whole} {rows} beside {micro} {at_once} is the rows of a whole step: "
+        f"gradient_accumulation_steps {steps}"
+    )
+    return {**kept, "gradient_accumulation_steps": steps}, notice

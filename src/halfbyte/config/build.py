@@ -28,6 +28,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise UsageError(f"{path} must hold a mapping of options, not a {type(value).__name__}")
+    if "adapter" in value and value["adapter"] is None:
+        raise UsageError(
+            f"{path}: adapter is blank, which is full fine-tuning in axolotl",
+            ways_out=[
+                "full: true and load_in_4bit: false trains every parameter",
+                "adapter: qlora",
+            ],
+        )
     # a blank value is not given
     return {str(key): item for key, item in value.items() if item is not None}
 

@@ -6,6 +6,7 @@ so none of these packages is imported here. What an object says and we do not do
 would change what is trained, and left out if it would not.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -74,7 +75,7 @@ _SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
     "constant": "constant",
-    "constant_with_warmup": "constant",
+    "constant_with_warmup": "constant_with_warmup",
 }
 
 
@@ -135,12 +136,42 @@ def config_of(cls: type[OptionsT], things: tuple[Any, ...], options: dict[str, A
 def _refuse_unknown(kind: str, thing: Any) -> None:
     given = {name: getattr(thing, name, neutral[0]) for name, neutral in _NEUTRAL[kind].items()}
     wrong = {name: value for name, value in given.items() if value not in _NEUTRAL[kind][name]}
+    if kind == "LoraConfig":
+        wrong |= _not_read(thing)
     if wrong:
         raise UsageError(
             f"a setting of this {type(thing).__name__} would change what is trained, and has no "
             "counterpart here",
             found=", ".join(f"{name}={value!r}" for name, value in wrong.items()),
         )
+
+
+def _not_read(thing: Any) -> dict[str, Any]:
+    """Settings of a LoraConfig that are not at their defaults and that nothing here reads, those of
+    PEFT's other methods (marked ``is_lora_variant`` there) among them."""
+    wrong = {}
+    for field in dataclasses.fields(thing):
+        plain = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
+        value = getattr(thing, field.name)
+        if field.name not in _READ_OF_LORA and value != plain and value not in _EMPTY:
+            wrong[field.name] = value
+    return wrong
+
+
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {}, ())
+_READ_OF_LORA = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern"),
+    *("alpha_pattern", "use_dora", "modules_to_save", *_NEUTRAL["LoraConfig"]),
+    # names and places
+    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    # of initializations and methods that are refused themselves
+    *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+"""Fields of a LoraConfig that are read, are checked, or change nothing by themselves."""
 
 
 def _of_bitsandbytes(thing: Any) -> dict[str, Any]:
@@ -200,10 +231,10 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
             )
         found[name] = known[value]
     warmup = thing.warmup_steps or 0
-    if getattr(thing.lr_scheduler_type, "value", thing.lr_scheduler_type) == "constant":
-        warmup = 0  # transformers' has no warm-up
     ratio = warmup if 0 < warmup < 1 else getattr(thing, "warmup_ratio", None) or 0.0
-    found.update(warmup_steps=0 if warmup < 1 else int(warmup), warmup_ratio=ratio)
+    if warmup >= 1 or not ratio:
+        found["warmup_steps"] = int(warmup)
+    found["warmup_ratio"] = ratio
     reports = getattr(thing, "report_to", None) or []
     found["report_to"] = (
         ",".join(name for name in reports if name in ("tensorboard", "wandb", "trackio")) or "none"

@@ -283,13 +283,15 @@ class TrainingOptions(Options):
         in_trainer=True,
     )
     learning_rate: float = option(2e-4, "peak learning rate", gt=0, resume="named", in_trainer=True)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
-        "linear", "after the warm-up", resume="named"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", "after the warm-up; constant has none", resume="named"
     )
     warmup_ratio: float = option(
         0.03, "share of the steps spent warming up", ge=0, lt=1, resume="named"
     )
-    warmup_steps: int = option(0, "steps of warm-up; 0: by warmup_ratio", ge=0, resume="named")
+    warmup_steps: int | None = option(
+        None, "steps of warm-up, 0 for none; not given: by warmup_ratio", ge=0, resume="named"
+    )
     weight_decay: float = option(
         0.0, "decoupled weight decay", ge=0, resume="named", in_trainer=True
     )

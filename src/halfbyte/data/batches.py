@@ -6,8 +6,9 @@ that fills ``max_length``. A micro-batch lays the rows of its units end to end; 
 ``gradient_accumulation_steps`` micro-batches. The last step of an epoch takes what is left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -146,7 +147,9 @@ class MicroBatch:
         lack = coarse_length(count) - count if coarse else -count % ROW_MULTIPLE
         if lack == 0:
             return self
-        positions = torch.arange(lack, device=self.position_ids.device)
+        # no longer than the longest row: what a pass computes may depend on its last position
+        longest = int(self.cu_seqlens.diff().max())
+        positions = torch.arange(lack, device=self.position_ids.device) % longest
         return MicroBatch(
             functional.pad(self.input_ids, (0, lack)),
             torch.cat((self.position_ids, positions)),
@@ -155,13 +158,21 @@ class MicroBatch:
             self.rows,
         )
 
-    def split(self, most: int) -> list[tuple[int, "MicroBatch"]]:
+    def split(
+        self, most: int, kind: Callable[[int], int] = lambda length: 0
+    ) -> list[tuple[int, "MicroBatch"]]:
         """Parts of whole rows that follow each other, of at most ``most`` tokens where a single row
-        has no more; and the token of this micro-batch that each begins with."""
+        has no more, and of one ``kind`` of lengths; and the token of this micro-batch that each
+        begins with."""
         cu_seqlens = self.cu_seqlens.tolist()
+        kinds = [kind(b - a) for a, b in pairwise(cu_seqlens)]
         parts, first = [], 0
         for row in range(1, len(cu_seqlens)):
-            if row + 1 == len(cu_seqlens) or cu_seqlens[row + 1] - cu_seqlens[first] > most:
+            if (
+                row + 1 == len(cu_seqlens)
+                or cu_seqlens[row + 1] - cu_seqlens[first] > most
+                or kinds[row] != kinds[row - 1]
+            ):
                 parts.append((cu_seqlens[first], self._rows(first, row)))
                 first = row
         return parts
@@ -200,15 +211,15 @@ def collate(rows: Sequence[TokenizedExample], indices: Sequence[int]) -> MicroBa
     )
 
 
-def permutation(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of rows in an epoch."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+def permutation(count: int, seed: int, epoch: int, of: int = 0) -> list[int]:
+    """The order in an epoch: of rows, or (``of`` 1) of what they are packed into."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + (of << 40)) % 2**63)
     return torch.randperm(count, generator=generator).tolist()
 
 
 def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows into bins of at most ``capacity`` tokens: best fit, longest first, ties and bins in the
-    epoch's order.
+    """Rows into bins of at most ``capacity`` tokens: best fit, longest first, ties in the epoch's
+    order. Bins come as they are filled: those of long rows first.
 
     Bins are indexed by the space they have left, so the search is over lengths and not over bins.
     The number of bins depends on the lengths only, so every epoch has as many steps as the first.
@@ -226,7 +237,7 @@ def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[li
             number = open_bins[left].pop()
         bins[number].append(row)
         open_bins.setdefault(left - need, []).append(number)
-    return sorted(bins, key=lambda rows: min(rank[r] for r in rows))
+    return bins
 
 
 @dataclass(frozen=True)
@@ -244,7 +255,8 @@ class Schedule:
         order = permutation(len(self.rows), self.seed, epoch)
         if self.pack_to is None:
             return [[row] for row in order]
-        return pack([len(row.input_ids) for row in self.rows], order, self.pack_to)
+        bins = pack([len(row.input_ids) for row in self.rows], order, self.pack_to)
+        return [bins[i] for i in permutation(len(bins), self.seed, epoch, of=1)]
 
     def largest(self) -> list[int]:
         """Row numbers of a micro-batch no smaller, in tokens, than any of any epoch: of the longest

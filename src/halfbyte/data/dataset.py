@@ -19,7 +19,7 @@ from ..config.aliases import ADDING_TOKENS
 from ..config.options import DataOptions, TrainConfig
 from ..errors import DataError
 from ..files import atomic, hub
-from ..files.model_config import read_config
+from ..files.model_config import context_of, read_config
 from ..progress import Progress, no_progress
 from .batches import Prepared, Schedule, prepare
 from .formats import Example, read_examples
@@ -34,7 +34,8 @@ class Data:
     """Rows and everything that was decided about them.
 
     examples: as read, by place. train: what is trained on. held_out: evaluated, never trained on.
-    share_held_out: ``eval_split`` as it was given, or decided.
+    share_held_out: ``eval_split`` as it was given, or decided. rows_cut: of all, longer than
+    max_length.
     """
 
     format: str
@@ -47,6 +48,7 @@ class Data:
     duplicates: int = 0
     ends: int = 0
     share_held_out: float = 0
+    rows_cut: int = 0
     _asked: dict[int, list[tuple[TokenizedExample, list[int], str]]] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
@@ -111,18 +113,20 @@ def read_data(
     )
     for error in found.bad:
         say(f"skipped a bad row: {error.where}: {error.what}")
-    model_config = read_config(base).get_text_config()
+    model_config = read_config(base)
     renderer = renderer or make_renderer(hub.load_tokenizer(base), options, clock)
-    context = getattr(model_config, "max_position_embeddings", None) or options.max_length
-    max_length = min(options.max_length, context)
+    max_length = length_of_rows(options, model_config)
     if max_length < options.max_length and "max_length" in options.model_fields_set:
-        say(f"max_length {options.max_length} is capped at the model's context, {max_length}")
+        say(
+            f"max_length {options.max_length} is capped at the model's context, {max_length} "
+            "(max_position_embeddings in its config.json, as rope_parameters extend it)"
+        )
     rows, bad = encode(found.rows, renderer, progress, options.skip_bad - len(found.bad))
     for error in bad:
         say(f"skipped a bad row: {error.where}: {error.what}")
-    refuse_unknown_ids(rows, model_config.vocab_size)
+    refuse_unknown_ids(rows, model_config.get_text_config().vocab_size)
     share = held_by_default(len(rows)) if options.eval_split is None else options.eval_split
-    train_rows, held_out = hold_out(rows, share, options.seed)
+    train_rows, held_out = hold_out(rows, share, options.seed, max_length)
     train = prepare(train_rows, max_length, options.over_length)
     held_out = _prepare_held_out(held_out, max_length, options.over_length, say)
     if len({example.where for example in found.rows}) != len(found.rows):
@@ -135,9 +139,10 @@ def read_data(
         train=train,
         held_out=held_out,
         bad=found.bad + bad,
-        duplicates=len(rows) - len({_digest(row, "") for row in rows}),
+        duplicates=len(rows) - len({_digest(row, "", max_length) for row in rows}),
         ends=_rows_with_supervised_end(train.rows, renderer),
         share_held_out=share,
+        rows_cut=sum(len(row.input_ids) > max_length for row in rows),
     )
     if training and data.ends == 0 and data.format != "input_ids":
         raise DataError(
@@ -147,6 +152,11 @@ def read_data(
             ways_out=["raise --max_length", "--over_length drop leaves too long rows out"],
         )
     return data
+
+
+def length_of_rows(options: DataOptions, model_config: Any) -> int:
+    """Where rows are cut, in tokens: at ``max_length``, and at the model's context."""
+    return min(options.max_length, context_of(model_config) or options.max_length)
 
 
 def _prepare_held_out(
@@ -228,10 +238,13 @@ def held_by_default(rows: int) -> int:
 
 
 def hold_out(
-    rows: list[TokenizedExample], share: float, seed: int
+    rows: list[TokenizedExample], share: float, seed: int, length: int | None
 ) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
     """(to train on, held out): a share of the rows below 1, else that many; equal rows stay on one
     side.
+
+    Args:
+        length: tokens by which rows are told apart, those they are cut to; None: all.
 
     Raises:
         DataError: nothing would be left to train on.
@@ -239,10 +252,10 @@ def hold_out(
     wanted = max(share > 0, round(share * len(rows))) if share < 1 else int(share)
     if not wanted:
         return rows, []
-    order = sorted(range(len(rows)), key=lambda i: (_digest(rows[i], str(seed)), i))
+    order = sorted(range(len(rows)), key=lambda i: (_digest(rows[i], str(seed), length), i))
     out = set(order[:wanted])
-    while wanted < len(rows) and _digest(rows[order[wanted]], "") == _digest(
-        rows[order[wanted - 1]], ""
+    while wanted < len(rows) and _digest(rows[order[wanted]], "", length) == _digest(
+        rows[order[wanted - 1]], "", length
     ):
         out.add(order[wanted])
         wanted += 1
@@ -255,8 +268,8 @@ def hold_out(
     return kept, [row for i, row in enumerate(rows) if i in out]
 
 
-def _digest(row: TokenizedExample, salt: str) -> bytes:
-    return hashlib.sha256(salt.encode() + array("q", row.input_ids).tobytes()).digest()
+def _digest(row: TokenizedExample, salt: str, length: int | None) -> bytes:
+    return hashlib.sha256(salt.encode() + array("q", row.input_ids[:length]).tobytes()).digest()
 
 
 def _rows_with_supervised_end(rows: list[TokenizedExample], renderer: Renderer) -> int:

@@ -3,9 +3,11 @@
 The algorithm is `ops.adamw8bit.adamw_update`; this file is only where its state lives. Tensors of
 4,096 elements and more keep 8-bit codes in one arena (so that they can be updated, saved and paged
 as a whole); smaller ones, where a block's statistics are poor and nothing is to be gained, keep
-fp32 moments. That limit is bitsandbytes' own.
+fp32 moments. That limit is bitsandbytes' own. So do those named: embeddings and heads, most of
+whose rows have no gradient in most steps (Dettmers et al. 2022, section 2.3, for embeddings).
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ from torch import Tensor
 
 from .. import ops
 from ..codebooks import dynamic_map
-from ..ops.adamw8bit import BLOCK, adamw_update, padded_size
+from ..ops.adamw8bit import BLOCK, adamw_update, decode, padded_size
 
 MIN_8BIT_SIZE = 4096
+SMALL: tuple[str, ...] = ("small_m", "small_v")
+"""The fp32 moments of what is not held in 8 bits."""
+PIECE = 1 << 18
+"""Elements whose fp32 moments are updated together."""
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -26,6 +32,7 @@ class AdamW8bit(torch.optim.Optimizer):
         params: fp32 parameters (or groups of them).
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         min_8bit_size: smaller tensors keep fp32 moments.
+        in_32bit: parameters that keep fp32 moments whatever their size.
     """
 
     def __init__(
@@ -37,12 +44,13 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         min_8bit_size: int = MIN_8BIT_SIZE,
+        in_32bit: Iterable[Tensor] = (),
     ) -> None:
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
         device = self.param_groups[0]["params"][0].device
-        self._min_8bit_size = min_8bit_size
+        self._min_8bit_size, self._in_32bit = min_8bit_size, {id(p) for p in in_32bit}
         self._maps = (
             torch.tensor(dynamic_map(signed=True), device=device),
             torch.tensor(dynamic_map(signed=False), device=device),
@@ -69,12 +77,16 @@ class AdamW8bit(torch.optim.Optimizer):
         size, few = sum(padded_size(p.numel()) for p in large), sum(p.numel() for p in small)
         codes, scales = (size, torch.uint8), (size // BLOCK, torch.float32)
         moments = (few, torch.float32)
-        names = ("m_codes", "v_codes", "m_absmax", "v_absmax", "small_m", "small_v")
+        names = ("m_codes", "v_codes", "m_absmax", "v_absmax", *SMALL)
         return dict(zip(names, (codes, codes, scales, scales, moments, moments), strict=True))
 
     def _split(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        large = [p for p in params if p.numel() >= self._min_8bit_size]
-        return large, [p for p in params if p.numel() < self._min_8bit_size]
+        """(in 8 bits, in 32)."""
+        large = [
+            p for p in params if p.numel() >= self._min_8bit_size and id(p) not in self._in_32bit
+        ]
+        there = {id(p) for p in large}
+        return large, [p for p in params if id(p) not in there]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -93,7 +105,12 @@ class AdamW8bit(torch.optim.Optimizer):
         arena = self.arenas[number]
         large, small = self._split(group["params"])
         self._update_large(group, large, [_grad(p) for p in large], arena)
-        self._update_small(group, small, arena)
+        for pieces, first, last in windows([p.numel() for p in small], 1, PIECE):
+            params = cut([p.view(-1) for p in small], pieces)
+            window = {name: arena[name][first:last] for name in SMALL}
+            self._update_small(group, params, cut([_grad(p) for p in small], pieces), window)
+            if params[0].is_meta:  # a plan: the first takes as much as any
+                break
 
     def _update_large(
         self,
@@ -118,21 +135,23 @@ class AdamW8bit(torch.optim.Optimizer):
         )
 
     def _update_small(
-        self, group: dict[str, Any], params: list[Tensor], arena: dict[str, Tensor]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        arena: dict[str, Tensor],
     ) -> None:
-        sizes = [p.numel() for p in params]
+        """Of pieces of parameters whose fp32 moments lie one after the other."""
         hyper: tuple[float, ...] = (
             group["lr"],
             *group["betas"],
             group["eps"],
             group["weight_decay"],
         )
-        moments = zip(arena["small_m"].split(sizes), arena["small_v"].split(sizes), strict=True)
-        updates = list(zip(params, moments, strict=True))
-        if params and params[0].is_meta:  # a plan: one after the other takes what the largest does
-            updates = [max(updates, key=lambda update: update[0].numel())]
-        for p, (m, v) in updates:
-            adamw_update(p.view(-1), _grad(p).reshape(-1), m, v, *hyper, t=self.steps)  # pyright: ignore[reportCallIssue]
+        sizes = [p.numel() for p in params]
+        moments = (arena[name].split(sizes) for name in SMALL)
+        for p, grad, m, v in zip(params, grads, *moments, strict=True):
+            adamw_update(p, grad, m, v, *hyper, t=self.steps)  # pyright: ignore[reportCallIssue]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every byte of state, by name, for a checkpoint; the step count is `steps`."""
@@ -145,6 +164,43 @@ class AdamW8bit(torch.optim.Optimizer):
     def resident_tensors(self) -> list[Tensor]:
         """The tensors of state that take memory: all."""
         return list(self.state_tensors().values())
+
+    @torch.no_grad()
+    def take_8bit(self, state: dict[str, Tensor]) -> None:
+        """Take a state (`state_tensors`) of a release in which embeddings and heads had 8 bits,
+        too; theirs are decoded."""
+        targets = self.state_tensors()
+        for number, group in enumerate(self.param_groups):
+            for name, tensors in self._from_8bit(f"group{number}.", group["params"], state).items():
+                if tensors:
+                    targets[name].copy_(torch.cat(tensors))
+
+    def _from_8bit(
+        self, group: str, params: list[Tensor], state: dict[str, Tensor]
+    ) -> dict[str, list[Tensor]]:
+        """A group's tensors by their names, in pieces that follow each other."""
+        found: dict[str, list[Tensor]] = {group + name: [] for name in self._arrays(params)}
+        stay = {id(p) for p in self._split(params)[0]}
+        at_code = at_small = 0
+        for p in params:
+            if (count := p.numel()) < self._min_8bit_size:
+                for name in SMALL:
+                    found[group + name].append(state[group + name][at_small : at_small + count])
+                at_small += count
+                continue
+            end = at_code + padded_size(count)
+            for kind, table in zip("mv", self._maps, strict=True):
+                names = (f"{group}{kind}_codes", f"{group}{kind}_absmax")
+                codes = state[names[0]][at_code:end]
+                absmax = state[names[1]][at_code // BLOCK : end // BLOCK]
+                if id(p) in stay:
+                    found[names[0]].append(codes)
+                    found[names[1]].append(absmax)
+                else:
+                    wide = decode(codes.to(table.device), absmax.to(table.device), table)
+                    found[f"{group}small_{kind}"].append(wide[:count])
+            at_code = end
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """torch's own form: hyperparameters, the step count and the raw arenas."""
@@ -167,3 +223,31 @@ def _device(params: list[Tensor]) -> torch.device:
 
 def _grad(p: Tensor) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+Piece = tuple[int, int, int]
+"""Number of a tensor, its first element and its last (exclusive)."""
+
+
+def windows(sizes: Sequence[int], grain: int, most: int) -> Iterator[tuple[list[Piece], int, int]]:
+    """Tensors laid one after the other, each padded to a multiple of ``grain``, cut into windows of
+    at most ``most`` (a multiple of it): the pieces of each, and its first and last element
+    (exclusive)."""
+    pieces: list[Piece] = []
+    begin = end = 0
+    for number, size in enumerate(sizes):
+        first = 0
+        while first < size:
+            last = min(size, first + most - (end - begin))
+            pieces.append((number, first, last))
+            end += -(-(last - first) // grain) * grain
+            first = last
+            if end - begin >= most:
+                yield pieces, begin, end
+                pieces, begin = [], end
+    if pieces:
+        yield pieces, begin, end
+
+
+def cut(tensors: list[Tensor], pieces: list[Piece]) -> list[Tensor]:
+    return [tensors[number].reshape(-1)[first:last] for number, first, last in pieces]

@@ -20,6 +20,7 @@ from ..data.dataset import Data
 from ..data.formats import IGNORE
 from ..data.renderer import Renderer, TokenizedExample
 from ..model import attention
+from ..model.rope import PassKind, pass_kind
 from ..ops.library import device_type
 from ..progress import Progress, no_progress
 from .generate import Answer, answers
@@ -122,6 +123,7 @@ def row_losses(
             list(range(len(rows))),
             [len(row.input_ids) for row in rows] if packed else None,
             at_once,
+            pass_kind(model.config),
         )
     )
     was_training = model.training
@@ -188,16 +190,21 @@ def exact_matches(
 
 
 def _groups(
-    order: Sequence[int], lengths: Sequence[int] | None, at_once: int = EVAL_TOKENS
+    order: Sequence[int],
+    lengths: Sequence[int] | None,
+    at_once: int = EVAL_TOKENS,
+    kind: PassKind = lambda length: 0,
 ) -> Iterable[list[int]]:
-    """The order cut into groups of at most so many tokens; of one row each without lengths."""
+    """The order cut into groups of at most so many tokens and of one kind; of one row each without
+    lengths."""
     group: list[int] = []
-    used = 0
+    used = last = 0
     for i in order:
         length = at_once if lengths is None else lengths[i]
-        if group and used + length > at_once:
+        if group and (used + length > at_once or kind(length) != last):
             yield group
             group, used = [], 0
+        last = kind(length)
         group.append(i)
         used += length
     if group:

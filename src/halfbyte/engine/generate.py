@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..data.renderer import Renderer
+from ..model.rope import PassKind, pass_kind
 
 SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
 """Longest sample answer of a training, and the time after which sampling is cut off."""
@@ -100,7 +101,8 @@ def answers(
     """
     found: list[Answer] = []
     began = time.monotonic()
-    for group in prompts_at_once(prompts, at_once):
+    kind = pass_kind(model.config)
+    for group in prompts_at_once(prompts, at_once, lambda length: kind(length + max_new_tokens)):
         limits: dict[str, Any] = {}
         if max_time is not None:
             limits["max_time"] = max(max_time - (time.monotonic() - began), 0.0)
@@ -108,13 +110,16 @@ def answers(
     return found
 
 
-def prompts_at_once(prompts: Sequence[list[int]], at_once: int) -> Iterator[list[list[int]]]:
+def prompts_at_once(
+    prompts: Sequence[list[int]], at_once: int, kind: PassKind = lambda length: 0
+) -> Iterator[list[list[int]]]:
     """Groups of prompts that go through a model together: padded, so many tokens; all where
-    ``at_once`` is 0."""
+    ``at_once`` is 0. One that grows to lengths of another ``kind`` than the shortest goes alone."""
     group: list[list[int]] = []
     for prompt in prompts:
         width = max(map(len, [*group, prompt]))
-        if group and at_once and width * (len(group) + 1) > at_once:
+        alone = kind(width) != kind(0)
+        if group and (alone or (at_once and width * (len(group) + 1) > at_once)):
             yield group
             group = []
         group.append(prompt)

@@ -7,7 +7,7 @@ allocate.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
-from ..adapters.modules_to_save import make_modules_trainable
+from ..adapters.modules_to_save import make_modules_trainable, train_every_parameter
 from ..config.options import TrainConfig
 from ..data.batches import MicroBatch
 from ..errors import ModelError, UsageError
@@ -24,6 +24,7 @@ from ..ledger import Part, counted_as
 from ..memory.recompute import Recompute
 from ..model import fusion
 from ..model.host_embedding import host_table, keep_on_host, why_not
+from ..model.rope import pass_kind
 from ..ops import cpu
 from ..ops.dequantized import BUFFERS
 from ..ops.library import device_type
@@ -82,9 +83,9 @@ class Learner:
         """
         self.model, self.config, self.abilities = model, config, abilities
         self._refuse_unable()
+        computes_in = fusion.compute_dtype(model)
         if config.full:
-            for p in model.parameters():
-                p.requires_grad_(True)
+            train_every_parameter(model)
             self.clock = DropoutClock(config.seed)
         else:
             self.clock = self._attach()
@@ -103,7 +104,7 @@ class Learner:
         self.tokens_per_pass, self.tokens_per_tile = config.tokens_per_pass, 0
         if config.tokens_per_tile and not self.tile(config.tokens_per_tile):
             note("tiles", "MLPs run on all tokens at once: none is of a form that is fused here")
-        self.scale = LossScale(fusion.compute_dtype(model) == torch.float16)
+        self.scale = LossScale(computes_in == torch.float16)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.head = output_head(model)
         embedding = model.get_output_embeddings()
@@ -113,6 +114,7 @@ class Learner:
         # PyTorch's own 16-bit products on a CPU: a kernel is compiled and kept for every shape
         self.compiles_per_shape = not config.load_in_4bit and device_type(self.trained[0]) == "cpu"
         self.dequant_buffer = BUFFERS[config.dequantized_weights]()
+        self.pass_kind = pass_kind(model.config)
         self.updates = 0
 
     def _refuse_unable(self) -> None:
@@ -212,15 +214,16 @@ class Learner:
             return torch.optim.AdamW(self.trained, *numbers)
         if c.optim == "paged_adamw_32bit":
             return PagedAdamW(self.trained, *numbers, **paging)
-        if any(p.dtype != torch.float32 for p in self.trained):
-            raise ModelError(
-                "8-bit AdamW updates fp32 parameters",
-                found=", ".join(sorted({str(p.dtype) for p in self.trained})),
-                ways_out=["--optim paged_adamw_32bit or adamw_torch", "or --dtype float32"],
-            )
+        wide: dict[str, Any] = {"in_32bit": list(self._tables())}
         if c.optim == "adamw_8bit":
-            return AdamW8bit(self.trained, *numbers)
-        return PagedAdamW8bit(self.trained, *numbers, **paging)
+            return AdamW8bit(self.trained, *numbers, **wide)
+        return PagedAdamW8bit(self.trained, *numbers, **paging, **wide)
+
+    def _tables(self) -> Iterator[nn.Parameter]:
+        """Trained parameters of embeddings and of the head, whose rows are met as tokens are."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding) or module is self.model.get_output_embeddings():
+                yield from (p for p in module.parameters() if p.requires_grad)
 
     def tile(self, tokens: int) -> bool:
         """Run MLPs on so many tokens at a time; False where no MLP can be."""
@@ -275,14 +278,14 @@ class Learner:
 
     def parts(self, batch: MicroBatch) -> list[tuple[int, MicroBatch]]:
         """What of a micro-batch goes through the model together, and the token each part begins
-        with: all of it, or whole rows of at most ``tokens_per_pass``; single rows where the model
-        does not keep rows apart.
+        with: all of it, or whole rows of at most ``tokens_per_pass``; rows that the model rotates
+        differently apart; single rows where the model does not keep rows apart.
 
         Dropout masks are those of the whole, and losses are sums: the gradient is the same up to
         its last bits.
         """
         most = self.tokens_per_pass or len(batch.input_ids)
-        return batch.split(most if self.abilities.packing else 1)
+        return batch.split(most if self.abilities.packing else 1, self.pass_kind)
 
     def clip(self) -> Tensor:
         """The gradients' norm, before they are scaled down to max_grad_norm; not finite where they

@@ -1,4 +1,4 @@
-"""The learning rate of each step."""
+"""The learning rate of each step, as transformers' schedules of the same names have it."""
 
 import math
 
@@ -6,14 +6,39 @@ from ..config.options import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then linear or half-cosine to zero, or
-    constant."""
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
+    """The rate of step 0, 1, ...: a linear warm-up from 0 on, then linear or half-cosine to zero,
+    or constant (transformers.optimization)."""
+    warmup = warmup_steps(config, total)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return config.learning_rate * step / warmup
     done = (step - warmup) / max(total - warmup, 1)
-    if config.lr_scheduler_type == "constant":
+    if config.lr_scheduler_type in ("constant", "constant_with_warmup"):
         return config.learning_rate
     if config.lr_scheduler_type == "cosine":
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * (1 - done)
+
+
+def warmup_steps(config: TrainConfig, total: int) -> int:
+    """Steps of warm-up: as many as are asked for, else by ``warmup_ratio``; ``constant`` has
+    none."""
+    if config.lr_scheduler_type == "constant":
+        return 0
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return math.ceil(config.warmup_ratio * total)
+
+
+def unused_warmup(config: TrainConfig) -> str:
+    """A line where a warm-up is asked for beside a schedule that has none, else ""."""
+    asked = [
+        f"{name} {value:g}"
+        for name in ("warmup_steps", "warmup_ratio")
+        if name in config.model_fields_set and (value := getattr(config, name))
+    ]
+    if config.lr_scheduler_type != "constant" or not asked:
+        return ""
+    return (
+        f"{asked[0]} is not used: lr_scheduler_type constant has no warm-up, constant_with_warmup "
+        "has one"
+    )

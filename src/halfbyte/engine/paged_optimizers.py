@@ -7,7 +7,6 @@ every device, and stays so.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.optim.adamw import adamw
 from ..memory.paged_arrays import Pages, Ranges
 from ..ops.adamw8bit import BLOCK
 from ..ops.library import device_type
-from .adamw8bit import AdamW8bit, _device, _grad
+from .adamw8bit import SMALL, AdamW8bit, _device, _grad, cut, windows
 
 WINDOW = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Parameters whose states are in memory together."""
@@ -132,18 +131,16 @@ class PagedAdamW8bit(_Paged, AdamW8bit):
             super()._step_group(number, group)
             return
         large, small = self._split(group["params"])
-        pieces = list(_windows([p.numel() for p in large], BLOCK, _window(group["params"])))
+        pieces = list(windows([p.numel() for p in large], BLOCK, _window(group["params"])))
         cuts: list[Ranges] = [_blocks(first, last) for _, first, last in pieces]
-        few = sum(p.numel() for p in small)
-        if few:
-            cuts.append({"small_m": (0, few), "small_v": (0, few)})
-        grads = [_grad(p) for p in large]
+        few = list(windows([p.numel() for p in small], 1, _window(group["params"])))
+        cuts += [_moments(first, last) for _, first, last in few]
         for place, window in enumerate(self.pages[number].windows(cuts)):
-            if place < len(pieces):
-                these = pieces[place][0]
-                self._update_large(group, _cut(large, these), _cut(grads, these), window)
-            else:
-                self._update_small(group, small, window)
+            in_8_bits = place < len(pieces)
+            these = pieces[place][0] if in_8_bits else few[place - len(pieces)][0]
+            params = large if in_8_bits else small
+            given = (cut(params, these), cut([_grad(p) for p in params], these), window)
+            (self._update_large if in_8_bits else self._update_small)(group, *given)
 
 
 class PagedAdamW(_Paged, torch.optim.AdamW):
@@ -275,7 +272,7 @@ class PagedAdamW(_Paged, torch.optim.AdamW):
         for p in params:
             if p.grad is not None:
                 self.state[p]["step"] += 1
-        pieces = list(_windows([p.numel() for p in params], 1, _window(params)))
+        pieces = list(windows([p.numel() for p in params], 1, _window(params)))
         cuts: list[Ranges] = [{"exp_avg": (a, b), "exp_avg_sq": (a, b)} for _, a, b in pieces]
         for (these, _, _), window in zip(pieces, pages.windows(cuts), strict=True):
             sizes = [last - first for _, first, last in these]
@@ -331,32 +328,8 @@ def _take(mine: dict[str, Tensor], state: dict[str, Any]) -> None:
         mine[name].copy_(state[name])
 
 
-Piece = tuple[int, int, int]
-"""Number of a tensor, its first element and its last (exclusive)."""
-
-
 def _window(params: list[Tensor]) -> int:
     return WINDOW[device_type(params[0]) if params else "cpu"]
-
-
-def _windows(sizes: Sequence[int], grain: int, most: int) -> Iterator[tuple[list[Piece], int, int]]:
-    """Tensors laid one after the other, each padded to a multiple of ``grain``, cut into windows of
-    at most ``most`` (a multiple of it): the pieces of each, and its first and last element
-    (exclusive)."""
-    pieces: list[Piece] = []
-    begin = end = 0
-    for number, size in enumerate(sizes):
-        first = 0
-        while first < size:
-            last = min(size, first + most - (end - begin))
-            pieces.append((number, first, last))
-            end += -(-(last - first) // grain) * grain
-            first = last
-            if end - begin >= most:
-                yield pieces, begin, end
-                pieces, begin = [], end
-    if pieces:
-        yield pieces, begin, end
 
 
 def _blocks(first: int, last: int) -> Ranges:
@@ -364,8 +337,8 @@ def _blocks(first: int, last: int) -> Ranges:
     return {"m_codes": codes, "v_codes": codes, "m_absmax": scales, "v_absmax": scales}
 
 
-def _cut(tensors: list[Tensor], pieces: list[Piece]) -> list[Tensor]:
-    return [tensors[number].reshape(-1)[first:last] for number, first, last in pieces]
+def _moments(first: int, last: int) -> Ranges:
+    return dict.fromkeys(SMALL, (first, last))
 
 
 def _refuse_strided(params: list[Tensor]) -> None:

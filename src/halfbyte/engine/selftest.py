@@ -20,6 +20,7 @@ from ..errors import HalfbyteError, is_exhaustion
 from ..memory.recompute import Keep, Recompute, recompute_layers
 from ..model.attention import packed
 from ..model.fp32 import as_near, distance, model_in_fp32, typical_distance
+from ..model.rope import border
 from .loss import output_head
 
 
@@ -53,18 +54,18 @@ def self_test(model: Any) -> Abilities:
     """
     was_training = model.training
     model.eval()
-    ids, position, length = _tokens(model)
+    ids, _, length = _tokens(model)
     try:
-        apart = _apart(model, ids, length)
         try:
-            with model_in_fp32(model):
-                exact = _apart(model, ids, length)
-            packed = _packed(model, ids, position, length)
-            packing_error = _largest(packed, exact, length)
-            packing = _as_apart(model, packed, packing_error, _largest(apart, exact, length))
+            # a long pass may be rotated otherwise than a short one
+            starts = [0] if (far := border(model.config)) is None else [0, far]
+            found = [_try_packing(model, start) for start in starts]
+            packing = all(works for works, _ in found)
+            packing_error = max(error for _, error in found)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             _pass_on(error)
             packing, packing_error = False, math.inf
+        apart = _apart(model, ids, length)
         try:
             logits = model(input_ids=ids[None, :length], use_cache=False).logits[0]
             chunks = torch.cat([output_head(model)(part) for part in apart[:length].split(5)])
@@ -79,11 +80,23 @@ def self_test(model: Any) -> Abilities:
     )
 
 
-def _as_apart(model: Any, packed: Tensor, mine: float, own: float) -> bool:
+def _try_packing(model: Any, start: int) -> tuple[bool, float]:
+    """Whether rows whose positions begin at ``start`` may be packed, and how far packed ones are
+    from fp32."""
+    ids, position, length = _tokens(model, start)
+    apart = _apart(model, ids, length, start)
+    with model_in_fp32(model):
+        exact = _apart(model, ids, length, start)
+    packed = _packed(model, ids, position, length)
+    error = _largest(packed, exact, length)
+    return _as_apart(model, packed, error, _largest(apart, exact, length), start), error
+
+
+def _as_apart(model: Any, packed: Tensor, mine: float, own: float, start: int) -> bool:
     """Whether packed rows are as near to separate rows in fp32 as separate rows are."""
     dtype = model.config.dtype
     near = mine <= SLACK * TOLERANCE[dtype] if dtype == torch.float32 else as_near(mine, own, dtype)
-    return near and (mine <= TOLERANCE[dtype] or _see_only_themselves(model, packed))
+    return near and (mine <= TOLERANCE[dtype] or _see_only_themselves(model, packed, start))
 
 
 def _largest(found: Tensor, exact: Tensor, length: int) -> float:
@@ -92,11 +105,13 @@ def _largest(found: Tensor, exact: Tensor, length: int) -> float:
     return max(typical_distance(mine, theirs) for mine, theirs in pairs)
 
 
-def _apart(model: Any, ids: Tensor, length: int) -> Tensor:
+def _apart(model: Any, ids: Tensor, length: int, start: int = 0) -> Tensor:
     """Hidden states [2 n, d] of two rows, each in a pass of its own."""
+    where = torch.arange(start, start + length, device=ids.device)[None]
+    given: dict[str, Any] = {"position_ids": where} if start else {}
     return torch.cat(
         [
-            model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0]
+            model.base_model(input_ids=row[None], use_cache=False, **given).last_hidden_state[0]
             for row in ids.split(length)
         ]
     )
@@ -115,9 +130,9 @@ def _packed(model: Any, ids: Tensor, position: Tensor, length: int) -> Tensor:
     return found.last_hidden_state[0]
 
 
-def _see_only_themselves(model: Any, found: Tensor) -> bool:
+def _see_only_themselves(model: Any, found: Tensor, start: int) -> bool:
     """Whether each of two rows has the same bits whatever the other one holds."""
-    ids, position, length = _tokens(model)
+    ids, position, length = _tokens(model, start)
     one, two = ids.split(length)
     other_first = _packed(model, torch.cat((one.flip(0), two)), position, length)
     other_second = _packed(model, torch.cat((one, two.flip(0))), position, length)
@@ -132,11 +147,11 @@ def _pass_on(error: Exception) -> None:
         raise error
 
 
-def _tokens(model: Any) -> tuple[Tensor, Tensor, int]:
+def _tokens(model: Any, start: int = 0) -> tuple[Tensor, Tensor, int]:
     """Ids [2 n] of two rows, their positions, and n."""
     vocabulary, device, length = model.get_input_embeddings().weight.shape[0], model.device, 12
     ids = (torch.arange(2 * length, device=device) * 7919 + 13) % vocabulary
-    return ids, torch.arange(length, device=device).repeat(2), length
+    return ids, torch.arange(start, start + length, device=device).repeat(2), length
 
 
 # --- layers run again -----------------------------------------------------------------------------

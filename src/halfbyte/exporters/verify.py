@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..config.options import DataOptions
-from ..data.dataset import encode, hold_out, make_renderer, source_digest
+from ..data.dataset import encode, hold_out, length_of_rows, make_renderer, source_digest
 from ..data.formats import Example, read_examples
 from ..data.renderer import Renderer, TokenizedExample
 from ..engine.evaluate import RowLosses
 from ..engine.judge import difference, first_rows, neutral_passages
 from ..engine.loss import chunk_rows, hidden_states, output_head
 from ..errors import DataError
+from ..files.model_config import read_config
 from ..ops.library import device_type
 from ..progress import Progress
 from ..run.load import run_renderer
@@ -86,7 +87,10 @@ def probes(source: Source, say: Callable[[str], None]) -> tuple[list[TokenizedEx
         chosen = found.rows if config.eval_split and same else found.rows[:JUDGED_TOKENS]
         rows, _ = encode(chosen, renderer, skip_bad=config.skip_bad)
         if config.eval_split and same:
-            return _cut(hold_out(rows, config.eval_split, config.seed)[1]), HELD_OUT
+            # releases before rule 2 told rows apart before they were cut
+            whole = info.get("rules", {}).get("split", 1) == 1
+            length = None if whole else length_of_rows(config, read_config(source.base))
+            return _cut(hold_out(rows, config.eval_split, config.seed, length)[1]), HELD_OUT
         return _cut(rows), "of the training data" if same else "of the data as it is now"
     except DataError as error:
         say(f"the training data cannot be read ({error.what}): comparing on built-in text instead")

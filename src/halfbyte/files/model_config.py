@@ -80,3 +80,29 @@ def _check_ranges(raw: dict[str, Any], path: Path) -> None:
                     found=f"{key} = {value!r}"[:200],
                     expected=f"1..{most}",
                 )
+
+
+EXTENDING = ("linear", "dynamic", "yarn", "longrope")
+"""Kinds that stretch the original context by their factor."""
+
+
+def context_of(model_config: Any) -> int | None:
+    """Tokens a model can read, as its rotary embedding is extended; None where it does not say."""
+    config = model_config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        return None
+    extended = [
+        int(float(p["factor"]) * (p.get("original_max_position_embeddings") or limit))
+        for p in rope_parameters(config)
+        if p.get("rope_type") in EXTENDING and p.get("factor")
+    ]
+    return max([limit, *extended])
+
+
+def rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
+    """Of all layers, or of each kind of layers."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [each for each in found.values() if isinstance(each, dict)]
+    for each in nested or [found]:
+        yield {**each, "rope_type": each.get("rope_type", each.get("type"))}

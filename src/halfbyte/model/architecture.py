@@ -8,6 +8,7 @@ import torch
 
 from ..errors import UsageError
 from ..files.model_config import refused_by_transformers
+from .rope import forget_longer_passes
 
 
 def choose_device(name: str) -> torch.device:
@@ -53,7 +54,9 @@ def build_empty(config: Any) -> Any:
         del config.quantization_config
     refused = refused_by_transformers("transformers cannot build the model of this config.json")
     with refused, init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    forget_longer_passes(model)
+    return model
 
 
 FP32_LIMIT = 3_000_000_000

@@ -22,7 +22,7 @@ ONE_ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16:
 def in_fp32(module: nn.Module) -> Iterator[None]:
     """Within this block a module computes in fp32; 4-bit weights stay as they are stored."""
     before: list[tuple[nn.Module, str, Any]] = []
-    computes: list[tuple[Any, Any]] = []
+    computes: list[tuple[Any, str, Any]] = []
     try:
         part: Any
         for part in module.modules():
@@ -30,16 +30,17 @@ def in_fp32(module: nn.Module) -> Iterator[None]:
                 if p is not None and (wide := _wide(p)) is not p:
                     before.append((part, name, p))
                     part._parameters[name] = wide
-            # of bitsandbytes' layers
-            if (own := getattr(part, "compute_dtype", None)) is not None:
-                computes.append((part, own))
-                part.compute_dtype = torch.float32
+            # of bitsandbytes' layers, and of modules that are trained whole
+            for name in ("compute_dtype", "computes_in"):
+                if (own := getattr(part, name, None)) is not None:
+                    computes.append((part, name, own))
+                    setattr(part, name, torch.float32)
         yield
     finally:
         for part, name, p in before:
             part._parameters[name] = p
-        for part, own in computes:
-            part.compute_dtype = own
+        for part, name, own in computes:
+            setattr(part, name, own)
 
 
 def _wide(p: nn.Parameter) -> nn.Parameter:

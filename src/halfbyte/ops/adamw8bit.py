@@ -3,7 +3,8 @@
 Each moment is stored per block of 256 values as codes of a dynamic map and an fp32 absolute maximum
 (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", arXiv:2110.02861). All
 tensors share one arena: tensor after tensor, each padded to whole blocks, so one call moves them
-all and a block never crosses a tensor.
+all and a block never crosses a tensor. Unlike the article's, a second moment is stored as zero only
+where it is zero (docs/log.md, 2026-11-29).
 """
 
 from collections.abc import Iterator
@@ -121,18 +122,24 @@ def padded_size(numel: int) -> int:
     return -(-numel // BLOCK) * BLOCK
 
 
-def _decode(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
+def decode(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
     """fp32 [n] from uint8 [n] and fp32 [n / 256]."""
     return table.index_select(0, codes.int()).view(-1, BLOCK).mul_(absmax.unsqueeze(1)).view(-1)
 
 
-def _encode(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor) -> None:
-    """The nearest code of each value relative to its block's absolute maximum, written in place."""
+def _encode(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor, least: int = 0) -> None:
+    """The nearest code of each value relative to its block's absolute maximum, written in place.
+
+    Args:
+        least: the code that a value which is not zero has at least. Of second moments 1: stored as
+            zero beside a first moment that is not, one lets its weight go up to m / eps at once.
+    """
     blocks = values.view(-1, BLOCK)
     torch.amax(blocks.abs(), 1, out=absmax)
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)
     cu_seqlens = (table[1:] + table[:-1]) / 2
-    codes.copy_(rank(scaled.view(-1), cu_seqlens))
+    found = rank(scaled.view(-1), cu_seqlens)
+    codes.copy_(found.clamp(min=least).where(values != 0, found) if least else found)
 
 
 def _gather(tensors: list[Tensor], arena: int) -> Tensor:
@@ -169,11 +176,11 @@ def _adamw_8bit_step(
             inside = slice(start, min(start + _CHUNK, size))
             here = slice(first + inside.start, first + inside.stop)
             blocks = slice(here.start // BLOCK, here.stop // BLOCK)
-            m = _decode(m_codes[here], m_absmax[blocks], m_map)
-            v = _decode(v_codes[here], v_absmax[blocks], v_map)
+            m = decode(m_codes[here], m_absmax[blocks], m_map)
+            v = decode(v_codes[here], v_absmax[blocks], v_map)
             adamw_update(p[inside], g[inside], m, v, lr, beta1, beta2, eps, weight_decay, step)
             _encode(m, m_codes[here], m_absmax[blocks], m_map)
-            _encode(v, v_codes[here], v_absmax[blocks], v_map)
+            _encode(v, v_codes[here], v_absmax[blocks], v_map, least=1)
         for part, param in zip(
             p.split([padded_size(t.numel()) for t in group]), group, strict=True
         ):

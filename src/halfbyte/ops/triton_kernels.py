@@ -260,22 +260,30 @@ def adamw_8bit(
     step = tl.div_rn(m * size, tl.sqrt_rn(v) + eps)
     p = p * decay - step
     tl.store(p_ptr, p, mask=exists)
-    store_moment(m, m_codes_ptr + place, m_absmax_ptr + block, m_bounds_ptr, BLOCK, TINY)
-    store_moment(v, v_codes_ptr + place, v_absmax_ptr + block, v_bounds_ptr, BLOCK, TINY)
+    store_moment(m, m_codes_ptr + place, m_absmax_ptr + block, m_bounds_ptr, BLOCK, TINY, 0)
+    store_moment(v, v_codes_ptr + place, v_absmax_ptr + block, v_bounds_ptr, BLOCK, TINY, 1)
 
 
 @triton.jit
 def store_moment(
-    values, codes_ptr, absmax_ptr, bounds_ptr, BLOCK: tl.constexpr, TINY: tl.constexpr
+    values,
+    codes_ptr,
+    absmax_ptr,
+    bounds_ptr,
+    BLOCK: tl.constexpr,
+    TINY: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
-    """A block of a moment as its absolute maximum and the nearest codes."""
+    """A block of a moment as its absolute maximum and the nearest codes; of values that are not
+    zero at least LEAST."""
     absmax = tl.max(tl.abs(values), 0)
     tl.store(absmax_ptr, absmax)
     one = tl.full([BLOCK], 1.0, tl.float32)
     scaled = values * tl.div_rn(
         one, tl.zeros_like(one) + tl.maximum(absmax, tl.cast(TINY, tl.float32))
     )
-    tl.store(codes_ptr, rank_of(scaled, bounds_ptr, 255, 8).to(tl.uint8))
+    codes = rank_of(scaled, bounds_ptr, 255, 8).to(tl.int32)
+    tl.store(codes_ptr, tl.where(values == 0.0, codes, tl.maximum(codes, LEAST)).to(tl.uint8))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.lora import LoraLinear
+from ..adapters.lora import LoraLinear, has_adapter
 from ..adapters.modules_to_save import trainable_modules
 from ..engine.learner import Learner
 from ..engine.paged_optimizers import is_paged
@@ -25,7 +25,8 @@ def weights_by_part(model: Any) -> dict[Part, list[Tensor]]:
         e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None
     ]
     seen: set[int] = set()
-    whole = {id(p) for _, module in trainable_modules(model) for p in module.parameters()}
+    beside = trainable_modules(model) if has_adapter(model) else ()
+    whole = {id(p) for _, module in beside for p in module.parameters()}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is None or id(p) in seen:

@@ -13,7 +13,7 @@ from ..data.batches import prepare
 from ..data.dataset import Data
 from ..engine.reductions import LENGTH_STEP, REDUCTIONS, Situation
 from ..errors import DataError, HalfbyteError, UsageError
-from ..files.model_config import read_config
+from ..files.model_config import context_of, read_config
 from ..files.safetensors import Checkpoint
 from ..memory.process import UNASKED_SHARE
 from ..model.architecture import choose_dtype
@@ -48,7 +48,7 @@ class Planner:
         self.model_config = read_config(self.path)
         self.budget = budget_of(self.config)
         self.dtype = _dtype_for(self.config, self.budget.device)
-        self.context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        self.context = context_of(self.model_config)
         try:
             self.stored: Checkpoint | None = Checkpoint(self.path)
         except HalfbyteError:

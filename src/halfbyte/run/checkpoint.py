@@ -203,13 +203,20 @@ def read_state(found: Found) -> dict[str, Any]:
     return read_json(found.path / STATE)
 
 
-def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
+def restore(
+    found: Found, model: Any, optimizer: torch.optim.Optimizer, convert: bool = False
+) -> int:
     """Bring model and optimizer to a checkpoint's state, bit for bit; returns the updates made
-    until then."""
+    until then.
+
+    Args:
+        convert: take a state of an older release's rules: in 16 bits, or in 8 bits of embeddings
+            and heads.
+    """
     if has_adapter(model):
         restore_adapter(model, found.path)
     else:
-        _copy_all(trained_tensors(model), found.path / FULL_WEIGHTS)
+        _copy_all(trained_tensors(model), found.path / FULL_WEIGHTS, convert)
     updates = read_state(found)["updates"]
     if isinstance(optimizer, AdamW8bit):
         optimizer.steps = updates
@@ -221,9 +228,16 @@ def restore(found: Found, model: Any, optimizer: torch.optim.Optimizer) -> int:
             updates,
             {name.partition(".")[0] for name in read_header(found.path / OPTIMIZER)},
         )
-    _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER)
+    if convert and isinstance(optimizer, AdamW8bit):
+        optimizer.take_8bit(_tensors(found.path / OPTIMIZER))
+    else:
+        _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER, convert)
     release_states(optimizer)
     return updates
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    return {name: read_tensor(entry, name) for name, entry in read_header(file).items()}
 
 
 def release_states(optimizer: torch.optim.Optimizer) -> None:
@@ -263,7 +277,7 @@ def _create_state(optimizer: torch.optim.Optimizer, step: int, places: set[str])
             }
 
 
-def _copy_all(tensors: dict[str, Tensor], file: Path) -> None:
+def _copy_all(tensors: dict[str, Tensor], file: Path, convert: bool = False) -> None:
     entries = read_header(file)
     if entries.keys() != tensors.keys():
         differ = sorted(entries.keys() ^ tensors.keys())
@@ -272,7 +286,8 @@ def _copy_all(tensors: dict[str, Tensor], file: Path) -> None:
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if entries[name].shape != tuple(tensor.shape) or entries[name].dtype != tensor.dtype:
+            same = entries[name].dtype == tensor.dtype or convert
+            if entries[name].shape != tuple(tensor.shape) or not same:
                 raise ModelError(
                     f"{file}: {name} has another shape or dtype than this training keeps"
                 )

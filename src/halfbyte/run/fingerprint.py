@@ -1,14 +1,91 @@
 """What a resumed run must share with the run it goes on from, and what may change."""
 
 import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..config.options import ADDED_LATER, FREE_ON_RESUME, NEVER_ON_RESUME, UNPAGED
 from ..errors import ModelError, UsageError
 
-ARITHMETIC = 2
-"""Raised when a release computes the same training in 16 bits with other last bits. 2: 1 / tokens
-is not rounded."""
+
+@dataclass(frozen=True)
+class Rule:
+    """How this release computes what another computed otherwise.
+
+    Attributes:
+        number: 1 where a checkpoint does not say.
+        says: what the newest number means, for people.
+        applies: whether a training, by its record, depends on it.
+    """
+
+    number: int
+    says: str
+    applies: Callable[[dict[str, Any]], bool]
+
+
+def _in_8_bits(info: dict[str, Any]) -> bool:
+    return info["config"]["optim"] in ("adamw_8bit", "paged_adamw_8bit")
+
+
+RULES = {
+    "arithmetic": Rule(
+        2,
+        "in 16 bits 1 / tokens is not rounded",
+        lambda info: info["compute_dtype"] != "float32",
+    ),
+    "optimizer_codes": Rule(
+        2, "8-bit AdamW stores no second moment as zero that is not", _in_8_bits
+    ),
+    "optimizer_states": Rule(
+        2,
+        "embeddings and heads have 32-bit states beside 8-bit ones",
+        lambda info: (
+            _in_8_bits(info) and bool(info["config"]["full"] or info["config"]["modules_to_save"])
+        ),
+    ),
+    "masters": Rule(
+        2,
+        "a full fine-tuning in 16 bits updates fp32 masters",
+        lambda info: info["config"]["full"] and info["compute_dtype"] != "float32",
+    ),
+    "order": Rule(
+        2, "packed sequences come in random order", lambda info: info["config"]["packing"]
+    ),
+    "split": Rule(
+        2,
+        "held-out rows are told apart by what is left of them when they are cut",
+        lambda info: bool(info["config"]["eval_split"] and info["data"].get("rows_cut", 0)),
+    ),
+    "passes": Rule(
+        2,
+        "rows that the model rotates differently never share a pass",
+        lambda info: info.get("passes_apart", False),
+    ),
+    "rates": Rule(
+        2,
+        "the warm-up begins at 0, as transformers' does, and constant has none",
+        lambda info: info.get("warmup_steps", 0) > 0 or _was_constant(info["config"]),
+    ),
+}
+"""What changes the course of a training with a release, by its name in checkpoints and for
+``allow_change``."""
+
+
+RESHAPING = ("optimizer_states", "masters")
+"""Rules by which a state has another form."""
+
+
+def _was_constant(config: dict[str, Any]) -> bool:
+    """Whether releases before rule 2 would have warmed up, as no schedule says now."""
+    asked = config["warmup_steps"] is None and config["warmup_ratio"]
+    return config["lr_scheduler_type"] == "constant" and bool(asked)
+
+
+def rules_of(info: dict[str, Any]) -> dict[str, int | None]:
+    """The number of every rule that a training depends on, None for others."""
+    known = {**info, "config": {**ADDED_LATER, **info["config"]}}
+    return {name: rule.number if rule.applies(known) else None for name, rule in RULES.items()}
 
 
 def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
@@ -20,6 +97,10 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         if key not in FREE_ON_RESUME and not (key in ADDED_LATER and value == ADDED_LATER[key])
     }
     settings["optim"] = UNPAGED.get(settings["optim"], settings["optim"])
+    # as it was said before there was "none"
+    if settings["warmup_steps"] == 0:
+        settings["warmup_ratio"] = 0.0
+    settings["warmup_steps"] = settings["warmup_steps"] or 0
     return {
         **settings,
         "data": info["data"]["sha256"],
@@ -31,7 +112,7 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         "machine": info["machine"]["device"],
         "kernel_path": info["machine"]["kernel_path"],
         **{name: info["versions"][name] for name in ("torch", "transformers")},
-        "arithmetic": None if info["compute_dtype"] == "float32" else ARITHMETIC,
+        **rules_of(info),
     }
 
 
@@ -43,6 +124,8 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
             of it.
     """
     before, now = state["fingerprint"], fingerprint(info)
+    # of a release that had no such rule
+    before = {**{name: 1 for name, number in rules_of(info).items() if number}, **before}
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     known = before.keys() | now.keys() | {"base"}
     if unknown := sorted(allowed - known - FREE_ON_RESUME):  # what is free needs no leave
@@ -51,7 +134,11 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
             f"allow_change names {unknown[0]!r}, which is nothing that can change",
             ways_out=[f"did you mean {close[0]!r}?"] if close else [],
         )
-    lines = {key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differ}
+    lines = {
+        key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        + (f" ({RULES[key].says})" if key in RULES else "")
+        for key in differ
+    }
     refused = [key for key in differ if key not in allowed or key in NEVER_ON_RESUME]
     if refused:
         free = [key for key in refused if key not in NEVER_ON_RESUME]

@@ -8,7 +8,7 @@ from ..errors import BusyError, ModelError
 from ..progress import Say
 from ..run import checkpoint
 from ..run.directory import Run
-from ..run.fingerprint import changes_since
+from ..run.fingerprint import RESHAPING, changes_since
 from ..run.load import refuse_other_base
 from .promise import Promise
 
@@ -99,6 +99,10 @@ class Resume:
             if was[name] != (now := getattr(config, name)):
                 self.changes.append(f"{name}: {was[name]} then, {now} now")
 
+    def _by_older_rules(self) -> bool:
+        """Whether the state has the form of older rules, and that was allowed."""
+        return any(line.partition(":")[0] in RESHAPING for line in self.changes)
+
     def compare_base(self, digest: str, path: str) -> None:
         """Note another base than the checkpoint's.
 
@@ -118,7 +122,9 @@ class Resume:
             A line that says what is promised.
         """
         was, scale, start = self.run.info(), learner.scale, self.found.step
-        learner.updates = checkpoint.restore(self.found, learner.model, learner.optimizer)
+        learner.updates = checkpoint.restore(
+            self.found, learner.model, learner.optimizer, convert=self._by_older_rules()
+        )
         scale.value, scale.good = self.state.get("loss_scale", (scale.value, scale.good))
         # of what memory made of the run, what came after this checkpoint is undone with its steps
         earlier = [c for c in was.get("changes", []) if c["step"] < start or not c.get("by_memory")]

@@ -4,6 +4,7 @@ Each is there whole or not at all (`files.atomic.new_directory`); older ones are
 newer one is complete.
 """
 
+from pathlib import Path
 from typing import Any
 
 from ..adapters.lora import has_adapter
@@ -81,7 +82,7 @@ def save_result(
         if has_adapter(learner.model):
             save_adapter(learner.model, target, base)
         else:
-            learner.model.save_pretrained(target)
+            _save_masters(learner.model, target)
         tokenizer = renderer.tokenizer
         tokenizer.chat_template = renderer.template
         tokenizer.save_pretrained(target)
@@ -89,6 +90,16 @@ def save_result(
         atomic.write_json(target / ADAPTER_FACTS, facts)
         atomic.write_bytes(target / CARD, adapter_card(run, info).encode())
         _generation_config(learner.model, renderer.stop_ids()).save_pretrained(target)
+
+
+def _save_masters(model: Any, target: Path) -> None:
+    """Every parameter as it was trained: fp32 masters, which 16 bits would round updates away
+    from."""
+    computed_in = model.config.dtype
+    try:
+        model.save_pretrained(target)
+    finally:
+        model.config.dtype = computed_in
 
 
 def save_judgement(run: Run, info: dict[str, Any]) -> None:

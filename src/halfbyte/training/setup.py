@@ -24,6 +24,7 @@ from ..config.options import TrainConfig
 from ..data.batches import Schedule
 from ..data.dataset import Data, data_lines, read_data, schedule_of, source_digest
 from ..engine.learner import Learner
+from ..engine.lr_schedule import unused_warmup, warmup_steps
 from ..engine.selftest import self_test
 from ..errors import UsageError
 from ..files import atomic, hub
@@ -37,6 +38,7 @@ from ..memory.process import (
 )
 from ..model.architecture import build_empty, choose_device, choose_dtype
 from ..model.fusion import fuse
+from ..model.rope import pass_kind
 from ..ops import cpu, gpu
 from ..planning.budget import gib
 from ..planning.dry_run import CannotPlan
@@ -48,6 +50,7 @@ from ..quantization.load import load_base
 from ..quantization.weights import QuantReport
 from ..run import checkpoint
 from ..run.directory import EVALS, MEMORY, METRICS, NONFINITE, QUANT_JSON, SAMPLES, Run
+from ..run.fingerprint import rules_of
 from ..run.load import refuse_foreign_adapter
 from .promise import Promise
 from .rehearsal import DIRECTORY
@@ -98,6 +101,8 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         HalfbyteError: with the exit code of the command line.
     """
     run, reporter = promise.run, promise.reporter
+    if unused := unused_warmup(promise.config):
+        reporter.say(unused)
     found = find_checkpoint(run, promise.config.resume_from_checkpoint is not None, reporter.say)
     resume = None if found is None else Resume(found, run, promise.config.allow_change)
     repository = ""
@@ -272,7 +277,7 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
     named = ("halfbyte", "torch", "transformers", "safetensors")
     on_gpu = device.type == "cuda"
     capability = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
+    info = {
         "schema": 1,
         "config": config.model_dump(),
         "base": {"name": config.model, "path": str(base.resolve())},
@@ -281,8 +286,11 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
             "source": _absolute(config.data),
             "sha256": source_digest(config.data, data.examples.values()),
             "form": data.format,
+            "rows_cut": data.rows_cut,
             **data.counts(),
         },
+        "passes_apart": rotated_apart(base, data),
+        "warmup_steps": warmup_steps(config, total_steps),
         "template_sha256": data.renderer.template_sha256,
         "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "total_steps": total_steps,
@@ -296,6 +304,14 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
             "kernel_path": gpu.path_in_use() if on_gpu else cpu.path_in_use(),
         },
     }
+    return {**info, "rules": rules_of(info)}
+
+
+def rotated_apart(base: Path, data: Data) -> bool:
+    """Whether rows go through the model in passes of their own, by their lengths."""
+    kind = pass_kind(read_config(base))
+    rows = (*data.train.rows, *data.held_out)
+    return len({kind(len(row.input_ids)) for row in rows}) > 1
 
 
 def _absolute(source: str) -> str:

@@ -1,6 +1,7 @@
 // 8-bit AdamW (ops/adamw8bit.py).
 
-inline void encode_moment(const float* values, uint8_t* codes, float* absmax, const Nearest& nearest) {
+// least: the code that a value which is not zero has at least
+inline void encode_moment(const float* values, uint8_t* codes, float* absmax, const Nearest& nearest, uint8_t least) {
     int32_t most = 0;
     for (int i = 0; i < MOMENT_BLOCK; i++) {
         int32_t bits = int32_t(to_bits(values[i]) & 0x7fffffff);
@@ -9,6 +10,10 @@ inline void encode_moment(const float* values, uint8_t* codes, float* absmax, co
     *absmax = from_bits(uint32_t(most));
     float inverse = 1.0f / (*absmax < TINY ? TINY : *absmax);
     for (int i = 0; i < MOMENT_BLOCK; i++) codes[i] = rank(nearest, values[i] * inverse);
+    for (int i = 0; i < MOMENT_BLOCK; i++) {
+        uint8_t floor = (to_bits(values[i]) & 0x7fffffff) != 0 ? least : 0;
+        codes[i] = codes[i] < floor ? floor : codes[i];
+    }
 }
 
 // numbers: step_size, beta1, 1 - beta1, beta2, 1 - beta2, eps, shrink
@@ -29,6 +34,6 @@ void adamw(float* p, const float* g, int64_t count, uint8_t* m_codes, uint8_t* v
         change[i] = m[i] * step_size / (std::sqrt(v[i]) + eps);
     }
     for (int64_t i = 0; i < count; i++) p[i] = p[i] * shrink - change[i];
-    encode_moment(m, m_codes, m_absmax, m_nearest);
-    encode_moment(v, v_codes, v_absmax, v_nearest);
+    encode_moment(m, m_codes, m_absmax, m_nearest, 0);
+    encode_moment(v, v_codes, v_absmax, v_nearest, 1);
 }
