@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -423,3 +424,48 @@ def test_bench_shows_limits_and_ours(
     assert "no library to measure" in capsys.readouterr().out
     cpu.use("auto")
     assert run(["bench", "--path", "sse9"]) == 2
+
+
+def command(*arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "halfbyte", *arguments], timeout=300, **how)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+def test_a_terminal_that_lacks_characters_gets_others(tmp_path: Path, encoding: str):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "日本?", "output": "はい → ☕"}\n' * 3, encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    found = command("data", "check", str(rows), "--model", "demo", env=environment, **PIPES)
+    assert found.returncode == 0, found.stderr[-800:]
+    assert b"[[" in found.stdout or "⟦".encode(encoding, "ignore") in found.stdout
+
+
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_nobody_takes_ends_no_training(rows: Path, stories: Path, tmp_path: Path):
+    options = ["--max_steps", "2", "--gradient_accumulation_steps", "1", "--num_samples", "0"]
+    out = tmp_path / "run"
+    with Path("/dev/full").open("wb") as full:
+        found = command(
+            "train",
+            str(stories),
+            "--data",
+            str(rows),
+            "--output_dir",
+            str(out),
+            *options,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert found.returncode == 0, found.stderr[-800:]
+    assert (out / "adapter/adapter_model.safetensors").is_file()
+    assert "step 2" in (out / "log.txt").read_text() or "loss" in (out / "log.txt").read_text()
+
+
+def test_modules_in_the_working_directory_are_nobodys(tmp_path: Path):
+    for name in ("json", "click", "torch", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported what lies around')\n")
+    found = command("--version", cwd=tmp_path, **PIPES)
+    assert found.returncode == 0, found.stderr[-300:]

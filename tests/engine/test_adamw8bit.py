@@ -159,7 +159,15 @@ def test_a_state_of_8_bits_is_decoded_for_those_that_keep_32():
             p.grad = torch.randn_like(p)
         old.step()
     new = AdamW8bit(params, lr=1e-2, in_32bit=[params[2]])
-    new.take_8bit(old.state_tensors())
+    new.take(old)
+    again = AdamW8bit(params, lr=1e-2, in_32bit=[params[2]])
+    grouped_32 = AdamW8bit(
+        [{"params": params[3:]}, {"params": params[:3]}], lr=1e-2, in_32bit=[params[2]]
+    )
+    grouped_32.take(new)
+    again.take(grouped_32)
+    for name, tensor in again.state_tensors().items():
+        assert torch.equal(tensor, new.state_tensors()[name]), name
     arena, was = new.arenas[0], old.arenas[0]
     assert torch.equal(arena["m_codes"][:5120], was["m_codes"][:5120])
     assert torch.equal(arena["m_codes"][5120:], was["m_codes"][5120 + 5632 :])

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Trainer
 
 from halfbyte.config.options import TrainConfig
 from halfbyte.data.batches import collate
 from halfbyte.data.renderer import TokenizedExample
-from halfbyte.engine.learner import Learner
+from halfbyte.engine.learner import Learner, all_finite
 from halfbyte.engine.selftest import Abilities
 from halfbyte.memory.recompute import KEEPS
 from halfbyte.model import attention
@@ -132,3 +132,29 @@ def test_scaled_gradients_are_nearer_than_unscaled_ones(tiny_llama: Any):
         found.append(torch.cat([buffer.double() for buffer in learner.gradients]))
     exact, unscaled, scaled = found
     assert (scaled - exact).norm() < 0.01 * exact.norm() < 0.2 * (unscaled - exact).norm()
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch"])
+def test_norms_and_biases_are_not_decayed(tiny_config: LlamaConfig, tmp_path: Path, optim: str):
+    """The same parameters as under transformers' trainer."""
+    options = {"full": True, "load_in_4bit": False, "weight_decay": 0.1, "optim": optim}
+    made = tiny_learner(tiny_config, tmp_path, **options)
+    trainer = object.__new__(Trainer)
+    theirs = set(trainer.get_decay_parameter_names(made.model))
+    names = {id(p): name for name, p in made.model.named_parameters()}
+    decayed, plain = made.optimizer.param_groups
+    assert {names[id(p)] for p in decayed["params"]} == theirs & set(names.values())
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    adapted = tiny_learner(tiny_config, tmp_path, weight_decay=0.1)
+    assert len(adapted.optimizer.param_groups) == 1, "all of an adapter is"
+
+
+def test_one_element_that_is_not_finite_is_found():
+    good = [torch.randn(40, 30), torch.randn(7), torch.zeros(0), torch.arange(5)]
+    assert all_finite(good)
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        bad = torch.randn(40, 30)
+        bad[17, 3] = wrong
+        assert not all_finite([*good, bad])
+    bad[17, 3] = -1e20
+    assert all_finite([bad]) and not all_finite([bad], 1e19)

@@ -4,8 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from halfbyte import codebooks
+from halfbyte import codebooks, ops
+from halfbyte.engine.adamw8bit import AdamW8bit
+from halfbyte.ops import cpu
 from halfbyte.quantization.bnb_format import (
     components,
 )
@@ -77,3 +80,33 @@ def test_operations_pass_opcheck():
     )
     torch.library.opcheck(torch.ops.halfbyte.quantize_4bit, (torch.randn(8, 64), q.quant_map, 64))
     torch.library.opcheck(torch.ops.halfbyte.dequantize_4bit, (*q.parts, torch.empty(512)))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_tensors_on_several_devices_are_refused(kernels: str):
+    """PyTorch asks the kernel of one of them, which would give memory that nobody wrote."""
+    stored = quantize(random_weight((32, 64), torch.float32))
+    x, bias = torch.randn(3, 64), torch.zeros(32)
+    with cpu.using(kernels):
+        for given in ((x, bias.to("meta")), (x.to("meta"), bias)):
+            with pytest.raises(ValueError, match="on one device"):
+                ops.linear_4bit(given[0], stored.parts, 32, given[1])
+        params = [nn.Parameter(torch.randn(80, 64)), nn.Parameter(torch.randn(80, 64).to("meta"))]
+        maps = AdamW8bit(params[:1])._maps
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        codes = [torch.zeros(10240, dtype=torch.uint8) for _ in range(2)]
+        scales = [torch.zeros(40) for _ in range(2)]
+        with pytest.raises(ValueError, match="on one device"):
+            ops.adamw_8bit_step(
+                params,
+                [p.grad for p in params if p.grad is not None],
+                *codes,
+                *scales,
+                *maps,
+                lr=1e-3,
+                betas=(0.9, 0.999),
+                eps=1e-8,
+                weight_decay=0.0,
+                step=1,
+            )

@@ -40,6 +40,7 @@ CONCERNED = {
     "optimizer_codes": {"optim": "adamw_8bit"},
     "optimizer_states": {"optim": "adamw_8bit", "modules_to_save": "lm_head"},
     "masters": {"full": True, "load_in_4bit": False, "compute_dtype": "bfloat16"},
+    "decay": {"weight_decay": 0.1, "modules_to_save": "norm"},
     "order": {"packing": True},
     "split": {"eval_split": 0.1, "rows_cut": 3},
     "passes": {"passes_apart": True},

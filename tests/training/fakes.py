@@ -35,7 +35,7 @@ class FakeLearner:
         )
         self.loss, self.norm = loss, norm
         self.calls: list[str] = []
-        self.tiles = True
+        self.tiles = self.finite = True
         self.model: Any = torch.nn.Linear(2, 2)
         self.gradients: list[torch.Tensor] = []
 
@@ -56,6 +56,9 @@ class FakeLearner:
 
     def update(self, rate: float) -> None:
         self.calls.append("update")
+
+    def is_finite(self) -> bool:
+        return self.finite
 
     def forget(self) -> None:
         self.calls.append("forget")

@@ -5,16 +5,29 @@ import signal
 
 import pytest
 
-from halfbyte.training.interrupts import Abandoned, Interrupts
+from halfbyte.training.interrupts import SIGNALS, Abandoned, Interrupts
 
 
-def test_a_signal_is_noted_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_handlers_come_back(number: int):
+    before = signal.getsignal(number)
     with Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupts.signal == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends the process
-    assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), number)
+        assert interrupts.signal == number
+        assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends the process
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
+def test_a_lost_connection_that_is_ignored_stays_so():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_where_nothing_is_half_done_it_acts_at_once():

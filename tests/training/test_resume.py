@@ -82,7 +82,7 @@ def test_what_memory_made_of_a_run_is_undone_with_its_steps(
         {"step": 6, "change": "lr: 1 then, 2 now"},
     ]
     monkeypatch.setattr(Run, "info", lambda self: {"changes": before, "identity": "abc"})
-    monkeypatch.setattr(checkpoint, "restore", lambda *args: 4)
+    monkeypatch.setattr(checkpoint, "restore", lambda *args, **how: 4)
     scale = SimpleNamespace(value=1.0, good=0)
     learner: Any = SimpleNamespace(scale=scale, model=None, optimizer=None, updates=0)
     learner.device = SimpleNamespace(type="cpu")

@@ -37,6 +37,15 @@ def test_what_is_not_finite_is_never_an_update(tmp_path: Path, loss: float, norm
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
+def test_parameters_that_an_update_made_infinite_are_never_saved(tmp_path: Path):
+    learner = FakeLearner()
+    learner.finite = False
+    stepper = Stepper(learner, promise_for(tmp_path), 10)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(NonFiniteError, match="made parameters infinite") as caught:
+        stepper.run(0, [micro_batch(5)])
+    assert caught.value.exit_code == 7 and stepper.updating, "nothing may be saved any more"
+
+
 def test_gradients_that_overflow_in_fp16_take_the_same_rows_again(tmp_path: Path):
     learner, lines = FakeLearner(norm=math.inf), []
     learner.scale.active = True

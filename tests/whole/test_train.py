@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import halfbyte
 from halfbyte import nf4
 from halfbyte.adapters.lora import AdapterConfig, lora_layers
+from halfbyte.config.build import build
 from halfbyte.config.options import ModelOptions, TrainConfig
 from halfbyte.data.batches import collate
+from halfbyte.engine.learner import Learner
 from halfbyte.engine.selftest import Abilities
 from halfbyte.errors import (
     BusyError,
@@ -27,6 +29,7 @@ from halfbyte.errors import (
     ModelError,
     NonFiniteError,
     StorageError,
+    UsageError,
     VerificationError,
 )
 from halfbyte.files import hub
@@ -40,6 +43,8 @@ from halfbyte.run import checkpoint
 from halfbyte.run.directory import Run
 from halfbyte.training.setup import read_rows
 from halfbyte.training.step import stepper_for
+
+from ..helpers import reliable_options
 
 
 def test_twenty_steps_agree_with_pefts(stories: Path, tmp_path: Path):
@@ -303,10 +308,8 @@ def test_resume_refuses_another_training(stories: Path, rows: Path, tmp_path: Pa
 def test_a_command_that_failed_early_can_be_mended_and_repeated(
     stories: Path, rows: Path, tmp_path: Path
 ):
-    with pytest.raises(ModelError, match="8-bit AdamW"):
-        halfbyte.train(
-            **options(stories, rows, tmp_path, full=True, load_in_4bit=False, dtype="bfloat16")
-        )
+    with pytest.raises(UsageError, match="is no module"):
+        halfbyte.train(**options(stories, rows, tmp_path, modules_to_save="nothing"))
     assert not (tmp_path / "adapter").exists()
     halfbyte.train(**options(stories, rows, tmp_path, max_steps=1))
 
@@ -347,8 +350,10 @@ def test_a_second_trainer_is_turned_away(tmp_path: Path):
         pass
 
 
-def test_non_finite_loss_stops_before_the_update(stories: Path, rows: Path, tmp_path: Path):
-    with pytest.raises(NonFiniteError, match="not updated") as caught:
+def test_a_rate_that_no_model_survives_ends_with_the_rows(
+    stories: Path, rows: Path, tmp_path: Path
+):
+    with pytest.raises(NonFiniteError, match="made parameters infinite") as caught:
         halfbyte.train(
             **options(
                 stories, rows, tmp_path / "run", learning_rate=1e30, max_steps=50, warmup_ratio=0.0
@@ -546,3 +551,34 @@ def test_fp16_keeps_small_gradients_and_loses_no_step(stories: Path, rows: Path,
     again = halfbyte.train(TrainConfig(**settings, resume_from_checkpoint="auto"))
     assert digest(again) == before
     assert [row["loss_scale"] for row in again.read("metrics.jsonl")] == scales
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "weight_decay"])
+def test_options_are_finite(option: str, tmp_path: Path):
+    for value in (float("inf"), "inf", "nan"):
+        with pytest.raises(UsageError, match=option):
+            build(TrainConfig, {"model": "m", "data": "d", option: value})
+
+
+def test_parameters_that_became_infinite_are_no_result(reliable_inputs: Path, tmp_path: Path):
+    """No checkpoint holds them, and nothing says that it is finished."""
+    out = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match="made parameters infinite"):
+        halfbyte.train(**reliable_options(reliable_inputs, out, weight_decay=1e38))
+    assert not (out / "adapter").exists() and not list(out.glob("checkpoints/*"))
+
+
+def test_a_training_that_skipped_most_steps_is_no_success(
+    reliable_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    honest = Learner.clip
+    calls = iter(range(100))
+    monkeypatch.setattr(
+        Learner,
+        "clip",
+        lambda self: honest(self) * (1.0 if next(calls) < 3 else float("nan")),
+    )
+    options = reliable_options(reliable_inputs, tmp_path / "run", rehearse=False)
+    with pytest.raises(NonFiniteError, match="of 8 steps were not finite") as caught:
+        halfbyte.train(**options, on_nonfinite="skip")
+    assert caught.value.exit_code == 7 and (tmp_path / "run/adapter").is_dir()

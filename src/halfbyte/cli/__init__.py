@@ -3,7 +3,6 @@ once."""
 
 import contextlib
 import importlib
-import json
 import signal
 import sys
 import threading
@@ -64,14 +63,15 @@ def run(arguments: list[str]) -> int:
     """The exit code of a command line."""
     debug = "--debug" in arguments
     console.use_json("--json" in arguments)
+    console.write_anything()
     with _terminated():
         return _run(arguments, debug)
 
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM ends a verb as Ctrl-C does: what is half done is cleaned up. Training handles both by
-    itself."""
+    """SIGTERM and SIGHUP end a verb as Ctrl-C does: what is half done is cleaned up. Training
+    handles all three by itself."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -79,11 +79,14 @@ def _terminated() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise Interrupted("terminated", number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    ending = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    numbers = [n for n in ending if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -110,7 +113,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 def _fail(error: HalfbyteError) -> int:
     console.error(str(error))
     if console.JSON:
-        print(json.dumps(error.as_dict()))
+        console.result(error.as_dict())
     return error.exit_code
 
 

@@ -1,5 +1,9 @@
 """What a person sees: text on stdout (on stderr beside ``--json``), errors, progress bars."""
 
+import contextlib
+import io
+import json
+import os
 import re
 import shutil
 import sys
@@ -29,6 +33,40 @@ def _people() -> Console:
     return _err if JSON else _out
 
 
+def write_anything() -> None:
+    """Have text that a terminal's encoding lacks written with question marks instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _print(*things: Any, to: Console | None = None, **how: Any) -> None:
+    """Print for people, as long as somebody reads: a closed pipe or a full device ends nothing."""
+    people = to or _people()
+    try:
+        people.print(*things, **how)
+        people.file.flush()
+    except OSError:
+        _let_go(people.file)
+
+
+def _let_go(stream: Any) -> None:
+    """Have a stream that takes no more text write to nowhere, what it still holds included."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _reads(text: str) -> bool:
+    """Whether people's terminal has these characters."""
+    try:
+        text.encode(_people().encoding)
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
 def say(line: str) -> None:
     people = _people()
     if (
@@ -38,18 +76,30 @@ def say(line: str) -> None:
     ):
         # as it was called: a fresh .venv is on nobody's PATH
         line = line.replace("halfbyte", sys.argv[0], 1)
-    people.print(line, markup=False, soft_wrap=not people.is_terminal)
+    _print(line, markup=False, soft_wrap=not people.is_terminal)
+
+
+def result(value: Any) -> None:
+    """What ``--json`` gives programs, on stdout."""
+    try:
+        print(json.dumps(value), flush=True)
+    except OSError:
+        _let_go(sys.stdout)
 
 
 def error(text: str) -> None:
-    _err.print("error: " + text, style="red" if _err.is_terminal else None, markup=False)
+    style = "red" if _err.is_terminal else None
+    _print("error: " + text, to=_err, style=style, markup=False)
 
 
 def piece(text: str) -> None:
     """Part of a line, at once."""
     stream = sys.stderr if JSON else sys.stdout
-    stream.write(text)
-    stream.flush()
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        _let_go(stream)
 
 
 _STYLES = {"read": "dim", "trained": "green", "end": "bold white on green"}
@@ -60,18 +110,23 @@ def show_row(pieces: list[tuple[str, str]]) -> None:
     Without colours, trained text stands in brackets."""
     people, text = _people(), Text()
     coloured = people.color_system is not None
+    left, right = "⟦⟧" if _reads("⟦⟧") else ("[[", "]]")
     for piece, kind in pieces:
         shown = piece if len(piece) <= 600 else piece[:400] + " [...] " + piece[-150:]
         text.append(
-            shown if coloured or kind == "read" else f"⟦{shown}⟧",
+            shown if coloured or kind == "read" else f"{left}{shown}{right}",
             style=_STYLES[kind] if coloured else "",
         )
     legend = (
-        Text("dim: read only   ", style="dim") if coloured else Text("outside ⟦⟧: read only   ")
+        Text("dim: read only   ", style="dim")
+        if coloured
+        else Text(f"outside {left}{right}: read only   ")
     )
-    legend.append("green: trained" if coloured else "⟦trained⟧", style="green" if coloured else "")
-    people.print(Padding(text, (0, 0, 0, 2)), soft_wrap=False)
-    people.print(Padding(legend, (0, 0, 0, 2)))
+    legend.append(
+        "green: trained" if coloured else f"{left}trained{right}", style="green" if coloured else ""
+    )
+    _print(Padding(text, (0, 0, 0, 2)), soft_wrap=False)
+    _print(Padding(legend, (0, 0, 0, 2)))
 
 
 def samples(rows: list[dict[str, Any]]) -> None:
@@ -88,13 +143,13 @@ def samples(rows: list[dict[str, Any]]) -> None:
         lines.add_row(Text("wanted", style="dim"), cut(row["expected"]))
         lines.add_row(Text("before", style="dim"), cut(row["before"], row["before_stopped"]))
         lines.add_row(Text("after", style="green"), cut(row["after"], row["after_stopped"]))
-        _people().print(Padding(lines, (0, 0, 1, 2)), soft_wrap=False)
+        _print(Padding(lines, (0, 0, 1, 2)), soft_wrap=False)
 
 
 def paragraph(text: str) -> None:
     """Running text, wrapped to the terminal (to 100 columns at most)."""
     people = _people()
-    people.print(Padding(Text(text), (0, 0, 1, 0)), soft_wrap=False, width=min(people.width, 100))
+    _print(Padding(Text(text), (0, 0, 1, 0)), soft_wrap=False, width=min(people.width, 100))
 
 
 _FIGURE = re.compile(r"[-+]?[\d,.]*\d( ?(%|ms|M|GB|MiB|GiB))?|-|")
@@ -102,7 +157,6 @@ _FIGURE = re.compile(r"[-+]?[\d,.]*\d( ?(%|ms|M|GB|MiB|GiB))?|-|")
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A small table: columns of figures on the right, words on the left."""
-    people = _people()
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         figures = number > 0 and all(_FIGURE.fullmatch(str(row[number])) for row in rows)
@@ -110,8 +164,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
     if title:
-        people.print(Text(title, style="bold"), soft_wrap=False)
-    people.print(grid, soft_wrap=False)
+        _print(Text(title, style="bold"), soft_wrap=False)
+    _print(grid, soft_wrap=False)
 
 
 def progress(items: Iterable[str], total: int, title: str) -> Iterable[str]:

@@ -1,7 +1,6 @@
 """Command-line options from the pydantic declarations in `config`: one option a field, dash or
 underscore."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ class Verb(click.Command):
         if dry_run:
             console.say(f"the options of `halfbyte {self.name}` are in order")
         if as_json:
-            print(json.dumps(result))
+            console.result(result)
         return result.get("exit_code", 0)
 
 

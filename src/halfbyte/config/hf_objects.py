@@ -42,6 +42,10 @@ _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
         "label_smoothing_factor": (0, 0.0),
         "loss_type": ("nll", None),
         "truncation_mode": ("keep_start",),
+        "train_sampling_strategy": ("random",),
+        "dataset_text_field": ("text", None, ""),
+        **dict.fromkeys(("dataloader_drop_last", "load_best_model_at_end"), (False,)),
+        "dataset_kwargs": (None, {}),
         **dict.fromkeys(
             (
                 "neftune_noise_alpha",
@@ -138,6 +142,8 @@ def _refuse_unknown(kind: str, thing: Any) -> None:
     wrong = {name: value for name, value in given.items() if value not in _NEUTRAL[kind][name]}
     if kind == "LoraConfig":
         wrong |= _not_read(thing)
+    if getattr(thing, "packing", False) and getattr(thing, "packing_strategy", "bfd") != "bfd":
+        wrong["packing_strategy"] = thing.packing_strategy
     if wrong:
         raise UsageError(
             f"a setting of this {type(thing).__name__} would change what is trained, and has no "

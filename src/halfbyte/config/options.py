@@ -17,7 +17,9 @@ from .rules import ABSENT, option, rules_of
 
 
 class Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)

@@ -22,11 +22,13 @@ One file because text, ids and loss mask of a row are three views of the same ch
 only right together.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -349,7 +351,14 @@ class Renderer:
             texts.append(text)
             spans.append(trained)
         plain = [example.messages is None for example in examples]
-        results = self._encode_batch(texts, plain)
+        try:
+            results = self._encode_batch(texts, plain)
+        except DataError as error:  # a panic, of one of them
+            if len(examples) > 1:
+                for example in examples:
+                    self._encode([example])
+            error.where = examples[0].where
+            raise
         return [
             self._mask(example.where, result, trained, ended)
             for example, result, trained, ended in zip(examples, results, spans, plain, strict=True)
@@ -359,7 +368,10 @@ class Renderer:
         results: list[Any] = [None] * len(texts)
         for flag in (False, True):
             chosen = [i for i, value in enumerate(add_special_tokens) if value is flag]
-            batch = self._backend.encode_batch([texts[i] for i in chosen], add_special_tokens=flag)
+            with _panics_named():
+                batch = self._backend.encode_batch(
+                    [texts[i] for i in chosen], add_special_tokens=flag
+                )
             for i, result in zip(chosen, batch, strict=True):
                 results[i] = result
         return results
@@ -468,6 +480,22 @@ class Renderer:
             elif self.tokenizer.decode([index]).strip():
                 break
         return sorted(stops)
+
+
+@contextlib.contextmanager
+def _panics_named() -> Iterator[None]:
+    """Within this block a panic of the tokenizer's library (which is no Exception) is a DataError:
+    its pattern blew up over a text."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            "the tokenizer gave up on a text",
+            found=str(error).splitlines()[0][:300] if str(error) else "a panic",
+            ways_out=["look at the longest rows", "or take the model's newest tokenizer.json"],
+        ) from error
 
 
 def _refuse_left_out(example: Example, text: str) -> None:

@@ -166,40 +166,39 @@ class AdamW8bit(torch.optim.Optimizer):
         return list(self.state_tensors().values())
 
     @torch.no_grad()
-    def take_8bit(self, state: dict[str, Tensor]) -> None:
-        """Take a state (`state_tensors`) of a release in which embeddings and heads had 8 bits,
-        too; theirs are decoded."""
-        targets = self.state_tensors()
-        for number, group in enumerate(self.param_groups):
-            for name, tensors in self._from_8bit(f"group{number}.", group["params"], state).items():
-                if tensors:
-                    targets[name].copy_(torch.cat(tensors))
+    def take(self, other: "AdamW8bit") -> None:
+        """Take the state of an optimizer of the same parameters in other groups, some of them in 8
+        bits that have 32 here; those are decoded."""
+        theirs, mine = other._layout(), self._layout()
+        for group in self.param_groups:
+            for p in group["params"]:
+                (source, was_8bit, start), (target, is_8bit, at) = theirs[id(p)], mine[id(p)]
+                for kind, table in zip("mv", self._maps, strict=True):
+                    small, codes, scales = (f"small_{kind}", f"{kind}_codes", f"{kind}_absmax")
+                    if not is_8bit:
+                        wide = source[small][start : start + p.numel()]
+                        if was_8bit:
+                            end = start + padded_size(p.numel())
+                            absmax = source[scales][start // BLOCK : end // BLOCK]
+                            wide = decode(source[codes][start:end], absmax, table)[: p.numel()]
+                        target[small][at : at + p.numel()].copy_(wide)
+                        continue
+                    for name, grain in ((codes, 1), (scales, BLOCK)):
+                        size = padded_size(p.numel()) // grain
+                        piece = source[name][start // grain : start // grain + size]
+                        target[name][at // grain : at // grain + size].copy_(piece)
 
-    def _from_8bit(
-        self, group: str, params: list[Tensor], state: dict[str, Tensor]
-    ) -> dict[str, list[Tensor]]:
-        """A group's tensors by their names, in pieces that follow each other."""
-        found: dict[str, list[Tensor]] = {group + name: [] for name in self._arrays(params)}
-        stay = {id(p) for p in self._split(params)[0]}
-        at_code = at_small = 0
-        for p in params:
-            if (count := p.numel()) < self._min_8bit_size:
-                for name in SMALL:
-                    found[group + name].append(state[group + name][at_small : at_small + count])
-                at_small += count
-                continue
-            end = at_code + padded_size(count)
-            for kind, table in zip("mv", self._maps, strict=True):
-                names = (f"{group}{kind}_codes", f"{group}{kind}_absmax")
-                codes = state[names[0]][at_code:end]
-                absmax = state[names[1]][at_code // BLOCK : end // BLOCK]
-                if id(p) in stay:
-                    found[names[0]].append(codes)
-                    found[names[1]].append(absmax)
-                else:
-                    wide = decode(codes.to(table.device), absmax.to(table.device), table)
-                    found[f"{group}small_{kind}"].append(wide[:count])
-            at_code = end
+    def _layout(self) -> dict[int, tuple[dict[str, Tensor], bool, int]]:
+        """Of each parameter: the arena its state lies in, whether in 8 bits, and where it
+        begins."""
+        self.state_tensors()  # they have arrived
+        found: dict[int, tuple[dict[str, Tensor], bool, int]] = {}
+        for group, arena in zip(self.param_groups, self.arenas, strict=True):
+            for in_8_bits, params in zip((True, False), self._split(group["params"]), strict=True):
+                start = 0
+                for p in params:
+                    found[id(p)] = (arena, in_8_bits, start)
+                    start += padded_size(p.numel()) if in_8_bits else p.numel()
         return found
 
     def state_dict(self) -> dict[str, Any]:

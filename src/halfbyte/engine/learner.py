@@ -6,6 +6,7 @@ The training loop (`training.step`) drives it on numbers, a memory plan (`planni
 allocate.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class LossScale:
             self.value, self.good = min(self.value * 2, LARGEST_SCALE), 0
 
 
+NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
+"""Of names of parameters, as transformers has it."""
 GROWTH_STEPS, LARGEST_SCALE = 500, 2.0**24
 
 
@@ -210,14 +213,37 @@ class Learner:
         c = self.config
         paging: dict[str, Any] = {"paged": c.paging == "always", "directory": self.directory}
         numbers = (c.learning_rate, (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
+        groups = self._groups()
         if c.optim == "adamw_torch":
-            return torch.optim.AdamW(self.trained, *numbers)
+            return torch.optim.AdamW(groups, *numbers)
         if c.optim == "paged_adamw_32bit":
-            return PagedAdamW(self.trained, *numbers, **paging)
+            return PagedAdamW(groups, *numbers, **paging)
         wide: dict[str, Any] = {"in_32bit": list(self._tables())}
         if c.optim == "adamw_8bit":
-            return AdamW8bit(self.trained, *numbers, **wide)
-        return PagedAdamW8bit(self.trained, *numbers, **paging, **wide)
+            return AdamW8bit(groups, *numbers, **wide)
+        return PagedAdamW8bit(groups, *numbers, **paging, **wide)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """What is trained, for the optimizer: norms and biases apart, which are not decayed (as in
+        transformers' Trainer.get_decay_parameter_names)."""
+        plain: list[nn.Parameter] = []
+        if self.config.weight_decay:
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            inside = {
+                id(p)
+                for module in self.model.modules()
+                if isinstance(module, nn.LayerNorm)
+                for p in module.parameters()
+            }
+            plain = [
+                p
+                for p in self.trained
+                if id(p) in inside or NOT_DECAYED.search(names[id(p)].lower())
+            ]
+        apart = {id(p) for p in plain}
+        decayed = [p for p in self.trained if id(p) not in apart]
+        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
 
     def _tables(self) -> Iterator[nn.Parameter]:
         """Trained parameters of embeddings and of the head, whose rows are met as tokens are."""
@@ -307,10 +333,26 @@ class Learner:
             self.optimizer.step()
         self.updates += 1
 
+    def is_finite(self) -> bool:
+        """Whether every parameter is, after an update, and its square."""
+        return all_finite(self.trained, SQUARED)
+
     def forget(self) -> None:
         """Set the gradients to zero."""
         for buffer in self.gradients:
             buffer.zero_()
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor], most: float = math.inf) -> bool:
+    """Whether no element is infinite, NaN, or beyond ``most``; each tensor is read once, and
+    nothing is copied."""
+    ends = [torch.stack(t.aminmax()) for t in tensors if t.numel() and t.is_floating_point()]
+    return all(bool((each.isfinite() & (each.abs() <= most)).all()) for each in ends)
+
+
+SQUARED = 2.0**63
+"""Whose square is the largest that fp32 holds."""
 
 
 def hold_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -27,7 +27,7 @@ from ..errors import UsageError
 from ..ledger import Part
 from .cpu_calls import _product
 from .cpu_library import _BYTES, _DTYPES, _FP32, call, open_library
-from .library import LIBRARY, device_type, record_workspace
+from .library import LIBRARY, device_type, on_one_device, record_workspace
 
 KERNELS = ("auto", "cpp", "torch")
 _NAME = "halfbyte_cpu.so"
@@ -188,7 +188,7 @@ def register(name: str, reference: Callable, cpp: Callable) -> None:
         library = active()
         return reference(*args) if library is None else cpp(library, *args)
 
-    LIBRARY.impl(name, on_cpu, "CPU")
+    LIBRARY.impl(name, on_one_device(name, on_cpu), "CPU")
 
 
 def product_peak(dtype: torch.dtype) -> float:

@@ -3,6 +3,7 @@ device is meant."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +72,29 @@ def define(schema: str, reference: Callable, fake: Callable) -> None:
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, fake, "Meta")
+    LIBRARY.impl(name, on_one_device(name, reference), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_one_device(name, fake), "Meta")
+
+
+def on_one_device(name: str, function: Callable) -> Callable:
+    """The function, which raises ValueError where its tensors lie on several devices: PyTorch asks
+    the kernel of one of them, which would read another's addresses, or none. Boundaries of rows
+    (integers) are on the host everywhere."""
+
+    def checked(*args: Any) -> Any:
+        first: torch.device | None = None
+        for arg in args:
+            for each in arg if isinstance(arg, list) else (arg,):
+                if isinstance(each, Tensor) and each.dtype not in (torch.int32, torch.int64):
+                    first = first or each.device
+                    if each.device != first:
+                        raise ValueError(
+                            f"halfbyte::{name} needs its tensors on one device, and got some on "
+                            f"{first} and some on {each.device}"
+                        )
+        return function(*args)
+
+    return checked
 
 
 def as_wide(t: Tensor) -> Tensor:

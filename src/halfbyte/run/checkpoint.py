@@ -228,16 +228,34 @@ def restore(
             updates,
             {name.partition(".")[0] for name in read_header(found.path / OPTIMIZER)},
         )
-    if convert and isinstance(optimizer, AdamW8bit):
-        optimizer.take_8bit(_tensors(found.path / OPTIMIZER))
+    if convert:
+        _take_older(optimizer, [p for p in model.parameters() if p.requires_grad], found, updates)
     else:
-        _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER, convert)
+        _copy_all(optimizer_tensors(optimizer), found.path / OPTIMIZER)
     release_states(optimizer)
     return updates
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
-    return {name: read_tensor(entry, name) for name, entry in read_header(file).items()}
+def _take_older(
+    optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], found: Found, updates: int
+) -> None:
+    """The state of a release that had all parameters in one group, none apart by its kind."""
+    file = found.path / OPTIMIZER
+    if isinstance(optimizer, AdamW8bit):
+        older = AdamW8bit(trained)
+        _copy_all(optimizer_tensors(older), file)
+        optimizer.take(older)
+        return
+    plain = torch.optim.AdamW(trained)
+    _create_state(plain, updates, {name.partition(".")[0] for name in read_header(file)})
+    _copy_all(optimizer_tensors(plain), file, convert=True)
+    for p, state in plain.state.items():
+        mine = optimizer.state.setdefault(p, {"step": torch.tensor(float(updates))})
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in mine:
+                mine[name].copy_(state[name])
+            else:
+                mine[name] = state[name]
 
 
 def release_states(optimizer: torch.optim.Optimizer) -> None:

@@ -23,6 +23,8 @@ from ..files.atomic import fcntl, read_json, write_bytes, write_json
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
 NONFINITE, MEMORY, PLAN_JSON = "nonfinite.jsonl", "memory.jsonl", "plan.json"
 QUANT_JSON = "quant.json"
+LOG = "log.txt"
+"""What was said of the training, line by line, whether anybody listened or not."""
 ADAPTER_FACTS = "halfbyte.json"
 """In adapter/: the digest of the base it belongs to, and the hash of its chat template."""
 
@@ -129,6 +131,11 @@ class Run:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows
+
+    def log(self, line: str) -> None:
+        """One more line of log.txt; what cannot be written there is left out."""
+        with contextlib.suppress(OSError), (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """One more row of a .jsonl file.

@@ -49,6 +49,14 @@ RULES = {
         "a full fine-tuning in 16 bits updates fp32 masters",
         lambda info: info["config"]["full"] and info["compute_dtype"] != "float32",
     ),
+    "decay": Rule(
+        2,
+        "norms and biases are not decayed, as transformers' trainer does not",
+        lambda info: (
+            info["config"]["weight_decay"] > 0
+            and bool(info["config"]["full"] or info["config"]["modules_to_save"])
+        ),
+    ),
     "order": Rule(
         2, "packed sequences come in random order", lambda info: info["config"]["packing"]
     ),
@@ -72,7 +80,7 @@ RULES = {
 ``allow_change``."""
 
 
-RESHAPING = ("optimizer_states", "masters")
+RESHAPING = ("optimizer_states", "masters", "decay")
 """Rules by which a state has another form."""
 
 

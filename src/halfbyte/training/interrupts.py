@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run is worked on."""
+"""SIGINT, SIGTERM and SIGHUP while a run is worked on."""
 
 import contextlib
 import signal
@@ -18,12 +18,18 @@ ONLY_THE_RESULT = (
 )
 
 
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""A lost connection's (SIGHUP) as well, unless it is ignored, as under nohup."""
+
+
 class Abandoned(Interrupted):
     """Raised by a signal inside `Interrupts.immediate`: what was under way can be thrown away."""
 
 
 class Interrupts:
-    """SIGINT and SIGTERM while a run is worked on: noted where state changes, acted on at once
+    """Signals that end a run while it is worked on: noted where state changes, acted on at once
     where it does not.
 
     The first signal is noted in ``signal``; inside `immediate` it raises `Abandoned`. A second one
@@ -37,8 +43,9 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread() and not self.signal:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: Any) -> None:

@@ -11,7 +11,8 @@ from ..adapters.lora import has_adapter
 from ..adapters.peft_files import save_adapter
 from ..config.options import REORDERING
 from ..data.renderer import Renderer
-from ..engine.learner import Learner
+from ..engine.learner import Learner, all_finite
+from ..errors import NonFiniteError
 from ..files import atomic
 from ..files.publish import publish
 from ..run import checkpoint
@@ -35,6 +36,13 @@ def save_checkpoint(
         StorageError: the disk said no; nothing of it is left behind.
     """
     config = promise.config
+    if not learner.is_finite() or not all_finite(
+        checkpoint.optimizer_tensors(learner.optimizer).values()
+    ):
+        raise NonFiniteError(
+            f"the state after step {step} is not finite, and is not saved",
+            ways_out=["lower --learning_rate", "--resume_from_checkpoint auto goes on before it"],
+        )
     state = {
         "total_steps": total_steps,
         "updates": learner.updates,

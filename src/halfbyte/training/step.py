@@ -84,6 +84,9 @@ class Stepper:
             learner.update(rate)
             self.updating = False
             learner.scale.stay()
+            if not learner.is_finite():
+                self.updating = True  # of what there is nothing may be saved
+                raise self._lost(step, batches)
         learner.forget()
         peak = monitor.peak.bytes()
         monitor.note(phase, step + 1, peak)
@@ -144,7 +147,7 @@ class Stepper:
         if math.isfinite(loss) and math.isfinite(norm):
             return True
         run = self.promise.run
-        rows = [where for batch in batches for where in batch.rows]
+        rows = _places(batches)
         run.append(
             NONFINITE, {"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "rows": rows}
         )
@@ -157,8 +160,7 @@ class Stepper:
             return False
         raise NonFiniteError(
             what,
-            where=", ".join(rows[:8])
-            + (f" and {len(rows) - 8} more rows" if len(rows) > 8 else ""),
+            where=_in_short(rows),
             ways_out=[
                 "lower --learning_rate",
                 f"look at these rows, all listed in {run.path / NONFINITE}",
@@ -167,3 +169,24 @@ class Stepper:
                 "from it",
             ],
         )
+
+    def _lost(self, step: int, batches: list[MicroBatch]) -> NonFiniteError:
+        """Parameters are infinite, though loss and gradients were not."""
+        return NonFiniteError(
+            f"the update of step {step + 1} made parameters infinite, or nearly so; they are not "
+            "saved",
+            where=_in_short(_places(batches)),
+            ways_out=[
+                "lower --learning_rate, --weight_decay",
+                "a checkpoint saved before is unharmed: --resume_from_checkpoint auto goes on "
+                "from it",
+            ],
+        )
+
+
+def _places(batches: list[MicroBatch]) -> list[str]:
+    return [where for batch in batches for where in batch.rows]
+
+
+def _in_short(rows: list[str]) -> str:
+    return ", ".join(rows[:8]) + (f" and {len(rows) - 8} more rows" if len(rows) > 8 else "")

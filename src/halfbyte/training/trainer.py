@@ -11,6 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..data.batches import MicroBatch, collate, largest_pass
 from ..engine.evaluate import largest_group, mean_loss
 from ..engine.generate import SAMPLE_SECONDS, SAMPLE_TOKENS, answers
 from ..engine.judge import NEUTRAL_TOKENS, Judge, words
-from ..errors import HalfbyteError, Interrupted, first_line, is_exhaustion
+from ..errors import HalfbyteError, Interrupted, NonFiniteError, first_line, is_exhaustion
 from ..files import atomic
 from ..memory.process import TRAIN_MMAP_THRESHOLD, bounded, return_freed, set_mmap_threshold
 from ..model import attention
@@ -29,7 +30,7 @@ from ..model.architecture import choose_device
 from ..ops import cpu
 from ..progress import Reporter
 from ..quantization.original import OriginalWeights
-from ..run.directory import EVALS, METRICS, SAMPLES, Run
+from ..run.directory import EVALS, METRICS, NONFINITE, SAMPLES, Run
 from .interrupts import NOTHING_LOST, ONLY_THE_RESULT, Abandoned, Interrupts
 from .promise import Promise
 from .recovery import Recovery, exhausted
@@ -71,7 +72,7 @@ def run_training(config: TrainConfig, run: Run, reporter: Reporter | None = None
         DoesNotFit: it is planned not to, or memory ran out: names the phase, what is held, the ways
             out.
     """
-    promise, trainers = Promise(config, run, reporter or Reporter()), []
+    promise, trainers = Promise(config, run, _logged(reporter or Reporter(), run)), []
     on_cpu = choose_device(config.device).type == "cpu"
     try:
         # not on a GPU: its driver maps host memory for purposes of its own
@@ -94,6 +95,21 @@ def run_training(config: TrainConfig, run: Run, reporter: Reporter | None = None
     raise exhausted(promise, message, state, learner)
 
 
+def _logged(reporter: Reporter, run: Run) -> Reporter:
+    """The reporter, all of whose lines are in the run's log as well."""
+
+    def say(line: str) -> None:
+        run.log(line)
+        reporter.say(line)
+
+    def on_step(row: dict[str, Any], total: int) -> None:
+        loss = "not finite, skipped" if row["loss"] is None else f"{row['loss']:.4f}"
+        run.log(f"step {row['step']}/{total}  loss {loss}")
+        reporter.on_step(row, total)
+
+    return replace(reporter, say=say, on_step=on_step)
+
+
 def _run(promise: Promise, trainers: list["Trainer"]) -> None:
     """Set up and train; the trainer is left in ``trainers`` where there is one."""
     config, run, say = promise.config, promise.run, promise.reporter.say
@@ -109,6 +125,7 @@ def _run(promise: Promise, trainers: list["Trainer"]) -> None:
             trainer.loop()
             with interrupts.immediate(ONLY_THE_RESULT):
                 trainer.finish()
+        trainer.refuse_mostly_skipped()
         trainer.publish()
         if line := promise.monitor.line():
             say(line)
@@ -256,6 +273,18 @@ class Trainer:
         save_judgement(self.run, setup.info)
         for line in words(found):
             say(line)
+
+    def refuse_mostly_skipped(self) -> None:
+        """Raise NonFiniteError where most of the steps were left out: what is there is as good as
+        untrained."""
+        skipped = len(self.run.read(NONFINITE))
+        if 2 * skipped > self.total_steps:
+            raise NonFiniteError(
+                f"{skipped} of {self.total_steps} steps were not finite and were left out; what "
+                f"the others made is in {self.run.adapter}",
+                where=str(self.run.path / NONFINITE),
+                ways_out=["lower --learning_rate", "--dtype float32", "look at the rows it names"],
+            )
 
     def publish(self) -> None:
         """Upload the result, where that was asked for."""

@@ -66,6 +66,7 @@ int32_t hb_rotate(const void* x, const void* cos, const void* sin, int64_t token
     const int64_t size = size_of(dtype), row = heads * dim;
     const Span spans[] = {{"input", x, tokens * row, size}, {"cos", cos, tokens * dim, size}, {"sin", sin, tokens * dim, size}, {"result", y, tokens * row, size}};
     CHECK(check_spans(spans, 1));
+    if (row == 0) return HB_OK;
     const Path& now = path();
     in_parts(tokens, 1, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
