@@ -83,7 +83,6 @@ TESTED_ELSEWHERE = {
     "planning.parts": "planning/test_tracker.py",
     "quantization.weights": "quantization/test_load.py",
     "quantization.writer": "quantization/test_cache.py, and cli/test_cli.py",
-    "run.directory": "whole/test_train.py and run/test_checkpoint.py",
     "run.load": "exporters/test_export.py and adapters/test_initial.py",
     "training.rehearsal": "whole/test_fit.py and whole/test_paging.py: in a process with limits",
     "training.setup": "whole/test_train.py: all of it, in its order",

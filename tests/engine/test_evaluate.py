@@ -176,7 +176,8 @@ def test_a_run_on_another_base_is_refused(overfitted: tuple[Run, str], tmp_path:
     weights = load_file(tmp_path / "base/model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
     save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
-    info = json.loads((tmp_path / "run/run.json").read_text())
+    info = run.info()  # without its seal and copy, as older releases wrote it
+    (tmp_path / "run/.run.json").unlink()
     info["base"]["path"] = str(tmp_path / "base")
     (tmp_path / "run/run.json").write_text(json.dumps(info))
     assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
@@ -186,7 +187,7 @@ def test_a_run_on_another_base_is_refused(overfitted: tuple[Run, str], tmp_path:
     template = tmp_path / "run/adapter/chat_template.jinja"
     template.write_text(template.read_text().replace("<|end|>", ""))
     assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
-    assert "not the one this adapter was trained with" in capsys.readouterr().err
+    assert "chat_template.jinja is not the file that was written" in capsys.readouterr().err
     (tmp_path / "run/run.json").write_text('{"config": {}}')
     assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
     assert "damaged" in capsys.readouterr().err

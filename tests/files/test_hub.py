@@ -39,3 +39,22 @@ def test_links_pipes_and_giants_in_a_model_directory(reliable_inputs: Path, tmp_
         shutil.copy(file, cache / "blobs" / file.name)
         (cache / "snapshots/abc" / file.name).symlink_to(Path("../../blobs") / file.name)
     assert read_config(hub.resolve(str(cache / "snapshots/abc"))).model_type == "llama"
+
+
+def test_a_link_out_of_a_folder_below_is_refused(tmp_path: Path):
+    model, away = tmp_path / "model", tmp_path / "away"
+    shutil.copytree(hub.resolve("demo"), model)
+    away.mkdir()
+    (away / "secret.jinja").write_text("somebody's")
+    folder = model / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "x.jinja").symlink_to(away / "secret.jinja")
+    with pytest.raises(ModelError, match="link to a file outside"):
+        hub.resolve(str(model))
+    shutil.rmtree(folder)
+    folder.symlink_to(away)
+    with pytest.raises(ModelError, match="link to a file outside"):
+        hub.resolve(str(model))
+    folder.unlink()
+    (model / "inside.jinja").symlink_to(model / "chat_template.jinja")
+    assert hub.resolve(str(model)) == model

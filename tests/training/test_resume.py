@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.errors import BusyError, ModelError
+from halfbyte.errors import BusyError, ModelError, UsageError
 from halfbyte.run import checkpoint
 from halfbyte.run.directory import Run
 from halfbyte.training.resume import Resume, exactness, find_checkpoint
@@ -22,20 +22,20 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **state: Any) -> Resu
 
 def test_a_run_is_not_written_over_and_not_begun_anew(tmp_path: Path):
     run = Run(tmp_path)
-    assert find_checkpoint(run, False, lambda line: None) is None
-    assert find_checkpoint(run, True, lambda line: None) is None  # nothing there: it begins
+    assert find_checkpoint(run, None, lambda line: None) is None
+    assert find_checkpoint(run, "auto", lambda line: None) is None  # nothing there: it begins
     run.adapter.mkdir()
     with pytest.raises(BusyError, match="already holds a run"):
-        find_checkpoint(run, False, lambda line: None)
+        find_checkpoint(run, None, lambda line: None)
     with pytest.raises(ModelError, match="no valid checkpoint"):
-        find_checkpoint(run, True, lambda line: None)
+        find_checkpoint(run, "auto", lambda line: None)
 
 
 def test_damaged_checkpoints_are_said_and_passed_over(tmp_path: Path):
     (tmp_path / "checkpoints/step-00000002").mkdir(parents=True)
     lines: list[str] = []
     with pytest.raises(ModelError) as caught:
-        find_checkpoint(Run(tmp_path), True, lines.append)
+        find_checkpoint(Run(tmp_path), "auto", lines.append)
     assert "skipped a damaged checkpoint" in lines[0] and "step-00000002" in caught.value.found
 
 
@@ -106,3 +106,25 @@ def test_what_memory_made_of_a_run_is_undone_with_its_steps(
 )
 def test_what_is_promised(changes: list[str], earlier: list[str], device: str, promised: str):
     assert promised in exactness(changes, earlier, device)
+
+
+def test_a_checkpoint_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = Run(tmp_path)
+    for step in (2, 4, 6):
+        (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    monkeypatch.setattr(checkpoint, "check", lambda path: int(path.name[5:]))
+    said: list[str] = []
+    chosen = find_checkpoint(run, str(run.checkpoints / "step-00000004"), said.append)
+    assert chosen is not None and chosen.step == 4
+    assert any("step-00000006" in line and "set aside" in line for line in said)
+    there = [path.name for path in checkpoint.directories(run.checkpoints)]
+    assert there == ["step-00000002", "step-00000004"], "auto goes on from it, too"
+    with pytest.raises(UsageError, match="no checkpoint of"):
+        find_checkpoint(run, str(tmp_path), said.append)
+
+    def damaged(path: Path) -> int:
+        raise ModelError(f"checkpoint file {path} is damaged")
+
+    monkeypatch.setattr(checkpoint, "check", damaged)
+    with pytest.raises(ModelError, match="step-00000002 is damaged"):
+        find_checkpoint(run, str(run.checkpoints / "step-00000002"), said.append)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.options import LARGEST_RANK
 from ..errors import ModelError, UsageError
 from ..files.atomic import read_json, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
@@ -181,6 +182,13 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]
         bool(config.get("use_dora")),
     )
     _check_numbers(adapter, directory / CONFIG)
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
+        raise ModelError(
+            f"{directory / CONFIG} has values that are not taken",
+            found=f"modules_to_save = {whole!r}"[:200],
+            expected="a list of names",
+        )
     return config, adapter
 
 
@@ -190,6 +198,8 @@ def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
     for name, value in (("r", adapter.r), ("lora_alpha", adapter.alpha)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             wrong[name] = value
+    if isinstance(adapter.r, int) and adapter.r > LARGEST_RANK:
+        wrong["r"] = adapter.r
     if not isinstance(adapter.dropout, int | float) or not 0 <= adapter.dropout < 1:
         wrong["lora_dropout"] = adapter.dropout
     for name, patterns in (

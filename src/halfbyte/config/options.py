@@ -124,10 +124,16 @@ def known_device(value: str) -> str:
     return value
 
 
+LARGEST_RANK = 1 << 16
+"""No layer of a known model has as many inputs."""
+
+
 class LoraOptions(Options):
     """The adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
-    lora_r: int = option(16, "rank of the adapter", ge=1, resume="never", of_adapter=True)
+    lora_r: int = option(
+        16, "rank of the adapter", ge=1, le=LARGEST_RANK, resume="never", of_adapter=True
+    )
     lora_alpha: int = option(
         32, "the adapter's product is scaled by alpha / r", ge=1, resume="named", of_adapter=True
     )
@@ -432,7 +438,8 @@ class TrainingOptions(Options):
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "auto: continue from the newest valid checkpoint, or start where there is none",
+        "auto: continue from the newest valid checkpoint, or start where there is none; or the "
+        "directory of one of the run's checkpoints: later ones are set aside",
         resume="free",
     )
 
@@ -442,11 +449,17 @@ class TrainingOptions(Options):
         resume="free",
     )
 
-    @field_validator("resume_from_checkpoint")
+    @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
-    def _auto_only(cls, value: str | None) -> str | None:
-        if value is not None and value != "auto":
-            raise ValueError('must be "auto": the newest valid checkpoint of output_dir is taken')
+    def _newest(cls, value: Any) -> Any:
+        """True and false as transformers has them."""
+        return {"true": "auto", "false": None, "": None}.get(str(value).lower(), value)
+
+    @field_validator("output_dir")
+    @classmethod
+    def _somewhere(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a directory")
         return value
 
     @field_validator("activation_offloading", "embedding_offloading", mode="before")

@@ -145,26 +145,22 @@ def _generate(
     width = max(map(len, prompts))
     ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    was_training, cached = model.training, model.config.use_cache
+    was_training, cached, own = model.training, model.config.use_cache, model.generation_config
     model.eval()
+    # in place of the base's, which fills what is not set: it may hold penalties, beams and switches
+    # nobody asked for here
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+        use_cache=True,
+        **settings,
+    )
     try:
-        out = model.generate(
-            ids,
-            attention_mask=mask,
-            # a configuration of our own: the base's may hold penalties and beams nobody asked for
-            # here
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stops,
-                pad_token_id=stops[0],
-                use_cache=True,
-                **settings,
-            ),
-            streamer=streamer,
-        )
+        out = model.generate(ids, attention_mask=mask, streamer=streamer)
     finally:
         model.train(was_training)
-        model.config.use_cache = cached
+        model.config.use_cache, model.generation_config = cached, own
     results = []
     for row in out[:, width:].tolist():
         end = next((place for place, token in enumerate(row) if token in stops), None)

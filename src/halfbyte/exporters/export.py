@@ -23,7 +23,7 @@ from ..progress import Progress, no_progress
 from ..quantization.bnb_format import quantized_names
 from ..quantization.load import load_base
 from ..quantization.writer import quantize
-from ..run.directory import ADAPTER_FACTS, Run
+from ..run.directory import ADAPTER_FACTS, Run, refuse_changed_result
 from ..run.load import refuse_other_base
 from .merge import merge
 
@@ -52,6 +52,7 @@ def export(
         VerificationError: as `exporters.merge.merge`.
     """
     source, target = Run.open(run), Path(output_dir).expanduser().absolute()
+    refuse_changed_result(source.adapter)
     if to not in FORMATS:
         raise UsageError(f"cannot export to {to!r}", expected=", ".join(FORMATS))
     if source.config().full and to != "hf":

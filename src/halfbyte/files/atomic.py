@@ -156,6 +156,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def append(path: Path, text: str) -> None:
+    """Text at the end of a file, which is made if it is not there.
+
+    Raises:
+        OSError: the system said no, or the file is a link: what it leads to is nobody's here.
+    """
+    with os.fdopen(open_own(path, os.O_APPEND | os.O_WRONLY), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def open_own(path: Path, how: int) -> int:
+    """A descriptor of a file for writing, never through a link (where the system can tell)."""
+    return os.open(path, how | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def check_writable(directory: Path) -> None:
     """Create the directory and prove that a file can be written there, before hours are spent.
 

@@ -7,6 +7,7 @@ that comes with a model are never opened.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +100,8 @@ def check_files(directory: Path) -> None:
         ModelError: a pipe, a device, a link that leads out of the directory (a Hub cache's blobs
             excepted), or a text file too large to be one.
     """
-    home = directory.resolve()
-    blobs = home.parent.parent / "blobs"
-    for path in sorted(directory.iterdir()):
-        if not any(path.match(pattern) for pattern in HUB_PATTERNS):
-            continue
-        if path.is_symlink():
-            real = path.resolve()
-            if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-                raise ModelError(
-                    f"{path} is a link to a file outside the model's directory",
-                    found=str(real),
-                    ways_out=["copy the file into the directory"],
-                )
+    for path in sorted(_opened(directory, HUB_PATTERNS)):
+        _refuse_leaving(path, directory)
         if path.is_dir():
             continue
         if not path.is_file():
@@ -121,6 +111,31 @@ def check_files(directory: Path) -> None:
                 f"{path} has {path.stat().st_size:,} bytes, too many for a configuration or "
                 "tokenizer"
             )
+
+
+def _opened(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """What transformers may open of a directory: files by their patterns, and whatever lies in
+    folders below (``additional_chat_templates``)."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.name.startswith("."):
+            yield path
+            if not path.is_symlink():
+                yield from _opened(path, ("*",))
+        elif any(path.match(pattern) for pattern in patterns):
+            yield path
+
+
+def _refuse_leaving(path: Path, directory: Path) -> None:
+    """Raise ModelError for a link that leads out of a model's directory, but to the blobs of the
+    Hub's cache it lies in."""
+    home, real = directory.resolve(), path.resolve()
+    inside = real.is_relative_to(home) or real.is_relative_to(home.parent.parent / "blobs")
+    if path.is_symlink() and not inside:
+        raise ModelError(
+            f"{path} is a link to a file outside the model's directory",
+            found=str(real),
+            ways_out=["copy the file into the directory"],
+        )
 
 
 def load_tokenizer(directory: Path) -> Any:

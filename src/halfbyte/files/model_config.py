@@ -2,6 +2,7 @@
 never run."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,23 @@ def read_config(path: Path) -> Any:
         )
     _check_ranges(raw, path)
     with refused_by_transformers(f"{path}/config.json is refused by transformers"):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        _choose_code(config)
+        return config
+
+
+CHOOSING = ("_attn_implementation", "_experts_implementation")
+"""Of a configuration: what computes, which is not a checkpoint's to say (it may name code of the
+Hub)."""
+
+
+def _choose_code(config: Any) -> None:
+    """Have transformers choose what computes, in a configuration and those inside it."""
+    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
+    for each in (config, *(part for part in inside if part is not None)):
+        for name in CHOOSING:
+            if getattr(each, name, None) is not None:
+                setattr(each, name, None)
 
 
 @contextlib.contextmanager
@@ -80,6 +97,46 @@ def _check_ranges(raw: dict[str, Any], path: Path) -> None:
                     found=f"{key} = {value!r}"[:200],
                     expected=f"1..{most}",
                 )
+
+
+BESIDE_THE_POINT = {
+    *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"),
+    *("dtype", "torch_dtype", "use_cache", "quantization_config", *CHOOSING),
+    *("attn_implementation", "experts_implementation"),
+}
+"""Keys of a configuration that name things, or that are ours to say."""
+
+
+def computed_by(path: Path) -> dict[str, Any]:
+    """What decides, beside the weights, what a model computes: its configuration as transformers
+    completes it, and how it is asked to generate.
+
+    Args:
+        path: the model's directory.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items() if k not in BESIDE_THE_POINT}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    found = plain(read_config(path).to_dict())
+    if (path / "generation_config.json").is_file():
+        asked = plain(atomic.read_json(path / "generation_config.json"))
+        found |= {f"generation.{key}": value for key, value in asked.items()}
+    return json.loads(json.dumps(found, default=str))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, those of inner mappings after a dot: (before, now)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= {f"{key}.{inner}": pair for inner, pair in differences(a, b).items()}
+        elif a != b:
+            found[key] = (a, b)
+    return found
 
 
 EXTENDING = ("linear", "dynamic", "yarn", "longrope")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import StorageError, is_exhaustion
+from ..errors import ModelError, StorageError, is_exhaustion
 
 PAGE, MIB = mmap.PAGESIZE, 1 << 20
 _CAN_ADVISE = hasattr(mmap.mmap, "madvise") and hasattr(mmap, "MADV_DONTNEED")
@@ -134,10 +134,11 @@ class ScratchFile:
 
 
 class ReadOnlyMmap:
-    """A file, mapped to be read only. Nobody may shorten it meanwhile: that would end the
-    process."""
+    """A file, mapped to be read only. Shortened while its bytes are read it would end the process;
+    `refuse_cut` asks before."""
 
     def __init__(self, file: Path) -> None:
+        self.file = file
         try:
             self._descriptor = os.open(file, os.O_RDONLY)
             self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
@@ -149,6 +150,19 @@ class ReadOnlyMmap:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to is meant
             return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=start)
+
+    def refuse_cut(self) -> None:
+        """Raise ModelError if the file has become shorter than it was mapped."""
+        if (now := os.fstat(self._descriptor).st_size) < len(self._map):
+            raise ModelError(
+                f"{self.file} was cut while its weights were in use",
+                found=f"{now:,} bytes",
+                expected=f"{len(self._map):,}",
+                ways_out=[
+                    "bring the file back (it is written anew where it is missing), and repeat the "
+                    "command with --resume_from_checkpoint auto"
+                ],
+            )
 
     def read_ahead(self, start: int, nbytes: int) -> None:
         """Have the system read these bytes; returns when it has been asked for all of them."""

@@ -40,9 +40,15 @@ class LayerStreamer:
         return StreamedGroup(self, group)
 
     def use(self, group: int) -> None:
-        """A member of a group is used now."""
+        """A member of a group is used now.
+
+        Raises:
+            ModelError: its file has been cut.
+        """
         if group == self._now:
             return
+        for mapped in {member[0] for member in self._groups.get(group, [])}:
+            mapped.refuse_cut()
         with self._lock:
             before, self._now = self._now, group
             if before is None:

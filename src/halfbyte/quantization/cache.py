@@ -101,7 +101,9 @@ def _make(
 
 def _entry(path: Path) -> CacheEntry:
     facts = atomic.read_json(path / FACTS)
-    if not {"digest", "tensors"} <= facts.keys():
+    listed = facts.get("tensors")
+    known = isinstance(listed, list) and all(isinstance(tensor, dict) for tensor in listed)
+    if not isinstance(facts.get("digest"), str) or not known:
         raise ModelError(f"{path / FACTS} is damaged")
     return CacheEntry(path, facts["digest"], facts["tensors"])
 

@@ -6,6 +6,7 @@ rows past the checkpoint are cut off, so every step stands there once.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -18,15 +19,74 @@ from typing import Any
 from ..config.build import build
 from ..config.options import TrainConfig
 from ..errors import BusyError, ModelError, StorageError, UsageError
-from ..files.atomic import fcntl, read_json, write_bytes, write_json
+from ..files.atomic import (
+    append,
+    fcntl,
+    open_own,
+    read_json,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
 
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
 NONFINITE, MEMORY, PLAN_JSON = "nonfinite.jsonl", "memory.jsonl", "plan.json"
 QUANT_JSON = "quant.json"
+RUN_COPY = ".run.json"
+"""The record once more: a flipped bit costs one of them."""
+NEEDED: dict[str, tuple[str, ...]] = {
+    METRICS: ("step", "loss"),
+    EVALS: ("step", "loss"),
+    SAMPLES: ("step", "where", "question", "expected", "answer", "stopped"),
+    NONFINITE: ("step",),
+    MEMORY: ("step", "phase"),
+}
+"""What a row of a log is read for; one without it is damaged."""
 LOG = "log.txt"
 """What was said of the training, line by line, whether anybody listened or not."""
 ADAPTER_FACTS = "halfbyte.json"
 """In adapter/: the digest of the base it belongs to, and the hash of its chat template."""
+
+
+HASHED = 1 << 30
+"""Bytes up to which a file of a result is hashed when it is read; of larger ones the size is
+compared."""
+
+
+def files_of_result(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file of a result but its card, by name."""
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in sorted(directory.iterdir())
+        if file.is_file() and file.name not in (ADAPTER_FACTS, "README.md")
+    }
+
+
+def refuse_changed_result(directory: Path) -> None:
+    """Raise ModelError, naming all of them, if files of a result are not those that were
+    written."""
+    if not (directory / ADAPTER_FACTS).is_file():
+        return  # PEFT's
+    wrong = []
+    for name, facts in read_json(directory / ADAPTER_FACTS).get("files", {}).items():
+        file = directory / name
+        if not file.is_file():
+            wrong.append(f"{file} is missing")
+        elif file.stat().st_size != facts["bytes"] or (
+            facts["bytes"] <= HASHED and sha256_file(file) != facts["sha256"]
+        ):
+            wrong.append(f"{file} is not the file that was written")
+    if wrong:
+        raise ModelError(
+            "the result of this training has changed since it was written",
+            found="; ".join(wrong),
+            ways_out=[
+                "bring it back from a copy",
+                "move it away and repeat the command with --resume_from_checkpoint auto: it is "
+                "written again from the last checkpoint",
+                f"if you changed it yourself: take its name out of {directory / ADAPTER_FACTS}",
+            ],
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +129,12 @@ class Run:
         Raises:
             ModelError: it is damaged, or of another version's making.
         """
-        info = read_json(self.path / RUN_JSON)
+        try:
+            info = self._record(RUN_JSON)
+        except ModelError:
+            if not (self.path / RUN_COPY).is_file():
+                raise
+            info = self._record(RUN_COPY)
         sections = (("config", ()), ("base", ("path", "digest")), ("data", ("source", "form")))
         for section, keys in (*sections, ("clock", ()), ("template_sha256", ())):
             kind = str if section in ("clock", "template_sha256") else dict
@@ -81,6 +146,15 @@ class Run:
                     "complete",
                     ways_out=["train again", "or use the adapter directly: " + str(self.adapter)],
                 )
+        return info
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """run.json or its copy, without the digest it is sealed with; releases that kept no copy
+        had none."""
+        info = read_json(self.path / name)
+        seal, older = info.pop("sha256", None), not (self.path / RUN_COPY).is_file()
+        if seal != _seal(info) and not (older and seal is None):
+            raise ModelError(f"{self.path / name} is damaged", found="its digest is another")
         return info
 
     def clock(self) -> datetime:
@@ -99,7 +173,9 @@ class Run:
             raise ModelError(f"{self.path / RUN_JSON} is damaged", found=error.what) from error
 
     def write_info(self, info: dict[str, Any]) -> None:
-        write_json(self.path / RUN_JSON, info)
+        sealed = {**info, "sha256": _seal(info)}
+        write_json(self.path / RUN_JSON, sealed)
+        write_json(self.path / RUN_COPY, sealed)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl."""
@@ -122,20 +198,32 @@ class Run:
         return [sample for sample in found.values() if "before" in sample and "after" in sample]
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """All rows of one of the run's .jsonl files; a last line cut off by a crash is left out."""
+        """All rows of one of the run's .jsonl files; a last line cut off by a crash, and damaged
+        ones, are left out."""
+        return self._rows(name)[0]
+
+    def _rows(self, name: str) -> tuple[list[dict[str, Any]], list[tuple[int, bytes]]]:
+        """The rows of a .jsonl file, and its damaged lines: their number, and what stands there."""
         file = self.path / name
-        if not file.is_file():
-            return []
-        rows = []
-        for line in file.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        rows, damaged = [], []
+        lines = file.read_bytes().split(b"\n") if file.is_file() else []
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if _is_row(row, name):
+                rows.append(row)
+            elif number < len(lines):  # the last is one that a crash cut off
+                damaged.append((number, line))
+        return rows, damaged
 
     def log(self, line: str) -> None:
         """One more line of log.txt; what cannot be written there is left out."""
-        with contextlib.suppress(OSError), (self.path / LOG).open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+        with contextlib.suppress(OSError):
+            append(self.path / LOG, f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """One more row of a .jsonl file.
@@ -145,23 +233,32 @@ class Run:
         """
         file = self.path / name
         try:
-            with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            append(file, json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise StorageError(
                 f"cannot write {file}: {error.strerror}",
                 ways_out=["free space; then repeat the command with --resume_from_checkpoint auto"],
             ) from error
 
-    def cut(self, name: str, last_step: int) -> None:
-        """Drop a .jsonl file's rows of steps after last_step."""
+    def cut(self, name: str, last_step: int) -> list[int]:
+        """Drop a .jsonl file's rows of steps after last_step; damaged lines are set aside in a file
+        of their own.
+
+        Returns:
+            The numbers of damaged lines.
+        """
         if not (self.path / name).is_file():
-            return
-        rows = [row for row in self.read(name) if row["step"] <= last_step]
+            return []
+        found, damaged = self._rows(name)
+        if damaged:
+            aside = self.path / f"{name}.damaged"
+            write_bytes(aside, b"".join(line + b"\n" for _, line in damaged))
+        rows = [row for row in found if row["step"] <= last_step]
         write_bytes(
             self.path / name,
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
         )
+        return [number for number, _ in damaged]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -172,7 +269,7 @@ class Run:
         """
         path = self.path / "LOCK"
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_own(path, os.O_RDWR)
         except OSError as error:
             raise StorageError(f"cannot create {path}: {error.strerror}") from error
         try:
@@ -196,6 +293,16 @@ class Run:
             yield
         finally:
             os.close(descriptor)
+
+
+def _is_row(row: Any, name: str) -> bool:
+    needed = NEEDED.get(name, ())
+    whole = isinstance(row, dict) and all(key in row for key in needed)
+    return whole and type(row.get("step", 0)) is int
+
+
+def _seal(info: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def is_run(path: str | Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config.options import ADDED_LATER, FREE_ON_RESUME, NEVER_ON_RESUME, UNPAGED
 from ..errors import ModelError, UsageError
+from ..files.model_config import differences
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         "data": info["data"]["sha256"],
         "template": info["template_sha256"],
         "tokenizer": info["tokenizer_sha256"],
+        "base_config": info["base"].get("computed_by") if "base" in info else None,
         "total_steps": info["total_steps"],
         "compute_dtype": info["compute_dtype"],
         "threads": info["machine"]["threads"],
@@ -122,6 +124,15 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         **{name: info["versions"][name] for name in ("torch", "transformers")},
         **rules_of(info),
     }
+
+
+def _told(key: str, before: Any, now: Any) -> str:
+    """A difference for people: of mappings what differs in them."""
+    if isinstance(before, dict) and isinstance(now, dict) and key == "base_config":
+        inner = differences(before, now).items()
+        return f"{key}: " + ", ".join(f"{name} {a!r} then, {b!r} now" for name, (a, b) in inner)
+    says = f" ({RULES[key].says})" if key in RULES else ""
+    return f"{key}: {before!r} then, {now!r} now{says}"
 
 
 def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]) -> list[str]:
@@ -134,6 +145,8 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
     before, now = state["fingerprint"], fingerprint(info)
     # of a release that had no such rule
     before = {**{name: 1 for name, number in rules_of(info).items() if number}, **before}
+    if not before.get("base_config"):  # of a release that did not record it
+        now = {**now, "base_config": None}
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     known = before.keys() | now.keys() | {"base"}
     if unknown := sorted(allowed - known - FREE_ON_RESUME):  # what is free needs no leave
@@ -142,11 +155,7 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
             f"allow_change names {unknown[0]!r}, which is nothing that can change",
             ways_out=[f"did you mean {close[0]!r}?"] if close else [],
         )
-    lines = {
-        key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
-        + (f" ({RULES[key].says})" if key in RULES else "")
-        for key in differ
-    }
+    lines = {key: _told(key, before.get(key), now.get(key)) for key in differ}
     refused = [key for key in differ if key not in allowed or key in NEVER_ON_RESUME]
     if refused:
         free = [key for key in refused if key not in NEVER_ON_RESUME]

@@ -11,10 +11,11 @@ from ..config.options import DataOptions, ModelOptions
 from ..data.renderer import Renderer
 from ..errors import ModelError, UsageError
 from ..files import atomic, hub
+from ..files.model_config import computed_by, differences
 from ..model.architecture import choose_device
 from ..progress import Progress, no_progress
 from ..quantization.load import load_base
-from .directory import ADAPTER_FACTS, Run
+from .directory import ADAPTER_FACTS, Run, refuse_changed_result
 from .source import as_stored, base_of_adapter, is_adapter, run_at, tokenizer_directory
 
 
@@ -60,6 +61,7 @@ def load(
         model, _ = load_base(path, ModelOptions(**as_stored(path, changes)), progress)
         return model, hub.load_tokenizer(path)
     info, trained = run.info(), run.config()
+    refuse_changed_result(run.adapter)
     options = ModelOptions(**{**trained.holding(), **changes})
     if "weight_streaming" not in changes and (
         not options.load_in_4bit or choose_device(options.device).type != "cpu"
@@ -68,11 +70,11 @@ def load(
     if trained.full:
         model, _ = load_base(run.adapter, options, progress)
     else:
-        model, report = load_base(
-            hub.resolve(info["base"]["path"], options.revision), options, progress
-        )
+        base, way = hub.resolve(info["base"]["path"], options.revision), "allow_other_base"
+        if not changes.get("allow_other_base"):
+            refuse_other_config(base, info["base"].get("computed_by"), way)
+        model, report = load_base(base, options, progress)
         if options.same_quantization(trained) and not changes.get("allow_other_base"):
-            way = "allow_other_base, where this is an option"
             refuse_other_base(report.digest, info["base"]["digest"], info["base"]["path"], way)
         load_adapter(model, run.adapter)
         model.eval()
@@ -116,6 +118,31 @@ def run_tokenizer(run: Run) -> Any:
             ],
         )
     return tokenizer
+
+
+def refuse_other_config(path: Path, expected: dict[str, Any] | None, allow: str = "") -> None:
+    """Raise ModelError, naming the keys, if the base in a directory computes something else with
+    its weights than the one an adapter was trained on.
+
+    Args:
+        expected: `model_config.computed_by` of that; None where a release did not record it.
+        allow: how the caller is told that it is as good, if it can be.
+    """
+    if expected is None:
+        return
+    if wrong := differences(expected, computed_by(path)):
+        raise ModelError(
+            f"the base in {path} is not the one this adapter was trained on: its configuration "
+            "has changed since",
+            found="; ".join(f"{key}: {a!r} then, {b!r} now" for key, (a, b) in wrong.items())[
+                :2000
+            ],
+            ways_out=[
+                "bring back the base's config.json and generation_config.json",
+                "or train again on this one",
+                *([f"or {allow}, if you know that it is as good"] if allow else []),
+            ],
+        )
 
 
 def refuse_other_base(found: str, expected: str, path: str, allow: str = "") -> None:

@@ -64,6 +64,8 @@ def rehearse(
         StorageError: the disk does not take a checkpoint. Whatever a step can raise.
     """
     place = directory / DIRECTORY
+    if place.is_symlink():  # rmtree leaves links
+        place.unlink()
     shutil.rmtree(place, ignore_errors=True)
     try:
         checkpoint.save(

@@ -1,10 +1,11 @@
 """A run that goes on: the checkpoint it is taken up from, what may differ, and what is promised."""
 
+from pathlib import Path
 from typing import Any
 
 from ..config.options import FITTED, FREE_ON_RESUME, OF_ADAPTER, REORDERING, TrainConfig
 from ..engine.learner import Learner
-from ..errors import BusyError, ModelError
+from ..errors import BusyError, ModelError, UsageError
 from ..progress import Say
 from ..run import checkpoint
 from ..run.directory import Run
@@ -13,13 +14,19 @@ from ..run.load import refuse_other_base
 from .promise import Promise
 
 
-def find_checkpoint(run: Run, resume: bool, say: Say) -> checkpoint.Found | None:
+def find_checkpoint(run: Run, resume: str | None, say: Say) -> checkpoint.Found | None:
     """Return the checkpoint to go on from, None for a training that begins.
+
+    Args:
+        resume: "auto", or the directory of one; None: it begins.
 
     Raises:
         BusyError: the directory holds a run, and resuming was not asked for.
-        ModelError: resuming was, and no checkpoint is valid.
+        ModelError: resuming was, and no checkpoint is valid, or the named one is not.
+        UsageError: the named one is none of this run.
     """
+    if resume not in (None, "auto"):
+        return _named(run, Path(resume).expanduser(), say)
     found, damaged = checkpoint.newest(run.checkpoints)
     for line in damaged:
         say(f"skipped a damaged checkpoint: {line}")
@@ -43,6 +50,23 @@ def find_checkpoint(run: Run, resume: bool, say: Say) -> checkpoint.Found | None
                 "or move these files away, if they are not wanted",
             ],
         )
+    return found
+
+
+def _named(run: Run, path: Path, say: Say) -> checkpoint.Found:
+    """A checkpoint by its directory; those of later steps are set aside, for what they hold is
+    undone."""
+    there = checkpoint.directories(run.checkpoints)
+    if path.resolve() not in [each.resolve() for each in there]:
+        raise UsageError(
+            f"{path} is no checkpoint of {run.path}",
+            expected=", ".join(map(str, there)) or "none is there",
+            ways_out=["--resume_from_checkpoint auto takes the newest"],
+        )
+    found = checkpoint.Found(path, checkpoint.check(path))
+    for later in (each for each in there if each.name > path.name):
+        later.rename(later.with_name(f"undone-{later.name}"))
+        say(f"{later.name} is later than the checkpoint named, and is set aside as undone")
     return found
 
 

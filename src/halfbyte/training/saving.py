@@ -17,7 +17,7 @@ from ..files import atomic
 from ..files.publish import publish
 from ..run import checkpoint
 from ..run.card import CARD, adapter_card
-from ..run.directory import ADAPTER_FACTS, EVALS, Run
+from ..run.directory import ADAPTER_FACTS, EVALS, Run, files_of_result
 from ..run.fingerprint import fingerprint
 from .promise import Promise
 
@@ -94,10 +94,10 @@ def save_result(
         tokenizer = renderer.tokenizer
         tokenizer.chat_template = renderer.template
         tokenizer.save_pretrained(target)
-        facts = {"base_digest": info["base"]["digest"], "template_sha256": info["template_sha256"]}
-        atomic.write_json(target / ADAPTER_FACTS, facts)
-        atomic.write_bytes(target / CARD, adapter_card(run, info).encode())
         _generation_config(learner.model, renderer.stop_ids()).save_pretrained(target)
+        atomic.write_bytes(target / CARD, adapter_card(run, info).encode())
+        facts = {"base_digest": info["base"]["digest"], "template_sha256": info["template_sha256"]}
+        atomic.write_json(target / ADAPTER_FACTS, {**facts, "files": files_of_result(target)})
 
 
 def _save_masters(model: Any, target: Path) -> None:

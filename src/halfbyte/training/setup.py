@@ -28,7 +28,7 @@ from ..engine.lr_schedule import unused_warmup, warmup_steps
 from ..engine.selftest import self_test
 from ..errors import UsageError
 from ..files import atomic, hub
-from ..files.model_config import read_config
+from ..files.model_config import computed_by, read_config
 from ..files.publish import reserve
 from ..memory.process import (
     LOAD_MMAP_THRESHOLD,
@@ -45,7 +45,7 @@ from ..planning.dry_run import CannotPlan
 from ..planning.memory_plan import MemoryPlan, auto_in_words
 from ..planning.monitor import PeakMonitor
 from ..planning.search import Planner
-from ..progress import Reporter
+from ..progress import Reporter, Say
 from ..quantization.load import load_base
 from ..quantization.weights import QuantReport
 from ..run import checkpoint
@@ -103,7 +103,7 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
     run, reporter = promise.run, promise.reporter
     if unused := unused_warmup(promise.config):
         reporter.say(unused)
-    found = find_checkpoint(run, promise.config.resume_from_checkpoint is not None, reporter.say)
+    found = find_checkpoint(run, promise.config.resume_from_checkpoint, reporter.say)
     resume = None if found is None else Resume(found, run, promise.config.allow_change)
     repository = ""
     if promise.config.push_to_hub:
@@ -149,7 +149,7 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         reporter.say(resume.restore(learner, info))
     one = checkpoint.bytes_needed(learner.model, learner.optimizer)
     checkpoint.refuse_full_disk(run.checkpoints, one, config.save_total_limit + bool(data.held_out))
-    _begin_files(run, info, report, start if resume else -1)
+    _begin_files(run, info, report, start if resume else -1, reporter.say)
     promise.write_waiting()
     trackers.start(info["config"], start, info["identity"])
     return Setup(
@@ -280,7 +280,11 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
     info = {
         "schema": 1,
         "config": config.model_dump(),
-        "base": {"name": config.model, "path": str(base.resolve())},
+        "base": {
+            "name": config.model,
+            "path": str(base.resolve()),
+            "computed_by": computed_by(base),
+        },
         "compute_dtype": str(choose_dtype(config.dtype, device)).removeprefix("torch."),
         "data": {
             "source": _absolute(config.data),
@@ -320,12 +324,16 @@ def _absolute(source: str) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def _begin_files(run: Run, info: dict[str, Any], report: QuantReport, steps: int) -> None:
+def _begin_files(run: Run, info: dict[str, Any], report: QuantReport, steps: int, say: Say) -> None:
     """Write the record, cut rows past ``steps``, and remove what an interrupted save left."""
     run.write_info(info)
     atomic.write_json(run.path / QUANT_JSON, report.as_dict())
     for file in (METRICS, EVALS, SAMPLES, NONFINITE, MEMORY):
-        run.cut(file, steps)
+        if damaged := run.cut(file, steps):
+            say(
+                f"{run.path / file}: damaged lines {', '.join(map(str, damaged))} are set aside in "
+                f"{file}.damaged"
+            )
     checkpoint.remove_unfinished(run.checkpoints)
     for leftover in (*run.path.glob(".adapter.*.tmp"), run.path / DIRECTORY):
         shutil.rmtree(leftover, ignore_errors=True)

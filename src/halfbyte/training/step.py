@@ -105,7 +105,7 @@ class Stepper:
             **({"loss_scale": learner.scale.value} if learner.scale.active else {}),
             "tokens": tokens,
             "supervised_tokens": supervised,
-            "tokens_per_s": round(tokens / seconds, 2),
+            "tokens_per_s": round(tokens / max(seconds, 1e-9), 2),
             "passes": passes,
             "memory_bytes": peak,
             "memory_planned_bytes": monitor.planned.get("step"),
