@@ -330,7 +330,8 @@ def _run(
         note("update")
         note("save")
         learner.model.eval()
-        beside = max(len(work.batch.input_ids), NEUTRAL_TOKENS)
+        # a judge's pass holds no more than a step's, nor than there are rows held out
+        beside = max(min(len(work.batch.input_ids), work.eval_tokens), NEUTRAL_TOKENS)
         for phase, tokens in (("eval", work.eval_tokens), ("a pass", beside)):
             if tokens:
                 row = TokenizedExample("plan", [0] * tokens, [True] * tokens)
@@ -354,7 +355,8 @@ def _beside(
     model = learner.model
     if learner.config.judge:
         head = model.get_output_embeddings().weight
-        logits = 4 * chunk_rows(head.shape[0], device_type(head)) * head.shape[0]
+        rows = min(chunk_rows(head.shape[0], device_type(head)), NEUTRAL_TOKENS)
+        logits = 4 * rows * head.shape[0]
         # an original weight, on a CPU as it is read and cast, and logits of two models beside the
         # pass's own
         weight = _original_bytes(model) * (1 if device_type(head) == "cuda" else 2)

@@ -7,6 +7,7 @@ from ..config.options import TrainConfig
 from ..data.batches import EVAL_TOKENS, MicroBatch, coarse_length, collate, largest_pass
 from ..data.dataset import Data, schedule_of
 from ..data.renderer import TokenizedExample
+from ..engine.evaluate import largest_group
 from ..engine.generate import SAMPLE_TOKENS, prompts_at_once
 
 
@@ -56,13 +57,12 @@ def work_of(config: TrainConfig, data: Data | None, context: int | None = None) 
         if config.max_steps > 0
         else math.ceil(config.num_train_epochs * len(epoch))
     )
-    longest = max((len(row.input_ids) for row in data.held_out), default=0)
     return Work(
         largest,
         data.train.tokens / len(epoch),
         passes,
         steps,
-        max(EVAL_TOKENS, longest) if longest else 0,
+        sum(len(row.input_ids) for row in largest_group(data.held_out)),
         _sample_tokens(
             [len(ids) for _, ids, _ in data.questions(config.num_samples)], len(largest.input_ids)
         ),
