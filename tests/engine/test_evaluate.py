@@ -175,13 +175,20 @@ def test_a_run_on_another_base_is_refused(overfitted: tuple[Run, str], tmp_path:
 
     weights = load_file(tmp_path / "base/model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
-    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    weights_at, kind = tmp_path / "base/model.safetensors", {"format": "pt"}
+    save_file(weights, weights_at, kind)
     info = run.info()  # without its seal and copy, as older releases wrote it
     (tmp_path / "run/.run.json").unlink()
     info["base"]["path"] = str(tmp_path / "base")
     (tmp_path / "run/run.json").write_text(json.dumps(info))
     assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
     assert "not the one this adapter was trained on" in capsys.readouterr().err
+    save_file(load_file(run.info()["base"]["path"] + "/model.safetensors"), weights_at, kind)
+    described = json.loads((tmp_path / "base/config.json").read_text())
+    changed = {**described, "rms_norm_eps": 1e-3}
+    (tmp_path / "base/config.json").write_text(json.dumps(changed))
+    assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
+    assert "rms_norm_eps: 1e-05 then, 0.001 now" in capsys.readouterr().err
     info["base"]["path"] = run.info()["base"]["path"]
     (tmp_path / "run/run.json").write_text(json.dumps(info))
     template = tmp_path / "run/adapter/chat_template.jinja"
