@@ -188,7 +188,8 @@ def test_a_run_on_another_base_is_refused(overfitted: tuple[Run, str], tmp_path:
     changed = {**described, "rms_norm_eps": 1e-3}
     (tmp_path / "base/config.json").write_text(json.dumps(changed))
     assert cli(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 6
-    assert "rms_norm_eps: 1e-05 then, 0.001 now" in capsys.readouterr().err
+    before = described["rms_norm_eps"]
+    assert f"rms_norm_eps: {before} then, 0.001 now" in capsys.readouterr().err
     info["base"]["path"] = run.info()["base"]["path"]
     (tmp_path / "run/run.json").write_text(json.dumps(info))
     template = tmp_path / "run/adapter/chat_template.jinja"
