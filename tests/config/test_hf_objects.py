@@ -114,6 +114,7 @@ def test_every_setting_is_taken_or_refused():
     for things, what in (
         ((peft.LoraConfig(target_modules="all-linear", bias="all"),), "bias"),
         ((peft.LoraConfig(target_modules="all-linear", init_lora_weights="pissa"),), "pissa"),
+        ((peft.LoraConfig(target_modules="all-linear", inference_mode=True),), "inference_mode"),
         ((peft.LoraConfig(),), "target_modules"),
         ((sft(neftune_noise_alpha=5.0),), "neftune"),
         ((sft(optim="sgd"),), "sgd"),

@@ -57,4 +57,11 @@ def test_a_link_out_of_a_folder_below_is_refused(tmp_path: Path):
         hub.resolve(str(model))
     folder.unlink()
     (model / "inside.jinja").symlink_to(model / "chat_template.jinja")
-    assert hub.resolve(str(model)) == model
+    (model / "original").mkdir()
+    with (model / "original/params.json").open("wb") as big:
+        big.truncate(hub.JSON_LIMIT + 1)
+    assert hub.resolve(str(model)) == model, "nothing opens that"
+    folder.mkdir()
+    (model / "original/params.json").rename(folder / "params.json")
+    with pytest.raises(ModelError, match="too many for a configuration"):
+        hub.resolve(str(model))

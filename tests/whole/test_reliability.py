@@ -208,7 +208,7 @@ posix = pytest.mark.skipif(sys.platform != "linux", reason="forks, tmpfs and rli
 
 @posix
 def test_kill_9(tmp_path: Path):
-    check_kills(faults("kill", 3, tmp_path, 300), 3)
+    check_kills(faults("kill", 4, tmp_path, 300), 4)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
         "bias": ("none",),
         "init_lora_weights": (True,),
         "task_type": (None, "CAUSAL_LM"),
-        "fan_in_fan_out": (False,),
+        **dict.fromkeys(("fan_in_fan_out", "inference_mode"), (False,)),
         **dict.fromkeys(
             (
                 "exclude_modules",
@@ -163,7 +163,8 @@ def _not_read(thing: Any) -> dict[str, Any]:
             else field.default
         )
         value = getattr(thing, field.name)
-        if field.name not in _READ_OF_LORA and value != plain and value not in _EMPTY:
+        as_good = value == plain or (value in _EMPTY and plain in _EMPTY)
+        if field.name not in _READ_OF_LORA and not as_good:
             wrong[field.name] = value
     return wrong
 
@@ -174,8 +175,8 @@ _READ_OF_LORA = {
     *("alpha_pattern", "use_dora", "modules_to_save", *_NEUTRAL["LoraConfig"]),
     # names and places
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    # of initializations and methods that are refused themselves
-    *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
+    # of methods that are refused themselves, and where something is held
+    *("megatron_core", "qalora_group_size", "runtime_config"),
 }
 """Fields of a LoraConfig that are read, are checked, or change nothing by themselves."""
 

@@ -105,11 +105,11 @@ class AdamW8bit(torch.optim.Optimizer):
         arena = self.arenas[number]
         large, small = self._split(group["params"])
         self._update_large(group, large, [_grad(p) for p in large], arena)
+        flat, grads = [p.view(-1) for p in small], [_grad(p) for p in small]
         for pieces, first, last in windows([p.numel() for p in small], 1, PIECE):
-            params = cut([p.view(-1) for p in small], pieces)
             window = {name: arena[name][first:last] for name in SMALL}
-            self._update_small(group, params, cut([_grad(p) for p in small], pieces), window)
-            if params[0].is_meta:  # a plan: the first takes as much as any
+            self._update_small(group, cut(flat, pieces), cut(grads, pieces), window)
+            if flat[0].is_meta:  # a plan: the first takes as much as any
                 break
 
     def _update_large(

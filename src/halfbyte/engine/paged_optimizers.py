@@ -135,12 +135,17 @@ class PagedAdamW8bit(_Paged, AdamW8bit):
         cuts: list[Ranges] = [_blocks(first, last) for _, first, last in pieces]
         few = list(windows([p.numel() for p in small], 1, _window(group["params"])))
         cuts += [_moments(first, last) for _, first, last in few]
-        for place, window in enumerate(self.pages[number].windows(cuts)):
-            in_8_bits = place < len(pieces)
-            these = pieces[place][0] if in_8_bits else few[place - len(pieces)][0]
-            params = large if in_8_bits else small
-            given = (cut(params, these), cut([_grad(p) for p in params], these), window)
-            (self._update_large if in_8_bits else self._update_small)(group, *given)
+        kinds = ((self._update_large, large, pieces), (self._update_small, small, few))
+        jobs = [
+            (update, cut(params, these), cut(grads, these))
+            for update, params, places in kinds
+            for grads in [[_grad(p) for p in params]]
+            for these, _, _ in places
+        ]
+        for (update, params, grads), window in zip(
+            jobs, self.pages[number].windows(cuts), strict=True
+        ):
+            update(group, params, grads, window)
 
 
 class PagedAdamW(_Paged, torch.optim.AdamW):

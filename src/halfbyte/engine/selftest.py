@@ -8,7 +8,7 @@ instead of believed of its kind.
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,21 +54,23 @@ def self_test(model: Any) -> Abilities:
     """
     was_training = model.training
     model.eval()
-    ids, _, length = _tokens(model)
+    # a long pass may be rotated otherwise than a short one
+    starts = [0] if (far := border(model.config)) is None else [0, far]
     try:
+        apart = [_apart(model, start) for start in starts]
         try:
-            # a long pass may be rotated otherwise than a short one
-            starts = [0] if (far := border(model.config)) is None else [0, far]
-            found = [_try_packing(model, start) for start in starts]
+            found = [
+                _try_packing(model, start, *each) for start, each in zip(starts, apart, strict=True)
+            ]
             packing = all(works for works, _ in found)
             packing_error = max(error for _, error in found)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             _pass_on(error)
             packing, packing_error = False, math.inf
-        apart = _apart(model, ids, length)
         try:
+            ids, _, length = _tokens(model)
             logits = model(input_ids=ids[None, :length], use_cache=False).logits[0]
-            chunks = torch.cat([output_head(model)(part) for part in apart[:length].split(5)])
+            chunks = torch.cat([output_head(model)(part) for part in apart[0][0].split(5)])
             head_error = distance(chunks, logits)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             _pass_on(error)
@@ -80,41 +82,36 @@ def self_test(model: Any) -> Abilities:
     )
 
 
-def _try_packing(model: Any, start: int) -> tuple[bool, float]:
+def _try_packing(model: Any, start: int, *apart: Tensor) -> tuple[bool, float]:
     """Whether rows whose positions begin at ``start`` may be packed, and how far packed ones are
-    from fp32."""
+    from fp32. apart: hidden states [n, d] of each row by itself."""
     ids, position, length = _tokens(model, start)
-    apart = _apart(model, ids, length, start)
-    with model_in_fp32(model):
-        exact = _apart(model, ids, length, start)
+    dtype, exact = model.config.dtype, apart
+    if dtype != torch.float32:
+        with model_in_fp32(model):
+            exact = _apart(model, start)
     packed = _packed(model, ids, position, length)
-    error = _largest(packed, exact, length)
-    return _as_apart(model, packed, error, _largest(apart, exact, length), start), error
-
-
-def _as_apart(model: Any, packed: Tensor, mine: float, own: float, start: int) -> bool:
-    """Whether packed rows are as near to separate rows in fp32 as separate rows are."""
-    dtype = model.config.dtype
-    near = mine <= SLACK * TOLERANCE[dtype] if dtype == torch.float32 else as_near(mine, own, dtype)
-    return near and (mine <= TOLERANCE[dtype] or _see_only_themselves(model, packed, start))
-
-
-def _largest(found: Tensor, exact: Tensor, length: int) -> float:
-    """Of two rows, how far the further one is from fp32."""
-    pairs = zip(found.split(length), exact.split(length), strict=True)
-    return max(typical_distance(mine, theirs) for mine, theirs in pairs)
-
-
-def _apart(model: Any, ids: Tensor, length: int, start: int = 0) -> Tensor:
-    """Hidden states [2 n, d] of two rows, each in a pass of its own."""
-    where = torch.arange(start, start + length, device=ids.device)[None]
-    given: dict[str, Any] = {"position_ids": where} if start else {}
-    return torch.cat(
-        [
-            model.base_model(input_ids=row[None], use_cache=False, **given).last_hidden_state[0]
-            for row in ids.split(length)
-        ]
+    error = _largest(packed.split(length), exact)
+    near = (
+        error <= SLACK * TOLERANCE[dtype]
+        if dtype == torch.float32
+        else as_near(error, _largest(apart, exact), dtype)
     )
+    return near and (error <= TOLERANCE[dtype] or _see_only_themselves(model, packed, start)), error
+
+
+def _largest(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Of two rows, how far the further one is from fp32."""
+    return max(typical_distance(*pair) for pair in zip(found, exact, strict=True))
+
+
+def _apart(model: Any, start: int) -> tuple[Tensor, ...]:
+    """Hidden states [n, d] of two rows that share a pass as a batch, where nothing is packed: a
+    model that lies in files is read once for both."""
+    ids, position, length = _tokens(model, start)
+    given: dict[str, Any] = {"position_ids": position[:length][None]} if start else {}
+    rows = ids.view(2, length)
+    return model.base_model(input_ids=rows, use_cache=False, **given).last_hidden_state.unbind()
 
 
 def _packed(model: Any, ids: Tensor, position: Tensor, length: int) -> Tensor:

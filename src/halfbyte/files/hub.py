@@ -7,7 +7,7 @@ that comes with a model are never opened.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ BUILTIN = "demo"
 """The name that stands for the model that comes with the package."""
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TEMPLATES = "additional_chat_templates"
+"""The one folder of a model's directory that transformers reads."""
 
 
 def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -100,9 +102,9 @@ def check_files(directory: Path) -> None:
         ModelError: a pipe, a device, a link that leads out of the directory (a Hub cache's blobs
             excepted), or a text file too large to be one.
     """
-    for path in sorted(_opened(directory, HUB_PATTERNS)):
+    for path in sorted(_opened(directory)):
         _refuse_leaving(path, directory)
-        if path.is_dir():
+        if path.is_dir() or path.parent not in (directory, directory / TEMPLATES):
             continue
         if not path.is_file():
             raise ModelError(f"{path} is not a regular file", ways_out=["copy the file again"])
@@ -113,15 +115,14 @@ def check_files(directory: Path) -> None:
             )
 
 
-def _opened(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """What transformers may open of a directory: files by their patterns, and whatever lies in
-    folders below (``additional_chat_templates``)."""
+def _opened(directory: Path) -> Iterator[Path]:
+    """What may be opened of a directory, at any depth: files by their patterns, and folders."""
     for path in directory.iterdir():
         if path.is_dir() and not path.name.startswith("."):
             yield path
             if not path.is_symlink():
-                yield from _opened(path, ("*",))
-        elif any(path.match(pattern) for pattern in patterns):
+                yield from _opened(path)
+        elif any(path.match(pattern) for pattern in HUB_PATTERNS):
             yield path
 
 

@@ -23,27 +23,29 @@ def pass_kind(model_config: Any) -> PassKind:
     Args:
         model_config: a transformers configuration.
     """
-    config = model_config.get_text_config()
-    kinds = {str(p.get("rope_type")): p for p in rope_parameters(config)}
-    if short := kinds.get("longrope", {}).get("original_max_position_embeddings"):
+    if (short := border(model_config)) is None:
+        return lambda length: 0
+    if _longrope(model_config) is not None:
         return lambda length: int(length > short)
-    longest = getattr(config, "max_position_embeddings", 0)
-    if any("dynamic" in kind for kind in kinds):
-        return lambda length: length if length > longest else 0
-    return lambda length: 0
+    return lambda length: length if length > short else 0
 
 
 def border(model_config: Any) -> int | None:
-    """The first position of which a pass is rotated otherwise than a short one."""
-    kind = pass_kind(model_config)
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if not limit or kind(limit + 1) == kind(1):
-        return None
-    low, high = 1, limit + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if kind(middle) == kind(1) else (low, middle)
-    return low
+    """Tokens up to which all passes are rotated alike; the position behind them is the first of
+    which a pass is rotated otherwise. None where all are."""
+    if (short := _longrope(model_config)) is not None:
+        return short
+    config = model_config.get_text_config()
+    dynamic = any("dynamic" in str(p.get("rope_type")) for p in rope_parameters(config))
+    return config.max_position_embeddings if dynamic else None
+
+
+def _longrope(model_config: Any) -> int | None:
+    """The context of the short factors."""
+    for parameters in rope_parameters(model_config.get_text_config()):
+        if parameters.get("rope_type") == "longrope":
+            return parameters.get("original_max_position_embeddings")
+    return None
 
 
 def forget_longer_passes(model: nn.Module) -> None:

@@ -362,8 +362,9 @@ def _beside(
         weight = _original_bytes(model) * (1 if device_type(head) == "cuda" else 2)
         found["judge"] = _more(passed, weight + 2 * logits)
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    asking = getattr(config, "num_attention_heads", 0)  # none where nothing attends
+    heads = getattr(config, "num_key_value_heads", None) or asking
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(asking, 1)
     element = torch.finfo(config.dtype or torch.float32).bits // 8
     # keys and values of a token
     cached = 2 * config.num_hidden_layers * heads * width * element
