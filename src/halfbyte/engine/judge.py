@@ -30,6 +30,8 @@ from .loss import chunk_rows, hidden_states, output_head
 JUDGED_TOKENS = 8192
 """Of held-out rows, at most."""
 
+POSITIONS = 384
+"""Of rows, at which a merge compares probabilities (all of a vocabulary in fp32 each)."""
 NEUTRAL_TOKENS = 256
 """Of a passage of the neutral text, at most."""
 

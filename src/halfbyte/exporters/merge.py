@@ -31,10 +31,12 @@ from ..adapters.lora import LoraLinear, lora_layers
 from ..adapters.peft_files import adapter_off
 from ..config.options import ModelOptions
 from ..data.renderer import TokenizedExample
+from ..engine.evaluate import RowLosses
 from ..engine.judge import BASE, ORIGINAL, RUN
 from ..errors import StorageError, UsageError, VerificationError
 from ..files import atomic
 from ..files.safetensors import Checkpoint
+from ..memory.process import return_freed
 from ..model.architecture import FP32_LIMIT
 from ..model.fp32 import model_in_fp32
 from ..progress import Progress, no_progress
@@ -121,7 +123,7 @@ class _Merger:
     Attributes:
         built: directories of merged models, by what they are merged onto.
         exact: how the run behaves in fp32.
-        start: how the model the training began with does, where it is at hand.
+        start: what the model the training began with loses, where it is at hand.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class _Merger:
         self.built: dict[str, Path] = {}
         self.rows: list[TokenizedExample] = []
         self.exact: Behaviour | None = None
-        self.start: Behaviour | None = None
+        self.start: RowLosses | None = None
         self.others = ["trained", "original"] if self._has_both() else []
 
     def run(self, onto: str, max_noise: float) -> Receipt:
@@ -222,8 +224,8 @@ class _Merger:
                 losses = {BASE: of("its base in 4 bits").losses.mean, **losses}
         if original.available:
             with adapter_off(running), original.in_use():
-                self.start = of("the original model")
-            losses = {ORIGINAL: self.start.losses.mean, **losses}
+                self.start = of("the original model").losses
+            losses = {ORIGINAL: self.start.mean, **losses}
             if onto == "original" and self.source.holding.load_in_4bit:
                 wanted = self._on_original(running, "float32")
                 rough = self._on_original(rounding, self.narrow)
@@ -240,9 +242,11 @@ class _Merger:
             return self._measure(running, name)
 
     def _measure(self, model: Any, name: str) -> Behaviour:
+        return_freed()  # what another model and its answers took
         return behaviour(model, self.rows, self.progress, name)
 
     def _behaviour_of(self, path: Path) -> Behaviour:
+        return_freed()
         merged, _ = load_base(
             path, ModelOptions(load_in_4bit=False, dtype=self.dtype, device=self.device)
         )

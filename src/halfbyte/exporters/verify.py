@@ -18,7 +18,7 @@ from ..data.dataset import encode, hold_out, length_of_rows, make_renderer, sour
 from ..data.formats import Example, read_examples
 from ..data.renderer import Renderer, TokenizedExample
 from ..engine.evaluate import RowLosses
-from ..engine.judge import difference, first_rows, neutral_passages
+from ..engine.judge import POSITIONS, difference, first_rows, neutral_passages
 from ..engine.loss import chunk_rows, hidden_states, output_head
 from ..errors import DataError
 from ..files.model_config import read_config
@@ -27,9 +27,8 @@ from ..progress import Progress
 from ..run.load import run_renderer
 from ..run.source import Source
 
-JUDGED_TOKENS, LONGEST, POSITIONS = 4096, 1024, 384
-"""Tokens of the rows judged on, and of one row, at most; positions whose probabilities are compared
-(all of a vocabulary in fp32 each)."""
+JUDGED_TOKENS, LONGEST = 4096, 1024
+"""Tokens of the rows judged on, and of one row, at most."""
 
 NOISE_FACTOR = 4.0
 """Times the KL divergence that rounding alone causes, beyond which a model is another one."""
@@ -132,7 +131,8 @@ def behaviour(
     supervised = any(any(row.loss_mask[1:]) for row in rows)
     wanted = _positions([len(row.input_ids) for row in rows])
     choices: list[Tensor] = []
-    scores: list[Tensor] = []
+    scores = torch.empty(sum(map(len, wanted)), vocabulary)
+    known = 0
     sums: list[float] = []
     counts: list[int] = []
     for number in progress([str(i) for i in range(len(rows))], len(rows), name):
@@ -147,13 +147,15 @@ def behaviour(
             here = head(hidden[start : start + at_once]).float().log_softmax(-1).cpu()
             part = slice(start, start + len(here))
             chosen.append(here.argmax(-1))
-            scores.append(here[[p - start for p in probed if part.start <= p < part.stop]])
+            chosen_here = here[[p - start for p in probed if part.start <= p < part.stop]]
+            scores[known : known + len(chosen_here)] = chosen_here
+            known += len(chosen_here)
             found = here.gather(1, following[part].unsqueeze(1)).squeeze(1)[counted[part]]
             total -= float(found.double().sum())
         choices.append(torch.cat(chosen))
         sums.append(total)
         counts.append(int(counted.sum()))
-    return Behaviour(choices, torch.cat(scores), RowLosses(tuple(sums), tuple(counts)))
+    return Behaviour(choices, scores, RowLosses(tuple(sums), tuple(counts)))
 
 
 def _positions(lengths: list[int]) -> list[list[int]]:
@@ -162,16 +164,19 @@ def _positions(lengths: list[int]) -> list[list[int]]:
     return [list(range(0, length, every)) for length in lengths]
 
 
-def compare(run: Behaviour, model: Behaviour, start: Behaviour | None = None) -> Comparison:
-    """A model beside the run; start: the model the training began with."""
-    kl = functional.kl_div(model.scores, run.scores, log_target=True, reduction="sum")
+def compare(run: Behaviour, model: Behaviour, start: RowLosses | None = None) -> Comparison:
+    """A model beside the run; start: what the model the training began with loses."""
+    kl = sum(
+        float(functional.kl_div(theirs, ours, log_target=True, reduction="sum"))
+        for theirs, ours in zip(model.scores.split(16), run.scores.split(16), strict=True)
+    )
     same = sum(int((a == b).sum()) for a, b in zip(run.choices, model.choices, strict=True))
     gain = None
     if start is not None:
-        found = difference(model.losses, start.losses)
+        found = difference(model.losses, start)
         gain = (found.mean, found.half_width)
     return Comparison(
-        max(float(kl) / len(run.scores), 0.0),
+        max(kl / len(run.scores), 0.0),
         same / sum(len(a) for a in run.choices),
         model.losses.mean,
         gain,

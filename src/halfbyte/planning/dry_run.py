@@ -18,7 +18,7 @@ from ..adapters.modules_to_save import trainable_modules
 from ..config.options import PlanConfig, TrainConfig
 from ..data.batches import collate
 from ..data.renderer import TokenizedExample
-from ..engine.judge import NEUTRAL_TOKENS
+from ..engine.judge import NEUTRAL_TOKENS, POSITIONS
 from ..engine.learner import Learner
 from ..engine.loss import chunk_rows
 from ..engine.paged_optimizers import is_paged
@@ -224,6 +224,13 @@ class _Counts:
         return each * len(shapes) * self.given.work.lengths * kernel
 
     @property
+    def _compared(self) -> int:
+        """What a merge keeps of two models to compare them, and makes of a chunk of logits."""
+        head = self.learner.model.get_output_embeddings().weight
+        rows = 2 * POSITIONS + 3 * chunk_rows(head.shape[0], "cpu")
+        return 4 * rows * head.shape[0]
+
+    @property
     def _reading(self) -> int:
         return _reading_bytes(self.given.stored, max(self.in_4bit, default=0), self.given.dtype)
 
@@ -256,7 +263,7 @@ class _Counts:
             "load": loading,
             "first step": steps["step"],
             **steps,
-            "merge": used + max(merged, self._reading),
+            "merge": used + max(merged, self._reading) + self._compared,
             "chat": used + max(self.peaks["chat"].process, self._reading),
             "export": used + self._reading,
         }
