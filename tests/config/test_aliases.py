@@ -38,6 +38,14 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "dataloader_num_workers": (0, 1),
     "do_eval": (False, True),
     "remove_unused_columns": (True, False),
+    "logging_first_step": (False, True),
+    "log_level": ("passive", "error"),
+    "save_only_model": (False, True),
+    "debug": ("", "underflow_overflow"),
+    "eval_accumulation_steps": (None, 1),
+    "disable_tqdm": (False, True),
+    "dataloader_pin_memory": (False, True),
+    "per_device_eval_batch_size": (1, 4),
     "gradient_checkpointing_kwargs": ({"use_reentrant": False}, {"use_reentrant": True}),
 }
 """Of each key that is left out and that transformers' trainer knows, two values."""
@@ -74,8 +82,9 @@ def test_every_key_that_is_left_out_has_its_reason():
     assert all(LEFT_OUT.values())
     fields = TrainingArguments.__dataclass_fields__
     assert {key for key in LEFT_OUT if key in fields} <= VALUES.keys() | {
-        # of names and places, of what is gone, and of products that are not ours
-        *("logging_dir", "overwrite_output_dir", "tf32")
+        # of names and places, of what is gone, of several processes, and of products that are not
+        # ours
+        *("logging_dir", "overwrite_output_dir", "tf32", "local_rank", "ddp_timeout")
     }
 
 

@@ -183,3 +183,64 @@ def test_strings_that_look_like_lists_are_strings(tmp_path: Path):
 )
 def test_tools_are_checked_like_messages(tmp_path: Path, tools: Any, message: str):
     refused(tmp_path, {"messages": [Q, A], "tools": tools}, message)
+
+
+def test_what_a_form_does_not_read_is_counted(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    row = {"question": "a", "answer": "b", "context": "c", "id": None, "tags": []}
+    path.write_text((json.dumps(row) + "\n") * 3)
+    assert read_examples(path).unread == {"context": 3}
+
+
+def test_a_system_column_is_a_system_message_in_every_conversation(tmp_path: Path):
+    for row in (
+        {"question": "hi", "answer": "yo", "system_prompt": "s"},
+        {"messages": [Q, A], "system": "s"},
+        {"prompt": [Q], "completion": [A], "system": "s"},
+    ):
+        example = one(tmp_path, row)
+        assert (example.messages or [])[0] == {"role": "system", "content": "s"}
+    assert example.supervised_from == 2
+    refused(
+        tmp_path, {"prompt": "a", "completion": "b", "system": "s"}, "belongs to a conversation"
+    )
+
+
+def test_nulls_and_labels_and_masks(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"question": "a", "answer": null}\n{"question": "a", "answer": "b"}\n')
+    found = read_examples(path, skip_bad=1)
+    assert found.format == "qa" and found.bad[0].found == "null"
+    path.write_text('{"instruction": "a", "input": NaN, "output": "b"}\n')
+    assert (read_examples(path).rows[0].messages or [])[0]["content"] == "a"
+    refused(tmp_path, {"prompt": "a", "completion": "b", "label": False}, "not wanted")
+    assert one(tmp_path, {"prompt": "a", "completion": "b", "label": True}).completion == "b"
+    json_text = {"prompt": '[{"id": 1}]', "completion": '[{"id": 2}]'}
+    assert one(tmp_path, json_text).prompt == '[{"id": 1}]'
+    example = one(
+        tmp_path,
+        {
+            "input_ids": [5, 6, 7, 0],
+            "completion_mask": [0, 1, 1, 1],
+            "attention_mask": [1, 1, 1, 0],
+        },
+    )
+    assert (example.input_ids, example.loss_mask) == ([5, 6, 7], [False, True, True])
+    assert one(tmp_path, {"input_ids": [5, 6], "assistant_masks": [False, True]}).loss_mask == [
+        False,
+        True,
+    ]
+
+
+def test_all_bad_rows_are_told_at_once(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    empty, wrong = {"question": "a", "answer": " "}, {"question": 3, "answer": "x"}
+    rows = [{"question": "a", "answer": "b"}, empty, wrong, *[empty] * 9]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="11 of 12 rows cannot be used") as caught:
+        read_examples(path)
+    lines = caught.value.found.splitlines()
+    assert lines[0].startswith("10 x an assistant's turn is empty") and f"{path}:2" in lines[0]
+    assert "must be a string" in lines[1]
+    assert "--skip_bad 11 leaves out exactly these" in caught.value.ways_out
+    assert len(read_examples(path, skip_bad=11).rows) == 1

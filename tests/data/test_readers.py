@@ -62,8 +62,9 @@ def test_empty_files_and_directories(tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="holds no rows"):
         read_examples(tmp_path / "empty.jsonl")
-    with pytest.raises(DataError, match="is a directory"):
-        read_examples(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="is a directory without data files"):
+        read_examples(tmp_path / "folder")
     with pytest.raises(DataError, match="cannot read"):
         read_examples(tmp_path / "absent.jsonl")
 
@@ -134,9 +135,9 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str, 
 
 
 def test_bombs_are_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from halfbyte.data import readers as rows
+    from halfbyte.data import packed
 
-    monkeypatch.setattr(rows, "UNPACKED_LIMIT", 1 << 20)
+    monkeypatch.setattr(packed, "UNPACKED_LIMIT", 1 << 20)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b" " * (3 << 20)))
     with pytest.raises(DataError, match="unpacks to more than"):
         read_examples(tmp_path / "b.jsonl.gz")
@@ -184,3 +185,132 @@ def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path):
     places = [row.where for row in read_examples(tmp_path / "r.json").rows]
     path = tmp_path / "r.json"
     assert places == [f"{path}:1", f"{path}:1 item 2", f"{path}:1 item 3"]
+
+
+ROWS = [{"prompt": "a\nb", "completion": "é"}, {"prompt": "c", "completion": "d"}]
+
+
+def places(path: Path | str, **more: Any) -> tuple[list[dict[str, str]], list[str]]:
+    rows = read_examples(path, **more).rows
+    return (
+        [{"prompt": row.prompt, "completion": row.completion} for row in rows],
+        [row.where.removeprefix(str(path)) for row in rows],
+    )
+
+
+def test_packed_files_are_read_whatever_packs_them(tmp_path: Path):
+    import bz2
+    import lzma
+    import zipfile
+
+    import pyarrow
+
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    (tmp_path / "r.jsonl.bz2").write_bytes(bz2.compress(lines))
+    (tmp_path / "r.jsonl.xz").write_bytes(lzma.compress(lines))
+    (tmp_path / "r.jsonl.zst").write_bytes(pyarrow.compress(lines, "zstd", asbytes=True))
+    (tmp_path / "r.csv.gz").write_bytes(gzip.compress(b"prompt,completion\nc,d\n"))
+    with zipfile.ZipFile(tmp_path / "r.zip", "w") as archive:
+        archive.writestr("in/r.jsonl", lines)
+        archive.writestr("__MACOSX/._r.jsonl", b"junk")
+        archive.writestr("in/r.csv", "prompt,completion\nc,d\n")
+    for name in ("r.jsonl.bz2", "r.jsonl.xz", "r.jsonl.zst"):
+        assert places(tmp_path / name) == (ROWS, [":1", ":2"]), name
+    assert places(tmp_path / "r.csv.gz")[0] == ROWS[1:]
+    assert places(tmp_path / "r.zip") == (
+        [*ROWS, ROWS[1]],
+        ["/in/r.jsonl:1", "/in/r.jsonl:2", "/in/r.csv:2"],
+    ) or places(tmp_path / "r.zip")[0] == [*ROWS, ROWS[1]]
+    for name, whole in (("r.jsonl.xz", lzma.compress(lines)), ("r.jsonl.bz2", bz2.compress(lines))):
+        (tmp_path / name).write_bytes(whole[:-9])
+        with pytest.raises(DataError, match=r"cut off|damaged"):
+            read_examples(tmp_path / name)
+
+
+def test_json_that_is_not_a_row_a_line(tmp_path: Path):
+    one, several, wrapped = (tmp_path / f"{n}.json" for n in ("one", "several", "wrapped"))
+    one.write_text(json.dumps(ROWS[0], indent=1))
+    assert places(one) == (ROWS[:1], [":1"])
+    several.write_text("\n".join(json.dumps(row, indent=1) for row in ROWS))
+    assert places(several) == (ROWS, [":1", ":5"])
+    for text in (json.dumps({"version": 1, "data": ROWS}, indent=1), json.dumps({"data": ROWS})):
+        wrapped.write_text(text)
+        assert places(wrapped) == (ROWS, [" data[0]", " data[1]"])
+    wrapped.write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}))
+    assert places(wrapped, split="test")[0] == ROWS[:1]
+    with pytest.raises(DataError, match="under several keys") as caught:
+        read_examples(wrapped, split="dev")
+    assert caught.value.found == "train, test"
+    several.write_text(several.read_text()[:-4])
+    with pytest.raises(DataError, match="not valid JSON"):
+        read_examples(several)
+    conversation = tmp_path / "c.json"
+    conversation.write_text(json.dumps({"messages": [Q, A]}))
+    assert read_examples(conversation).format == "messages"
+
+
+def test_delimiters_are_those_of_the_header(tmp_path: Path):
+    for number, text in enumerate(
+        ("prompt;completion\nc;d\n", "prompt, completion\nc, d\n", "prompt\tcompletion\nc\td\n")
+    ):
+        (tmp_path / f"{number}.csv").write_text(text)
+        assert places(tmp_path / f"{number}.csv")[0] == ROWS[1:]
+
+
+def test_folders_patterns_saved_sets_and_several_sources(tmp_path: Path):
+    import datasets
+    import pyarrow as pa
+    from pyarrow import feather
+
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    for name, row in (("a.jsonl", ROWS[0]), ("deep/b.json", ROWS[1])):
+        (folder / name).write_text(json.dumps(row))
+    (folder / "README.md").write_text("# not data")
+    assert places(folder)[0] == ROWS
+    assert places(f"{folder}/**/*.js*")[0] == ROWS
+    assert places(f"{folder}/a.jsonl:2\n{folder}/deep/b.json")[0] == [ROWS[0], ROWS[0], ROWS[1]]
+    twice = read_examples(f"{folder}/a.jsonl\n{folder}/a.jsonl:2").rows
+    assert len({row.where for row in twice}) == 3, "every row has a place of its own"
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert places(tmp_path / "saved")[0] == ROWS
+    parts = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    parts.save_to_disk(tmp_path / "parts")
+    assert places(tmp_path / "parts")[0] == ROWS
+    with pytest.raises(DataError, match="has no part 'test'"):
+        read_examples(tmp_path / "parts", split="test")
+    feather.write_feather(pa.Table.from_pylist(ROWS), tmp_path / "r.feather")
+    assert places(tmp_path / "r.feather")[0] == ROWS
+    (tmp_path / "book.txt").write_text("once upon a time")
+    assert read_examples(tmp_path / "book.txt").rows[0].completion == "once upon a time"
+    with pytest.raises(DataError, match="no file fits"):
+        read_examples(f"{folder}/*.none")
+
+
+def test_a_row_of_megabytes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from halfbyte.data import json_rows
+
+    monkeypatch.setattr(json_rows, "LONGEST_LINE", 2 << 20)
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"text": "a"}\n' + json.dumps({"text": "b" * (5 << 20)}) + '\n{"text": "c"}\n')
+    found = read_examples(path, skip_bad=1)
+    assert [row.completion for row in found.rows] == ["a", "c"]
+    assert found.bad[0].what.startswith("a row of 5 MB") and found.bad[0].where == f"{path}:2"
+
+
+def test_nulls_that_columns_filled_in_are_no_values(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    calls = [
+        {"type": "function", "function": {"name": "n", "arguments": {"leaf": "green"}}},
+        {"type": "function", "function": {"name": "n", "arguments": {"zone": "x"}}},
+    ]
+    rows = [
+        {"messages": [Q, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        for call in calls
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables, lines = (read_examples(tmp_path / name).rows for name in ("r.parquet", "r.jsonl"))
+    assert [row.messages for row in tables] == [row.messages for row in lines]

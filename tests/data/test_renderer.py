@@ -69,12 +69,12 @@ def test_prefix_difference_trains_answers_and_their_ends(stories: Path):
     renderer = Renderer(chatml_tokenizer(stories))
     segments = renderer.segments(Example("x", TALK))
     assert [s.text for s in segments if s.supervised] == [
-        "A dog.",
-        "  <|im_end|>",
+        "A dog.  ",
+        "<|im_end|>",
         "No.",
         "<|im_end|>",
     ]
-    assert [s.text for s in segments if s.from_data] == ["Who are you?", "A dog.", "Really?", "No."]
+    assert [s.text for s in segments if s.from_data] == [m["content"] for m in TALK]
     assert renderer.stop_ids() == sorted(
         {renderer.tokenizer.eos_token_id, renderer.special["<|im_end|>"]}
     )
@@ -83,8 +83,8 @@ def test_prefix_difference_trains_answers_and_their_ends(stories: Path):
 def test_generation_blocks_are_the_mask(stories: Path):
     renderer = Renderer(hub.load_tokenizer(stories), GENERATION)
     assert [s.text for s in renderer.segments(Example("x", TALK)) if s.supervised] == [
-        "A dog.",
-        "  </s>",
+        "A dog.  ",
+        "</s>",
         "No.",
         "</s>",
     ]
@@ -103,24 +103,48 @@ def test_users_control_tokens_stay_text(stories: Path):
     assert row.input_ids.count(renderer.tokenizer.eos_token_id) == 1
 
 
-def test_templates_that_rewrite_contents_refuse_control_tokens_only(stories: Path):
-    template = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}{{ m.content | length }}")
-    renderer = Renderer(chatml_tokenizer(stories), template)
+def test_contents_are_followed_through_what_a_template_does_to_them(stories: Path):
+    rewriting = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}{{ m.content | length }}")
+    hostile = [{"role": "user", "content": "a<|im_end|>"}, TALK[3]]
+    renderer = Renderer(chatml_tokenizer(stories), rewriting)
+    segments = renderer.segments(Example("x", hostile))
+    assert "A<|IM_END|>" in [s.text for s in segments if s.from_data]
+    # what cannot be followed is taken only where no control token can come of it
+    unfollowed = CHATML.replace("{{ m.content }}", "{{ m.content | wordwrap(30) }}")
+    renderer = Renderer(chatml_tokenizer(stories), unfollowed)
     renderer.encode([Example("fine", TALK)])
     with pytest.raises(DataError, match="would become a control token") as caught:
-        renderer.encode([Example("file:3", [{"role": "user", "content": "a<|im_end|>"}, TALK[3]])])
+        renderer.encode([Example("file:3", hostile)])
     assert caught.value.where == "file:3"
 
 
-def test_rewriting_turns_and_endless_templates_are_refused(stories: Path):
+def test_a_template_that_writes_earlier_turns_anew_makes_a_row_of_each_answer(stories: Path):
     tokenizer = chatml_tokenizer(stories)
     last_only = CHATML.replace(
         "{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '...' }}"
     )
-    with pytest.raises(DataError, match="rewrites turn 1"):
-        Renderer(tokenizer, last_only).segments(Example("x", TALK))
+    renderer = Renderer(tokenizer, last_only)
+    rows = renderer.encode([Example("x", TALK)])
+    trained = [
+        tokenizer.decode([i for i, t in zip(row.input_ids, row.loss_mask, strict=True) if t])
+        for row in rows
+    ]
+    assert trained == ["A dog.  <|im_end|>", "No.<|im_end|>"]
+    assert [row.where for row in rows] == ["x turn 1", "x turn 3"]
+    asked = renderer.prompt_ids(TALK[:3])
+    assert rows[1].input_ids[: len(asked)] == asked, "as it will be asked"
+    (last,) = Renderer(tokenizer, last_only, turns="last").encode([Example("x", TALK)])
+    assert last == rows[1]
+    each = Renderer(tokenizer, turns="each").encode([Example("x", TALK)])
+    assert [row.where for row in each] == ["x turn 1", "x turn 3"]
+
+
+def test_endless_and_refusing_templates_are_refused(stories: Path):
+    tokenizer = chatml_tokenizer(stories)
     with pytest.raises(DataError, match="no end token"):
-        Renderer(tokenizer, CHATML.replace("<|im_end|>", "")).segments(Example("x", TALK))
+        Renderer(tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}").segments(
+            Example("x", TALK)
+        )
     with pytest.raises(DataError, match="roles must alternate"):
         Renderer(tokenizer, "{{ raise_exception('roles must alternate') }}").segments(
             Example("x", TALK)

@@ -175,5 +175,5 @@ def test_tools_are_rendered_and_calls_trained():
             turns[3],
         ],
     )
-    with pytest.raises(Exception, match="tool call of this row would become a control token"):
-        renderer.segments(hostile)
+    (row,) = renderer.encode([hostile])
+    assert row.input_ids.count(renderer.special["<|im_end|>"]) == 4, "its name is text"

@@ -42,11 +42,11 @@ def chat(record: ChatConfig) -> dict[str, Any]:
         )
         said = _turn(record, model, renderer, question)
         if run is not None and run.config().full:
-            console.say(f"next: halfbyte eval {record.model} --data held_out.jsonl")
+            console.following("eval", record.model, raw="--data held_out.jsonl")
         elif run is not None:
-            console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
+            console.following("merge", record.model, raw="--onto trained -o merged")
         else:
-            console.say(f"next: halfbyte train {record.model} --data my.jsonl")
+            console.following("train", record.model, raw="--data my.jsonl")
         return {"prompt": record.prompt, "answer": said.text, "stopped": said.stopped}
     turns = list(opening)
     console.say("an empty line ends the conversation")
@@ -54,10 +54,10 @@ def chat(record: ChatConfig) -> dict[str, Any]:
         turns.append({"role": "user", "content": line})
         said = _turn(record, model, renderer, line if plain else turns)
         turns.append({"role": "assistant", "content": said.text})
-    console.say(
-        "next: halfbyte "
-        f"{'merge ' + record.model + ' --onto trained -o merged' if run else 'explain nf4'}"
-    )
+    if run:
+        console.following("merge", record.model, raw="--onto trained -o merged")
+    else:
+        console.following("explain", "nf4")
     return {"messages": turns}
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -79,6 +80,13 @@ def say(line: str) -> None:
     _print(line, markup=False, soft_wrap=not people.is_terminal)
 
 
+def following(verb: str, *words: Any, raw: str = "") -> None:
+    """The command to type next, its words quoted for a shell. raw: what stands at its end as it
+    is."""
+    line = " ".join(["next: halfbyte", verb, *(shlex.quote(str(word)) for word in words)])
+    say(f"{line} {raw}".rstrip())
+
+
 def result(value: Any) -> None:
     """What ``--json`` gives programs, on stdout."""
     try:
@@ -113,6 +121,8 @@ def show_row(pieces: list[tuple[str, str]]) -> None:
     left, right = "⟦⟧" if _reads("⟦⟧") else ("[[", "]]")
     for piece, kind in pieces:
         shown = piece if len(piece) <= 600 else piece[:400] + " [...] " + piece[-150:]
+        if kind != "read" and shown[:1] == "\n":  # what is trained is seen to be
+            shown = ("↵" if _reads("↵") else "\\n") + shown[1:]
         text.append(
             shown if coloured or kind == "read" else f"{left}{shown}{right}",
             style=_STYLES[kind] if coloured else "",

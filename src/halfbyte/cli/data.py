@@ -7,13 +7,14 @@ import click
 
 from ..config.verbs import DataCheckConfig
 from . import console
-from .options import Verb
+from .options import Verb, flags_of
 
 
 def check(record: DataCheckConfig) -> dict[str, Any]:
     """What of a data source will be trained, token by token; every bad row named. Reads no
     weights."""
     from ..data.dataset import data_lines, read_data
+    from ..data.readers import TOGETHER
     from ..files import hub
     from ..run.load import run_renderer
     from ..run.source import run_at
@@ -53,7 +54,9 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
     for row in train.rows[: record.rows]:
         console.say(f"{row.where}:")
         console.show_row(data.renderer.pieces(row))
-    console.say(f"next: halfbyte train {record.model if not run else '...'} --data {record.data}")
+    named = [word for source in record.data.split(TOGETHER) for word in ("--data", source)]
+    model = "demo" if run else record.model
+    console.following("train", model, *named, *flags_of(record, ("data", "model", "rows")))
     return {"data": record.data, "model": record.model, **counts}
 
 

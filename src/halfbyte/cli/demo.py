@@ -63,7 +63,7 @@ def demo(record: DemoConfig) -> dict[str, Any]:
         f"done in {seconds:.0f} s. In {home}: the run (run/), its rows, and the merged model "
         "(merged/)"
     )
-    console.say(f'next: halfbyte chat {run.path} --prompt "{ASKED}"')
+    console.following("chat", run.path, raw=f'--prompt "{ASKED}"')
     return {
         **result,
         "seconds": seconds,

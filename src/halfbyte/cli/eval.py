@@ -51,9 +51,9 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
         found, tuned = _both(source, model, record, measure)
     _show(found, tuned, len(rows), held)
     if source is not None and not source.full:
-        console.say(f"next: halfbyte merge {record.model} --onto trained -o merged")
+        console.following("merge", record.model, raw="--onto trained -o merged")
     else:
-        console.say(f"next: halfbyte train {record.model} --data my.jsonl")
+        console.following("train", record.model, raw="--data my.jsonl")
     return {
         "model": record.model,
         "data": record.data,

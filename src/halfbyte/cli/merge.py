@@ -40,7 +40,7 @@ def merge(record: MergeConfig) -> dict[str, Any]:
             "published: "
             f"{publish(Path(record.output_dir), repository, 'merged with halfbyte', again)}"
         )
-    console.say(f'next: halfbyte chat {record.output_dir} --prompt "..."')
+    console.following("chat", record.output_dir, raw='--prompt "..."')
     return {"output_dir": record.output_dir, **receipt.as_dict()}
 
 

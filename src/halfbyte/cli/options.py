@@ -8,8 +8,19 @@ from typing import Any
 import click
 
 from ..config import options
-from ..config.aliases import MICRO, NEGATED, RENAMED, SWITCHES, WHOLE, translate, whole_batch
-from ..config.build import build, read_yaml
+from ..config.aliases import (
+    MICRO,
+    NEGATED,
+    RENAMED,
+    SWITCHES,
+    WHOLE,
+    contradiction,
+    raise_all,
+    translate,
+    translate_all,
+    whole_batch,
+)
+from ..config.build import build, read_yaml, without_blanks
 from ..config.verbs import all_keys
 from ..errors import UsageError
 from . import console
@@ -69,7 +80,9 @@ class Verb(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        translated, waiting = [], self._whole_batch(args)
+        translated, waiting = list[str](), self._whole_batch(args)
+        errors: list[UsageError] = []
+        given: dict[str, tuple[str, str]] = {}
         while waiting:
             argument = waiting.pop(0)
             name, equals, value = argument[2:].partition("=")
@@ -84,9 +97,13 @@ class Verb(click.Command):
                 continue
             if not equals and waiting and self._takes(name, waiting[0]):
                 equals, value = "=", waiting.pop(0)
-            ours, notice = translate(
-                name, value, set(self.declaration.model_fields), f"halfbyte {self.name}"
-            )
+            try:
+                ours, notice = translate(
+                    name, value, set(self.declaration.model_fields), f"halfbyte {self.name}"
+                )
+            except UsageError as error:
+                errors.append(error)
+                continue
             if notice:
                 console.say(notice)
             for field, item in ours.items():
@@ -98,7 +115,18 @@ class Verb(click.Command):
                     and self.declaration.model_fields[field].annotation is bool
                 ):
                     equals, item = "=", "true"
+                if field == "data" and field in given:  # several sources are one training's
+                    item = f"{given[field][1]}\n{item}"
+                elif field in given and given[field][1].lower() != str(item).lower():
+                    first, before = given[field]
+                    errors.append(
+                        contradiction(
+                            field, f"--{first}", before, f"--{name}", item, f"halfbyte {self.name}"
+                        )
+                    )
+                given[field] = (name, str(item))
                 translated.append(f"--{field}={item}" if equals or notice else f"--{field}")
+        raise_all(errors, f"halfbyte {self.name}")
         return super().parse_args(ctx, translated)
 
     def _whole_batch(self, args: list[str]) -> list[str]:
@@ -137,21 +165,16 @@ class Verb(click.Command):
         path, as_json, dry_run = given.pop("config"), given.pop("as_json"), given.pop("dry_run")
         values: dict[str, Any] = {}
         if path:
-            read, notice = whole_batch(read_yaml(Path(path)), path)
-            if notice:
-                console.say(notice)
-            for key, value in read.items():
-                ours, notice = translate(key, value, all_keys(), path)
-                if notice:
-                    console.say(notice)
-                fields = self.declaration.model_fields.keys()
-                # a file's repository is the training's: theirs is named with them
-                if self.name in (
-                    "merge",
-                    "export",
-                ):
-                    fields = fields - options.PublishOptions.model_fields.keys()
-                values.update({k: v for k, v in ours.items() if k in fields})
+            read, notices = without_blanks(read_yaml(Path(path)))
+            read, notice = whole_batch(read, path)
+            values, more = translate_all(read.items(), all_keys(), path)
+            for line in (*notices, *([notice] if notice else []), *more):
+                console.say(line)
+            fields = self.declaration.model_fields.keys()
+            # a file's repository is the training's: theirs is named with them
+            if self.name in ("merge", "export"):
+                fields = fields - options.PublishOptions.model_fields.keys()
+            values = {key: value for key, value in values.items() if key in fields}
         values.update({name: value for name, value in given.items() if value is not None})
         record = build(self.declaration, values, where=path or "")
         if isinstance(record, options.KernelOptions) and not dry_run:
@@ -164,6 +187,15 @@ class Verb(click.Command):
         if as_json:
             console.result(result)
         return result.get("exit_code", 0)
+
+
+def flags_of(record: options.Options, without: tuple[str, ...]) -> list[str]:
+    """The options that were given, as they are typed, for the command to type next."""
+    return [
+        word
+        for name in sorted(record.model_fields_set - set(without))
+        for word in (f"--{name}", _shown(getattr(record, name)))
+    ]
 
 
 def _shown(default: Any) -> str:

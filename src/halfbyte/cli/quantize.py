@@ -26,7 +26,7 @@ def quantize(record: QuantizeConfig) -> dict[str, Any]:
         + (f"; squared error {max(errors):.3%} of the weights' at most" if errors else "")
     )
     console.say(f"the quantized model is in {record.output_dir}")
-    console.say(f"next: halfbyte train {record.output_dir} --data my.jsonl")
+    console.following("train", record.output_dir, raw="--data my.jsonl")
     return {"output_dir": record.output_dir, "bytes": after, **report.as_dict()}
 
 

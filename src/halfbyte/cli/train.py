@@ -33,7 +33,7 @@ def train(record: TrainConfig) -> dict[str, Any]:
         )
     console.samples(known["samples"])
     console.say(f"the {'model' if record.full else 'adapter'} is in {run.adapter}")
-    console.say(f'next: halfbyte chat {run.path} --prompt "..."')
+    console.following("chat", run.path, raw='--prompt "..."')
     last = curve[-1] if curve else {"step": None, "loss": None}
     return {
         "run_dir": str(run.path),

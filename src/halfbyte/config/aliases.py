@@ -5,6 +5,7 @@ an error that names the nearest one.
 """
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UsageError
@@ -48,6 +49,11 @@ RENAMED = {
     "base_model": "model",
     "dataset_name": "data",
     "dataset": "data",
+    "neat_packing": "packing",
+    "double_quantization": "bnb_4bit_use_double_quant",
+    "quantization_type": "bnb_4bit_quant_type",
+    "lora_dropout_p": "lora_dropout",
+    "max_grad_norm_clip": "max_grad_norm",
 }
 """Other tools' names for our options."""
 
@@ -68,6 +74,7 @@ REFUSED = {
 """Options of other tools that we know and do not have, and what to do instead."""
 
 SWITCHES = {
+    "mask_history": {"turns": "last"},
     "bf16": {"dtype": "bfloat16"},
     "fp16": {"dtype": "float16"},
     "lora_target_linear": {"target_modules": "all-linear"},
@@ -81,11 +88,73 @@ LEFT_OUT = {
         ("save_strategy", "eval_strategy", "evaluation_strategy", "logging_strategy"),
         "when something is written, evaluated or shown trains nothing",
     ),
-    **dict.fromkeys(("run_name", "logging_dir", "wandb_project"), "names of logs"),
-    **dict.fromkeys(("overwrite_output_dir", "dataset_prepared_path"), "places of files"),
-    **dict.fromkeys(("dataloader_num_workers", "do_eval", "strict"), "how a trainer goes about it"),
-    "remove_unused_columns": "what no format knows is read by none",
-    "flash_attention": "another order of the same sums",
+    **dict.fromkeys(
+        (
+            "evals_per_epoch",
+            "saves_per_epoch",
+            "logging_first_step",
+            "plot_loss",
+            "save_only_model",
+        ),
+        "when something is written, evaluated or shown trains nothing",
+    ),
+    **dict.fromkeys(
+        (
+            "run_name",
+            "logging_dir",
+            "wandb_project",
+            "wandb_entity",
+            "wandb_watch",
+            "wandb_name",
+            "wandb_run_id",
+            "wandb_log_model",
+            "debug",
+            "disable_tqdm",
+            "log_level",
+        ),
+        "names of logs",
+    ),
+    **dict.fromkeys(
+        ("overwrite_output_dir", "dataset_prepared_path", "overwrite_cache", "dataset_dir"),
+        "places of files",
+    ),
+    **dict.fromkeys(
+        (
+            "dataloader_num_workers",
+            "do_eval",
+            "strict",
+            "preprocessing_num_workers",
+            "ddp_timeout",
+            "dataset_num_proc",
+            "local_rank",
+            "model_type",
+            "tokenizer_type",
+            "use_fast_tokenizer",
+            "is_llama_derived_model",
+            "dataloader_pin_memory",
+            "pad_to_sequence_len",
+            "auto_resume_from_checkpoints",
+            "dataset_processes",
+            "low_cpu_mem_usage",
+        ),
+        "how a trainer goes about it",
+    ),
+    **dict.fromkeys(
+        (
+            "per_device_eval_batch_size",
+            "eval_batch_size",
+            "eval_accumulation_steps",
+            "eval_table_size",
+            "eval_max_new_tokens",
+            "eval_sample_packing",
+        ),
+        "evaluation trains nothing",
+    ),
+    "remove_unused_columns": "what no format knows is read by none, and named",
+    **dict.fromkeys(
+        ("flash_attention", "flash_attn", "xformers_attention", "sdp_attention"),
+        "another order of the same sums",
+    ),
     "tf32": "no product is rounded to less than its dtype here",
     "gradient_checkpointing_kwargs": "layers run again give the same gradients",
 }
@@ -93,6 +162,17 @@ LEFT_OUT = {
 trained."""
 
 ONLY = {
+    "stage": (("sft",), "`halfbyte train` is supervised fine-tuning"),
+    "finetuning_type": (("lora",), "an adapter is trained; full true trains every parameter"),
+    "quantization_bit": (("4",), "bases are in 4 bits, or unquantized with load_in_4bit false"),
+    "quantization_method": (("bnb", "bitsandbytes"), "bases are held as bitsandbytes holds them"),
+    "rl": (FALSE, "`halfbyte train` is supervised fine-tuning"),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "fsdp_config"), (FALSE, "one machine trains, by its own means")
+    ),
+    "early_stopping_patience": (FALSE, "a training goes to its end; max_steps ends it sooner"),
+    "lora_fan_in_fan_out": (FALSE, "layers that are stored transposed are known as such"),
+    "train_on_prompt": (FALSE, "completion_only_loss and assistant_only_loss say what is trained"),
     "bias": (("none",), "biases are not trained"),
     "task_type": (("causal_lm",), "causal language models are trained"),
     "inference_mode": (FALSE, "an adapter is trained"),
@@ -105,7 +185,7 @@ here instead."""
 
 
 def nearest(key: str, known: set[str]) -> str | None:
-    matches = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.7)
     return matches[0] if matches else None
 
 
@@ -118,6 +198,10 @@ def translate(
         UsageError: the key is unknown; names the nearest, or says what to do instead.
     """
     name = key.replace("-", "_")
+    if name in ("datasets", "dataset", "data") and isinstance(value, list):
+        return _data_sets(key, value, where)
+    if RENAMED.get(name, name) == "target_modules" and str(value).lower() == "all":
+        return {"target_modules": "all-linear"}, f"{key} {value} is target_modules all-linear here"
     if name in known:
         return {name: value}, None
     if name in NEGATED:
@@ -155,6 +239,97 @@ def translate(
         where=where,
         ways_out=[f"did you mean {close!r}?"] if close else ["see `halfbyte --help`"],
     )
+
+
+def translate_all(
+    pairs: Iterable[tuple[str, Any]], known: set[str], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """All keys of a file or call, to ours: (our keys and values, notices).
+
+    Raises:
+        UsageError: naming every key that is unknown, refused, or beside another that says
+            otherwise.
+    """
+    values: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    notices: list[str] = []
+    errors: list[UsageError] = []
+    for key, value in pairs:
+        try:
+            ours, notice = translate(key, value, known, where)
+        except UsageError as error:
+            errors.append(error)
+            continue
+        notices += [notice] if notice else []
+        for name, item in ours.items():
+            before = values.get(name, item)
+            if str(before).lower() != str(item).lower():
+                errors.append(contradiction(name, given[name], before, key, item, where))
+            values[name], given[name] = item, key
+    raise_all(errors, where)
+    return values, notices
+
+
+def contradiction(
+    name: str, first: str, before: Any, second: str, item: Any, where: str
+) -> UsageError:
+    """Two values for an option that has one."""
+    if first == second:
+        return UsageError(f"{first} is given twice", where=where, found=f"{before} and {item}")
+    return UsageError(
+        f"{first} and {second} both say what {name} is",
+        where=where,
+        found=f"{before} and {item}",
+        ways_out=["give one of them"],
+    )
+
+
+def raise_all(errors: list[UsageError], where: str) -> None:
+    """Raise what went wrong with options, all of it at once."""
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise errors[0]
+    said = [
+        error.what + (f": {error.ways_out[0]}" if error.ways_out else f" ({error.found})")
+        for error in errors
+    ]
+    raise UsageError(
+        f"{len(errors)} options cannot be taken", where=where, found="\n            ".join(said)
+    )
+
+
+def _data_sets(key: str, value: list[Any], where: str) -> tuple[dict[str, Any], str | None]:
+    """A list of sources: paths, or axolotl's mappings of them."""
+    names, left = [], set[str]()
+    for item in value:
+        if not isinstance(item, dict):
+            names.append(str(item))
+            continue
+        if not isinstance(item.get("path"), str):
+            raise UsageError(f"{key}: an entry without a path", where=where, found=str(item)[:200])
+        names.append(item["path"])
+        changing = item.keys() - {"path", "type", "split", "ds_type", "data_files"}
+        if changing:
+            raise UsageError(
+                f"{key}: {', '.join(sorted(changing))} of {item['path']} would change what is "
+                "read, and is no option here",
+                where=where,
+                ways_out=["name the columns as a form that is known has them"],
+            )
+        left |= item.keys() & {"type", "ds_type"}
+    ours: dict[str, Any] = {"data": "\n".join(names)}
+    splits = {item["split"] for item in value if isinstance(item, dict) and item.get("split")}
+    if len(splits) > 1:
+        raise UsageError(f"{key}: several splits", where=where, found=", ".join(sorted(splits)))
+    if splits:
+        ours["dataset_train_split"] = splits.pop()
+    notice = f"{key} is called data here; taken as such"
+    if left:
+        notice += (
+            f" ({' and '.join(sorted(left))}: the columns of the rows say what form they have)"
+        )
+    return ours, notice
 
 
 WHOLE = ("batch_size", "train_batch_size")

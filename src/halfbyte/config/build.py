@@ -7,7 +7,14 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import UsageError
+from .aliases import RENAMED
 from .options import OptionsT
+from .text_file import read_text_file
+
+CONTEXT = 1 << 20
+"""A longest row that no model's context reaches."""
+SHOWN = 200
+"""Characters of a wrong value that are shown."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -16,11 +23,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: unreadable, no YAML mapping, or an unknown key.
     """
+    text = read_text_file(path, "the configuration")
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
         raise UsageError(
             f"{path} is not valid YAML", found=str(error).replace("\n", " ")
         ) from error
@@ -36,8 +42,35 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 "adapter: qlora",
             ],
         )
-    # a blank value is not given
-    return {str(key): item for key, item in value.items() if item is not None}
+    return {str(key): item for key, item in value.items()}
+
+
+def without_blanks(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Keys that hold something, and what is to be said of the others: a blank value is not given,
+    a blank length no limit of one's own."""
+    kept, notices = {}, []
+    blank = [key for key, item in values.items() if item is None]
+    for key, item in values.items():
+        if item is None and RENAMED.get(key, key) == "max_length":
+            kept[key] = CONTEXT
+            notices.append(f"{key} is blank: rows may be as long as the model's context")
+        elif item is not None:
+            kept[key] = item
+    if others := [key for key in blank if key not in kept]:
+        notices.append(f"blank, so not given: {', '.join(others)}")
+    return kept, notices
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of which no key is given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(
+                f"line {node.start_mark.line + 1}: given twice: {', '.join(twice)}"
+            )
+        return super().construct_mapping(node, deep)
 
 
 def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> OptionsT:
@@ -69,5 +102,10 @@ def build(cls: type[OptionsT], values: dict[str, Any], *, where: str = "") -> Op
         raise UsageError(
             "; ".join(problems),
             where=where,
-            found=", ".join(f"{name}={value!r}" for name, value in found.items()),
+            found=", ".join(f"{name}={_shown(value)}" for name, value in found.items()),
         ) from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

@@ -9,6 +9,7 @@ One file because it is the one place where an option of a training is declared.
 
 import json
 import re
+from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -20,6 +21,11 @@ class Options(BaseModel):
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, PurePath) else value
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -218,6 +224,14 @@ class LoraOptions(Options):
 class DataOptions(Options):
     """What is trained on."""
 
+    @field_validator("data", mode="before", check_fields=False)
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        """Several sources are one string, a line each."""
+        if isinstance(value, list | tuple) and all(isinstance(v, str | PurePath) for v in value):
+            return "\n".join(map(str, value))
+        return value
+
     max_length: int = option(
         1024,
         "longest row in tokens; capped at the model's context",
@@ -243,6 +257,25 @@ class DataOptions(Options):
     )
     chat_template: str | None = option(
         None, "a Jinja file used instead of the tokenizer's own template", resume="named"
+    )
+    turns: Literal["whole", "each", "last"] = option(
+        "whole",
+        "a conversation as one row where its template allows it, as a row for each answer, or its "
+        "last answer only",
+        resume="named",
+        added_later="whole",
+    )
+    drop_roles: str = option(
+        "",
+        "messages of these roles are left out, e.g. system,tool",
+        resume="named",
+        added_later="",
+    )
+    parse_control_tokens: bool = option(
+        False,
+        "control tokens in plain texts, prompts and completions are control tokens, not letters",
+        resume="named",
+        added_later=False,
     )
     eval_split: float | None = option(
         None,

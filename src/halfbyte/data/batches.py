@@ -6,7 +6,7 @@ that fills ``max_length``. A micro-batch lays the rows of its units end to end; 
 ``gradient_accumulation_steps`` micro-batches. The last step of an epoch takes what is left.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -26,13 +26,18 @@ EVAL_TOKENS = 2048
 
 @dataclass
 class Prepared:
-    """Rows ready to train on, and the count of everything that was done to them."""
+    """Rows ready to train on, and the count of everything that was done to them.
+
+    texts_split: texts without a prompt that were longer than a row may be. parts: rows they became.
+    """
 
     rows: list[TokenizedExample]
     given: int = 0
     truncated: int = 0
     end_lost: int = 0
     tokens_cut: int = 0
+    texts_split: int = 0
+    parts: int = 0
     dropped_long: list[str] = field(default_factory=list)
     dropped_unsupervised: list[str] = field(default_factory=list)
 
@@ -61,13 +66,14 @@ def prepare(
     max_length: int,
     over_length: Literal["truncate", "drop", "error"],
 ) -> Prepared:
-    """Rows no longer than max_length, each with something to learn.
+    """Rows no longer than max_length, each with something to learn. Of a text without a prompt
+    (over_length "truncate") every part is a row: it has no answer that must be whole.
 
     Raises:
         DataError: a row is too long (over_length "error"), or no row is left.
     """
     result = Prepared([], given=len(rows))
-    for row in rows:
+    for row in _in_parts(rows, max_length, over_length, result):
         kept = row
         if len(row.input_ids) > max_length:
             if over_length == "error":
@@ -101,6 +107,27 @@ def prepare(
             ways_out=["raise --max_length", "or look at the rows: the answer must lie within it"],
         )
     return result
+
+
+def _in_parts(
+    rows: Sequence[TokenizedExample], max_length: int, over_length: str, result: Prepared
+) -> Iterator[TokenizedExample]:
+    for row in rows:
+        example, size = row.example, len(row.input_ids)
+        is_text = example is not None and not (
+            example.messages or example.prompt or example.input_ids
+        )
+        if size <= max_length or over_length != "truncate" or not is_text:
+            yield row
+            continue
+        starts = range(0, size, max_length)
+        result.texts_split += 1
+        result.parts += len(starts)
+        for number, start in enumerate(starts, 1):
+            part = slice(start, start + max_length)
+            yield TokenizedExample(
+                f"{row.where} part {number}", row.input_ids[part], row.loss_mask[part]
+            )
 
 
 def coarse_length(tokens: int) -> int:

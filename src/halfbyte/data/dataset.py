@@ -9,6 +9,7 @@ counts (`Data.counts`).
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -22,8 +23,10 @@ from ..files import atomic, hub
 from ..files.model_config import context_of, read_config
 from ..progress import Progress, no_progress
 from .batches import Prepared, Schedule, prepare
-from .formats import Example, read_examples
-from .renderer import Renderer, TokenizedExample, read_template
+from .formats import Example, read_examples, refuse_bad
+from .readers import files_of, sources
+from .renderer import PARTS, SPLIT, Renderer, TokenizedExample, read_template
+from .template import TemplateStopped
 
 BATCH = 256
 """Rows tokenized at once."""
@@ -33,14 +36,16 @@ BATCH = 256
 class Data:
     """Rows and everything that was decided about them.
 
-    examples: as read, by place. train: what is trained on. held_out: evaluated, never trained on.
-    share_held_out: ``eval_split`` as it was given, or decided. rows_cut: of all, longer than
-    max_length.
+    given: as read. examples: what rows were made of, by their place. train: what is trained on.
+    held_out: evaluated, never trained on. share_held_out: ``eval_split`` as it was given, or
+    decided. rows_cut: of all, longer than max_length. noticed: what people should be told of the
+    rows, and of how many it holds.
     """
 
     format: str
     renderer: Renderer
     max_length: int
+    given: list[Example]
     examples: dict[str, Example]
     train: Prepared
     held_out: list[TokenizedExample]
@@ -49,6 +54,7 @@ class Data:
     ends: int = 0
     share_held_out: float = 0
     rows_cut: int = 0
+    noticed: Counter[str] = field(default_factory=Counter)
     _asked: dict[int, list[tuple[TokenizedExample, list[int], str]]] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
@@ -63,7 +69,8 @@ class Data:
     def question(self, row: TokenizedExample) -> tuple[list[int], str] | None:
         """Ids that ask for a row's last answer, and the answer; None where there is none, or it is
         too long to ask."""
-        pair = self.renderer.question_and_answer(self.examples[row.where])
+        example = self.examples.get(row.where)  # a part of a text has none
+        pair = self.renderer.question_and_answer(example) if example else None
         return None if pair is None or len(pair[0]) >= self.max_length else pair
 
     def questions(self, count: int) -> list[tuple[TokenizedExample, list[int], str]]:
@@ -109,10 +116,12 @@ def read_data(
         source,
         config=options.dataset_config,
         split=options.dataset_train_split,
-        skip_bad=options.skip_bad,
+        drop_roles=options.drop_roles,
+        skip_bad=None,
     )
-    for error in found.bad:
-        say(f"skipped a bad row: {error.where}: {error.what}")
+    total = len(found.rows) + len(found.bad)
+    if not found.rows:
+        refuse_bad(found.bad, total, 0)
     model_config = read_config(base)
     renderer = renderer or make_renderer(hub.load_tokenizer(base), options, clock)
     max_length = length_of_rows(options, model_config)
@@ -121,7 +130,10 @@ def read_data(
             f"max_length {options.max_length} is capped at the model's context, {max_length} "
             "(max_position_embeddings in its config.json, as rope_parameters extend it)"
         )
-    rows, bad = encode(found.rows, renderer, progress, options.skip_bad - len(found.bad))
+    renderer.noticed.clear()
+    rows, refused = encode(found.rows, renderer, progress)
+    bad = found.bad + refused
+    refuse_bad(bad, total, options.skip_bad if rows else 0)
     for error in bad:
         say(f"skipped a bad row: {error.where}: {error.what}")
     refuse_unknown_ids(rows, model_config.get_text_config().vocab_size)
@@ -135,14 +147,16 @@ def read_data(
         format=found.format,
         renderer=renderer,
         max_length=max_length,
-        examples={example.where: example for example in found.rows},
+        given=found.rows,
+        examples={row.where: row.example for row in rows if row.example is not None},
         train=train,
         held_out=held_out,
-        bad=found.bad + bad,
+        bad=bad,
         duplicates=len(rows) - len({_digest(row, "", max_length) for row in rows}),
         ends=_rows_with_supervised_end(train.rows, renderer),
         share_held_out=share,
         rows_cut=sum(len(row.input_ids) > max_length for row in rows),
+        noticed=renderer.noticed + _unread_columns(found.unread),
     )
     if training and data.ends == 0 and data.format != "input_ids":
         raise DataError(
@@ -185,35 +199,44 @@ def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None =
         assistant_only=options.assistant_only_loss,
         completion_only=options.completion_only_loss,
         clock=clock,
+        turns=options.turns,
+        parse_control_tokens=options.parse_control_tokens,
+    )
+
+
+def _unread_columns(unread: Counter[str]) -> Counter[str]:
+    return Counter(
+        {f"rows hold a column that nothing reads: {name}": count for name, count in unread.items()}
     )
 
 
 def encode(
-    examples: list[Example], renderer: Renderer, progress: Progress = no_progress, skip_bad: int = 0
+    examples: list[Example], renderer: Renderer, progress: Progress = no_progress
 ) -> tuple[list[TokenizedExample], list[DataError]]:
-    """Ids and masks of all rows; up to skip_bad rows that the template refuses are left out and
-    returned.
+    """Ids and masks of all rows, and an error for each that the template refuses.
 
     Raises:
-        DataError: naming the first row beyond that.
+        TemplateStopped: the template does not end.
     """
     rows: list[TokenizedExample] = []
     bad: list[DataError] = []
     starts = [str(start) for start in range(0, len(examples), BATCH)]
     for start in progress(starts, len(starts), "tokenizing"):
         batch = examples[int(start) : int(start) + BATCH]
+        noticed = renderer.noticed.copy()
         try:
             rows += renderer.encode(batch)
+        except TemplateStopped:
+            raise
         except DataError:
-            if skip_bad <= 0:
-                raise
+            renderer.noticed = noticed
             for example in batch:
                 try:
                     rows += renderer.encode([example])
+                except TemplateStopped:
+                    raise
                 except DataError as error:
                     bad.append(error)
-                    if len(bad) > skip_bad:
-                        raise
     return rows, bad
 
 
@@ -252,11 +275,11 @@ def hold_out(
     wanted = max(share > 0, round(share * len(rows))) if share < 1 else int(share)
     if not wanted:
         return rows, []
-    order = sorted(range(len(rows)), key=lambda i: (_digest(rows[i], str(seed), length), i))
+    judged = _wholes(rows)
+    digests = [_digest(row, str(seed), length) for row in judged]
+    order = sorted(range(len(rows)), key=lambda i: (digests[i], i))
     out = set(order[:wanted])
-    while wanted < len(rows) and _digest(rows[order[wanted]], "", length) == _digest(
-        rows[order[wanted - 1]], "", length
-    ):
+    while wanted < len(rows) and digests[order[wanted]] == digests[order[wanted - 1]]:
         out.add(order[wanted])
         wanted += 1
     kept = [row for i, row in enumerate(rows) if i not in out]
@@ -266,6 +289,12 @@ def hold_out(
             ways_out=["lower --eval_split"],
         )
     return kept, [row for i, row in enumerate(rows) if i in out]
+
+
+def _wholes(rows: list[TokenizedExample]) -> list[TokenizedExample]:
+    """For each row the one it is held out by: of a conversation that became several, the last."""
+    last = {row.example.part_of: row for row in rows if row.example and row.example.part_of}
+    return [last.get(row.example.part_of, row) if row.example else row for row in rows]
 
 
 def _digest(row: TokenizedExample, salt: str, length: int | None) -> bytes:
@@ -284,14 +313,26 @@ def _rows_with_supervised_end(rows: list[TokenizedExample], renderer: Renderer) 
 
 
 def source_digest(source: str, examples: Iterable[Example]) -> str:
-    """sha256 of the data: a file's bytes, or the rows of a Hub data set."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return atomic.sha256_file(path)
+    """sha256 of the data: a file's bytes, those of all its files, or the rows of a Hub data set."""
+    named = [(file, times) for name, times in sources(source) for file in files_of(name)]
+    if len(named) == 1 and named[0][1] == 1:
+        return atomic.sha256_file(named[0][0])
     digest = hashlib.sha256()
+    if named:
+        for file, times in named:
+            digest.update(f"{atomic.sha256_file(file)} {times}\n".encode())
+        return digest.hexdigest()
     for example in examples:
-        digest.update(json.dumps(asdict(example), default=str).encode())
+        digest.update(json.dumps(_as_read(example), default=str).encode())
     return digest.hexdigest()
+
+
+def _as_read(example: Example) -> dict[str, Any]:
+    """What a row holds, without what it says of being trained where it says nothing."""
+    found = asdict(example)
+    untrained = sorted(found.pop("untrained"))
+    del found["part_of"]
+    return {**found, "untrained": untrained} if untrained else found
 
 
 def schedule_of(config: TrainConfig, data: Data) -> Schedule:
@@ -328,6 +369,11 @@ def data_lines(data: Data, use: str = "trained") -> Iterator[str]:
         yield f"{len(data.held_out):,} rows are held out for evaluation"
     if data.duplicates:
         yield f"{data.duplicates:,} rows are copies of others; they are kept"
+    for what, count in data.noticed.most_common():
+        if what == SPLIT:
+            yield f"{count:,} {SPLIT} {data.noticed[PARTS]:,} {PARTS}"
+        elif what != PARTS:
+            yield f"{count:,} {what}"
     if train.truncated:
         yield (
             f"{train.truncated} rows were cut at {limit} tokens; {train.end_lost} of them lost "
@@ -341,7 +387,11 @@ def data_lines(data: Data, use: str = "trained") -> Iterator[str]:
             f"{len(train.dropped_unsupervised)} rows without a trained token in {limit} tokens "
             "were left out"
         )
-    if data.ends < len(train.rows) - train.end_lost:
+    if train.texts_split:
+        yield (
+            f"{train.texts_split:,} texts longer than {limit} tokens became {train.parts:,} rows"
+        )
+    if data.ends < len(train.rows) - train.end_lost - train.parts + train.texts_split:
         yield (
             f"only {data.ends} of {len(train.rows)} rows train an end token: the model may not "
             "learn to stop"

@@ -4,31 +4,21 @@ The first row decides the form of the whole source. Seven are known: conversatio
 with tools and system; ShareGPT's ``conversations``), alpaca (``instruction``, ``input``,
 ``output``, ``system``, ``history``), ``question`` and ``answer``, prompt and completion (strings or
 messages), plain ``text``, and ``input_ids``. Preference pairs are recognized and refused: their
-second answer would be trained as if it were wanted.
+second answer would be trained as if it were wanted. Columns that no form reads are counted
+(`Examples.unread`), so that nothing of a row is left out without a word.
 """
 
-import json
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .readers import raise_it, read_rows
+from .cells import integers, is_missing, loaded, string
+from .messages import read_messages, read_tools, refuse_media
+from .readers import read_rows
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 FORMATS = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}',
     '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}',
@@ -38,16 +28,40 @@ FORMATS = (
     '{"text": ...}',
     '{"input_ids": [...], "labels": [...]}',
 )
-IGNORE, DEEPEST = -100, 64
+COLUMNS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "qa": ("question", "answer"),
+    "prompt": ("prompt", "completion"),
+    "input_ids": ("input_ids",),
+    "text": ("text",),
+}
+"""The columns by which a form is known, in the order they are tried."""
+SYSTEM = ("system", "system_prompt")
+IDS = ("labels", "attention_mask", "completion_mask", "assistant_masks", "special_tokens_mask")
+READ = {
+    "messages": (*SYSTEM, "tools", "functions"),
+    "sharegpt": (*SYSTEM, "tools", "functions"),
+    "alpaca": (*SYSTEM, "input", "history"),
+    "qa": SYSTEM,
+    "prompt": (*SYSTEM, "tools", "functions", "label"),
+    "turns": (*SYSTEM, "tools", "functions", "label"),
+    "input_ids": (*IDS, "token_type_ids", "length", "position_ids"),
+    "text": (),
+}
+"""What a form reads beside its columns."""
+IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Example:
     """One row: a conversation, a prompt (string) with its completion, or ids.
 
-    messages: the conversation; those before ``supervised_from`` are read only. tools: handed to the
+    messages: the conversation; those before ``supervised_from`` and the ``untrained`` ones are read
+    only. tools: handed to the
     template. prompt, completion: strings; a plain text is a completion without a prompt. input_ids,
-    loss_mask: ready-made.
+    loss_mask: ready-made. part_of: the place of the row that this is one answer of.
     """
 
     where: str
@@ -56,121 +70,183 @@ class Example:
     completion: str = ""
     tools: list[Any] | None = None
     supervised_from: int = 0
+    untrained: frozenset[int] = frozenset()
+    part_of: str = ""
     input_ids: list[int] | None = None
     loss_mask: list[bool] | None = None
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A source's rows and the form they were taken for."""
+    """A source's rows and the form they were taken for. bad: rows that are none. unread: columns
+    that hold something and that nothing reads, and in how many rows."""
 
     format: str
     rows: list[Example]
     bad: list[DataError]
+    unread: Counter[str] = field(default_factory=Counter)
 
 
 def read_examples(
-    data: str | Path, *, config: str | None = None, split: str = "train", skip_bad: int = 0
+    data: str | Path,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    drop_roles: str = "",
+    skip_bad: int | None = 0,
 ) -> Examples:
-    """All rows of a source.
+    """All rows of a source, and an error for each that cannot be taken.
 
     Args:
         config, split: of a Hub data set.
-        skip_bad: so many bad rows are left out (and returned); one more is an error.
+        drop_roles: messages of these roles (separated by commas) are left out.
+        skip_bad: so many bad rows may be left out; None: any.
 
     Raises:
-        DataError: naming file and line: unreadable, unknown or changing columns, wrong types, no
-            rows.
+        DataError: the file cannot be read on, or has no rows; or there are more bad ones.
     """
     bad: list[DataError] = []
-
-    def refuse(error: DataError) -> None:
-        if len(bad) >= skip_bad:
-            raise error
-        bad.append(error)
-
     rows: list[Example] = []
+    unread: Counter[str] = Counter()
     format = ""
-    for where, row in read_rows(
-        data, config=config, split=split, refuse=refuse if skip_bad else raise_it
-    ):
+    dropped = frozenset(role.strip() for role in drop_roles.split(",") if role.strip())
+    for where, row in read_rows(data, config=config, split=split, refuse=bad.append):
         try:
             format = format or format_of(row, where)
-            rows.append(_READERS[format](row, where))
+            refuse_media(row, where)
+            rows.append(_READERS[format](row, where, dropped))
         except DataError as error:
-            refuse(error)
-    if not rows:
+            bad.append(error)
+            continue
+        known = {*COLUMNS.get(format, COLUMNS["prompt"]), *READ[format]}
+        unread.update(
+            str(column)
+            for column, value in row.items()
+            if column not in known and not is_missing(value) and value not in ("", [], {})
+        )
+    if not rows and not bad:
         raise DataError(
-            f"{data} holds no rows" + (f" but {len(bad)} bad ones" if bad else ""),
-            where=bad[0].where if bad else "",
+            f"{data} holds no rows",
             expected="a JSON array of objects, one JSON object per line, or a table",
         )
-    return Examples(format, rows, bad)
+    if skip_bad is not None:
+        refuse_bad(bad, len(rows) + len(bad), skip_bad)
+    return Examples(format, rows, bad, unread)
+
+
+def refuse_bad(bad: list[DataError], total: int, skip_bad: int) -> None:
+    """Raise DataError where there are more bad rows than may be left out: all kinds of them, how
+    many there are, where the first ones stand, and the option that leaves exactly these out."""
+    if len(bad) <= skip_bad:
+        return
+    first, skip = bad[0], f"--skip_bad {len(bad)} leaves out exactly these"
+    if len(bad) == 1:
+        ways = [way for way in first.ways_out if "--skip_bad" not in way]
+        one = f"--skip_bad 1 leaves out this row, the only bad one of {total:,}"
+        first.ways_out = (*ways, one) if total > 1 else tuple(ways)
+        raise first
+    kinds: dict[str, list[DataError]] = {}
+    for error in bad:
+        kinds.setdefault(error.what + (f" ({error.found})" if error.found else ""), []).append(
+            error
+        )
+    most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+    lines = [
+        f"{len(errors):,} x {what[:200]}: {', '.join(e.where for e in errors[:4])}"
+        + (", ..." if len(errors) > 4 else "")
+        for what, errors in most[:12]
+    ]
+    if len(most) > 12:
+        lines.append(f"{len(most) - 12:,} more kinds")
+    ways = [way for way in first.ways_out if "--skip_bad" not in way]
+    if len(kinds) == 1:
+        others = ", ".join(error.where for error in bad[1:6]) + (", ..." if len(bad) > 6 else "")
+        raise DataError(
+            f"{len(bad):,} of {total:,} rows: {first.what}",
+            where=first.where,
+            found=f"{first.found} (others: {others})".strip(),
+            expected=first.expected,
+            ways_out=[*ways, skip] if len(bad) < total else ways,
+        )
+    raise DataError(
+        f"{len(bad):,} of {total:,} rows cannot be used",
+        where=first.where,
+        found="\n            ".join(lines),
+        ways_out=["mend them", skip] if len(bad) < total else ["mend them"],
+    )
 
 
 def format_of(row: dict[str, Any], where: str) -> str:
-    """Which form a row has, by its columns.
+    """Which form a row has, by its columns: one whose columns all hold something, else one whose
+    columns are there.
 
     Raises:
         DataError: preference pairs, or unknown columns.
     """
-    has = {key for key, value in row.items() if value is not None}
-    if {"chosen", "rejected"} <= has:
-        raise DataError(
-            "these are preference pairs (chosen, rejected): not supervised fine-tuning",
-            where=where,
-            ways_out=["rename the good answers to `completion` and drop `rejected`"],
-        )
-    for format, columns in (
-        ("messages", {"messages"}),
-        ("sharegpt", {"conversations"}),
-        ("alpaca", {"instruction", "output"}),
-        ("qa", {"question", "answer"}),
-        ("prompt", {"prompt", "completion"}),
-        ("input_ids", {"input_ids"}),
-        ("text", {"text"}),
-    ):
-        if columns <= has:
-            turns = format == "prompt" and isinstance(_loaded(row["prompt"], dict), list)
-            return "turns" if turns else format
+    full = {key for key, value in row.items() if not is_missing(value)}
+    for has in (full, set(row)):
+        if {"chosen", "rejected"} <= has:
+            raise DataError(
+                "these are preference pairs (chosen, rejected): not supervised fine-tuning",
+                where=where,
+                ways_out=["rename the good answers to `completion` and drop `rejected`"],
+            )
+        for format, columns in COLUMNS.items():
+            if set(columns) <= has:
+                return "turns" if format == "prompt" and _is_turns(row["prompt"]) else format
     raise DataError(
         "the columns fit no known form",
         where=where,
-        found=", ".join(map(str, row)) or "no columns",
+        found=", ".join(map(str, row))[:400] or "no columns",
         expected=" or ".join(FORMATS),
         ways_out=["rename the columns"],
+    )
+
+
+def _is_turns(value: Any) -> bool:
+    """Whether a prompt is a list of messages, or a JSON string that holds one; other JSON is
+    text."""
+    value = loaded(value, dict)
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in value
     )
 
 
 # --- one reader a form ----------------------------------------------------------------------------
 
 
-def _from_messages(row: dict[str, Any], where: str) -> Example:
-    return Example(
-        where, _messages(row.get("messages"), where, "messages"), tools=_tools(row, where)
-    )
-
-
-def _from_sharegpt(row: dict[str, Any], where: str) -> Example:
-    turns = _messages(row.get("conversations"), where, "conversations")
-    if system := _string(row, "system", where, optional=True):
-        if turns[0]["role"] == "system" and turns[0]["content"] != system:
+def _conversation(
+    row: dict[str, Any], turns: Any, where: str, column: str, dropped: frozenset[str]
+) -> Example:
+    """Turns, the row's system message before them, and its tools."""
+    messages, untrained = read_messages(turns, where, column, dropped)
+    system = next((text for key in SYSTEM if (text := string(row, key, where, optional=True))), "")
+    if system and "system" not in dropped:
+        first = messages[0]
+        if first["role"] == "system" and first["content"] != system:
             raise DataError(
                 "the row has two system messages: its own and the conversation's", where=where
             )
-        turns = turns[1:] if turns[0]["role"] == "system" else turns
-        turns = [{"role": "system", "content": system}, *turns]
-    return Example(where, turns, tools=_tools(row, where))
+        if first["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+            untrained = frozenset(i + 1 for i in untrained)
+    return Example(where, messages, tools=read_tools(row, where), untrained=untrained)
 
 
-def _from_alpaca(row: dict[str, Any], where: str) -> Example:
-    question = _string(row, "instruction", where)
-    if extra := _string(row, "input", where, optional=True):
+def _from_messages(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
+    return _conversation(row, row.get("messages"), where, "messages", dropped)
+
+
+def _from_sharegpt(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
+    return _conversation(row, row.get("conversations"), where, "conversations", dropped)
+
+
+def _from_alpaca(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
+    question = string(row, "instruction", where)
+    if extra := string(row, "input", where, optional=True):
         question = f"{question}\n\n{extra}"
     turns: list[dict[str, Any]] = []
-    if system := _string(row, "system", where, optional=True):
-        turns.append({"role": "system", "content": system})
-    for number, pair in enumerate(_loaded(row.get("history"), list) or []):
+    for number, pair in enumerate(loaded(row.get("history"), list) or []):
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise DataError(
                 "history must be a list of [question, answer] pairs",
@@ -179,48 +255,83 @@ def _from_alpaca(row: dict[str, Any], where: str) -> Example:
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     turns += [
         {"role": "user", "content": question},
-        {"role": "assistant", "content": _string(row, "output", where)},
+        {"role": "assistant", "content": string(row, "output", where)},
     ]
-    return Example(where, _messages(turns, where, "output"))
+    return _conversation(row, turns, where, "output", dropped)
 
 
-def _from_qa(row: dict[str, Any], where: str) -> Example:
+def _from_qa(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
     turns = [
-        {"role": "user", "content": _string(row, "question", where)},
-        {"role": "assistant", "content": _string(row, "answer", where)},
+        {"role": "user", "content": string(row, "question", where)},
+        {"role": "assistant", "content": string(row, "answer", where)},
     ]
-    return Example(where, _messages(turns, where, "answer"))
+    return _conversation(row, turns, where, "answer", dropped)
 
 
-def _from_prompt(row: dict[str, Any], where: str) -> Example:
-    prompt, completion = (_loaded(row.get(column), dict) for column in ("prompt", "completion"))
-    if isinstance(prompt, list) and isinstance(completion, list):
-        turns = _messages(prompt + completion, where, "prompt + completion")
-        if not any(turn["role"] == "assistant" for turn in turns[len(prompt) :]):
-            raise DataError(
-                "the completion has no assistant's turn: there is nothing to train", where=where
-            )
-        return Example(where, turns, tools=_tools(row, where), supervised_from=len(prompt))
-    answer = _string(row, "completion", where)
+def _from_prompt(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
+    label = row.get("label")
+    if label is False or (isinstance(label, str) and label.strip().lower() == "false"):
+        raise DataError(
+            "the row's label says that its completion is not wanted (KTO): not supervised "
+            "fine-tuning",
+            where=where,
+            ways_out=["--skip_bad N leaves such rows out", "or keep rows with label true only"],
+        )
+    if _is_turns(row.get("prompt")):
+        return _from_turns(row, where, dropped)
+    answer = string(row, "completion", where)
     if not answer:
         raise DataError("the completion is empty: there is nothing to train", where=where)
-    return Example(where, None, _string(row, "prompt", where), answer)
+    prompt = string(row, "prompt", where)
+    for column in (*SYSTEM, "tools", "functions"):
+        if not is_missing(row.get(column)) and row[column] not in ("", []):
+            raise DataError(
+                f"column {column!r} belongs to a conversation, and the prompt is a plain text",
+                where=where,
+                ways_out=["bring the row as `messages`", "or remove the column"],
+            )
+    return Example(where, None, prompt, answer)
 
 
-def _from_text(row: dict[str, Any], where: str) -> Example:
-    text = _string(row, "text", where)
+def _from_turns(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
+    prompt, completion = (loaded(row.get(column), dict) for column in ("prompt", "completion"))
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(completion, list):
+        raise DataError(
+            "column 'completion' must be a list of messages, as the prompt", where=where
+        )
+    if not any(turn.get("role", turn.get("from")) == "assistant" for turn in completion):
+        raise DataError(
+            "the completion has no assistant's turn: there is nothing to train", where=where
+        )
+    example = _conversation(row, prompt + completion, where, "prompt + completion", dropped)
+    read = len(example.messages or []) - len(completion)
+    return replace(example, supervised_from=read)
+
+
+def _from_text(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
+    text = string(row, "text", where)
     if not text.strip():
         raise DataError("the text is empty: there is nothing to train", where=where)
     return Example(where, None, "", text)
 
 
-def _from_ids(row: dict[str, Any], where: str) -> Example:
-    ids = _integers(row.get("input_ids"), where, "input_ids")
-    if row.get("labels") is None:
-        return Example(where, input_ids=ids, loss_mask=[True] * len(ids))
-    labels = _integers(row["labels"], where, "labels")
-    if len(labels) != len(ids):
-        raise DataError(f"{len(ids)} input_ids but {len(labels)} labels", where=where)
+def _from_ids(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
+    ids = integers(row.get("input_ids"), where, "input_ids")
+    columns = {
+        name: integers(row[name], where, name) for name in IDS if not is_missing(row.get(name))
+    }
+    for name, values in columns.items():
+        if len(values) != len(ids):
+            raise DataError(f"{len(ids)} input_ids but {len(values)} {name}", where=where)
+    mask = [True] * len(ids)
+    for name in ("completion_mask", "assistant_masks", "attention_mask"):
+        if name in columns:
+            mask = [flag and bool(value) for flag, value in zip(mask, columns[name], strict=True)]
+    labels = columns.get(
+        "labels", [i if flag else IGNORE for i, flag in zip(ids, mask, strict=True)]
+    )
     if wrong := [
         i for i, (a, b) in enumerate(zip(ids, labels, strict=True)) if b not in (a, IGNORE)
     ]:
@@ -229,196 +340,23 @@ def _from_ids(row: dict[str, Any], where: str) -> Example:
             where=where,
             ways_out=["labels stand beside their ids; they are shifted when the loss is computed"],
         )
-    return Example(where, input_ids=ids, loss_mask=[label != IGNORE for label in labels])
+    mask = [flag and label != IGNORE for flag, label in zip(mask, labels, strict=True)]
+    there = [bool(value) for value in columns.get("attention_mask", [1] * len(ids))]
+    if not all(there):  # padding
+        ids = [value for value, kept in zip(ids, there, strict=True) if kept]
+        mask = [value for value, kept in zip(mask, there, strict=True) if kept]
+        if not ids:
+            raise DataError("the attention_mask leaves no id of the row", where=where)
+    return Example(where, input_ids=ids, loss_mask=mask)
 
 
-_READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {
+_READERS: dict[str, Callable[[dict[str, Any], str, frozenset[str]], Example]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
     "qa": _from_qa,
     "prompt": _from_prompt,
-    "turns": _from_prompt,
+    "turns": _from_turns,
     "text": _from_text,
     "input_ids": _from_ids,
 }
-
-
-# --- cells ----------------------------------------------------------------------------------------
-
-
-def _string(row: dict[str, Any], column: str, where: str, *, optional: bool = False) -> str:
-    value = row.get(column)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        found = (
-            "no such column"
-            if column not in row
-            else "null"
-            if value is None
-            else f"a {type(value).__name__}"
-        )
-        raise DataError(f"column {column!r} must be a string", where=where, found=found)
-    return _encodable(value, where)
-
-
-def _encodable(text: str, where: str) -> str:
-    """The text, if it can be text: JSON can escape half of a character (a lone surrogate), and NUL
-    ends strings."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} is no "
-            "text",
-            where=where,
-            ways_out=["write the character whole, or remove it"],
-        ) from error
-    if (place := text.find("\0")) >= 0:
-        raise DataError(
-            f"a NUL character at character {place}: the row is binary or damaged",
-            where=where,
-            ways_out=["remove the character", "--skip_bad N"],
-        )
-    return text
-
-
-def _loaded(value: Any, of: type) -> Any:
-    """A list as it is; a cell that holds a JSON list of such items (tables have only strings)
-    read."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return found if found and all(type(item) is of for item in found) else value
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _integers(value: Any, where: str, column: str) -> list[int]:
-    value = _loaded(value, int)
-    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
-        raise DataError(f"column {column!r} must be a non-empty list of integers", where=where)
-    if column == "input_ids" and min(value) < 0:
-        raise DataError("an id is negative", where=where, found=str(min(value)))
-    return value
-
-
-def _tools(row: dict[str, Any], where: str) -> list[Any] | None:
-    value = row.get("tools")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                "column 'tools' is not valid JSON", where=where, found=str(error)
-            ) from error
-    if value is None or value == []:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError("column 'tools' must be a list of JSON schemas", where=where)
-    for text in _leaves(value, where):
-        _encodable(text, where)
-    return value
-
-
-def _messages(value: Any, where: str, column: str) -> list[dict[str, Any]]:
-    """Checked turns: known roles, string contents, an answer to train on."""
-    value = _loaded(value, dict)
-    if not isinstance(value, list) or not value:
-        raise DataError(f"column {column!r} must be a non-empty list of messages", where=where)
-    turns = [_message(message, f"{where} message {number}") for number, message in enumerate(value)]
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise DataError(
-            "the conversation has no assistant's turn: there is nothing to train", where=where
-        )
-    for number, (turn, before) in enumerate(zip(turns[1:], turns, strict=False), 1):
-        if turn["role"] == "system":
-            raise DataError(
-                "a system message stands after the first turn", where=f"{where} message {number}"
-            )
-        if turn["role"] == before["role"] == "user":
-            raise DataError(
-                "two user's turns follow each other: roles are out of order",
-                where=f"{where} message {number}",
-                ways_out=["join them", "--skip_bad N"],
-            )
-    return turns
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise DataError("a message must be an object with role and content", where=where)
-    turn = {key: item for key, item in message.items() if item is not None}
-    if "role" not in turn and "from" in turn:
-        role = SHAREGPT_ROLES.get(str(turn.pop("from")))
-        turn = {"role": role or str(message["from"]), "content": turn.pop("value", None), **turn}
-    if turn.get("role") not in ROLES:
-        expected = ", ".join(ROLES if "role" in message else SHAREGPT_ROLES)
-        raise DataError(
-            "unknown role", where=where, found=repr(turn.get("role")), expected=expected
-        )
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = _joined_parts(content, where)
-    if content is None and turn["role"] == "assistant" and turn.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        found = f"a {type(content).__name__}" if content is not None else "none"
-        raise DataError("a message's content must be a string", where=where, found=found)
-    for text in _leaves({**turn, "content": content}, where):
-        _encodable(text, where)
-    if turn["role"] == "assistant" and not content.strip() and not turn.get("tool_calls"):
-        raise DataError("an assistant's turn is empty: there is nothing to train", where=where)
-    return {**turn, "content": content}
-
-
-def _joined_parts(parts: list[Any], where: str) -> str:
-    texts = []
-    for part in parts:
-        if not (
-            isinstance(part, dict)
-            and part.get("type") == "text"
-            and isinstance(part.get("text"), str)
-        ):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise DataError(
-                "a message holds something else than text",
-                where=where,
-                found=repr(kind),
-                expected="text",
-            )
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _leaves(value: Any, where: str = "") -> list[str]:
-    """Every string in a nested value, keys included.
-
-    Raises:
-        DataError: it is nested deeper than `DEEPEST`.
-    """
-    found: list[str] = []
-    waiting: list[tuple[Any, int]] = [(value, 0)]
-    while waiting:
-        item, depth = waiting.pop()
-        if depth > DEEPEST:
-            raise DataError(f"a value is nested more than {DEEPEST} levels deep", where=where)
-        if isinstance(item, str):
-            found.append(item)
-        elif isinstance(item, dict):
-            waiting += [(part, depth + 1) for pair in item.items() for part in pair]
-        elif isinstance(item, list | tuple):
-            waiting += [(part, depth + 1) for part in item]
-    return found
-
-
-def other_strings(example: Example) -> list[str]:
-    """Strings of a conversation that reach the template beside the contents: tool calls, names,
-    tool schemas."""
-    turns = [
-        [v for k, v in turn.items() if k not in ("role", "content")]
-        for turn in example.messages or []
-    ]
-    return _leaves([turns, example.tools or []], example.where)

@@ -2,21 +2,13 @@
 it.
 
 The text of a row comes from two sources, and mixing them up is how models are broken: the
-*template* writes control tokens, the *data* must not (a user's ``<|im_end|>`` is text). And some
-characters are trained, the others only read. So a row is rendered to `Segment`s, each from the
-template or from data, trained or not; then the whole text is tokenized once (so the ids are those
-any other tool gets from the same conversation) and the mask is read off the character positions. It
-is never read off token ids: where pad equals eos, that masks the end.
-
-Where does a segment come from? Contents are wrapped in markers (two private-use characters),
-rendered, and the markers removed; if that gives the unmarked rendering, the markers tell which
-characters are data. Templates that inspect or rewrite contents fail that test; then the row is
-taken only if no content holds the text of a control token.
-
-What is trained? Where the template marks it with ``{% generation %}``, that. Else, turn by turn,
-the text by which the rendering grows from "up to the question, asking for an answer" to "up to the
-answer", after checking that these are prefixes of the whole. Templates that rewrite earlier turns
-fail that test and are refused by name.
+*template* writes control tokens, the *data* must not (a user's ``<|im_end|>`` is text). Which
+characters are whose is followed through the template (`data.origins`), what of them is trained is
+decided turn by turn (`data.turns`). Then the whole text is tokenized once (so the ids are those any
+other tool gets from the same conversation) and the mask is read off the character positions. It is
+never read off token ids: where pad equals eos, that masks the end. Where a token would hold the end
+of a prompt and the beginning of an answer, the text is cut there: a model is asked with the very
+ids it was trained on.
 
 One file because text, ids and loss mask of a row are three views of the same characters, and are
 only right together.
@@ -26,36 +18,37 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
-
-from ..errors import DataError
-from .formats import Example, other_strings
-from .template import TemplateProcess
+from ..config.text_file import read_text_file
+from ..errors import DataError, UsageError
+from .formats import Example
+from .origins import places
+from .stand_ins import Shown, StandIns
+from .template import Rendering, Request, TemplateProcess
+from .turns import Span, Text, Turns, TurnWriter, pattern_of
+from .unread import named_unread
 
 BUILTIN_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message.role == 'system' -%}{{ message.content + '\\n\\n' }}
+{%- if message.role in ('system', 'developer') -%}{{ message.content + '\\n\\n' }}
 {%- elif message.role == 'assistant' -%}\
 {{ '### Assistant:\\n' + message.content + eos_token + '\\n' }}
-{%- else -%}{{ '### User:\\n' + message.content + '\\n' }}
+{%- elif message.role == 'user' -%}{{ '### User:\\n' + message.content + '\\n' }}
+{%- else -%}{{ '### ' + message.role | capitalize + ':\\n' + message.content + '\\n' }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '### Assistant:\\n' }}{%- endif -%}
 """
 """For tokenizers without a template: needs no new tokens."""
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_OPEN, _CLOSE = "\ue0a0", "\ue0a1"
-_STAND_IN = 0xF0000
-"""First of the private-use characters that stand for control tokens while a text is tokenized."""
+_BOUNDARY = "\n"
+"""Begins the second of two texts that are tokenized apart, and is taken off its ids."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +62,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A tokenized row: ids, and for each whether the model is trained to predict it."""
+    """A tokenized row: ids, and for each whether the model is trained to predict it.
+
+    example: what it was made of (one turn of it, where a template makes each turn a row of its
+    own).
+    """
 
     where: str
     input_ids: list[int]
     loss_mask: list[bool]
+    example: Example | None = field(default=None, compare=False, repr=False)
 
 
 class Renderer:
@@ -85,6 +83,9 @@ class Renderer:
         assistant_only: train the assistant's turns only.
         completion_only: train the completion only.
         clock: the time a template that asks for it sees; now, if not given.
+        turns: "whole": a conversation is one row where the template allows it; "each": a row for
+            each answer; "last": the last answer only.
+        parse_control_tokens: control tokens in texts, prompts and completions are control tokens.
 
     Raises:
         DataError: no template, none can be built (no end token), or the template cannot be used.
@@ -98,69 +99,82 @@ class Renderer:
         assistant_only: bool = True,
         completion_only: bool = True,
         clock: datetime | None = None,
+        turns: Turns = "whole",
+        parse_control_tokens: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.assistant_only, self.completion_only = assistant_only, completion_only
+        self.completion_only, self._parse = completion_only, parse_control_tokens
         if tokenizer.eos_token_id is None:
             raise DataError(
                 "the tokenizer has no end token (eos_token), so a model trained with it could "
                 "never stop",
                 ways_out=["set eos_token in tokenizer_config.json"],
             )
-        self.template = template or _template_of(tokenizer) or _builtin(tokenizer)
+        templates = {"default": template} if template else _templates_of(tokenizer)
+        templates.setdefault("default", "")
+        templates["default"] = templates["default"] or _builtin(tokenizer)
         # as Jinja reads it, and as it comes back from a file
-        self.template = self.template.replace("\r\n", "\n").replace("\r", "\n")
-        self.special: dict[str, int] = {
-            token.content: index
-            for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special
+        self.templates = {
+            name: text.replace("\r\n", "\n").replace("\r", "\n")
+            for name, text in sorted(templates.items())
         }
+        self.template = self.templates["default"]
+        added = tokenizer.added_tokens_decoder
+        self.special: dict[str, int] = {
+            token.content: index for index, token in added.items() if token.special
+        }
+        self._added = [token.content for token in added.values()]
         self.clock = clock or datetime.now()
-        self._process = TemplateProcess(self.template, tokenizer.special_tokens_map, self.clock)
-        self._stand_in = {text: chr(_STAND_IN + n) for n, text in enumerate(self.special)}
-        self._special_pattern = re.compile(
-            "|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True))
-        )
-        self._backend = self._tokenizer_without_control_words()
-        self._original_id: dict[int, int] = {}
-        for text, character in self._stand_in.items():
-            index = self._backend.token_to_id(character)
-            assert index is not None
-            self._original_id[index] = self.special[text]
+        self.noticed: Counter[str] = Counter()
+        """What people should be told of the rows, and of how many it holds."""
+        self._options: dict[str, Any] = {
+            "assistant_only": assistant_only,
+            "completion_only": completion_only,
+            "turns": turns,
+        }
+        self._special_pattern = pattern_of(list(self.special))
+        self._processes: dict[str, TemplateProcess] = {}
+        self._writers: dict[str, TurnWriter] = {}
+        self._stand_ins = StandIns(tokenizer, self.special)
 
     def rest(self) -> None:
-        """End the process that templates run in; the next conversation starts another."""
-        self._process.close()
+        """End the processes that templates run in; the next conversation starts another."""
+        for process in self._processes.values():
+            process.close()
 
     @property
     def template_sha256(self) -> str:
-        return hashlib.sha256(self.template.encode()).hexdigest()
+        return hashlib.sha256(str(self.chat_template).encode()).hexdigest()
 
-    def _tokenizer_without_control_words(self) -> Tokenizer:
-        """A copy that reads control tokens as plain text, and stand-in characters as control
-        tokens."""
-        backend = Tokenizer.from_str(_untrimmed(self.tokenizer.backend_tokenizer.to_str()))
-        backend.no_padding()
-        backend.no_truncation()
-        for _index, token in self.tokenizer.added_tokens_decoder.items():
-            if token.special:
-                stand_in = AddedToken(
-                    self._stand_in[token.content],
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    single_word=token.single_word,
-                    normalized=False,
-                    special=False,
-                )
-                if backend.add_tokens([stand_in]) != 1:
-                    raise DataError(
-                        "the tokenizer uses the private character "
-                        f"U+{ord(self._stand_in[token.content]):X}"
-                    )
-        backend.encode_special_tokens = True
-        return backend
+    @property
+    def chat_template(self) -> str | dict[str, str]:
+        """What belongs into a tokenizer's ``chat_template``: the template, or all by name."""
+        return self.template if len(self.templates) == 1 else self.templates
 
     # --- text ---
+
+    def _named(self, tools: Any) -> str:
+        """Which template writes a conversation, as transformers chooses it."""
+        return "tool_use" if tools and "tool_use" in self.templates else "default"
+
+    def _process(self, name: str) -> TemplateProcess:
+        if name not in self._processes:
+            special_tokens = self.tokenizer.special_tokens_map
+            self._processes[name] = TemplateProcess(
+                self.templates[name], special_tokens, self.clock
+            )
+        return self._processes[name]
+
+    def _writer(self, name: str) -> TurnWriter:
+        if name not in self._writers:
+            self._writers[name] = TurnWriter(
+                self.templates[name],
+                self._process(name).render,
+                list(self.special),
+                self._added,
+                **self._options,
+            )
+        return self._writers[name]
 
     def render(
         self,
@@ -174,233 +188,226 @@ class Renderer:
         Raises:
             DataError: the template raised; its message is quoted.
         """
-        return self._render(messages, tools, add_generation_prompt, False)[0]
+        return self._render(messages, tools, add_generation_prompt).text
 
     def _render(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[Any] | None,
-        add_generation_prompt: bool,
-        want_spans: bool,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        return self._process.render(messages, tools, add_generation_prompt, want_spans)
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, ask: bool
+    ) -> Rendering:
+        request = Request(messages, tools, ask, follow=True)
+        (answer,) = self._process(self._named(tools)).render([request])
+        if isinstance(answer, DataError):
+            raise answer
+        return answer
 
-    def segments(self, example: Example) -> list[Segment]:
-        """A row as pieces of known origin.
+    def texts(self, examples: Sequence[Example]) -> list[list[Text]]:
+        """The texts of each row; a conversation is several where its template makes it so.
 
         Raises:
-            DataError: naming the row: the template raised, rewrites earlier turns, or writes no end
+            DataError: naming the row: the template raised, leaves something out, or writes no end
                 token.
         """
-        if example.messages is None:
-            return [
-                Segment(example.prompt, True, not self.completion_only),
-                Segment(example.completion, True, True),
+        found: dict[int, list[Text]] = {
+            i: [self._plain(example)]
+            for i, example in enumerate(examples)
+            if example.messages is None
+        }
+        for name in self.templates:
+            chosen = [
+                i
+                for i, example in enumerate(examples)
+                if example.messages is not None and self._named(example.tools) == name
             ]
-        try:
-            text = self.render(example.messages, example.tools)
-            _refuse_left_out(example, text)
-            spans = self._trained_spans(example, text)
-            return _cut(text, self._data_spans(example, text), spans)
-        except DataError as error:
-            error.where = error.where or example.where
-            raise
-
-    def _trained_spans(self, example: Example, text: str) -> list[tuple[int, int]]:
-        """Character spans of what is trained: the assistant's turns, each up to and with its end
-        token, or all."""
-        messages, tools, first = example.messages or [], example.tools, example.supervised_from
-        if not (self.completion_only if first else self.assistant_only):
-            return [(0, len(text))]
-        if _GENERATION.search(self.template):
-            spans = self._render(messages, tools, False, True)[1]
-            if first:
-                read = self.render(messages[:first], tools, add_generation_prompt=True)
-                if not text.startswith(read):
-                    raise self._rewrites(first)
-                spans = [span for span in spans if span[1] > len(read)]
-            if not spans:
-                raise DataError(
-                    "the template's {% generation %} marks nothing in this conversation"
-                )
-            return spans
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < first:
+            if not chosen:
                 continue
-            before = self.render(messages[:index], tools, add_generation_prompt=True)
-            after = self.render(messages[: index + 1], tools)
-            if not after.startswith(before):
-                raise self._rewrites(index)
-            end = self._end_of_turn(after, len(before), text)
-            if end is None:
-                raise self._rewrites(index)
-            spans.append((len(before), end))
-        return spans
+            writer = self._writer(name)
+            for i, texts in zip(chosen, writer.write([examples[i] for i in chosen]), strict=True):
+                if isinstance(texts, DataError):
+                    raise texts
+                self._refuse_unfollowed(examples[i], texts)
+                try:
+                    unread = named_unread(examples[i], texts)
+                except DataError as error:
+                    error.where = examples[i].where
+                    raise
+                for what in unread:
+                    self.noticed[f"rows hold what the template does not write: {what}"] += 1
+                found[i] = texts
+        return [found[i] for i in range(len(examples))]
 
-    @staticmethod
-    def _rewrites(index: int) -> DataError:
-        return DataError(
-            f"the chat template rewrites turn {index} when the conversation goes on, "
-            "so what to train cannot be told from its output",
-            ways_out=[
-                "use a template with {% generation %} around the assistant's text "
-                "(--chat_template)",
-                "or split such rows into conversations that end with the assistant's turn",
-            ],
-        )
+    def _plain(self, example: Example) -> Text:
+        """A plain text, or a prompt and its completion; the end token follows."""
+        prompt, text = example.prompt, example.prompt + example.completion
+        start = len(prompt) if self.completion_only else 0
+        data = [(0, len(text))]
+        if found := self._special_pattern.search(text):
+            if self._parse:
+                data = []
+            else:
+                self.noticed[
+                    f"control tokens such as {found.group()} in a text are read as letters "
+                    "(--parse_control_tokens reads them as control tokens; or bring the rows as "
+                    "`messages`)"
+                ] += 1
+        return Text(example, text, data, [(start, len(text))], (start, len(text)), Counter())
 
-    def _end_of_turn(self, after: str, start: int, text: str) -> int | None:
-        """Where a turn that begins at start ends: after the last control token that closes it in
-        the whole text.
-
-        Args:
-            after: the conversation up to this turn.
-            text: all of it. A template may close a *conversation* with more control tokens than a
-                turn (Phi's end of text); those are given back where it goes on.
-
-        Returns:
-            None if the whole text does not go on from this turn.
-        """
-        tail = len(after)
-        for match in reversed(list(self._special_pattern.finditer(after, start))):
-            if after[match.end() : tail].strip():
-                break
-            if text.startswith(after[: match.end()]):
-                return match.end()
-            tail = match.start()
-        if text.startswith(after):
-            raise DataError(
-                "the chat template writes no end token after the assistant's turn, so the model "
-                "would never learn to stop",
-                found=repr(after[start:][-40:]),
-                ways_out=[
-                    "give a template that ends the turn with the end token (--chat_template)"
-                ],
-            )
-        return None
-
-    def _data_spans(
-        self, example: Example, text: str, *, asking: bool = False
-    ) -> list[tuple[int, int]]:
-        """Character spans of the rendered text that come from the contents."""
-        messages, where = example.messages or [], example.where
-        contents = [message["content"] for message in messages]
-        if culprit := next(
-            (m.group() for c in other_strings(example) for m in self._special_pattern.finditer(c)),
-            None,
-        ):
-            raise DataError(
-                f"the text {culprit!r} in a tool or tool call of this row would become a control "
-                "token",
-                where=where,
-                ways_out=["change that text in the row"],
-            )
-        if any(_OPEN in content or _CLOSE in content for content in contents):
-            marked_text = None
-        else:
-            marked = [{**m, "content": _mark(m["content"])} for m in messages]
-            marked_text = self.render(marked, example.tools, add_generation_prompt=asking)
-        if marked_text is None or marked_text.replace(_OPEN, "").replace(_CLOSE, "") != text:
-            if culprit := next(
-                (m.group() for c in contents for m in self._special_pattern.finditer(c)), None
-            ):
+    def _refuse_unfollowed(self, example: Example, texts: list[Text]) -> None:
+        """Where a template does what cannot be followed, a row may not hold the text of a control
+        token."""
+        if not any(text.lost for text in texts):
+            return
+        for _, value in _all_strings(example):
+            if found := self._special_pattern.search(value):
                 raise DataError(
-                    f"the text {culprit!r} in this row would become a control token: the chat "
-                    "template rewrites contents, so its own tokens cannot be told from the row's",
-                    where=where,
+                    f"the text {found.group()!r} in this row would become a control token: the "
+                    "chat template rewrites it in a way that cannot be followed",
+                    where=example.where,
                     ways_out=[
                         "change that text in the row",
                         "or give another template with --chat_template",
                     ],
                 )
-            return []
-        spans, removed, opened = [], 0, 0
-        for position, character in enumerate(marked_text):
-            if character == _OPEN:
-                opened = position - removed
-                removed += 1
-            elif character == _CLOSE:
-                spans.append((opened, position - removed))
-                removed += 1
-        return spans
+
+    def segments(self, example: Example) -> list[Segment]:
+        """A row as pieces of known origin.
+
+        Raises:
+            DataError: as `texts`.
+        """
+        ((text,),) = self.texts([example])
+        return _cut(text.text, text.data, text.trained)
 
     # --- ids ---
 
     def encode(self, examples: list[Example]) -> list[TokenizedExample]:
-        """Ids and masks of many rows (the tokenizer works on them in parallel)."""
-        encoded = {
-            i: _ready(example)
-            for i, example in enumerate(examples)
-            if example.input_ids is not None
-        }
-        chosen = [i for i in range(len(examples)) if i not in encoded]
-        encoded.update(zip(chosen, self._encode([examples[i] for i in chosen]), strict=True))
-        return [encoded[i] for i in range(len(examples))]
-
-    def _encode(self, examples: list[Example]) -> list[TokenizedExample]:
-        pieces = [self.segments(example) for example in examples]
-        texts, spans = [], []
-        for row in pieces:
-            text, trained = "", []
-            for segment in row:
-                shown = self._shown(segment)
-                if segment.supervised:
-                    trained.append((len(text), len(text) + len(shown)))
-                text += shown
-            texts.append(text)
-            spans.append(trained)
-        plain = [example.messages is None for example in examples]
-        try:
-            results = self._encode_batch(texts, plain)
-        except DataError as error:  # a panic, of one of them
-            if len(examples) > 1:
-                for example in examples:
-                    self._encode([example])
-            error.where = examples[0].where
-            raise
+        """Ids and masks of many rows (the tokenizer works on them in parallel), in their order."""
+        written = iter(self.texts([e for e in examples if e.input_ids is None]))
+        rows: list[list[Text] | TokenizedExample] = [
+            _ready(example) if example.input_ids is not None else next(written)
+            for example in examples
+        ]
+        flat = [text for row in rows if isinstance(row, list) for text in row]
+        for row in rows:
+            if isinstance(row, list) and len(row) > 1:
+                self.noticed[SPLIT] += 1
+                self.noticed[PARTS] += len(row)
+        encoded = iter(self._encode(flat))
         return [
-            self._mask(example.where, result, trained, ended)
-            for example, result, trained, ended in zip(examples, results, spans, plain, strict=True)
+            ready
+            for row in rows
+            for ready in (
+                [row] if isinstance(row, TokenizedExample) else [next(encoded) for _ in row]
+            )
         ]
 
-    def _encode_batch(self, texts: list[str], add_special_tokens: list[bool]) -> list[Any]:
-        results: list[Any] = [None] * len(texts)
-        for flag in (False, True):
-            chosen = [i for i, value in enumerate(add_special_tokens) if value is flag]
+    def _encode(self, texts: list[Text]) -> list[TokenizedExample]:
+        shown = [self._stand_ins.show(text.text, text.data) for text in texts]
+        plain = [text.example.messages is None for text in texts]
+        try:
+            results = self._encode_batch(shown, plain)
+        except DataError as error:  # a panic, of one of them
+            if len(texts) > 1:
+                for text in texts:
+                    self._encode([text])
+            error.where = texts[0].example.where
+            raise
+        return [
+            self._row(text, each, result)
+            for text, each, result in zip(texts, shown, results, strict=True)
+        ]
+
+    def _encode_batch(self, shown: list[Shown], add_special_tokens: list[bool]) -> list[Any]:
+        results: list[Any] = [None] * len(shown)
+        kinds = {(each.base, flag) for each, flag in zip(shown, add_special_tokens, strict=True)}
+        for base, flag in sorted(kinds):
+            chosen = [
+                i
+                for i, each in enumerate(shown)
+                if each.base == base and add_special_tokens[i] is flag
+            ]
             with _panics_named():
-                batch = self._backend.encode_batch(
-                    [texts[i] for i in chosen], add_special_tokens=flag
+                batch = self._stand_ins.backend(base).encode_batch(
+                    [shown[i].text for i in chosen], add_special_tokens=flag
                 )
             for i, result in zip(chosen, batch, strict=True):
                 results[i] = result
         return results
 
-    def _shown(self, segment: Segment) -> str:
-        """What the tokenizer sees: control tokens of the template as stand-ins, the data as it
-        is."""
-        if segment.from_data or not self.special:
-            return segment.text
-        return self._special_pattern.sub(lambda match: self._stand_in[match.group()], segment.text)
-
-    def _original_ids(self, ids: list[int]) -> list[int]:
-        return [self._original_id.get(index, index) for index in ids]
-
-    def _mask(
-        self, where: str, result: Any, spans: list[tuple[int, int]], append_end: bool
-    ) -> TokenizedExample:
-        ids = self._original_ids(result.ids)
+    def _row(self, text: Text, shown: Shown, result: Any) -> TokenizedExample:
+        """Ids and mask of a text, the mask by position."""
+        spans = [(shown.at(start), shown.at(stop)) for start, stop in text.trained]
+        plain = text.example.messages is None
+        ids, offsets = self._stand_ins.ids(shown, result), result.offsets
+        self._refuse_dropped(shown, offsets)
+        cuts = _shared(offsets, [start for start, _ in spans])
+        if plain and text.example.prompt and self.completion_only and not cuts:
+            asked = self.prompt_ids(text.example.prompt)
+            cuts = [spans[0][0]] if ids[: len(asked)] != asked else []
+        if cuts:
+            self.noticed[SHARED] += 1
+            if apart := self._apart(shown, cuts, plain):
+                ids, offsets = apart
         trained, span = [], 0
-        for start, stop in result.offsets:
+        for start, stop in offsets:
             while span < len(spans) and spans[span][1] <= start:
                 span += 1
-            trained.append(span < len(spans) and stop > spans[span][0] and stop > start)
-        if append_end:
+            # a token that begins in a prompt was read before anything was to be said
+            trained.append(span < len(spans) and start >= spans[span][0] and stop > start)
+        if plain:
             if not ids or ids[-1] != self.tokenizer.eos_token_id:
                 ids.append(self.tokenizer.eos_token_id)
                 trained.append(True)
             trained[-1] = True
-        return TokenizedExample(where, ids, trained)
+        return TokenizedExample(text.example.where, ids, trained, text.example)
+
+    def _refuse_dropped(self, shown: Shown, offsets: list[Span]) -> None:
+        """Raise DataError for characters that the tokenizer drops: positions after them are not
+        those of the text."""
+        covered, gap = 0, False
+        for start, stop in offsets:
+            gap |= start > covered and bool(shown.text[covered:start].strip())
+            covered = max(covered, stop)
+        if not gap and (covered >= len(shown.text) or not shown.text[covered:].strip()):
+            return
+
+        def ids(text: str) -> list[int]:
+            return self._stand_ins.backend(shown.base).encode(text, add_special_tokens=False).ids
+
+        dropped = [
+            character
+            for character in sorted(set(shown.text))
+            if not character.isspace() and ids("a" + character) == ids("a")
+        ]
+        if dropped:
+            raise DataError(
+                f"the model's vocabulary has no token for {len(dropped)} of this row's characters, "
+                "and its tokenizer drops them",
+                found=" ".join(f"{c} (U+{ord(c):04X})" for c in dropped[:8]),
+                ways_out=["write them otherwise", "--skip_bad N leaves such rows out"],
+            )
+
+    def _apart(
+        self, shown: Shown, cuts: list[int], add_special_tokens: bool
+    ) -> tuple[list[int], list[Span]] | None:
+        """Ids and offsets of a text whose parts are tokenized each by itself; None where the
+        tokenizer cannot begin in the middle of a text."""
+        backend = self._stand_ins.backend(shown.base)
+        ids: list[int] = []
+        offsets: list[Span] = []
+        for start, stop in itertools.pairwise([0, *cuts, len(shown.text)]):
+            part = shown.text[start:stop]
+            if start == 0:
+                result = backend.encode(part, add_special_tokens=add_special_tokens)
+                ids, offsets = self._stand_ins.ids(shown, result), list(result.offsets)
+                if add_special_tokens and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                    del ids[-1], offsets[-1]
+                continue
+            result = backend.encode(_BOUNDARY + part, add_special_tokens=False)
+            first = next((i for i, (begin, _) in enumerate(result.offsets) if begin >= 1), 0)
+            if not first or any(end > 1 for _, end in result.offsets[:first]):
+                return None
+            ids += self._stand_ins.ids(shown, result)[first:]
+            offsets += [(a - 1 + start, b - 1 + start) for a, b in result.offsets[first:]]
+        return ids, offsets
 
     def prompt_ids(
         self, prompt: str | list[dict[str, Any]], tools: list[Any] | None = None
@@ -408,31 +415,36 @@ class Renderer:
         """What generation starts from: ids of a conversation that asks for the assistant's turn, or
         of a plain text."""
         if isinstance(prompt, str):
-            (result,) = self._encode_batch([prompt], [True])
-            ids = self._original_ids(result.ids)
+            shown = self._stand_ins.show(prompt, [] if self._parse else [(0, len(prompt))])
+            ids = self._ids(shown, True)
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
-        text = self.render(prompt, tools, add_generation_prompt=True)
-        row = _cut(
-            text,
-            self._data_spans(Example("the prompt", prompt, tools=tools), text, asking=True),
-            [],
+        rendering = self._render(prompt, tools, True)
+        example = Example("the prompt", prompt, tools=tools)
+        text = Text(
+            example, rendering.text, _data_of(rendering), [], None, Counter(), rendering.lost
         )
-        (result,) = self._encode_batch(["".join(map(self._shown, row))], [False])
-        return self._original_ids(result.ids)
+        self._refuse_unfollowed(example, [text])
+        return self._ids(self._stand_ins.show(text.text, text.data), False)
+
+    def _ids(self, shown: Shown, add_special_tokens: bool) -> list[int]:
+        (result,) = self._encode_batch([shown], [add_special_tokens])
+        return self._stand_ins.ids(shown, result)
 
     def question_and_answer(self, example: Example) -> tuple[list[int], str] | None:
-        """The ids that ask for a row's last answer, and that answer; None where there is no
-        question (plain text)."""
+        """The ids that ask for a row's last answer, and that answer as it was trained; None where
+        there is no question (plain text) or the answer is a call."""
         if example.messages is not None:
+            ((*_, text),) = self.texts([example])
             last = max(
                 i for i, message in enumerate(example.messages) if message["role"] == "assistant"
             )
             asked = any(message["role"] in ("user", "tool") for message in example.messages[:last])
             if not asked or example.messages[last].get("tool_calls"):
                 return None
-            return self.prompt_ids(example.messages[:last], example.tools), example.messages[last][
-                "content"
-            ]
+            wanted = example.messages[last]["content"]
+            if text.answer is not None:
+                wanted = text.text[slice(*text.answer)]
+            return self.prompt_ids(example.messages[:last], example.tools), wanted.strip()
         if not example.prompt:
             return None
         return self.prompt_ids(example.prompt), example.completion
@@ -440,8 +452,9 @@ class Renderer:
     def pieces(self, row: TokenizedExample) -> list[tuple[str, str]]:
         """A row as (text, kind) for people, kind one of "read", "trained", "end" (a trained control
         token)."""
+        ends = {*self.special.values(), *self._stop_ids}
         kinds = [
-            "read" if not flag else "end" if index in self.special.values() else "trained"
+            "read" if not flag else "end" if index in ends else "trained"
             for index, flag in zip(row.input_ids, row.loss_mask, strict=True)
         ]
         result, start, shown = [], 0, ""
@@ -468,7 +481,7 @@ class Renderer:
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": "answer"},
         ]
-        stops, control = {self.tokenizer.eos_token_id}, set(self.special.values())
+        stops, control = {self.tokenizer.eos_token_id}, set(self.tokenizer.added_tokens_decoder)
         try:
             (row,) = self.encode([Example("the template's own example", turns)])
         # texts are trained without a template: one that cannot be used then ends nothing
@@ -480,6 +493,38 @@ class Renderer:
             elif self.tokenizer.decode([index]).strip():
                 break
         return sorted(stops)
+
+
+SPLIT = "conversations became"
+PARTS = "rows, one for each answer: the template writes earlier turns anew (--turns last|each)"
+SHARED = (
+    "rows would share a token between a prompt and its answer: they are tokenized apart, as a "
+    "model is asked"
+)
+
+
+def _shared(offsets: list[Span], places: list[int]) -> list[int]:
+    """Places that are inside of a token."""
+    found, at = [], 0
+    for place in places:
+        while at < len(offsets) and offsets[at][1] <= place:
+            at += 1
+        if at < len(offsets) and offsets[at][0] < place:
+            found.append(place)
+    return found
+
+
+def _all_strings(example: Example) -> list[tuple[Any, str]]:
+    return places(example.messages, example.tools)
+
+
+def _data_of(rendering: Rendering) -> list[Span]:
+    found, at = [], 0
+    for count, place, _ in rendering.origins:
+        if place >= 0:
+            found.append((at, at + count))
+        at += count
+    return found
 
 
 @contextlib.contextmanager
@@ -498,51 +543,18 @@ def _panics_named() -> Iterator[None]:
         ) from error
 
 
-def _refuse_left_out(example: Example, text: str) -> None:
-    """Raise DataError where the template leaves tools or tool calls out: an empty answer would be
-    trained instead."""
-    calls = [call for turn in example.messages or [] for call in turn.get("tool_calls") or []]
-    for kind, items in (("tool call", calls), ("tool", example.tools or [])):
-        for item in items:
-            inner = item.get("function", item) if isinstance(item, dict) else {}
-            name = inner.get("name") if isinstance(inner, dict) else None
-            if isinstance(name, str) and name not in text:
-                raise DataError(
-                    f"the chat template leaves the {kind} {name!r} out",
-                    where=example.where,
-                    ways_out=[
-                        "give a template that writes tools (--chat_template)",
-                        "or remove them from the rows",
-                    ],
-                )
-
-
-def _untrimmed(serialized: str) -> str:
-    """A serialized tokenizer whose offsets hold every character: some trim white space, which then
-    looks untrained."""
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                key: False if key == "trim_offsets" else walk(item) for key, item in value.items()
-            }
-        return [walk(item) for item in value] if isinstance(value, list) else value
-
-    data = json.loads(serialized)
-    return json.dumps({**data, "post_processor": walk(data.get("post_processor"))})
-
-
 def _ready(example: Example) -> TokenizedExample:
     """A row that came as ids; without a mask of its own everything is trained."""
     ids = example.input_ids or []
-    return TokenizedExample(example.where, ids, example.loss_mask or [True] * len(ids))
+    return TokenizedExample(example.where, ids, example.loss_mask or [True] * len(ids), example)
 
 
-def _template_of(tokenizer: Any) -> str | None:
+def _templates_of(tokenizer: Any) -> dict[str, str]:
+    """The templates of a tokenizer by name; "default" is the one without tools."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        template = template.get("default")
-    return template or None
+        return {name: text for name, text in template.items() if text}
+    return {"default": template} if template else {}
 
 
 def _builtin(tokenizer: Any) -> str:
@@ -558,19 +570,9 @@ def read_template(path: str) -> str:
         DataError: it cannot be read.
     """
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the chat template {path}", found=str(error)) from error
-
-
-def _mark(content: str) -> str:
-    """The content between markers, white space at its ends left outside, where a template may trim
-    it."""
-    core = content.strip()
-    if not core:
-        return content
-    start = content.index(core)
-    return f"{content[:start]}{_OPEN}{core}{_CLOSE}{content[start + len(core) :]}"
+        return read_text_file(Path(path).expanduser(), "the chat template")
+    except UsageError as error:
+        raise DataError(error.what, found=error.found) from error
 
 
 def _cut(text: str, data: list[tuple[int, int]], trained: list[tuple[int, int]]) -> list[Segment]:

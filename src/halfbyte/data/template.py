@@ -11,23 +11,92 @@ Where there is no fork (Windows, macOS), the child starts anew and the memory li
 
 import contextlib
 import ctypes
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .origins import TEMPLATE, Origin, Tracker
 
-SECONDS = 10.0
-"""Longest rendering of one conversation."""
+SECONDS = 7.0
+"""Longest rendering of one conversation; a template that takes longer is not asked again."""
+DEATHS = 3
+"""So many of its processes may end by themselves."""
 MEMORY = 256 << 20
 """Bytes the child may have more than it starts with."""
 CHARACTERS = 16 << 20
 """Longest text it may return."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to render.
+
+    ask: end with the prompt for the assistant's turn. follow: say where the text comes from.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    ask: bool = False
+    follow: bool = False
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What a template wrote. origins: of all its characters (`data.origins`), if it was followed.
+    generated: spans inside ``{% generation %}``. lost: what comes from the row is not known in
+    all. variant: of the conversation (`variants`), the first one that the template takes."""
+
+    text: str
+    origins: list[Origin] = field(default_factory=list)
+    generated: list[tuple[int, int]] = field(default_factory=list)
+    lost: bool = False
+    variant: int = 0
+
+
+def variants(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """A conversation as templates want it: as it is; with a call's arguments as a JSON string, as
+    some write them; both with the empty text of a call as none."""
+    if not any(message.get("tool_calls") for message in messages):
+        return [messages]
+    typed = [_with_text(message, json.dumps) for message in messages]
+    return [
+        messages,
+        typed,
+        *(
+            [
+                {**message, "content": None}
+                if message.get("tool_calls") and not message["content"]
+                else message
+                for message in form
+            ]
+            for form in (messages, typed)
+        ),
+    ]
+
+
+def _with_text(message: dict[str, Any], dumps: Callable[..., str]) -> dict[str, Any]:
+    """A message whose calls have their arguments as text."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": written(call["function"])}
+        return {**call, "arguments": dumps(call.get("arguments"), ensure_ascii=False)}
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [written(call) for call in calls]} if calls else message
+
+
+class TemplateStopped(DataError):
+    """A template that is not asked again: no row can be rendered."""
 
 
 class TemplateProcess:
@@ -43,34 +112,46 @@ class TemplateProcess:
         self.template, self.special_tokens, self.clock = template, special_tokens, clock
         self._pipe: Any = None
         self._end: Any = None
+        self._stopped: TemplateStopped | None = None
+        self._deaths = 0
 
-    def render(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, ask: bool, spans: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """(text, character spans inside ``{% generation %}``) of a conversation.
-
-        Args:
-            ask: end with the prompt for the assistant's turn.
-            spans: whether spans are wanted.
+    def render(self, requests: Sequence[Request]) -> list[Rendering | DataError]:
+        """What the template writes, or why it refuses: it raised, or broke one of its limits.
 
         Raises:
-            DataError: the template raised, or broke one of its limits.
+            TemplateStopped: it does not end, now or earlier.
         """
-        pipe = self._pipe or self._start()
-        try:
-            pipe.send((messages, tools, ask, spans))
-            if not pipe.poll(SECONDS):
-                raise _refused(f"it was still running after {SECONDS:g} seconds")
-            answer = pipe.recv()
-        except (EOFError, OSError) as error:
-            self.close()
-            raise _refused("its process ended: out of memory, or killed") from error
-        except BaseException:  # an interrupt: the answer would be taken for the next one's
-            self.close()
-            raise
-        if isinstance(answer, str):
-            raise _refused(answer)
-        return answer
+        if self._stopped:
+            raise self._stopped
+        found: list[Rendering | DataError] = []
+        while len(found) < len(requests):
+            pipe = self._pipe or self._start()
+            waiting = requests[len(found) :]
+            try:
+                pipe.send(waiting)
+                for _ in waiting:
+                    if not pipe.poll(SECONDS):
+                        self._stop(f"it was still running after {SECONDS:g} seconds")
+                    answer = pipe.recv()
+                    found.append(_refused(answer) if isinstance(answer, str) else answer)
+            except (EOFError, OSError):
+                self.close()
+                self._deaths += 1
+                if self._deaths >= DEATHS:
+                    self._stop(f"its process ended {DEATHS} times: out of memory, or killed")
+                found.append(_refused("its process ended: out of memory, or killed"))
+            except BaseException:  # an interrupt: the answer would be taken for the next one's
+                self.close()
+                raise
+        return found
+
+    def _stop(self, why: str) -> None:
+        self.close()
+        refused = _refused(why)
+        self._stopped = TemplateStopped(
+            refused.what, found=refused.found, ways_out=refused.ways_out
+        )
+        raise self._stopped
 
     def _start(self) -> Any:
         # imported here, so that a forked child need not
@@ -121,36 +202,91 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _confine(pipe.fileno(), parent)
-    from transformers.utils.chat_template_utils import (
-        _compile_jinja_template,
-        render_jinja_template,
-    )
-
-    compiled = False
+    program: _Program | None = None
     while True:
         try:
-            messages, tools, ask, spans = pipe.recv()
+            requests = pipe.recv()
         except (EOFError, OSError):
             return
+        for request in requests:
+            try:
+                program = program or _Program(template, special_tokens, clock)
+                answer: Rendering | str = program.render(request)
+            except MemoryError:
+                answer = f"it needed more than {MEMORY >> 20} MiB of memory"
+            except Exception as error:  # a template is a program: it can raise anything
+                answer = _what_it_said(error)
+            pipe.send(answer)
+
+
+def _what_it_said(error: Exception) -> str:  # pragma: no cover
+    from jinja2 import TemplateSyntaxError
+
+    said = (str(error) or type(error).__name__)[:2000]
+    return f"line {error.lineno}: {said}" if isinstance(error, TemplateSyntaxError) else said
+
+
+class _Program:  # pragma: no cover
+    """A compiled template, as transformers runs it, and followed."""
+
+    def __init__(self, template: str, special_tokens: dict[str, Any], clock: datetime) -> None:
+        from transformers.utils import chat_template_utils as theirs
+
+        self.prepare: Any = theirs._plain_template_data  # type: ignore[attr-defined]
+        self.aliased: Any = theirs._alias_reasoning_fields  # type: ignore[attr-defined]
+        compiled = theirs._compile_jinja_template
+        self.plain: Any = compiled(template)
+        self.plain.globals["strftime_now"] = clock.strftime
+        self.tracker: Tracker | None = None
+        self._track = lambda: Tracker(template, compiled, clock)
+        self.special_tokens = self.prepare(special_tokens)
+
+    def render(self, request: Request) -> Rendering:
+        """The rendering of the first variant that the template takes."""
+        forms = variants(self.prepare(request.messages))
+        first: Exception | None = None
+        for number, messages in enumerate(forms):
+            try:
+                found = self._render(messages, request)
+            except MemoryError:
+                raise
+            except Exception as error:
+                first = first or error
+                continue
+            return replace(found, variant=number)
+        assert first is not None
+        raise first
+
+    def _render(self, messages: list[dict[str, Any]], request: Request) -> Rendering:
+        tools = self.prepare(request.tools)
+        variables = {**self.special_tokens, "add_generation_prompt": request.ask}
+        text = self.plain.render(
+            messages=self.aliased(messages), tools=tools, documents=None, **variables
+        )
+        if len(text) > CHARACTERS:
+            raise ValueError(f"it wrote {len(text):,} characters, more than {CHARACTERS:,}")
+        if not request.follow:
+            return Rendering(text)
         try:
-            if not compiled:
-                _compile_jinja_template(template).globals["strftime_now"] = clock.strftime
-                compiled = True
-            texts, found = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=template,
-                return_assistant_tokens_mask=spans,
-                add_generation_prompt=ask,
-                **special_tokens,
+            self.tracker = self.tracker or self._track()
+            followed, origins, generated, lost = self.tracker.render(
+                messages, tools, self.aliased, variables
             )
-            if len(texts[0]) > CHARACTERS:
-                raise ValueError(f"it wrote {len(texts[0]):,} characters, more than {CHARACTERS:,}")
-            pipe.send((texts[0], [(int(a), int(b)) for a, b in found[0]] if spans else []))
+            if followed == text:
+                return Rendering(text, origins, generated, lost)
         except MemoryError:
-            pipe.send(f"it needed more than {MEMORY >> 20} MiB of memory")
-        except Exception as error:  # a template is a program: it can raise anything
-            pipe.send((str(error) or type(error).__name__)[:2000])
+            raise
+        except Exception:
+            pass  # plain strings do it
+        # an operation that tracked strings do not do as strings do
+        blocks: list[str] = []
+        spans: list[tuple[int, int]] = []
+        with self.plain.environment.activate_tracker(blocks, spans):
+            for block in self.plain.generate(
+                messages=self.aliased(messages), tools=tools, documents=None, **variables
+            ):
+                blocks.append(block)
+        return Rendering(text, [(len(text), TEMPLATE, 0)], spans, True)
 
 
 def _confine(keep: int, parent: int) -> None:  # pragma: no cover

@@ -77,14 +77,15 @@ def probes(source: Source, say: Callable[[str], None]) -> tuple[list[TokenizedEx
             info["data"]["source"],
             config=config.dataset_config,
             split=config.dataset_train_split,
-            skip_bad=config.skip_bad,
+            drop_roles=config.drop_roles,
+            skip_bad=None,
         )
         same = source_digest(info["data"]["source"], found.rows) == info["data"]["sha256"]
         if not same:
             say("the data has changed since the training: the rows compared on may be others")
         # which rows were held out is a function of all of them
         chosen = found.rows if config.eval_split and same else found.rows[:JUDGED_TOKENS]
-        rows, _ = encode(chosen, renderer, skip_bad=config.skip_bad)
+        rows, _ = encode(chosen, renderer)
         if config.eval_split and same:
             # releases before rule 2 told rows apart before they were cut
             whole = info.get("rules", {}).get("split", 1) == 1

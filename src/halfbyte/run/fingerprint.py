@@ -81,6 +81,9 @@ RULES = {
 ``allow_change``."""
 
 
+RENDERED = ("rows", "tokens", "supervised_tokens")
+"""Counts of a record's data that tell whether this release makes other rows of the same file."""
+
 RESHAPING = ("optimizer_states", "masters", "decay")
 """Rules by which a state has another form."""
 
@@ -116,6 +119,7 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         "template": info["template_sha256"],
         "tokenizer": info["tokenizer_sha256"],
         "base_config": info["base"].get("computed_by") if "base" in info else None,
+        "rendered": [info["data"].get(key) for key in RENDERED],
         "total_steps": info["total_steps"],
         "compute_dtype": info["compute_dtype"],
         "threads": info["machine"]["threads"],

@@ -27,6 +27,8 @@ def run_renderer(run: Run, options: DataOptions) -> Renderer:
         assistant_only=options.assistant_only_loss,
         completion_only=options.completion_only_loss,
         clock=run.clock(),
+        turns=options.turns,
+        parse_control_tokens=options.parse_control_tokens,
     )
 
 

@@ -92,7 +92,7 @@ def save_result(
         else:
             _save_masters(learner.model, target)
         tokenizer = renderer.tokenizer
-        tokenizer.chat_template = renderer.template
+        tokenizer.chat_template = renderer.chat_template
         tokenizer.save_pretrained(target)
         _generation_config(learner.model, renderer.stop_ids()).save_pretrained(target)
         atomic.write_bytes(target / CARD, adapter_card(run, info).encode())

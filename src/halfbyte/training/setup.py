@@ -23,6 +23,7 @@ from ..adapters.peft_files import restore_adapter
 from ..config.options import TrainConfig
 from ..data.batches import Schedule
 from ..data.dataset import Data, data_lines, read_data, schedule_of, source_digest
+from ..data.readers import TOGETHER
 from ..engine.learner import Learner
 from ..engine.lr_schedule import unused_warmup, warmup_steps
 from ..engine.selftest import self_test
@@ -288,7 +289,7 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
         "compute_dtype": str(choose_dtype(config.dtype, device)).removeprefix("torch."),
         "data": {
             "source": _absolute(config.data),
-            "sha256": source_digest(config.data, data.examples.values()),
+            "sha256": source_digest(config.data, data.given),
             "form": data.format,
             "rows_cut": data.rows_cut,
             **data.counts(),
@@ -319,9 +320,13 @@ def rotated_apart(base: Path, data: Data) -> bool:
 
 
 def _absolute(source: str) -> str:
-    """A file's absolute path, so that later verbs find it from anywhere; a Hub id as it is."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
+    """The sources with absolute paths, so that later verbs find them from anywhere; a Hub id as it
+    is."""
+    found = []
+    for name in source.split(TOGETHER):
+        path = Path(name).expanduser()
+        found.append(str(path.resolve()) if path.exists() else name)
+    return TOGETHER.join(found)
 
 
 def _begin_files(run: Run, info: dict[str, Any], report: QuantReport, steps: int, say: Say) -> None:

@@ -1,0 +1,103 @@
+"""Tables to rows: CSV and TSV, parquet and arrow files."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import DataError, first_line
+from .cells import Refuse, Row
+
+
+def table(path: Path, text: str, delimiter: str, refuse: Refuse) -> Iterator[Row]:
+    """CSV or TSV with a header line; a row's place is the line it begins on."""
+    csv.field_size_limit(1 << 30)
+    titles = text.partition("\n")[0]
+    if delimiter not in titles:
+        others = {other: titles.count(other) for other in ",;\t|"}
+        delimiter = max(others, key=lambda other: others[other]) if any(others.values()) else ","
+    # "prompt, completion": spaces after the delimiter are nobody's
+    spaced = f"{delimiter} " in titles
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced
+    )
+    begins, header = 1, None
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"not valid CSV: {error}",
+                where=f"{path}:{begins}",
+                ways_out=["mend the quotes of this row"],
+            ) from error
+        if cells is None:
+            return
+        where, begins = f"{path}:{begins}", reader.line_num + 1
+        if not cells:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) != len(header):
+                raise DataError("a column name occurs twice", where=where, found=", ".join(header))
+            continue
+        if len(cells) != len(header):
+            refuse(
+                DataError(
+                    f"a row of {len(cells)} cells under a header of {len(header)}",
+                    where=where,
+                    ways_out=["put cells that hold commas, quotes or line ends in quotes"],
+                )
+            )
+            continue
+        yield where, dict(zip(header, cells, strict=True))
+
+
+def _without_nulls(value: Any) -> Any:
+    """A cell without what a table of columns filled in: nulls inside of objects."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def columns_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def parquet_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(stream) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=512):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", columns_of(row)
+    except (OSError, pyarrow.ArrowException, ValueError) as error:
+        message = first_line(error)
+        raise DataError(f"cannot read the parquet file {path}", found=message) from error
+
+
+def arrow_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
+    """An arrow file, as a stream or with an index."""
+    import pyarrow
+    from pyarrow import ipc
+
+    try:
+        file = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        reader = ipc.open_file(stream) if file else ipc.open_stream(stream)
+        batches = (
+            (reader.get_batch(i) for i in range(reader.num_record_batches)) if file else reader
+        )
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", columns_of(row)
+    except (OSError, pyarrow.ArrowException, ValueError) as error:
+        message = first_line(error)
+        raise DataError(f"cannot read the arrow file {path}", found=message) from error
