@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from halfbyte.data.memory_rows import rows_in_memory
+from halfbyte.data.memory_rows import rows_in_memory, rows_name
 from halfbyte.errors import DataError
 
 
@@ -16,6 +16,7 @@ def test_lists_and_data_sets_are_json_lines():
     assert rows_in_memory(rows) == wanted
     assert rows_in_memory(datasets.Dataset.from_list(rows)) == wanted
     assert rows_in_memory("rows.jsonl") is None and rows_in_memory(["a.jsonl", "b.jsonl"]) is None
+    assert rows_name(wanted) == rows_name(wanted) != rows_name(wanted + b"x")
     with pytest.raises(DataError, match="JSON cannot hold") as caught:
         rows_in_memory([{"text": "a"}, {"text": {1, 2}}])
     assert caught.value.where == "row 2"

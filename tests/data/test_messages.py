@@ -1,10 +1,12 @@
 """Messages as other tools write them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from halfbyte.data.formats import read_examples
 from halfbyte.data.messages import read_messages, read_tools
 from halfbyte.errors import DataError
 
@@ -69,6 +71,14 @@ def test_parts_are_text_or_refused():
         read({"role": "user", "content": [{"type": "text", "txt": "hi"}]}, A)
     with pytest.raises(DataError, match="'images' holds something else"):
         read({**Q, "images": ["a.png"]}, A)
+
+
+def test_completions_of_other_roles(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    done = [{"from": "tool", "value": "2"}, {"from": "gpt", "value": "yo"}]
+    path.write_text(json.dumps({"prompt": [Q], "completion": done}) + "\n")
+    assert read_examples(path).rows[0].supervised_from == 1
+    assert read_examples(path, drop_roles="tool").rows[0].supervised_from == 1
 
 
 def test_roles_can_be_left_out():

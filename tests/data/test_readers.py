@@ -213,14 +213,15 @@ def test_packed_files_are_read_whatever_packs_them(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "r.zip", "w") as archive:
         archive.writestr("in/r.jsonl", lines)
         archive.writestr("__MACOSX/._r.jsonl", b"junk")
-        archive.writestr("in/r.csv", "prompt,completion\nc,d\n")
+        for name in ("in/r.csv", "in/s.csv"):
+            archive.writestr(name, "prompt,completion\nc,d\n")
     for name in ("r.jsonl.bz2", "r.jsonl.xz", "r.jsonl.zst"):
         assert places(tmp_path / name) == (ROWS, [":1", ":2"]), name
     assert places(tmp_path / "r.csv.gz")[0] == ROWS[1:]
     assert places(tmp_path / "r.zip") == (
-        [*ROWS, ROWS[1]],
-        ["/in/r.jsonl:1", "/in/r.jsonl:2", "/in/r.csv:2"],
-    ) or places(tmp_path / "r.zip")[0] == [*ROWS, ROWS[1]]
+        [*ROWS, ROWS[1], ROWS[1]],
+        ["/in/r.jsonl:1", "/in/r.jsonl:2", "/in/r.csv:2", "/in/s.csv:2"],
+    )
     for name, whole in (("r.jsonl.xz", lzma.compress(lines)), ("r.jsonl.bz2", bz2.compress(lines))):
         (tmp_path / name).write_bytes(whole[:-9])
         with pytest.raises(DataError, match=r"cut off|damaged"):
@@ -244,6 +245,14 @@ def test_json_that_is_not_a_row_a_line(tmp_path: Path):
     several.write_text(several.read_text()[:-4])
     with pytest.raises(DataError, match="not valid JSON"):
         read_examples(several)
+    # a damaged first line is that row's, and a row's own list of objects is no file of rows
+    first = {"question": "a", "answer": "b", "choices": [{"c": 1}]}
+    for bad in ('{"question": "a", "answer": "b', '{"question": "a",', "x" * 100):
+        several.write_text(f"{bad}\n{json.dumps(first)}\n")
+        found = read_examples(several, skip_bad=1)
+        assert [row.where for row in found.rows] == [f"{several}:2"] and len(found.bad) == 1
+    several.write_text(json.dumps(first))
+    assert read_examples(several).format == "qa"
     conversation = tmp_path / "c.json"
     conversation.write_text(json.dumps({"messages": [Q, A]}))
     assert read_examples(conversation).format == "messages"
@@ -271,7 +280,9 @@ def test_folders_patterns_saved_sets_and_several_sources(tmp_path: Path):
     assert places(f"{folder}/**/*.js*")[0] == ROWS
     assert places(f"{folder}/a.jsonl:2\n{folder}/deep/b.json")[0] == [ROWS[0], ROWS[0], ROWS[1]]
     twice = read_examples(f"{folder}/a.jsonl\n{folder}/a.jsonl:2").rows
-    assert len({row.where for row in twice}) == 3, "every row has a place of its own"
+    twice += read_examples(f"{folder}\n{folder}/a.jsonl").rows[1:]
+    assert len({row.where for row in twice[:3]}) == 3, "every row has a place of its own"
+    assert len({row.where for row in twice[3:]}) == 2
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert places(tmp_path / "saved")[0] == ROWS
     parts = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
@@ -296,6 +307,8 @@ def test_a_row_of_megabytes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = read_examples(path, skip_bad=1)
     assert [row.completion for row in found.rows] == ["a", "c"]
     assert found.bad[0].what.startswith("a row of 5 MB") and found.bad[0].where == f"{path}:2"
+    path.write_text(json.dumps({"text": "b" * (5 << 20)}) + '\n{"text": "c"}\n')
+    assert read_examples(path, skip_bad=1).bad[0].where == f"{path}:1", "the first one, too"
 
 
 def test_nulls_that_columns_filled_in_are_no_values(tmp_path: Path):

@@ -1,6 +1,5 @@
 """Which texts a conversation becomes and what of them is trained, as models are asked."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,7 +136,26 @@ def test_calls_as_templates_want_them():
     assert special["<|user|>"] not in row.input_ids
 
 
-def test_all_data_modes_of_the_option(tmp_path: Path):
+def test_what_is_asked_and_wanted_of_a_row():
+    """The last answer that is trained, as it was trained, without the template's control tokens."""
+    renderer = renderer_of(CHATML)
+    (row,) = renderer.encode([Example("f:1", TALK, untrained=frozenset({3}))])
+    assert row.example is not None
+    asked, wanted = renderer.question_and_answer(row.example) or ([], "")
+    assert asked == renderer.prompt_ids(TALK[:1]) and wanted == "yo"
+    marked = CHATML.replace(
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>",
+        "{% generation %}<|im_start|>{{ m.role }}\n<think></think>{{ m.content }}<|im_end|>"
+        "{% endgeneration %}",
+    )
+    renderer = renderer_of(marked)
+    (row,) = renderer.encode([Example("f:1", [Q, {**A, "content": "say <|user|>"}])])
+    assert row.example is not None
+    _, wanted = renderer.question_and_answer(row.example) or ([], "")
+    assert wanted == "<think></think>say <|user|>", "from where it is asked, its own words whole"
+
+
+def test_the_option_decides_between_one_row_and_several():
     assert trained(renderer_of(CHATML, turns="each"), TALK) == ["yo<|im_end|>", "so<|im_end|>"]
     assert trained(renderer_of(CHATML, turns="last"), TALK) == ["so<|im_end|>"]
     assert trained(renderer_of(CHATML), TALK) == ["yo<|im_end|>so<|im_end|>"]

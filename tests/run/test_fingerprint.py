@@ -70,6 +70,38 @@ def test_a_constant_rate_that_warmed_up_once_is_named():
     assert rules_of(record(lr_scheduler_type="constant"))["rates"] is None
 
 
+def test_rows_that_this_release_makes_otherwise_are_named():
+    info, was = record(), record()
+    info["data"] |= {"rows": 3, "tokens": 40, "supervised_tokens": 9}
+    was["data"] |= {"rows": 3, "tokens": 41, "supervised_tokens": 9}
+    with pytest.raises(ModelError, match="another training") as refusal:
+        changes_since({"fingerprint": fingerprint(was)}, info, set())
+    assert "rendered" in refusal.value.found
+    assert len(changes_since({"fingerprint": fingerprint(was)}, info, {"rendered"})) == 1
+
+
+def test_a_checkpoint_of_before_there_was_such_a_count_goes_on(
+    reliable_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from halfbyte.run import checkpoint
+
+    out, read = tmp_path / "run", checkpoint.read_state
+
+    def older(found: checkpoint.Found) -> dict[str, Any]:
+        state = read(found)
+        state.get("fingerprint", {}).pop("rendered", None)  # a rehearsal's has none
+        return state
+
+    with pytest.raises(Interrupted):
+        halfbyte.train(
+            TrainConfig(**reliable_options(reliable_inputs, out)), reporter=stopped_after(3)
+        )
+    monkeypatch.setattr(checkpoint, "read_state", older)
+    again = reliable_options(reliable_inputs, out, resume_from_checkpoint="auto")
+    run = halfbyte.train(TrainConfig(**again), reporter=Reporter())
+    assert not run.info()["changes"]
+
+
 def test_no_warm_up_is_compared_as_it_was_said_before():
     was = fingerprint(record())
     assert (was["warmup_steps"], was["warmup_ratio"]) == (0, 0.0)

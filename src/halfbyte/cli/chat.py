@@ -12,7 +12,7 @@ from .options import Verb
 def chat(record: ChatConfig) -> dict[str, Any]:
     """Talk to MODEL: a run directory, a Hub id or a local directory. --prompt for one answer."""
     from ..data.renderer import Renderer
-    from ..run.load import load
+    from ..run.load import load, run_renderer
     from ..run.source import held_in, run_at
 
     given = {
@@ -23,7 +23,7 @@ def chat(record: ChatConfig) -> dict[str, Any]:
     run = run_at(record.model)
     model, tokenizer = load(record.model, progress=console.progress, **given)
     console.say(f"{record.model} is held in {held_in(model)}")
-    renderer = Renderer(tokenizer, clock=run.clock() if run else None)
+    renderer = run_renderer(run, run.config()) if run else Renderer(tokenizer)
     # a run trained on texts continues texts: a chat template is a form it never saw
     plain = run is not None and run.info()["data"]["form"] in ("prompt", "text")
     if plain:

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ..config.aliases import TOGETHER
 from ..config.verbs import DataCheckConfig
 from . import console
 from .options import Verb, flags_of
@@ -14,7 +15,6 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
     """What of a data source will be trained, token by token; every bad row named. Reads no
     weights."""
     from ..data.dataset import data_lines, read_data
-    from ..data.readers import TOGETHER
     from ..files import hub
     from ..run.load import run_renderer
     from ..run.source import run_at
@@ -55,7 +55,7 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
         console.say(f"{row.where}:")
         console.show_row(data.renderer.pieces(row))
     named = [word for source in record.data.split(TOGETHER) for word in ("--data", source)]
-    model = "demo" if run else record.model
+    model = run.info()["base"]["name"] if run else record.model
     console.following("train", model, *named, *flags_of(record, ("data", "model", "rows")))
     return {"data": record.data, "model": record.model, **counts}
 

@@ -79,6 +79,7 @@ def _rows_as_in(run: Run | None, record: EvalConfig) -> DataOptions:
         return options
     trained = run.config()
     kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
+    kept += ("turns", "drop_roles", "parse_control_tokens")
     as_before = {key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
     return options.model_copy(update=as_before)
 

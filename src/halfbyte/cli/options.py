@@ -13,6 +13,7 @@ from ..config.aliases import (
     NEGATED,
     RENAMED,
     SWITCHES,
+    TOGETHER,
     WHOLE,
     contradiction,
     raise_all,
@@ -116,7 +117,7 @@ class Verb(click.Command):
                 ):
                     equals, item = "=", "true"
                 if field == "data" and field in given:  # several sources are one training's
-                    item = f"{given[field][1]}\n{item}"
+                    item = f"{given[field][1]}{TOGETHER}{item}"
                 elif field in given and given[field][1].lower() != str(item).lower():
                     first, before = given[field]
                     errors.append(

@@ -10,6 +10,9 @@ from typing import Any
 
 from ..errors import UsageError
 
+TOGETHER = "\n"
+"""Between the sources of a training that has several: no file's name holds it."""
+
 RENAMED = {
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
@@ -52,8 +55,6 @@ RENAMED = {
     "neat_packing": "packing",
     "double_quantization": "bnb_4bit_use_double_quant",
     "quantization_type": "bnb_4bit_quant_type",
-    "lora_dropout_p": "lora_dropout",
-    "max_grad_norm_clip": "max_grad_norm",
 }
 """Other tools' names for our options."""
 
@@ -318,18 +319,16 @@ def _data_sets(key: str, value: list[Any], where: str) -> tuple[dict[str, Any], 
                 ways_out=["name the columns as a form that is known has them"],
             )
         left |= item.keys() & {"type", "ds_type"}
-    ours: dict[str, Any] = {"data": "\n".join(names)}
+    ours: dict[str, Any] = {"data": TOGETHER.join(names)}
     splits = {item["split"] for item in value if isinstance(item, dict) and item.get("split")}
     if len(splits) > 1:
         raise UsageError(f"{key}: several splits", where=where, found=", ".join(sorted(splits)))
     if splits:
         ours["dataset_train_split"] = splits.pop()
-    notice = f"{key} is called data here; taken as such"
+    notices = [] if key == "data" else [f"{key} is called data here; taken as such"]
     if left:
-        notice += (
-            f" ({' and '.join(sorted(left))}: the columns of the rows say what form they have)"
-        )
-    return ours, notice
+        notices.append(f"{' and '.join(sorted(left))}: the columns of the rows say their form")
+    return ours, "; ".join(notices) or None
 
 
 WHOLE = ("batch_size", "train_batch_size")

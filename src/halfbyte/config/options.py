@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from .aliases import TOGETHER
 from .rules import ABSENT, option, rules_of
 
 
@@ -229,7 +230,7 @@ class DataOptions(Options):
     def _sources(cls, value: Any) -> Any:
         """Several sources are one string, a line each."""
         if isinstance(value, list | tuple) and all(isinstance(v, str | PurePath) for v in value):
-            return "\n".join(map(str, value))
+            return TOGETHER.join(map(str, value))
         return value
 
     max_length: int = option(
@@ -545,7 +546,8 @@ class TrainConfig(
     )
     data: str = option(
         ...,
-        "a .json, .jsonl, .csv, .tsv or .parquet file, or a Hub data set (owner/name)",
+        "a .json, .jsonl, .csv, .tsv, .parquet, .arrow or .txt file (packed, too), a folder or "
+        "pattern of them, or a Hub data set (owner/name); given several times, all of them",
         resume="free",
     )
     force: bool = option(False, "train although the plan says that it does not fit", resume="free")

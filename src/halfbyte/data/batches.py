@@ -7,7 +7,7 @@ that fills ``max_length``. A micro-batch lays the rows of its units end to end; 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -85,8 +85,8 @@ def prepare(
             if over_length == "drop":
                 result.dropped_long.append(row.where)
                 continue
-            kept = TokenizedExample(
-                row.where, row.input_ids[:max_length], row.loss_mask[:max_length]
+            kept = replace(
+                row, input_ids=row.input_ids[:max_length], loss_mask=row.loss_mask[:max_length]
             )
         # the first token of a row is predicted by nothing
         if not any(kept.loss_mask[1:]):

@@ -26,7 +26,6 @@ from .batches import Prepared, Schedule, prepare
 from .formats import Example, read_examples, refuse_bad
 from .readers import files_of, sources
 from .renderer import PARTS, SPLIT, Renderer, TokenizedExample, read_template
-from .template import TemplateStopped
 
 BATCH = 256
 """Rows tokenized at once."""
@@ -36,17 +35,15 @@ BATCH = 256
 class Data:
     """Rows and everything that was decided about them.
 
-    given: as read. examples: what rows were made of, by their place. train: what is trained on.
-    held_out: evaluated, never trained on. share_held_out: ``eval_split`` as it was given, or
-    decided. rows_cut: of all, longer than max_length. noticed: what people should be told of the
-    rows, and of how many it holds.
+    given: as read. train: what is trained on. held_out: evaluated, never trained on.
+    share_held_out: ``eval_split`` as it was given, or decided. rows_cut: of all, longer than
+    max_length. noticed: what people should be told of the rows, and of how many it holds.
     """
 
     format: str
     renderer: Renderer
     max_length: int
     given: list[Example]
-    examples: dict[str, Example]
     train: Prepared
     held_out: list[TokenizedExample]
     bad: list[DataError] = field(default_factory=list)
@@ -69,8 +66,8 @@ class Data:
     def question(self, row: TokenizedExample) -> tuple[list[int], str] | None:
         """Ids that ask for a row's last answer, and the answer; None where there is none, or it is
         too long to ask."""
-        example = self.examples.get(row.where)  # a part of a text has none
-        pair = self.renderer.question_and_answer(example) if example else None
+        # a part of a text was made of none
+        pair = self.renderer.question_and_answer(row.example) if row.example else None
         return None if pair is None or len(pair[0]) >= self.max_length else pair
 
     def questions(self, count: int) -> list[tuple[TokenizedExample, list[int], str]]:
@@ -148,7 +145,6 @@ def read_data(
         renderer=renderer,
         max_length=max_length,
         given=found.rows,
-        examples={row.where: row.example for row in rows if row.example is not None},
         train=train,
         held_out=held_out,
         bad=bad,
@@ -222,21 +218,9 @@ def encode(
     bad: list[DataError] = []
     starts = [str(start) for start in range(0, len(examples), BATCH)]
     for start in progress(starts, len(starts), "tokenizing"):
-        batch = examples[int(start) : int(start) + BATCH]
-        noticed = renderer.noticed.copy()
-        try:
-            rows += renderer.encode(batch)
-        except TemplateStopped:
-            raise
-        except DataError:
-            renderer.noticed = noticed
-            for example in batch:
-                try:
-                    rows += renderer.encode([example])
-                except TemplateStopped:
-                    raise
-                except DataError as error:
-                    bad.append(error)
+        good, refused = renderer.encode_each(examples[int(start) : int(start) + BATCH])
+        rows += good
+        bad += refused
     return rows, bad
 
 

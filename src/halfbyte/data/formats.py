@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import DataError
 from .cells import integers, is_missing, loaded, string
-from .messages import read_messages, read_tools, refuse_media
+from .messages import read_messages, read_tools, refuse_media, role_of
 from .readers import read_rows
 
 FORMATS = (
@@ -301,13 +301,13 @@ def _from_turns(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Exa
         raise DataError(
             "column 'completion' must be a list of messages, as the prompt", where=where
         )
-    if not any(turn.get("role", turn.get("from")) == "assistant" for turn in completion):
+    if not any(role_of(turn) == "assistant" for turn in completion):
         raise DataError(
             "the completion has no assistant's turn: there is nothing to train", where=where
         )
     example = _conversation(row, prompt + completion, where, "prompt + completion", dropped)
-    read = len(example.messages or []) - len(completion)
-    return replace(example, supervised_from=read)
+    trained = sum(role_of(turn) not in dropped for turn in completion)
+    return replace(example, supervised_from=len(example.messages or []) - trained)
 
 
 def _from_text(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:

@@ -3,7 +3,6 @@ rows under a key."""
 
 import io
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -90,26 +89,34 @@ def _bad_json(where: str, error: ValueError | RecursionError) -> DataError:
     )
 
 
+def _bad_text(name: str, text: str, position: int, error: ValueError | RecursionError) -> DataError:
+    """Of a value that begins at a position of the whole text."""
+    at = error.pos if isinstance(error, json.JSONDecodeError) else position
+    return _bad_json(f"{name}:{text.count(chr(10), 0, at) + 1}", error)
+
+
 def _is_line(stream: Begun) -> bool:
-    """Whether the first line that is not empty is a value by itself."""
-    read = []
+    """Whether rows stand on a line each: the first one is a value by itself, or is damaged and not
+    the beginning of an object over several lines (which goes on, and whose next line is no row)."""
+    read: list[bytes] = []
+    lines: list[bytes] = []
+    while len(lines) < 2 and (line := stream.readline()):
+        read.append(line)
+        if text := line.removeprefix(b"\xef\xbb\xbf").strip():
+            lines.append(text)
+    stream.unread(b"".join(read))
+    first, second = (*lines, b"", b"")[:2]
+    return _is_value(first) or first[-1:] not in (b"{", b"[", b",") or _is_value(second)
+
+
+def _is_value(line: bytes) -> bool:
+    """Whether a line is a whole object."""
     try:
-        while line := stream.readline():
-            read.append(line)
-            text = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if not text:
-                continue
-            try:
-                json.loads(text)
-            except UnicodeDecodeError:
-                return True
-            except (ValueError, RecursionError):
-                # an object over several lines begins with what can go on
-                return not re.fullmatch(rb'\{\s*("[^"]*"\s*:\s*([\[{"].*|[\w.+-]+,?))?', text)
-            return True
-        return True
-    finally:
-        stream.unread(b"".join(read))
+        return isinstance(json.loads(line), dict)
+    except UnicodeDecodeError:
+        return True  # refused where it is read
+    except (ValueError, RecursionError):
+        return False
 
 
 def _values(name: str, text: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -125,8 +132,7 @@ def _values(name: str, text: str, split: str) -> Iterator[tuple[str, Any]]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            at = error.pos if isinstance(error, json.JSONDecodeError) else position
-            raise _bad_json(f"{name}:{text.count(chr(10), 0, at) + 1}", error) from error
+            raise _bad_text(name, text, position, error) from error
         found += 1
         alone = found == 1 and not text[position:].strip()
         if alone and isinstance(value, dict) and (key := _key_of_rows(value, name, split)):
@@ -139,12 +145,14 @@ def _values(name: str, text: str, split: str) -> Iterator[tuple[str, Any]]:
 def _key_of_rows(value: dict[str, Any], name: str, split: str) -> str:
     """The key of an object under which a file's rows stand, "" if it is a row itself."""
     own = ("messages", "conversations", "prompt", "completion", "tools", "functions", "history")
+    if any(key in value for key in (*own, "instruction", "question", "text", "input_ids")):
+        return ""
     keys = [
         key
         for key, items in value.items()
         if isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
     ]
-    if not keys or any(key in own for key in keys):
+    if not keys:
         return ""
     if len(keys) > 1 and split not in keys:
         raise DataError(
@@ -162,7 +170,7 @@ def _lines(name: str, stream: Begun, split: str, refuse: Refuse) -> Iterator[tup
         number += 1
         if first:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if len(line) >= LONGEST_LINE and line[-1:] != b"\n":
+        if len(line) >= LONGEST_LINE:
             size = len(line)
             while line[-1:] != b"\n" and (line := stream.readline()):
                 size += len(line)
@@ -209,8 +217,7 @@ def _array_items(path: str, text: str) -> Iterator[tuple[str, Any]]:
         try:
             value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            at = error.pos if isinstance(error, json.JSONDecodeError) else position
-            raise _bad_json(f"{path}:{text.count(chr(10), 0, at) + 1}", error) from error
+            raise _bad_text(path, text, position, error) from error
         # several rows on a line are told apart by their number in the array
         item += 1
         yield f"{path}:{line}" + (f" item {item}" if line == before else ""), value

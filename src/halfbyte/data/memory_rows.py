@@ -1,5 +1,6 @@
 """Rows that a script has in memory, as the file that a run keeps of them."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -25,3 +26,9 @@ def rows_in_memory(data: Any) -> bytes | None:
                 "a row holds what JSON cannot hold", where=f"row {number}", found=str(error)[:200]
             ) from error
     return "".join(lines).encode("utf-8", "surrogatepass")
+
+
+def rows_name(rows: bytes) -> str:
+    """The name of that file: other rows have another, so that none of an earlier run is written
+    over."""
+    return f"rows-{hashlib.sha256(rows).hexdigest()[:12]}.jsonl"

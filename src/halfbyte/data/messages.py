@@ -31,6 +31,12 @@ TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_weight")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
+def role_of(message: Any) -> str | None:
+    """A message's role in our words; None where it has none that is known."""
+    said = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    return ROLES.get(said) if isinstance(said, str) else None
+
+
 def refuse_media(value: dict[str, Any], where: str) -> None:
     """Raise DataError for a row or message with pictures or sound."""
     for key in MEDIA:
@@ -93,7 +99,7 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
     theirs = turn.pop(named, None)
     if named == "from":
         turn = {"content": turn.pop("value", None), **turn}
-    role = ROLES.get(theirs) if isinstance(theirs, str) else None
+    role = role_of(message)
     if role is None:
         found = (
             repr(theirs) if theirs is not None else f"no role among {', '.join(turn) or 'nothing'}"

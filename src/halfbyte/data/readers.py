@@ -12,19 +12,19 @@ import glob
 import io
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from ..config.aliases import TOGETHER
 from ..errors import DataError, HalfbyteError, first_line
 from .cells import Refuse, Row, raise_it
 from .json_rows import Begun, json_rows, text_of
 from .packed import PACKED, Capped, unpacker
-from .tables import arrow_rows, columns_of, parquet_rows, table
+from .tables import columnar_rows, columns_of, table
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
-TOGETHER = "\n"
-"""Between the sources of a training that has several."""
 
 
 def sources(data: str | Path) -> list[tuple[str, int]]:
@@ -87,65 +87,66 @@ def read_rows(
     Raises:
         DataError: naming file and line: unreadable, not UTF-8, not JSON, not a table.
     """
-    for number, (source, times) in enumerate(sources(data)):
-        for time in range(times):
-            again = f" again {time}" if time else ""
-            twice = f" (source {number + 1})" if _stands_before(data, number) else ""
-            for where, row in _read_source(source, config, split, refuse):
-                yield f"{where}{again}{twice}", row
+    read: Counter[str] = Counter()
+    for source, times in sources(data):
+        for _ in range(times):
+            yield from _read_source(source, config, split, refuse, read)
 
 
-def _stands_before(data: str | Path, number: int) -> bool:
-    names = [name for name, _ in sources(data)]
-    return names[number] in names[:number]
-
-
-def _read_source(source: str, config: str | None, split: str, refuse: Refuse) -> Iterator[Row]:
-    path = Path(source).expanduser()
-    if (
-        not path.exists()
-        and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-        and not source.endswith((*SUFFIXES, *PACKED))
-    ):
-        yield from _hub(source, config, split)
-        return
-    saved = ("state.json", "dataset_dict.json")
-    if path.is_dir() and any((path / name).is_file() for name in saved):
-        yield from _saved(path, split)
-        return
-    for file in files_of(source) or [path]:
-        yield from _read_file(file, str(file), _open(file), split, refuse)
-
-
-def _read_file(
-    path: Path, name: str, stream: IO[bytes], split: str, refuse: Refuse
+def _read_source(
+    source: str, config: str | None, split: str, refuse: Refuse, read: Counter[str]
 ) -> Iterator[Row]:
-    """Rows of one file. name: how places begin."""
-    with stream:
+    """read: how often each file was, so that its rows have places of their own each time."""
+    path = Path(source).expanduser()
+    named, there = re.fullmatch(r"[\w.-]+/[\w.-]+", source), path.exists()
+    saved = ("state.json", "dataset_dict.json")
+    if not there and named and not source.endswith((*SUFFIXES, *PACKED)):
+        parts = [(source, _hub(source, config, split))]
+    elif path.is_dir() and any((path / name).is_file() for name in saved):
+        parts = [(source, _saved(path, split))]
+    else:
+        files = files_of(source) or [path]
+        parts = [(str(file), _read_file(file, split, refuse)) for file in files]
+    for name, rows in parts:
+        again = f" again {read[name]}" if read[name] else ""
+        read[name] += 1
+        for where, row in rows:
+            yield f"{where}{again}", row
+
+
+def _read_file(path: Path, split: str, refuse: Refuse) -> Iterator[Row]:
+    with _open(path) as stream:
         head = stream.read(4)
         stream.seek(0)
         if head == b"PK\x03\x04":
             yield from _zipped(path, split, refuse)
             return
         packed = unpacker(head)
-        suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-        kind = next((suffix for suffix in reversed(suffixes) if suffix in SUFFIXES), "")
-        if kind == ".parquet" or head == b"PAR1":
-            yield from parquet_rows(path, stream)
-        elif kind in (".arrow", ".feather") or head == b"ARRO":
-            yield from arrow_rows(path, stream)
-        else:
-            text: Any = io.BufferedReader(Capped(path, packed(stream))) if packed else stream
-            yield from _text_rows(path, name, text, kind, split, refuse)
+        kind = _kind(str(path), head)
+        text: Any = io.BufferedReader(Capped(path, packed(stream))) if packed else stream
+        yield from _rows(path, str(path), text, kind, split, refuse)
 
 
-def _text_rows(
+def _kind(name: str, head: bytes = b"") -> str:
+    """ "parquet", "arrow", or a suffix; "" where it says nothing."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    kind = next((suffix for suffix in reversed(suffixes) if suffix in SUFFIXES), "")
+    if kind == ".parquet" or head == b"PAR1":
+        return "parquet"
+    return "arrow" if kind in (".arrow", ".feather") or head == b"ARRO" else kind
+
+
+def _rows(
     path: Path, name: str, stream: IO[bytes], kind: str, split: str, refuse: Refuse
 ) -> Iterator[Row]:
+    """Rows of an unpacked file. name: how places begin."""
+    if kind in ("parquet", "arrow"):
+        whole = stream if stream.seekable() else io.BytesIO(stream.read())
+        yield from columnar_rows(name, whole, kind)
+        return
     if kind in (".csv", ".tsv"):
-        yield from table(
-            path, text_of(path, stream.read()), "\t" if kind == ".tsv" else ",", refuse
-        )
+        delimiter = "\t" if kind == ".tsv" else ","
+        yield from table(name, text_of(path, stream.read()), delimiter, refuse)
         return
     if kind == ".txt":
         yield name, {"text": text_of(path, stream.read())}
@@ -191,11 +192,7 @@ def _zipped(path: Path, split: str, refuse: Refuse) -> Iterator[Row]:
                 with archive.open(name) as member:
                     capped: Any = io.BufferedReader(Capped(path, member))
                     place = f"{path}/{name}"
-                    if Path(name).suffix.lower() == ".parquet":
-                        yield from parquet_rows(path, io.BytesIO(capped.read()))
-                        continue
-                    kind = Path(name).suffix.lower()
-                    yield from _text_rows(path, place, capped, kind, split, refuse)
+                    yield from _rows(path, place, capped, _kind(name), split, refuse)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise DataError(
             f"the zip file {path} cannot be unpacked", found=first_line(error)

@@ -31,7 +31,7 @@ from .formats import Example
 from .origins import places
 from .stand_ins import Shown, StandIns
 from .template import Rendering, Request, TemplateProcess
-from .turns import Span, Text, Turns, TurnWriter, pattern_of
+from .turns import Span, Text, Turns, TurnWriter, pattern_of, trained_turns, written
 from .unread import named_unread
 
 BUILTIN_TEMPLATE = """\
@@ -144,7 +144,7 @@ class Renderer:
 
     @property
     def template_sha256(self) -> str:
-        return hashlib.sha256(str(self.chat_template).encode()).hexdigest()
+        return template_digest(self.chat_template)
 
     @property
     def chat_template(self) -> str | dict[str, str]:
@@ -199,14 +199,10 @@ class Renderer:
             raise answer
         return answer
 
-    def texts(self, examples: Sequence[Example]) -> list[list[Text]]:
-        """The texts of each row; a conversation is several where its template makes it so.
-
-        Raises:
-            DataError: naming the row: the template raised, leaves something out, or writes no end
-                token.
-        """
-        found: dict[int, list[Text]] = {
+    def _texts(self, examples: Sequence[Example]) -> list[list[Text] | DataError]:
+        """The texts of each row, or why there is none: the template raised, leaves something out,
+        or writes no end token; a conversation is several where its template makes it so."""
+        found: dict[int, list[Text] | DataError] = {
             i: [self._plain(example)]
             for i, example in enumerate(examples)
             if example.messages is None
@@ -219,20 +215,25 @@ class Renderer:
             ]
             if not chosen:
                 continue
-            writer = self._writer(name)
-            for i, texts in zip(chosen, writer.write([examples[i] for i in chosen]), strict=True):
-                if isinstance(texts, DataError):
-                    raise texts
-                self._refuse_unfollowed(examples[i], texts)
-                try:
-                    unread = named_unread(examples[i], texts)
-                except DataError as error:
-                    error.where = examples[i].where
-                    raise
-                for what in unread:
-                    self.noticed[f"rows hold what the template does not write: {what}"] += 1
-                found[i] = texts
+            texts = self._writer(name).write([examples[i] for i in chosen])
+            for i, each in zip(chosen, texts, strict=True):
+                found[i] = each if isinstance(each, DataError) else self._read(examples[i], each)
         return [found[i] for i in range(len(examples))]
+
+    def _read(self, example: Example, texts: list[Text]) -> list[Text] | DataError:
+        """The texts, if all of the row is in them that must be."""
+        try:
+            self._refuse_unfollowed(example, texts)
+            unread = named_unread(example, texts)
+        except DataError as error:
+            error.where = example.where
+            return error
+        for what in unread:
+            self.noticed[f"rows hold what the template does not write: {what}"] += 1
+        if len(texts) > 1:
+            self.noticed[SPLIT] += 1
+            self.noticed[PARTS] += len(texts)
+        return texts
 
     def _plain(self, example: Example) -> Text:
         """A plain text, or a prompt and its completion; the end token follows."""
@@ -255,7 +256,7 @@ class Renderer:
         token."""
         if not any(text.lost for text in texts):
             return
-        for _, value in _all_strings(example):
+        for _, value in places(example.messages, example.tools):
             if found := self._special_pattern.search(value):
                 raise DataError(
                     f"the text {found.group()!r} in this row would become a control token: the "
@@ -271,49 +272,67 @@ class Renderer:
         """A row as pieces of known origin.
 
         Raises:
-            DataError: as `texts`.
+            DataError: naming the row.
         """
-        ((text,),) = self.texts([example])
+        (texts,) = self._texts([example])
+        if isinstance(texts, DataError):
+            raise texts
+        (text,) = texts
         return _cut(text.text, text.data, text.trained)
 
     # --- ids ---
 
     def encode(self, examples: list[Example]) -> list[TokenizedExample]:
-        """Ids and masks of many rows (the tokenizer works on them in parallel), in their order."""
-        written = iter(self.texts([e for e in examples if e.input_ids is None]))
-        rows: list[list[Text] | TokenizedExample] = [
-            _ready(example) if example.input_ids is not None else next(written)
-            for example in examples
-        ]
-        flat = [text for row in rows if isinstance(row, list) for text in row]
-        for row in rows:
-            if isinstance(row, list) and len(row) > 1:
-                self.noticed[SPLIT] += 1
-                self.noticed[PARTS] += len(row)
-        encoded = iter(self._encode(flat))
-        return [
-            ready
-            for row in rows
-            for ready in (
-                [row] if isinstance(row, TokenizedExample) else [next(encoded) for _ in row]
-            )
-        ]
+        """Ids and masks of many rows (the tokenizer works on them in parallel), in their order.
 
-    def _encode(self, texts: list[Text]) -> list[TokenizedExample]:
+        Raises:
+            DataError: naming the first row that cannot be rendered.
+        """
+        rows, bad = self.encode_each(examples)
+        if bad:
+            raise bad[0]
+        return rows
+
+    def encode_each(
+        self, examples: Sequence[Example]
+    ) -> tuple[list[TokenizedExample], list[DataError]]:
+        """Ids and masks of the rows that can be rendered, and an error for each other.
+
+        Raises:
+            TemplateStopped: the template does not end.
+        """
+        made = iter(self._texts([e for e in examples if e.input_ids is None]))
+        rows = [_ready(e) if e.input_ids is not None else next(made) for e in examples]
+        texts = [text for row in rows if isinstance(row, list) for text in row]
+        encoded = iter(self._encode(texts))
+        good: list[TokenizedExample] = []
+        bad: list[DataError] = []
+        for row in rows:
+            parts = [next(encoded) for _ in row] if isinstance(row, list) else [row]
+            wrong = [part for part in parts if isinstance(part, DataError)]
+            bad += wrong[:1]
+            if not wrong:
+                good += [part for part in parts if isinstance(part, TokenizedExample)]
+        return good, bad
+
+    def _encode(self, texts: list[Text]) -> list[TokenizedExample | DataError]:
         shown = [self._stand_ins.show(text.text, text.data) for text in texts]
         plain = [text.example.messages is None for text in texts]
         try:
             results = self._encode_batch(shown, plain)
         except DataError as error:  # a panic, of one of them
             if len(texts) > 1:
-                for text in texts:
-                    self._encode([text])
+                return [row for text in texts for row in self._encode([text])]
             error.where = texts[0].example.where
-            raise
-        return [
-            self._row(text, each, result)
-            for text, each, result in zip(texts, shown, results, strict=True)
-        ]
+            return [error]
+        found: list[TokenizedExample | DataError] = []
+        for text, each, result in zip(texts, shown, results, strict=True):
+            try:
+                found.append(self._row(text, each, result))
+            except DataError as error:
+                error.where = text.example.where
+                found.append(error)
+        return found
 
     def _encode_batch(self, shown: list[Shown], add_special_tokens: list[bool]) -> list[Any]:
         results: list[Any] = [None] * len(shown)
@@ -418,13 +437,15 @@ class Renderer:
             shown = self._stand_ins.show(prompt, [] if self._parse else [(0, len(prompt))])
             ids = self._ids(shown, True)
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
-        rendering = self._render(prompt, tools, True)
-        example = Example("the prompt", prompt, tools=tools)
-        text = Text(
-            example, rendering.text, _data_of(rendering), [], None, Counter(), rendering.lost
-        )
-        self._refuse_unfollowed(example, [text])
+        text = self._asking(prompt, tools)
         return self._ids(self._stand_ins.show(text.text, text.data), False)
+
+    def _asking(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Text:
+        """The text that asks for the next answer."""
+        example = Example("the prompt", messages, tools=tools)
+        text = written(example, self._render(messages, tools, True), [], None)
+        self._refuse_unfollowed(example, [text])
+        return text
 
     def _ids(self, shown: Shown, add_special_tokens: bool) -> list[int]:
         (result,) = self._encode_batch([shown], [add_special_tokens])
@@ -434,20 +455,35 @@ class Renderer:
         """The ids that ask for a row's last answer, and that answer as it was trained; None where
         there is no question (plain text) or the answer is a call."""
         if example.messages is not None:
-            ((*_, text),) = self.texts([example])
-            last = max(
-                i for i, message in enumerate(example.messages) if message["role"] == "assistant"
-            )
+            last = trained_turns(example)[-1]
             asked = any(message["role"] in ("user", "tool") for message in example.messages[:last])
             if not asked or example.messages[last].get("tool_calls"):
                 return None
-            wanted = example.messages[last]["content"]
-            if text.answer is not None:
-                wanted = text.text[slice(*text.answer)]
-            return self.prompt_ids(example.messages[:last], example.tools), wanted.strip()
+            asking = self._asking(example.messages[:last], example.tools)
+            ids = self._ids(self._stand_ins.show(asking.text, asking.data), False)
+            return ids, self._wanted(example, last, asking.text)
         if not example.prompt:
             return None
         return self.prompt_ids(example.prompt), example.completion
+
+    def _wanted(self, example: Example, turn: int, asking: str) -> str:
+        """The answer of a turn as it was trained, without control tokens of the template; as it
+        stands in the row where everything was trained."""
+        (texts,) = self._texts([example])
+        if isinstance(texts, DataError):
+            raise texts
+        text = texts[-1]
+        if text.answer is None:
+            return (example.messages or [])[turn]["content"].strip()
+        start, stop = text.answer
+        if text.text.startswith(asking):  # marks may begin before what is asked
+            start = max(start, len(asking))
+        pieces = _cut(text.text[:stop], text.data, [(start, stop)])
+        return "".join(
+            piece.text if piece.from_data else self._special_pattern.sub("", piece.text)
+            for piece in pieces
+            if piece.supervised
+        ).strip()
 
     def pieces(self, row: TokenizedExample) -> list[tuple[str, str]]:
         """A row as (text, kind) for people, kind one of "read", "trained", "end" (a trained control
@@ -495,6 +531,13 @@ class Renderer:
         return sorted(stops)
 
 
+def template_digest(chat_template: str | dict[str, str] | None) -> str:
+    """sha256 of what a tokenizer's ``chat_template`` is, whatever the order of several."""
+    named = isinstance(chat_template, dict)
+    text = str(dict(sorted(chat_template.items())) if named else chat_template)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 SPLIT = "conversations became"
 PARTS = "rows, one for each answer: the template writes earlier turns anew (--turns last|each)"
 SHARED = (
@@ -511,19 +554,6 @@ def _shared(offsets: list[Span], places: list[int]) -> list[int]:
             at += 1
         if at < len(offsets) and offsets[at][0] < place:
             found.append(place)
-    return found
-
-
-def _all_strings(example: Example) -> list[tuple[Any, str]]:
-    return places(example.messages, example.tools)
-
-
-def _data_of(rendering: Rendering) -> list[Span]:
-    found, at = [], 0
-    for count, place, _ in rendering.origins:
-        if place >= 0:
-            found.append((at, at + count))
-        at += count
     return found
 
 

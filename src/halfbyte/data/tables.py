@@ -3,15 +3,15 @@
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DataError, first_line
 from .cells import Refuse, Row
 
 
-def table(path: Path, text: str, delimiter: str, refuse: Refuse) -> Iterator[Row]:
-    """CSV or TSV with a header line; a row's place is the line it begins on."""
+def table(name: str, text: str, delimiter: str, refuse: Refuse) -> Iterator[Row]:
+    """CSV or TSV with a header line; a row's place is the line it begins on, of the file so
+    named."""
     csv.field_size_limit(1 << 30)
     titles = text.partition("\n")[0]
     if delimiter not in titles:
@@ -29,12 +29,12 @@ def table(path: Path, text: str, delimiter: str, refuse: Refuse) -> Iterator[Row
         except csv.Error as error:
             raise DataError(
                 f"not valid CSV: {error}",
-                where=f"{path}:{begins}",
+                where=f"{name}:{begins}",
                 ways_out=["mend the quotes of this row"],
             ) from error
         if cells is None:
             return
-        where, begins = f"{path}:{begins}", reader.line_num + 1
+        where, begins = f"{name}:{begins}", reader.line_num + 1
         if not cells:
             continue
         if header is None:
@@ -65,39 +65,32 @@ def columns_of(row: dict[str, Any]) -> dict[str, Any]:
     return {key: _without_nulls(value) for key, value in row.items()}
 
 
-def parquet_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
+def columnar_rows(name: str, stream: IO[bytes], kind: str) -> Iterator[Row]:
+    """A parquet file; or (kind "arrow") an arrow file, as a stream or with an index."""
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(stream) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=512):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", columns_of(row)
-    except (OSError, pyarrow.ArrowException, ValueError) as error:
-        message = first_line(error)
-        raise DataError(f"cannot read the parquet file {path}", found=message) from error
-
-
-def arrow_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
-    """An arrow file, as a stream or with an index."""
-    import pyarrow
-    from pyarrow import ipc
-
-    try:
-        file = stream.read(6) == b"ARROW1"
-        stream.seek(0)
-        reader = ipc.open_file(stream) if file else ipc.open_stream(stream)
-        batches = (
-            (reader.get_batch(i) for i in range(reader.num_record_batches)) if file else reader
-        )
         number = 0
-        for batch in batches:
+        for batch in _batches(stream, kind):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", columns_of(row)
+                yield f"{name} row {number}", columns_of(row)
     except (OSError, pyarrow.ArrowException, ValueError) as error:
         message = first_line(error)
-        raise DataError(f"cannot read the arrow file {path}", found=message) from error
+        raise DataError(f"cannot read the {kind} file {name}", found=message) from error
+
+
+def _batches(stream: IO[bytes], kind: str) -> Iterator[Any]:
+    from pyarrow import ipc, parquet
+
+    if kind == "parquet":
+        with parquet.ParquetFile(stream) as file:
+            yield from file.iter_batches(batch_size=512)
+        return
+    indexed = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    if indexed:
+        reader = ipc.open_file(stream)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        yield from ipc.open_stream(stream)

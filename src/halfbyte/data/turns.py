@@ -35,7 +35,7 @@ class Rewrites(DataError):
 class Text:
     """A rendered row. data: spans from the row, the others are the template's. trained: spans, in
     order. answer: of the last trained turn, the start and the place where its end begins.
-    read: characters by place number."""
+    read: characters by place number. variant: of the conversation, as the template took it."""
 
     example: Example
     text: str
@@ -44,6 +44,7 @@ class Text:
     answer: Span | None
     read: Counter[int]
     lost: bool = False
+    variant: int = 0
 
 
 class TurnWriter:
@@ -157,7 +158,7 @@ class TurnWriter:
                     "everything is trained",
                     ways_out=["--assistant_only_loss true"],
                 )
-            return _text_of(example, whole, [(0, len(whole.text))], None)
+            return written(example, whole, [(0, len(whole.text))], None)
         spans: list[Span] = []
         answer = None
         for turn, number in zip(turns, numbers, strict=True):
@@ -176,12 +177,10 @@ class TurnWriter:
             text, end = self._end(after.text, start, whole.text, turn + 1 == len(messages))
             if end is None:
                 raise self._rewrites(turn)
-            if text != whole.text:  # the next role's token, which nobody wrote yet
-                origins = [*whole.origins, (len(text) - len(whole.text), TEMPLATE, 0)]
-                whole = replace(whole, text=text, origins=origins)
+            whole = _longer(whole, text)
             spans.append((start, end[1]))
             answer = (start, end[0])
-        return _text_of(example, whole, spans, answer)
+        return written(example, whole, spans, answer)
 
     def _as_marked(self, example: Example, whole: Rendering, owners: dict[int, int]) -> Text:
         """What ``{% generation %}`` marks, without messages that are only read."""
@@ -201,7 +200,7 @@ class TurnWriter:
         start, stop = spans[-1]
         ends = [m for m in self._added.finditer(whole.text, start, stop) if m.end() > m.start()]
         tail = next((m.start() for m in ends if not whole.text[m.end() : stop].strip()), stop)
-        return _text_of(example, whole, spans, (start, tail))
+        return written(example, whole, spans, (start, tail))
 
     def _opened(self, turn: int, whole: Rendering, owners: dict[int, int]) -> int | None:
         """Where an answer begins whose question cannot be rendered by itself (the first turn of
@@ -252,10 +251,7 @@ class TurnWriter:
         between = whole.text[len(common) : first].strip()
         if between or not opened or not content.lstrip().startswith(opened):
             spans = [(len(common), end[1])]
-            whole = replace(
-                whole, text=text, origins=[*whole.origins, (len(text) - len(whole.text), -1, 0)]
-            )
-            return _text_of(example, whole, spans, (len(common), end[0]))
+            return written(example, _longer(whole, text), spans, (len(common), end[0]))
         skipped = content.index(opened) + len(opened)
         body = content[skipped:]
         gap = before.text[len(common) :].partition(opened)[2]
@@ -268,8 +264,8 @@ class TurnWriter:
             (len(text) - len(before.text) - len(body) + shift, TEMPLATE, 0),
         ]
         moved = len(before.text) + len(body) - shift - last
-        made = Rendering(text, origins, [], whole.lost)
-        made_text = _text_of(
+        made = replace(whole, text=text, origins=origins)
+        made_text = written(
             example, made, [(len(before.text), end[1] + moved)], (len(before.text), end[0] + moved)
         )
         made_text.read[place] = len(content)
@@ -422,6 +418,14 @@ def _runs(rendering: Rendering) -> list[tuple[int, int, int, int]]:
     return found
 
 
+def _longer(whole: Rendering, text: str) -> Rendering:
+    """With what was added at its end: the next role's token, which nobody wrote yet."""
+    if text == whole.text:
+        return whole
+    added = (len(text) - len(whole.text), TEMPLATE, 0)
+    return replace(whole, text=text, origins=[*whole.origins, added])
+
+
 def _starts(rendering: Rendering, owners: dict[int, int]) -> dict[int, int]:
     """Where each message's first character stands in the text."""
     found: dict[int, int] = {}
@@ -431,7 +435,7 @@ def _starts(rendering: Rendering, owners: dict[int, int]) -> dict[int, int]:
     return found
 
 
-def _text_of(
+def written(
     example: Example, rendering: Rendering, trained: list[Span], answer: Span | None
 ) -> Text:
     data: list[Span] = []
@@ -444,4 +448,5 @@ def _text_of(
             data[-1] = (data[-1][0], at + count)
         else:
             data.append((at, at + count))
-    return Text(example, rendering.text, data, trained, answer, read, rendering.lost)
+    more = rendering.lost, rendering.variant
+    return Text(example, rendering.text, data, trained, answer, read, *more)

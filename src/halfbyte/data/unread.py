@@ -2,11 +2,13 @@
 answer, an instruction or a call is lost, named and counted where it is not."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError
 from .formats import Example
 from .origins import KEY, Path, places
+from .template import variants
 from .turns import Text, trained_turns
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -16,18 +18,15 @@ def unread(example: Example, texts: Sequence[Text]) -> list[tuple[Path, str, boo
     """Strings of a conversation of which nothing, or (True) not all, is in its texts."""
     found = []
     for number, (path, value) in enumerate(places(example.messages, example.tools)):
-        wanted = sum(not character.isspace() for character in value)
-        if not wanted or (path[-1] == KEY and path[0] == "tools"):
-            continue
         most = max(text.read[number] for text in texts)
-        if most >= wanted:
+        if most >= len(value.strip()) or (path[-1] == KEY and path[0] == "tools"):
+            continue
+        if most >= sum(not character.isspace() for character in value):
             continue
         if any(text.lost and value.strip() in text.text for text in texts):
             continue
-        if most:
-            spaces = len(value) - len(value.strip())
-            if most >= len(value) - spaces or path[-1] != "content":
-                continue
+        if most and path[-1] != "content":
+            continue
         found.append((path, value, most > 0))
     return found
 
@@ -42,10 +41,8 @@ def named_unread(example: Example, texts: Sequence[Text]) -> set[str]:
     Raises:
         DataError: an answer, an instruction or a call is in no token.
     """
-    whole = max((text.example for text in texts), key=lambda each: len(each.messages or []))
-    if len(whole.messages or []) == len(example.messages or []):
-        example = whole  # as the template took it
-    messages, found = example.messages or [], set[str]()
+    messages, found = variants(example.messages or [])[texts[0].variant], set[str]()
+    example = replace(example, messages=messages)
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     trained = {turn for text in texts for turn in trained_turns(text.example)}
     for path, value, partly in unread(example, texts):

@@ -31,7 +31,7 @@ from ..files.atomic import (
 
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
 NONFINITE, MEMORY, PLAN_JSON = "nonfinite.jsonl", "memory.jsonl", "plan.json"
-QUANT_JSON, ROWS = "quant.json", "rows.jsonl"
+QUANT_JSON = "quant.json"
 RUN_COPY = ".run.json"
 """The record once more: a flipped bit costs one of them."""
 NEEDED: dict[str, tuple[str, ...]] = {

@@ -119,7 +119,7 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         "template": info["template_sha256"],
         "tokenizer": info["tokenizer_sha256"],
         "base_config": info["base"].get("computed_by") if "base" in info else None,
-        "rendered": [info["data"].get(key) for key in RENDERED],
+        "rendered": rendered(info),
         "total_steps": info["total_steps"],
         "compute_dtype": info["compute_dtype"],
         "threads": info["machine"]["threads"],
@@ -128,6 +128,11 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         **{name: info["versions"][name] for name in ("torch", "transformers")},
         **rules_of(info),
     }
+
+
+def rendered(info: dict[str, Any]) -> list[int | None]:
+    """What rows were made of the data, by a record of any release."""
+    return [info["data"].get(key) for key in RENDERED]
 
 
 def _told(key: str, before: Any, now: Any) -> str:

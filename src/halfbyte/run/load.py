@@ -1,14 +1,13 @@
 """A model directory or a run to a model and its tokenizer; an adapter goes on no other base than
 its own."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from ..adapters.peft_files import load_adapter
 from ..config.hf_objects import options_of
 from ..config.options import DataOptions, ModelOptions
-from ..data.renderer import Renderer
+from ..data.renderer import Renderer, template_digest
 from ..errors import ModelError, UsageError
 from ..files import atomic, hub
 from ..files.model_config import computed_by, differences
@@ -111,7 +110,7 @@ def run_tokenizer(run: Run) -> Any:
     """
     tokenizer = hub.load_tokenizer(run.adapter)
     expected = atomic.read_json(run.adapter / ADAPTER_FACTS).get("template_sha256")
-    if hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() != expected:
+    if template_digest(tokenizer.chat_template) != expected:
         raise ModelError(
             f"the chat template in {run.adapter} is not the one this adapter was trained with",
             ways_out=[

@@ -9,7 +9,7 @@ from ..errors import BusyError, ModelError, UsageError
 from ..progress import Say
 from ..run import checkpoint
 from ..run.directory import Run
-from ..run.fingerprint import RESHAPING, changes_since
+from ..run.fingerprint import RESHAPING, changes_since, rendered
 from ..run.load import refuse_other_base
 from .promise import Promise
 
@@ -117,7 +117,9 @@ class Resume:
         Raises:
             ModelError: something does that was not allowed, or that no resume can change.
         """
-        self.changes = changes_since(self.state, info, self.allowed)
+        # releases before it was part of a fingerprint had it in the record
+        before = {"rendered": rendered(self.run.info()), **self.state["fingerprint"]}
+        self.changes = changes_since({"fingerprint": before}, info, self.allowed)
         was = self.state.get("cut", {}).get("now", {})
         for name in sorted(was):
             if was[name] != (now := getattr(config, name)):

@@ -20,10 +20,10 @@ import torch
 from ..adapters.initial import begin_with_adapter
 from ..adapters.lora import target_names
 from ..adapters.peft_files import restore_adapter
+from ..config.aliases import TOGETHER
 from ..config.options import TrainConfig
 from ..data.batches import Schedule
 from ..data.dataset import Data, data_lines, read_data, schedule_of, source_digest
-from ..data.readers import TOGETHER
 from ..engine.learner import Learner
 from ..engine.lr_schedule import unused_warmup, warmup_steps
 from ..engine.selftest import self_test

@@ -19,7 +19,7 @@ from ..adapters.modules_to_save import trainable_modules
 from ..config.hf_objects import config_of
 from ..config.options import TrainConfig
 from ..data.batches import MicroBatch, collate, largest_pass
-from ..data.memory_rows import rows_in_memory
+from ..data.memory_rows import rows_in_memory, rows_name
 from ..engine.evaluate import largest_group, mean_loss
 from ..engine.generate import SAMPLE_SECONDS, SAMPLE_TOKENS, answers
 from ..engine.judge import NEUTRAL_TOKENS, Judge, words
@@ -31,7 +31,7 @@ from ..model.architecture import choose_device
 from ..ops import cpu
 from ..progress import Reporter
 from ..quantization.original import OriginalWeights
-from ..run.directory import EVALS, METRICS, NONFINITE, ROWS, SAMPLES, Run
+from ..run.directory import EVALS, METRICS, NONFINITE, SAMPLES, Run
 from .interrupts import NOTHING_LOST, ONLY_THE_RESULT, Abandoned, Interrupts
 from .promise import Promise
 from .recovery import Recovery, exhausted
@@ -59,7 +59,7 @@ def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run
     things = tuple(thing for thing in config if not isinstance(thing, Reporter))
     rows = rows_in_memory(options.get("data"))
     if rows is not None:
-        options["data"] = ROWS
+        options["data"] = rows_name(rows)
     wanted = config_of(TrainConfig, things, options)
     if "kernels" in wanted.model_fields_set:
         cpu.use(wanted.kernels)  # the plan and the record are of what will compute
@@ -67,8 +67,8 @@ def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run
     atomic.check_writable(run.path)
     with run.locked():
         if rows is not None:
-            wanted.data = str(run.path / ROWS)
-            atomic.write_bytes(run.path / ROWS, rows)
+            wanted.data = str(run.path / rows_name(rows))
+            atomic.write_bytes(Path(wanted.data), rows)
         return run_training(wanted, run, reporter)
 
 
