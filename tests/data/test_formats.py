@@ -244,3 +244,18 @@ def test_all_bad_rows_are_told_at_once(tmp_path: Path):
     assert "must be a string" in lines[1]
     assert "--skip_bad 11 leaves out exactly these" in caught.value.ways_out
     assert len(read_examples(path, skip_bad=11).rows) == 1
+
+
+def test_rows_of_several_forms_are_each_taken_for_what_they_are(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"messages": [Q, A]},
+        {"text": "c"},
+        {"prompt": "d"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_examples(path, skip_bad=1)
+    assert found.format == "mixed" and found.rows[1].messages == [Q, A]
+    assert [row.completion for row in found.rows[::2]] == ["b", "c"]
+    assert "'completion' must be a string" in found.bad[0].what, "the form of the first"

@@ -45,6 +45,17 @@ def test_function_calls_of_every_age_are_tool_calls():
         read(Q, {"role": "assistant", "tool_calls": [{"function": {}}]})
 
 
+def test_calls_in_turns_of_their_own_are_one_turn():
+    one, two = (
+        {"role": "tool_call", "content": json.dumps({"name": "w", "arguments": {"city": city}})}
+        for city in "xy"
+    )
+    results = [{"role": "tool_response", "content": str(number)} for number in (1, 2)]
+    turns, _ = read(Q, one, two, *results, A)
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [call["function"]["arguments"]["city"] for call in turns[1]["tool_calls"]] == ["x", "y"]
+
+
 def test_messages_say_whether_they_are_trained():
     for key, no, yes in (
         ("weight", 0, 1),

@@ -23,7 +23,7 @@ from ..files import atomic, hub
 from ..files.model_config import context_of, read_config
 from ..progress import Progress, no_progress
 from .batches import Prepared, Schedule, prepare
-from .formats import Example, read_examples, refuse_bad
+from .formats import MIXED, Example, read_examples, refuse_bad
 from .readers import files_of, sources
 from .renderer import PARTS, SPLIT, Renderer, TokenizedExample, read_template
 
@@ -339,6 +339,7 @@ FORMAT_NAMES = {
     "turns": "prompts and completions (messages)",
     "text": "plain text",
     "input_ids": "ready-made ids",
+    MIXED: "rows of several forms",
 }
 
 

@@ -1,11 +1,11 @@
 """What a row means: the columns of the forms people use, to one `Example`.
 
-The first row decides the form of the whole source. Seven are known: conversations (``messages``,
-with tools and system; ShareGPT's ``conversations``), alpaca (``instruction``, ``input``,
-``output``, ``system``, ``history``), ``question`` and ``answer``, prompt and completion (strings or
-messages), plain ``text``, and ``input_ids``. Preference pairs are recognized and refused: their
-second answer would be trained as if it were wanted. Columns that no form reads are counted
-(`Examples.unread`), so that nothing of a row is left out without a word.
+Every row has its own form, that of the first where its columns leave it open. Seven are known:
+conversations (``messages``, with tools and system; ShareGPT's ``conversations``), alpaca
+(``instruction``, ``input``, ``output``, ``system``, ``history``), ``question`` and ``answer``,
+prompt and completion (strings or messages), plain ``text``, and ``input_ids``. Preference pairs are
+recognized and refused: their second answer would be trained as if it were wanted. Columns that no
+form reads are counted (`Examples.unread`), so that nothing of a row is left out without a word.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ READ = {
     "text": (),
 }
 """What a form reads beside its columns."""
-IGNORE = -100
+IGNORE, MIXED = -100, "mixed"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """A source's rows and the form they were taken for. bad: rows that are none. unread: columns
-    that hold something and that nothing reads, and in how many rows."""
+    """A source's rows and the form they were taken for (`MIXED`: several). bad: rows that are none.
+    unread: columns that hold something and that nothing reads, and in how many rows."""
 
     format: str
     rows: list[Example]
@@ -108,17 +108,19 @@ def read_examples(
     bad: list[DataError] = []
     rows: list[Example] = []
     unread: Counter[str] = Counter()
-    format = ""
+    first, forms = "", set[str]()
     dropped = frozenset(role.strip() for role in drop_roles.split(",") if role.strip())
     for where, row in read_rows(data, config=config, split=split, refuse=bad.append):
         try:
-            format = format or format_of(row, where)
+            form = _form_of_next(row, where, first)
+            first = first or form
             refuse_media(row, where)
-            rows.append(_READERS[format](row, where, dropped))
+            rows.append(_READERS[form](row, where, dropped))
+            forms.add(form)
         except DataError as error:
             bad.append(error)
             continue
-        known = {*COLUMNS.get(format, COLUMNS["prompt"]), *READ[format]}
+        known = {*COLUMNS.get(form, COLUMNS["prompt"]), *READ[form]}
         unread.update(
             str(column)
             for column, value in row.items()
@@ -131,7 +133,19 @@ def read_examples(
         )
     if skip_bad is not None:
         refuse_bad(bad, len(rows) + len(bad), skip_bad)
-    return Examples(format, rows, bad, unread)
+    return Examples(first if len(forms) < 2 else MIXED, rows, bad, unread)
+
+
+def _form_of_next(row: dict[str, Any], where: str, first: str) -> str:
+    """The form of a row after others: theirs if it has its columns, or if it has no other."""
+    if first and set(COLUMNS.get(first, COLUMNS["prompt"])) <= row.keys():
+        return first
+    try:
+        return format_of(row, where)
+    except DataError:
+        if not first:
+            raise
+        return first
 
 
 def refuse_bad(bad: list[DataError], total: int, skip_bad: int) -> None:

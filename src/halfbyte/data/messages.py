@@ -18,6 +18,7 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "function_response": "tool",
@@ -26,6 +27,8 @@ ROLES = {
     "ipython": "tool",
 }
 """What the roles of other tools are called here."""
+CALLS = ("function_call", "tool_call")
+"""Roles whose whole content is a call; several in a row are one turn's."""
 TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_weight")
 """Keys by which messages say whether they are trained."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -60,6 +63,7 @@ def read_messages(
     if not isinstance(value, list) or not value:
         raise DataError(f"column {column!r} must be a non-empty list of messages", where=where)
     read = [_message(message, f"{where} message {number}") for number, message in enumerate(value)]
+    read = _joined_calls(value, read)
     read = [pair for pair in read if pair[0]["role"] not in drop_roles]
     turns = [turn for turn, _ in read]
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -90,6 +94,23 @@ def read_messages(
     return turns, untrained
 
 
+def _joined_calls(
+    messages: list[Any], read: list[tuple[dict[str, Any], bool]]
+) -> list[tuple[dict[str, Any], bool]]:
+    """Calls that follow each other as turns of their own, as the one turn they are."""
+    found: list[tuple[dict[str, Any], bool]] = []
+    calling = False
+    for message, (turn, trained) in zip(messages, read, strict=True):
+        was, calling = calling, message.get("role", message.get("from")) in CALLS
+        if was and calling:
+            before, trained_too = found[-1]
+            together = before["tool_calls"] + turn["tool_calls"]
+            found[-1] = ({**before, "tool_calls": together}, trained and trained_too)
+        else:
+            found.append((turn, trained))
+    return found
+
+
 def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
     """A message in our form, and whether it is trained where it is an answer."""
     if not isinstance(message, dict):
@@ -108,7 +129,7 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
     refuse_media(turn, where)
     trained = _is_trained(turn, where)
     turn = {"role": role, **turn}
-    if theirs == "function_call":
+    if theirs in CALLS:
         turn["tool_calls"] = _calls_of_text(turn.pop("content", None), where)
     elif call := turn.pop("function_call", None):
         turn["tool_calls"] = [*turn.get("tool_calls", []), {"type": "function", "function": call}]
