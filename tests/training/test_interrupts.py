@@ -10,12 +10,18 @@ from halfbyte.training.interrupts import SIGNALS, Abandoned, Interrupts
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_and_handlers_come_back(number: int):
-    before = signal.getsignal(number)
-    with Interrupts() as interrupts:
-        os.kill(os.getpid(), number)
-        assert interrupts.signal == number
-        assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends the process
-    assert signal.getsignal(number) == before
+    def handler(number: int, frame: object) -> None:
+        raise AssertionError("the handler of before")
+
+    before = signal.signal(number, handler)  # not what these tests may be run under: nohup
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), number)
+            assert interrupts.signal == number
+            assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends the process
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
