@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .exporters.merge import merge as merge
     from .integrations.memory_callback import MemoryCallback as MemoryCallback
     from .integrations.optimize import optimize as optimize
-    from .integrations.quantizer import BitsAndBytesConfig as BitsAndBytesConfig
     from .planning.memory_plan import MemoryPlan as MemoryPlan
     from .planning.plan import plan as plan
+    from .quantization.hf_quantizer import BitsAndBytesConfig as BitsAndBytesConfig
     from .quantization.tensor import NF4Tensor as NF4Tensor
     from .run.directory import Run as Run
     from .run.load import load as load
@@ -36,7 +36,7 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 
 _WHERE = {
     "AdamW8bit": "engine.adamw8bit",
-    "BitsAndBytesConfig": "integrations.quantizer",
+    "BitsAndBytesConfig": "quantization.hf_quantizer",
     "DoesNotFit": "errors",
     "MemoryCallback": "integrations.memory_callback",
     "MemoryPlan": "planning.memory_plan",

@@ -11,14 +11,14 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import halfbyte
 from halfbyte.adapters import lora, peft_files
 from halfbyte.adapters.lora import AdapterConfig
 from halfbyte.adapters.modules_to_save import trainable_modules
 from halfbyte.adapters.peft_files import adapter_off
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, UsageError
 from halfbyte.files.safetensors import Checkpoint, write_safetensors
 
 from ..helpers import perturb_zeros, train_adapter
@@ -97,11 +97,104 @@ def test_misfits_are_listed_at_once(tiny_llama: LlamaForCausalLM, tmp_path: Path
     with pytest.raises(ModelError) as caught:
         peft_files.load_adapter(fresh, tmp_path)
     assert caught.value.found.count("in the file") == 8
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({**config, "layers_to_transform": [0]})
+
+
+UNDONE: dict[str, Any] = {
+    "init_lora_weights": "pissa",
+    "alora_invocation_tokens": [20, 21],
+    "trainable_token_indices": [3],
+    "target_parameters": ["experts"],
+    "layer_replication": [[0, 2]],
+    "lora_bias": True,
+    "bias": "lora_only",
+    "use_qalora": True,
+    "kasa_config": {"a": 1},
+    "a_method_of_tomorrow": {"on": True},
+    "use_what_comes": True,
+}
+
+
+@pytest.mark.parametrize("key", UNDONE)
+def test_what_makes_another_model_of_an_adapter_is_refused_by_name(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, key: str
+):
+    lora.attach_lora(tiny_llama, AdapterConfig(4, 8), "q_proj,v_proj")
+    peft_files.save_adapter(tiny_llama, tmp_path, "base")
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, key: UNDONE[key]}))
+    with pytest.raises(ModelError) as caught:
+        peft_files.load_adapter(LlamaForCausalLM(tiny_llama.config), tmp_path)
+    assert key in caught.value.found
+
+
+def test_what_changes_nothing_of_an_adapter_is_taken(tiny_llama: LlamaForCausalLM, tmp_path: Path):
+    """Which layers were chosen is in their tensors; beginnings that left the base alone are over;
+    numbers of methods that are off."""
+    lora.attach_lora(tiny_llama, AdapterConfig(4, 8), "q_proj,v_proj")
+    peft_files.save_adapter(tiny_llama, tmp_path, "base")
+    file = tmp_path / "adapter_config.json"
+    fine = {
+        "layers_to_transform": [0, 1],
+        "exclude_modules": ["k_proj"],
+        "init_lora_weights": "orthogonal",
+        "eva_config": {"rho": 2.0},
+        "qalora_group_size": 16,
+        "a_size_of_tomorrow": 8,
+        "lora_alpha": 8.0,
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fine}))
+    fresh = LlamaForCausalLM(tiny_llama.config)
+    peft_files.load_adapter(fresh, tmp_path)
+    assert {layer.adapter.alpha for _, layer in lora.lora_layers(fresh)} == {8}
+    assert peft_files.adapter_config(fresh, "base")["lora_alpha"] == 8
+
+
+def test_whole_modules_trained_apart_are_not_thrown_together(
+    tiny_config: LlamaConfig, tmp_path: Path
+):
+    """PEFT trains copies of a tied head and embedding, which drift apart; one tensor of ours cannot
+    be both."""
+    tiny_config.tie_word_embeddings = True
+    base = LlamaForCausalLM(tiny_config)
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head", "embed_tokens"],
+        task_type="CAUSAL_LM",
     )
-    with pytest.raises(ModelError, match="layers_to_transform"):
-        peft_files.load_adapter(fresh, tmp_path)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), config)
+    for drift in (0.0, 0.1):
+        for name, p in theirs.named_parameters():
+            if "lm_head.modules_to_save" in name:
+                p.data += drift
+        theirs.save_pretrained(tmp_path / str(drift))
+        ours = copy.deepcopy(base)
+        if drift:
+            with pytest.raises(ModelError, match="apart") as caught:
+                peft_files.load_adapter(ours, tmp_path / str(drift))
+            assert "lm_head" in caught.value.what and "embed_tokens" in caught.value.what
+        else:
+            peft_files.load_adapter(ours, tmp_path / str(drift))
+
+
+def test_an_adapter_of_the_head_runs_and_is_not_trained_or_merged_in_silence(
+    stories: Path, tmp_path: Path
+):
+    base = LlamaForCausalLM.from_pretrained(stories)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    theirs: Any = peft.get_peft_model(base, config).eval()
+    perturb_zeros(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, _ = halfbyte.load(tmp_path / "theirs", load_in_4bit=False, dtype="float32")
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ModelError, match="of its own"):
+        halfbyte.merge(tmp_path / "theirs", tmp_path / "merged")
+    with pytest.raises(UsageError, match="the output head"):
+        lora.target_names(LlamaForCausalLM.from_pretrained(stories), "q_proj,lm_head")
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -223,7 +316,13 @@ def test_dora_and_whole_modules_are_trained_resumed_and_merged(stories: Path, tm
 
 @pytest.mark.parametrize(
     "key,value",
-    [("r", None), ("lora_alpha", 2.5), ("rank_pattern", {"(": 2}), ("lora_dropout", "x")],
+    [
+        ("r", None),
+        ("lora_alpha", -2.5),
+        ("r", 2.5),
+        ("rank_pattern", {"(": 2}),
+        ("lora_dropout", "x"),
+    ],
 )
 def test_numbers_no_adapter_has_are_refused_by_name(
     tiny_llama: LlamaForCausalLM, tmp_path: Path, key: str, value: Any

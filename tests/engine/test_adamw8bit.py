@@ -1,8 +1,10 @@
 """Tests of `engine.adamw8bit`."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from halfbyte.codebooks import dynamic_map
 from halfbyte.engine.adamw8bit import AdamW8bit
+from halfbyte.engine.paged_optimizers import PagedAdamW, PagedAdamW8bit
 
 
 def test_8bit_adamw_is_within_bitsandbytes_own_acceptance():
@@ -176,3 +179,53 @@ def test_a_state_of_8_bits_is_decoded_for_those_that_keep_32():
     levels = torch.tensor(dynamic_map(signed=False))[was["v_codes"][5120 : 5120 + 5400].long()]
     scales = was["v_absmax"][20:42].repeat_interleave(256)[:5400]
     assert torch.equal(arena["small_v"][70:-5], levels * scales)
+
+
+@pytest.mark.parametrize("make", [AdamW8bit, PagedAdamW8bit, PagedAdamW])
+def test_without_a_gradient_a_parameter_stays_where_it_is(make: Any):
+    """Decay, moments and the count of steps are of those that took part, as torch has it; groups of
+    nothing are no error, in any order; and all of it comes back from a state_dict."""
+    torch.manual_seed(0)
+    shapes = [(80, 64), (96, 64), (12,), (128, 64), (7,)]
+    given = [torch.randn(shape) for shape in shapes]
+
+    def optimizer(kind: Any) -> tuple[list[nn.Parameter], Any]:
+        params = [nn.Parameter(t.clone()) for t in given]
+        groups = [{"params": []}, {"params": params, "weight_decay": 0.1}, {"params": []}]
+        options = {"min_8bit_size": 1 << 20} if "8bit" in kind.__name__ else {}
+        return params, kind(groups, lr=1e-2, **options)
+
+    (mine, ours), (theirs, torchs) = optimizer(make), optimizer(torch.optim.AdamW)
+    for step, absent in enumerate([(), (1,), (1, 2), (), (0, 1, 2, 3, 4), (3,)]):
+        before = [p.detach().clone() for p in mine]
+        for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+            grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            p.grad = q.grad = None if i in absent else grad
+        ours.step()
+        torchs.step()
+        for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+            assert (i not in absent) or torch.equal(p, before[i])
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+        fresh, again = optimizer(make)
+        again.load_state_dict(copy.deepcopy(ours.state_dict()))
+        with torch.no_grad():
+            for p, q in zip(fresh, mine, strict=True):
+                p.copy_(q)
+        mine, ours = fresh, again
+
+
+def test_in_8_bits_those_around_an_absent_one_move_as_without_it():
+    torch.manual_seed(0)
+    given = [torch.randn(64, 64 + 64 * i) for i in range(3)]
+    grads = [torch.randn_like(t) for t in given]
+    found = []
+    for absent in (1, None):
+        params = [nn.Parameter(t.clone()) for i, t in enumerate(given) if absent == 1 or i != 1]
+        optimizer = AdamW8bit(params, lr=1e-2)
+        for _ in range(3):
+            for p, grad in zip(params, grads if absent else [grads[0], grads[2]], strict=True):
+                p.grad = None if absent and p.shape == given[1].shape else grad
+            optimizer.step()
+        found.append([p.detach() for p in params])
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][2], found[1][1])
+    assert torch.equal(found[0][1], given[1])

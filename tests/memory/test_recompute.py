@@ -2,6 +2,7 @@
 computed."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from halfbyte.adapters import lora
 from halfbyte.adapters.lora import AdapterConfig, attach_lora
 from halfbyte.engine.selftest import checkpoint_layers
-from halfbyte.errors import ModelError
 from halfbyte.memory import recompute
 from halfbyte.memory.offload import OffloadPool
 from halfbyte.memory.recompute import KEEPS, Recompute, recompute_layers
@@ -153,23 +153,63 @@ def test_without_attention_only_all_keeps_products(
         llama.zero_grad()
 
 
-def test_a_layer_with_two_differentiable_inputs_is_pytorchs(
+def test_every_differentiable_input_of_a_layer_has_its_gradient(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ):
-    """As in models that add a trained projection to every layer: replaying would go through its
-    graph twice."""
-    second = torch.ones(1, requires_grad=True)
-    honest = Recompute.run
-    monkeypatch.setattr(
-        Recompute,
-        "run",
-        lambda self, keep, function, hidden, *others: honest(
-            self, keep, function, hidden, second, *others
-        ),
-    )
-    assert "by PyTorch" in checkpoint_layers(llama, "none", packing=True)[0]
-    with pytest.raises(ModelError, match="second tensor"):
-        Recompute("none", 2).layer(0)(lambda hidden, other: hidden, torch.ones(1, 2), second)
+    """As in models that give every layer a trained embedding of its own; and layers that return
+    tuples, as older families' do."""
+    second = torch.full((1,), 2.0, requires_grad=True)
+    third = torch.full((1,), 3.0, requires_grad=True)
+
+    def layer(hidden: Tensor, other: Tensor, *, factor: Tensor) -> Any:
+        return (hidden * other).sin() * factor, None, "attention"
+
+    hidden = torch.linspace(0, 1, 4, requires_grad=True)
+    found = []
+    for run in (Recompute("none", 2).layer(0), lambda function, *given: function(*given)):
+        out, nothing, word = run(functools.partial(layer, factor=third), hidden, second)
+        assert nothing is None and word == "attention"
+        (out * torch.arange(4)).sum().backward()
+        found.append([t.grad for t in (hidden, second, third)])
+        hidden.grad = second.grad = third.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class _Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return recompute.product(lambda: x * 2.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return 2.0 * grads[0]
+
+
+def test_a_result_that_is_changed_in_place_is_computed_again():
+    """What a caller adds to a product's result, in the layer or behind it, is not in what was
+    kept."""
+
+    def inside(hidden: Tensor) -> Tensor:
+        result: Any = _Double.apply(hidden)
+        with torch.no_grad():
+            result.add_(1)
+        return result.square()
+
+    def behind(hidden: Tensor) -> Tensor:
+        result: Any = _Double.apply(hidden)
+        return _Double.apply(result.sin())  # pyright: ignore[reportReturnType]
+
+    for function in (inside, behind):
+        found = []
+        for keep in ("all", "none"):
+            hidden = torch.linspace(0, 1, 4, requires_grad=True)
+            out = Recompute("none", 1).run(keep, function, hidden)
+            with torch.no_grad():
+                out.add_(5)
+            out.sum().backward()
+            assert hidden.grad is not None
+            found.append(hidden.grad)
+        assert torch.equal(*found)
 
 
 def test_a_models_own_dropout_is_pytorchs_to_repeat(tiny_config: LlamaConfig):

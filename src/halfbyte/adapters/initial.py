@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config.options import TrainConfig
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from ..files import hub
 from ..files.model_config import read_config
 from ..model.architecture import build_empty
+from ..model.targets import targets
 from .lora import target_names
 from .peft_files import adapted_layers, read_adapter_config, shortest_targets
 
@@ -37,7 +38,19 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
         "modules_to_save": ",".join(raw.get("modules_to_save") or ()),
     }
     model = build_empty(read_config(base))
-    wanted["target_modules"] = ",".join(shortest_targets(model, adapted_layers(model, path)))
+    adapted = adapted_layers(model, path)
+    heads = [target.path for target in targets(model) if target.is_head and target.path in adapted]
+    if heads:
+        raise ModelError(
+            f"the adapter in {path} adapts the output head ({heads[0]}), which is not trained so "
+            "here",
+            ways_out=[
+                "merge it into its base with PEFT, and train on that",
+                "or train a new adapter, with the head whole: --modules_to_save "
+                + heads[0].rpartition(".")[2],
+            ],
+        )
+    wanted["target_modules"] = ",".join(shortest_targets(model, adapted))
     for name, value in wanted.items():
         if name in config.model_fields_set and not _is_same(
             name, getattr(config, name), value, model

@@ -31,7 +31,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,11 @@ from torch.nn import functional
 from .. import ops
 from ..errors import UsageError
 from ..memory import recompute
-from ..model.targets import adaptable
+from ..model.targets import adaptable, targets
+from ..ops.library import first_order
 from ..quantization.tensor import NF4Tensor
+
+_Number = TypeVar("_Number", int, float)
 
 MERGED_AT_ONCE = 1 << 22
 """Weights that are added to in fp64 at a time."""
@@ -68,11 +71,11 @@ class AdapterConfig:
     """
 
     r: int
-    alpha: int
+    alpha: float
     dropout: float = 0.0
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
 
     def of(self, name: str) -> "AdapterConfig":
@@ -88,7 +91,7 @@ class AdapterConfig:
         return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
 
 
-def _by_pattern(patterns: Mapping[str, int], name: str, default: int) -> int:
+def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -274,6 +277,7 @@ class _LoraLinear(torch.autograd.Function):
         return recompute.product(lambda: _product(x, weight, bias, u, narrow_b))
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, u, a, b = ctx.saved_tensors
         (dy,) = grads
@@ -341,6 +345,17 @@ def target_names(model: Any, target_modules: str) -> list[str]:
                 f"target_modules is no valid regular expression: {error}", found=target_modules
             ) from error
         chosen, unmatched = [name for name in linear if pattern.fullmatch(name)], []
+    if heads := [
+        target.path
+        for target in targets(model)
+        if target.is_head and _names(target_modules, target.path)
+    ]:
+        raise UsageError(
+            f"target_modules names {', '.join(heads)}, the output head: it takes no adapter here",
+            ways_out=[
+                f"leave it out, or train it whole: --modules_to_save {heads[0].rpartition('.')[2]}"
+            ],
+        )
     if unmatched or not chosen:
         there = sorted({name.rpartition(".")[2] for name in linear})
         raise UsageError(
@@ -348,6 +363,11 @@ def target_names(model: Any, target_modules: str) -> list[str]:
             expected=f"all-linear, or some of {', '.join(there)}, or a regular expression",
         )
     return chosen
+
+
+def _names(target_modules: str, path: str) -> bool:
+    """Whether a layer is asked for by the end of its path, in a list of such."""
+    return any(ends_with(path, part.strip()) for part in target_modules.split(","))
 
 
 def ends_with(name: str, suffix: str) -> bool:

@@ -6,6 +6,7 @@ names, and whole modules that were trained beside them (``modules_to_save``);
 """
 
 import contextlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config.options import LARGEST_RANK
+from ..config.peft_settings import undone_in_file
 from ..errors import ModelError, UsageError
 from ..files.atomic import read_json, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
 from ..model.targets import targets
+from ..quantization.tensor import NF4Tensor
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
 from .modules_to_save import make_modules_trainable, trainable_modules
 
@@ -132,9 +135,6 @@ def save_adapter(model: Any, directory: Path, base_model: str) -> None:
     write_json(directory / CONFIG, adapter_config(model, base_model))
 
 
-_UNSUPPORTED = ("layers_to_transform", "target_parameters", "lora_bias", "trainable_token_indices")
-
-
 def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any]:
     """Put a PEFT adapter on a model, in place. Returns its configuration.
 
@@ -165,20 +165,23 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]
         raise ModelError(
             f"{directory} is not a LoRA adapter", found=f"peft_type {config.get('peft_type')!r}"
         )
-    used = [key for key in _UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append(f"bias={config['bias']}")
-    if used:
+    if undone := undone_in_file(config):
         raise ModelError(
-            f"the adapter in {directory} uses {', '.join(used)}, which is not supported here"
+            f"the adapter in {directory} is no plain LoRA, and would be another model here",
+            found=", ".join(f"{name}={value!r}"[:100] for name, value in undone.items()),
+            ways_out=[
+                "convert it to plain LoRA with PEFT (save_pretrained with "
+                "path_initial_model_for_weight_conversion), where it changed the base",
+                "or merge it into its base with PEFT, and train on that",
+            ],
         )
     adapter = AdapterConfig(
-        config.get("r", 8),
-        config.get("lora_alpha", 8),
+        _whole(config.get("r", 8)),
+        _whole(config.get("lora_alpha", 8)),
         config.get("lora_dropout") or 0.0,
         bool(config.get("use_rslora")),
-        config.get("rank_pattern") or {},
-        config.get("alpha_pattern") or {},
+        _whole_each(config.get("rank_pattern") or {}),
+        _whole_each(config.get("alpha_pattern") or {}),
         bool(config.get("use_dora")),
     )
     _check_numbers(adapter, directory / CONFIG)
@@ -195,16 +198,17 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]
 def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
     """Raise ModelError, naming the key, if a number of an adapter is none that PEFT writes."""
     wrong = {}
-    for name, value in (("r", adapter.r), ("lora_alpha", adapter.alpha)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            wrong[name] = value
+    if not _is_number(adapter.r, int):
+        wrong["r"] = adapter.r
+    if not _is_number(adapter.alpha, int | float):
+        wrong["lora_alpha"] = adapter.alpha
     if isinstance(adapter.r, int) and adapter.r > LARGEST_RANK:
         wrong["r"] = adapter.r
     if not isinstance(adapter.dropout, int | float) or not 0 <= adapter.dropout < 1:
         wrong["lora_dropout"] = adapter.dropout
-    for name, patterns in (
-        ("rank_pattern", adapter.rank_pattern),
-        ("alpha_pattern", adapter.alpha_pattern),
+    for name, patterns, kind in (
+        ("rank_pattern", adapter.rank_pattern, int),
+        ("alpha_pattern", adapter.alpha_pattern, int | float),
     ):
         for pattern, value in (
             patterns.items() if isinstance(patterns, dict) else [(str(patterns), 0)]
@@ -213,13 +217,29 @@ def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
                 re.compile(pattern)
             except (re.error, TypeError):
                 value = 0
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_number(value, kind) or (name == "rank_pattern" and value > LARGEST_RANK):
                 wrong[f"{name}[{pattern!r}]"] = value
     if wrong:
         found = ", ".join(f"{name} = {value!r}"[:100] for name, value in wrong.items())
         raise ModelError(
-            f"{file} has values that are not taken", found=found, expected="whole numbers from 1 on"
+            f"{file} has values that are not taken",
+            found=found,
+            expected=f"ranks from 1 to {LARGEST_RANK}, alphas above 0, a dropout below 1",
         )
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    """Whether a rank or an alpha is of a kind, finite and above 0."""
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _whole(value: Any) -> Any:
+    """A number as a whole one where it is one: some trainers write alphas as floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _whole_each(values: Any) -> Any:
+    return {key: _whole(v) for key, v in values.items()} if isinstance(values, dict) else values
 
 
 def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
@@ -253,7 +273,11 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
     wanted = _parameters(model)
     found = {name.replace(".default.weight", ".weight"): entry for name, entry in entries.items()}
     problems = [f"missing: {name}" for name in wanted.keys() - found.keys()]
-    problems += [f"unexpected: {name}" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"unexpected: {name}"
+        for name in found.keys() - wanted.keys()
+        if not _is_base(model, name, found[name])
+    ]
     problems += [
         f"{name}: {list(found[name].shape)} in the file, {list(parameter.shape)} in the model"
         for name, parameter in wanted.items()
@@ -264,6 +288,33 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
             f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         )
         raise ModelError(f"the adapter {file} does not fit this model", found=listed)
+    given: dict[int, tuple[str, Tensor]] = {}
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(read_tensor(found[name], name))
+            value = read_tensor(found[name], name)
+            first, before = given.setdefault(id(parameter), (name, value))
+            if not torch.equal(before, value):
+                raise ModelError(
+                    f"the adapter {file} was trained with {_module(first)} and {_module(name)} "
+                    "apart, which are one tensor in this base (tie_word_embeddings)",
+                    ways_out=[
+                        "merge it with PEFT into a copy of the base whose weights are not tied, "
+                        "and use that"
+                    ],
+                )
+            parameter.copy_(value)
+
+
+def _is_base(model: nn.Module, name: str, entry: Any) -> bool:
+    """Whether a tensor beside an adapter is only a copy of the base's, as PEFT writes of embeddings
+    and heads that it adapts or that were resized."""
+    path = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    own = dict(model.named_parameters(remove_duplicate=False)).get(path)
+    if own is None or isinstance(own, NF4Tensor) or own.shape != entry.shape:
+        return False
+    return torch.equal(own.detach().cpu(), read_tensor(entry, name).to(own.dtype))
+
+
+def _module(name: str) -> str:
+    """Of a tensor's name in PEFT's files."""
+    return name.removeprefix(_PREFIX).removesuffix(".weight")

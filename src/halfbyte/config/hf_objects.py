@@ -12,32 +12,14 @@ from os import PathLike
 from typing import Any
 
 from ..errors import UsageError
+from . import peft_settings
 from .build import build
 from .options import RULES, Options, OptionsT
+from .peft_settings import EMPTY, READ
 
 _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "BitsAndBytesConfig": {"load_in_8bit": (False,)},
-    "LoraConfig": {
-        "bias": ("none",),
-        "init_lora_weights": (True,),
-        "task_type": (None, "CAUSAL_LM"),
-        **dict.fromkeys(("fan_in_fan_out", "inference_mode"), (False,)),
-        **dict.fromkeys(
-            (
-                "exclude_modules",
-                "layers_to_transform",
-                "layers_pattern",
-                "trainable_token_indices",
-                "layer_replication",
-            ),
-            (None, [], ()),
-        ),
-        **dict.fromkeys(
-            ("megatron_config", "alora_invocation_tokens", "target_parameters", "arrow_config"),
-            (None, []),
-        ),
-        **dict.fromkeys(("use_qalora", "lora_bias", "ensure_weight_tying"), (False,)),
-    },
+    "LoraConfig": peft_settings.NEUTRAL,
     "TrainingArguments": {
         "label_smoothing_factor": (0, 0.0),
         "loss_type": ("nll", None),
@@ -163,22 +145,10 @@ def _not_read(thing: Any) -> dict[str, Any]:
             else field.default
         )
         value = getattr(thing, field.name)
-        as_good = value == plain or (value in _EMPTY and plain in _EMPTY)
-        if field.name not in _READ_OF_LORA and not as_good:
+        as_good = value == plain or (value in EMPTY and plain in EMPTY)
+        if field.name not in READ and not as_good:
             wrong[field.name] = value
     return wrong
-
-
-_EMPTY: tuple[Any, ...] = (None, False, "", [], {}, ())
-_READ_OF_LORA = {
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern"),
-    *("alpha_pattern", "use_dora", "modules_to_save", *_NEUTRAL["LoraConfig"]),
-    # names and places
-    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    # of methods that are refused themselves, and where something is held
-    *("megatron_core", "qalora_group_size", "runtime_config"),
-}
-"""Fields of a LoraConfig that are read, are checked, or change nothing by themselves."""
 
 
 def _of_bitsandbytes(thing: Any) -> dict[str, Any]:

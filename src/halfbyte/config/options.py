@@ -8,6 +8,7 @@ One file because it is the one place where an option of a training is declared.
 """
 
 import json
+import math
 import re
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar
@@ -141,8 +142,8 @@ class LoraOptions(Options):
     lora_r: int = option(
         16, "rank of the adapter", ge=1, le=LARGEST_RANK, resume="never", of_adapter=True
     )
-    lora_alpha: int = option(
-        32, "the adapter's product is scaled by alpha / r", ge=1, resume="named", of_adapter=True
+    lora_alpha: float = option(
+        32, "the adapter's product is scaled by alpha / r", gt=0, resume="named", of_adapter=True
     )
     lora_dropout: float = option(
         0.05, "dropout on the adapter's input", ge=0.0, lt=1.0, resume="named", of_adapter=True
@@ -164,7 +165,7 @@ class LoraOptions(Options):
         of_adapter=True,
         added_later={},
     )
-    alpha_pattern: dict[str, int] = option(
+    alpha_pattern: dict[str, float] = option(
         {},
         "other alphas for some layers, likewise",
         resume="named",
@@ -214,12 +215,17 @@ class LoraOptions(Options):
                 raise ValueError(f"{pattern!r} is no valid regular expression: {error}") from None
         return value
 
+    @field_validator("lora_alpha")
+    @classmethod
+    def _whole_alpha(cls, value: float) -> float:
+        return int(value) if value == math.floor(value) else value  # as it always was written
+
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
-    def _positive_values(cls, value: dict[str, int]) -> dict[str, int]:
-        if any(number < 1 for number in value.values()):
-            raise ValueError("every value must be at least 1")
-        return value
+    def _positive_values(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(not 0 < number < math.inf for number in value.values()):
+            raise ValueError("every value must be above 0, and finite")
+        return {name: int(n) if n == math.floor(n) else n for name, n in value.items()}
 
 
 class DataOptions(Options):
@@ -344,6 +350,13 @@ class TrainingOptions(Options):
         0.999, "decay of the second moment", ge=0, lt=1, resume="named", in_trainer=True
     )
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", gt=0, resume="named", in_trainer=True)
+    base_dropout: Literal["keep", "off"] = option(
+        "keep",
+        "dropout that the base model has of its own (attention_dropout, resid_pdrop, ...): as its "
+        "configuration says, or none",
+        resume="named",
+        added_later="keep",
+    )
     max_grad_norm: float = option(
         1.0,
         "gradients are scaled down to this norm; 0: never",

@@ -7,6 +7,7 @@ fp32 moments. That limit is bitsandbytes' own. So do those named: embeddings and
 whose rows have no gradient in most steps (Dettmers et al. 2022, section 2.3, for embeddings).
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -49,13 +50,14 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        device = self.param_groups[0]["params"][0].device
+        device = _device(self._all())
         self._min_8bit_size, self._in_32bit = min_8bit_size, {id(p) for p in in_32bit}
         self._maps = (
             torch.tensor(dynamic_map(signed=True), device=device),
             torch.tensor(dynamic_map(signed=False), device=device),
         )
         self.steps = 0
+        self.missed: dict[int, int] = {}  # of parameters: steps in which they had no gradient
         self.arenas = [self._new_arena(group["params"]) for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -90,25 +92,33 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of every parameter; all of them need a gradient (a missing one counts as
-        zero)."""
+        """One update of every parameter that has a gradient; the others stay where they are, and
+        their own count of steps with them, as in torch.optim.AdamW."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.steps += 1
         for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None:
+                    self.missed[id(p)] = self.missed.get(id(p), 0) + 1
             self._step_group(number, group)
         return loss
+
+    def _steps_of(self, params: list[Tensor]) -> list[int]:
+        """How many updates each has had, this one included; 0 for one without a gradient."""
+        return [0 if p.grad is None else self.steps - self.missed.get(id(p), 0) for p in params]
 
     def _step_group(self, number: int, group: dict[str, Any]) -> None:
         arena = self.arenas[number]
         large, small = self._split(group["params"])
-        self._update_large(group, large, [_grad(p) for p in large], arena)
-        flat, grads = [p.view(-1) for p in small], [_grad(p) for p in small]
+        self._update_large(group, large, [p.grad for p in large], arena, self._steps_of(large))
+        flat, grads, steps = [p.view(-1) for p in small], _grads(small), self._steps_of(small)
         for pieces, first, last in windows([p.numel() for p in small], 1, PIECE):
             window = {name: arena[name][first:last] for name in SMALL}
-            self._update_small(group, cut(flat, pieces), cut(grads, pieces), window)
+            these = [steps[number] for number, _, _ in pieces]
+            self._update_small(group, cut(flat, pieces), cut(grads, pieces), window, these)
             if flat[0].is_meta:  # a plan: the first takes as much as any
                 break
 
@@ -116,22 +126,49 @@ class AdamW8bit(torch.optim.Optimizer):
         self,
         group: dict[str, Any],
         params: list[Tensor],
-        grads: list[Tensor],
+        grads: Sequence[Tensor | None],
         arena: dict[str, Tensor],
+        steps: list[int],
     ) -> None:
+        """Of (pieces of) parameters whose codes lie one after the other.
+
+        Args:
+            steps: the updates each has had; those of 0 are left alone.
+        """
+        begin = 0
+        for step, run in itertools.groupby(range(len(params)), key=lambda i: steps[i]):
+            chosen = list(run)
+            end = begin + sum(padded_size(params[i].numel()) for i in chosen)
+            if step:
+                here = slice(chosen[0], chosen[-1] + 1)
+                self._update_run(group, params[here], grads[here], arena, begin, end, step)
+            begin = end
+
+    def _update_run(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: Sequence[Tensor | None],
+        arena: dict[str, Tensor],
+        begin: int,
+        end: int,
+        step: int,
+    ) -> None:
+        """Of parameters with as many updates, whose codes are these of the arena."""
+        codes, scales = slice(begin, end), slice(begin // BLOCK, end // BLOCK)
         ops.adamw_8bit_step(
             params,
-            grads,
-            arena["m_codes"],
-            arena["v_codes"],
-            arena["m_absmax"],
-            arena["v_absmax"],
+            [grad for grad in grads if grad is not None],
+            arena["m_codes"][codes],
+            arena["v_codes"][codes],
+            arena["m_absmax"][scales],
+            arena["v_absmax"][scales],
             *self._maps,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=self.steps,
+            step=step,
         )
 
     def _update_small(
@@ -140,6 +177,7 @@ class AdamW8bit(torch.optim.Optimizer):
         params: list[Tensor],
         grads: list[Tensor],
         arena: dict[str, Tensor],
+        steps: list[int],
     ) -> None:
         """Of pieces of parameters whose fp32 moments lie one after the other."""
         hyper: tuple[float, ...] = (
@@ -150,8 +188,9 @@ class AdamW8bit(torch.optim.Optimizer):
         )
         sizes = [p.numel() for p in params]
         moments = (arena[name].split(sizes) for name in SMALL)
-        for p, grad, m, v in zip(params, grads, *moments, strict=True):
-            adamw_update(p, grad, m, v, *hyper, t=self.steps)  # pyright: ignore[reportCallIssue]
+        for p, grad, m, v, step in zip(params, grads, *moments, steps, strict=True):
+            if step:
+                adamw_update(p, grad, m, v, *hyper, t=step)  # pyright: ignore[reportCallIssue]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every byte of state, by name, for a checkpoint; the step count is `steps`."""
@@ -202,13 +241,20 @@ class AdamW8bit(torch.optim.Optimizer):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own form: hyperparameters, the step count and the raw arenas."""
-        return {**super().state_dict(), "steps": self.steps, "arenas": self.arenas}
+        """torch's own form: hyperparameters, the step count, those that parameters missed, and the
+        raw arenas."""
+        missed = [self.missed.get(id(p), 0) for p in self._all()]
+        own = {"steps": self.steps, "missed": missed, "arenas": self.arenas}
+        return {**super().state_dict(), **own}
+
+    def _all(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = dict(state_dict)
         self.steps = state.pop("steps")
-        arenas = state.pop("arenas")
+        arenas, missed = state.pop("arenas"), state.pop("missed", [])
+        self.missed = {id(p): n for p, n in zip(self._all(), missed, strict=False) if n}
         super().load_state_dict(state)
         for mine, theirs in zip(self.arenas, arenas, strict=True):
             for name, tensor in mine.items():
@@ -220,8 +266,9 @@ def _device(params: list[Tensor]) -> torch.device:
     return params[0].device if params else torch.device("cpu")
 
 
-def _grad(p: Tensor) -> Tensor:
-    return torch.zeros_like(p) if p.grad is None else p.grad
+def _grads(params: list[Tensor]) -> list[Tensor]:
+    """Gradients; of a parameter without one anything of its size, which nothing reads."""
+    return [p.detach() if p.grad is None else p.grad for p in params]
 
 
 Piece = tuple[int, int, int]

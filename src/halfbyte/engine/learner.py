@@ -6,6 +6,7 @@ The training loop (`training.step`) drives it on numbers, a memory plan (`planni
 allocate.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from ..errors import ModelError, UsageError
 from ..ledger import Part, counted_as
 from ..memory.recompute import Recompute
 from ..model import fusion
+from ..model.base_dropout import base_dropout, masks_of, silence
 from ..model.host_embedding import host_table, keep_on_host, why_not
 from ..model.rope import pass_kind
 from ..ops import cpu
@@ -101,6 +103,7 @@ class Learner:
             keep_on_host(model)
         model.config.use_cache = False
         model.train()
+        self.drops = self._base_dropout(note)
         self.recompute: Recompute | None = None
         if config.gradient_checkpointing:
             self._checkpoint(note)
@@ -186,6 +189,23 @@ class Learner:
         first = self.model.get_submodule(names[0])
         assert isinstance(first, LoraLinear)
         return first.clock
+
+    def _base_dropout(self, note: Note) -> bool:
+        """Whether the base drops something of its own."""
+        found = base_dropout(self.model)
+        if not found:
+            return False
+        named = ", ".join(f"{name} {p:g}" for name, p in sorted(found.items()))
+        if self.config.base_dropout == "off":
+            silence(self.model)
+            note("base dropout", f"the base's own dropout ({named}) is left out")
+            return False
+        note(
+            "base dropout",
+            f"the base has dropout of its own ({named}), as its configuration says; --base_dropout "
+            "off leaves it out",
+        )
+        return True
 
     def _checkpoint(self, note: Note) -> None:
         c = self.config
@@ -294,7 +314,10 @@ class Learner:
         losses = []
         for first, part in self.parts(batch):
             self.clock.step, self.clock.micro_batch, self.clock.first = step, number, first
-            with self.dequant_buffer.in_use():
+            masks = contextlib.nullcontext()
+            if self.drops:
+                masks = masks_of(self.device, self.clock.seed, step, number, first)
+            with self.dequant_buffer.in_use(), masks:
                 loss = self.loss(part.to(self.device))
                 mean = loss / supervised
                 (mean * self.scale.value if self.scale.active else mean).backward()

@@ -11,6 +11,7 @@ states, so scaled, divided or soft-capped logits are what they are in the model 
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn import functional
 from .. import ops
 from ..data.formats import IGNORE
 from ..ledger import Part, counted_as
-from ..ops.library import ROW_MULTIPLE, device_type
+from ..ops.library import ROW_MULTIPLE, device_type, first_order
 
 SCALED_ELEMENTS = 1 << 20
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
@@ -34,9 +35,20 @@ class _HiddenStates(nn.Module):
     """Stands for the base model: returns what it is given as ``inputs_embeds``."""
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+        return _outputs()(last_hidden_state=inputs_embeds)
 
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # pyright: ignore[reportArgumentType]
+
+@functools.cache
+def _outputs() -> Any:
+    """What a base model gives: hidden states, and nothing of whatever else a head looks for."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    class Outputs(MoeModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return Outputs
 
 
 def output_head(model: Any) -> Callable[[Tensor], Tensor]:
@@ -163,6 +175,7 @@ class _WholeLoss(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         return _scaled(ctx.grad_logits, upstream[0]), None
 
@@ -218,6 +231,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         (scale,) = upstream
         hidden = None if ctx.grad_hidden is None else _scaled(ctx.grad_hidden, scale)

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from ..memory.paged_arrays import Pages, Ranges
 from ..ops.adamw8bit import BLOCK
 from ..ops.library import device_type
-from .adamw8bit import SMALL, AdamW8bit, _device, _grad, cut, windows
+from .adamw8bit import SMALL, AdamW8bit, _device, _grads, cut, windows
 
 WINDOW = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Parameters whose states are in memory together."""
@@ -137,15 +137,15 @@ class PagedAdamW8bit(_Paged, AdamW8bit):
         cuts += [_moments(first, last) for _, first, last in few]
         kinds = ((self._update_large, large, pieces), (self._update_small, small, few))
         jobs = [
-            (update, cut(params, these), cut(grads, these))
+            (update, cut(params, these), cut(grads, these), [steps[i] for i, _, _ in these])
             for update, params, places in kinds
-            for grads in [[_grad(p) for p in params]]
+            for grads, steps in [(_grads(params), self._steps_of(params))]
             for these, _, _ in places
         ]
-        for (update, params, grads), window in zip(
+        for (update, params, grads, steps), window in zip(
             jobs, self.pages[number].windows(cuts), strict=True
         ):
-            update(group, params, grads, window)
+            update(group, params, grads, window, steps)
 
 
 class PagedAdamW(_Paged, torch.optim.AdamW):
@@ -203,12 +203,13 @@ class PagedAdamW(_Paged, torch.optim.AdamW):
 
     def _new_pages(self, params: list[Tensor]) -> Pages:
         _refuse_strided(params)
-        count, dtype = sum(p.numel() for p in params), params[0].dtype
+        count = sum(p.numel() for p in params)
+        dtype = params[0].dtype if params else torch.float32
         if any(p.dtype != dtype for p in params):
             raise ValueError("parameters of a group whose states are paged must have one dtype")
         return Pages(
             {"exp_avg": (count, dtype), "exp_avg_sq": (count, dtype)},
-            params[0].device,
+            _device(params),
             self.directory,
         )
 

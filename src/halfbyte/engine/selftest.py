@@ -160,8 +160,6 @@ def checkpoint_layers(
     packing: bool,
     kept_layers: int = -1,
     away: Path | None = None,
-    *,
-    restore_rng: bool = False,
 ) -> tuple[str, Recompute | None]:
     """Have the layers of a model keep what ``keep`` says and compute the rest again, if that gives
     the same gradients.
@@ -169,20 +167,22 @@ def checkpoint_layers(
     Args:
         model: in training mode, with its trained parameters.
         packing: it keeps rows apart (`Abilities.packing`).
-        kept_layers, away, surroundings: as for `recompute.Recompute`.
+        kept_layers, away: as for `recompute.Recompute`.
 
     Returns:
         A line that says what was found, and what runs the layers. Where they cannot be run again by
             `recompute`, PyTorch's own checkpointing takes its place, which keeps nothing but the
             layers' inputs: then there is None.
     """
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        return f"nothing is recomputed: {type(model).__name__} has no layers to run again", None
     # newer transformers renamed it, and warns at the older name
     enable = (
         getattr(model, "activation_checkpointing_enable", None)
         or model.gradient_checkpointing_enable
     )
-    enable({"use_reentrant": False, "preserve_rng_state": restore_rng})
-    run = Recompute(keep, layers := recompute_layers(model, None), kept_layers, away, restore_rng)
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    run = Recompute(keep, layers := recompute_layers(model, None), kept_layers, away)
     if not layers:
         why = "this model's layers take no other function"
         return f"recomputed in the backward pass: whole layers (by PyTorch: {why})", None
@@ -195,14 +195,14 @@ def checkpoint_layers(
         recompute_layers(model, run)
         run.skip_last = run.skipped = True
         return recomputed_line(run), run
-    with _perturb_zeros(model):
-        expected = _gradients(model, packing)
+    with perturb_zeros(model):
+        expected = trial_gradients(model, packing)
         recompute_layers(model, run)
         # NaN where the result of each layer's last product would be: if it mattered, it would show
         run.skip_last, run.fill = True, math.nan
-        if expected is None or _gradients(model, packing) != expected:
+        if expected is None or trial_gradients(model, packing) != expected:
             run.skip_last = False
-            if expected is None or _gradients(model, packing) != expected:
+            if expected is None or trial_gradients(model, packing) != expected:
                 # whatever is random in such a model is PyTorch's to repeat
                 enable({"use_reentrant": False, "preserve_rng_state": True})
                 why = "run by halfbyte, gradients differ"
@@ -228,7 +228,7 @@ def recomputed_line(run: Recompute) -> str:
 
 
 @contextlib.contextmanager
-def _perturb_zeros(model: Any) -> Iterator[None]:
+def perturb_zeros(model: Any) -> Iterator[None]:
     """Within this block trained parameters that are zero (a new adapter's B) are not, so that every
     gradient depends on everything."""
     zero = [p for p in model.parameters() if p.requires_grad and not bool(p.any())]
@@ -247,7 +247,7 @@ def _perturb_zeros(model: Any) -> Iterator[None]:
                 p.zero_()
 
 
-def _gradients(model: Any, packing: bool) -> str | None:
+def trial_gradients(model: Any, packing: bool) -> str | None:
     """A digest of the gradients of a weighted sum of hidden states of a few tokens: two sets of
     gradients at once would take more memory than a training step. None where the model cannot be
     run like this."""

@@ -139,7 +139,8 @@ class _Checker:
         self.stored = quantized_names(set(self.base.entries))
         names = weight_names(self.base, self.stored)
         self.targets = checkpoint_names(model, names)
-        in_4bit = quantizable(model) if options.load_in_4bit and onto == "trained" else set()
+        rounds = options.load_in_4bit and onto == "trained" and not self.stored
+        in_4bit = quantizable(model) if rounds else set()
         self.rounded = {name for name in names if self.targets[name] in in_4bit}
         ties = tied_names(model)
         self.whole = {ties.get(path, path): key for path, key in adapter.whole.items()}

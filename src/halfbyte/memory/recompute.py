@@ -16,22 +16,25 @@ it. Results are the same bits whichever is chosen: the same operations run on th
 
 While a layer runs, its products and its attention ask here (`product`, `attention_result`) whether
 their result is at hand. A layer is run by the function that transformers calls for a checkpointed
-layer, once to record and once to replay.
+layer, once to record and once to replay: `Recompute` in a training of ours, whose inputs can wait
+elsewhere; PyTorch's own checkpointing, with a tape, in other people's (`integrations.optimize`).
 """
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..errors import ModelError
 from ..ledger import Part, counted_as
 from ..ops import dequantized
+from ..ops.library import first_order
 from .offload import OffloadPool
 
 Keep = Literal["none", "attention", "mlp_in", "all"]
@@ -57,9 +60,11 @@ class ActivationTape:
     def __init__(self, keep: Keep) -> None:
         self.level = KEEPS.index(keep)
         self.results: list[Any] = []
+        self.versions: list[tuple[int, ...]] = []
         self.remembered: list[Tensor] = []
         self.levels: list[int] = []  # the least level at which each is kept
         self.replaying = False
+        self.skips = False  # whether the last product is not computed again
         self.after_attention = -1  # products since attention, or -1 before it
         self.last_product: tuple[int, Tensor] | None = None
 
@@ -69,10 +74,11 @@ class ActivationTape:
                 raise ModelError(
                     "a layer computed more products when it was run again than the first time"
                 )
-            result = self.results.pop(0)
+            result, version = self.results.pop(0), self.versions.pop(0)
             if isinstance(result, Skipped):
                 return result.tensor()
-            return compute() if result is None else result
+            # what was changed in place since is not the result any more
+            return compute() if result is None or _versions(result) != version else result
         level = (
             3
             if is_product and self.after_attention > 0
@@ -83,6 +89,7 @@ class ActivationTape:
         with counted_as(Part.KEPT_ACTIVATIONS) if self.level >= level else contextlib.nullcontext():
             result = compute()
         self.results.append(result if self.level >= level else None)
+        self.versions.append(_versions(result))
         self.levels.append(level)
         if is_product:
             self.last_product = (len(self.results) - 1, result)
@@ -104,6 +111,11 @@ class ActivationTape:
             self.results[position] = Skipped(result, fill)
         self.last_product, self.replaying = None, True
         return skipping
+
+
+def _versions(result: Any) -> tuple[int, ...]:
+    """How often each tensor of a result was changed in place."""
+    return tuple(t._version for t in (result if isinstance(result, tuple) else (result,)))
 
 
 _running = threading.local()
@@ -174,8 +186,6 @@ class Recompute:
             keep their input alone. Negative: all.
         away: directory of the file that inputs wait in (on a GPU: pinned host memory); None: they
             wait where the model computes.
-        surroundings: layers find PyTorch's random state and autocast as they were, when they are
-            run again.
     """
 
     def __init__(
@@ -184,9 +194,7 @@ class Recompute:
         layers: int = 0,
         kept_layers: int = -1,
         away: Path | None = None,
-        restore_rng: bool = False,
     ) -> None:
-        self.restore_rng = restore_rng
         self.keep: Keep = keep if kept_layers else "none"
         self.layers = layers
         self.kept_layers = min(kept_layers, layers) if kept_layers >= 0 else layers
@@ -215,46 +223,34 @@ class Recompute:
         """A layer's result; what ``keep`` says is kept of it."""
         if not torch.is_grad_enabled():
             return function(hidden, *others)
-        given = [*others, *getattr(function, "keywords", {}).values()]
-        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
-            raise ModelError("a layer is given a second tensor that needs a gradient")
+        call = _Call(function, others)
         # the adapters inside need gradients even where the layer's input does not: the first
         # layer's
         trigger = torch.empty(0, requires_grad=True)
-        return _Layer.apply(self, keep, function, others, trigger, hidden)  # pyright: ignore[reportReturnType]
+        return _Layer.apply(self, keep, call, trigger, hidden, *call.differentiable())  # pyright: ignore[reportReturnType]
 
 
-class RngAndAutocast:
-    """PyTorch's random state and autocast, of the CPU and of the device at hand, as they are now;
-    within a block, as they were."""
+class _Call:
+    """What a layer is called with beside its input."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.random = torch.get_rng_state()
-        self.gpu = device if device.type == "cuda" else None
-        self.gpu_random = None if self.gpu is None else torch.cuda.get_rng_state(self.gpu)
-        self.autocast = [
-            {
-                "device_type": kind,
-                "dtype": torch.get_autocast_dtype(kind),
-                "enabled": torch.is_autocast_enabled(kind),
-                "cache_enabled": torch.is_autocast_cache_enabled(),
-            }
-            for kind in sorted({"cpu", device.type})
+    def __init__(self, function: Callable[..., Any], others: tuple[Any, ...]) -> None:
+        self.function = getattr(function, "func", function)
+        own = getattr(function, "args", ()), getattr(function, "keywords", {})
+        self.leaves, self.form = pytree.tree_flatten((*own, others))
+        self.places = [
+            i for i, v in enumerate(self.leaves) if isinstance(v, Tensor) and v.requires_grad
         ]
 
-    def __enter__(self) -> None:
-        self.stack = contextlib.ExitStack()
-        self.stack.enter_context(
-            torch.random.fork_rng(devices=[] if self.gpu is None else [self.gpu])
-        )
-        for settings in self.autocast:
-            self.stack.enter_context(torch.autocast(**settings))
-        torch.set_rng_state(self.random)
-        if self.gpu is not None and self.gpu_random is not None:
-            torch.cuda.set_rng_state(self.gpu_random, self.gpu)
+    def differentiable(self) -> list[Tensor]:
+        """The tensors among them that need gradients, as embeddings for each layer do."""
+        return [self.leaves[i] for i in self.places]
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
+    def __call__(self, hidden: Tensor, differentiable: Sequence[Tensor]) -> Any:
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.places, differentiable, strict=True):
+            leaves[i] = tensor
+        before, keywords, others = pytree.tree_unflatten(leaves, self.form)
+        return self.function(*before, hidden, *others, **keywords)
 
 
 class _Layer(torch.autograd.Function):
@@ -265,39 +261,51 @@ class _Layer(torch.autograd.Function):
         ctx: Any,
         run: Recompute,
         keep: Keep,
-        function: Callable[..., Tensor],
-        others: Any,
+        call: _Call,
         trigger: Tensor,
         hidden: Tensor,
-    ) -> Tensor:
+        *differentiable: Tensor,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
         ctx.tape = ActivationTape(keep)
-        ctx.restore_rng = (
-            RngAndAutocast(hidden.device) if run.restore_rng else contextlib.nullcontext()
-        )
         with Playback(ctx.tape):
-            out = function(hidden, *others)
-        if not isinstance(out, Tensor):
-            raise ModelError(f"a layer returns {type(out).__name__}, not a tensor")
+            out = call(hidden, differentiable)
+        # some families' layers give a tuple: the hidden states, and what was asked for beside them
+        if not isinstance(out, Tensor) and type(out) is not tuple:
+            raise ModelError(f"a layer returns {type(out).__name__}, not tensors")
         run.skipped |= ctx.tape.recorded(run.skip_last, run.fill)
-        ctx.input, ctx.function, ctx.others = run.inputs.put(hidden), function, others
+        ctx.input, ctx.call = run.inputs.put(hidden), call
+        ctx.differentiable = [t.detach() for t in differentiable]
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if ctx.input is None:
             raise ModelError(
                 "a layer that is run again for its gradients has one backward pass, not two "
                 "(retain_graph)"
             )
-        hidden = ctx.input.take().detach().requires_grad_(ctx.needs_input_grad[5])
+        needed = ctx.needs_input_grad[4:]
+        hidden = ctx.input.take().detach()
+        given = [
+            t.requires_grad_(need)
+            for t, need in zip([hidden, *ctx.differentiable], needed, strict=True)
+        ]
         with dequantized.layer():
-            with torch.enable_grad(), Playback(ctx.tape), ctx.restore_rng:
-                out = ctx.function(hidden, *ctx.others)
-            ctx.tape = ctx.function = ctx.others = None
-            if out.requires_grad:
-                torch.autograd.backward(out, grads[0])
+            with torch.enable_grad(), Playback(ctx.tape):
+                out = ctx.call(given[0], given[1:])
+            ctx.tape = ctx.call = ctx.differentiable = None
+            outs = out if isinstance(out, tuple) else (out,)
+            pairs = [
+                (o, g)
+                for o, g in zip(outs, grads, strict=True)
+                if g is not None and isinstance(o, Tensor) and o.requires_grad
+            ]
+            if pairs:
+                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         ctx.input = None  # its place may be taken from here on
-        return None, None, None, None, None, hidden.grad
+        return None, None, None, None, *(t.grad for t in given)
 
 
 def recompute_layers(model: Any, run: Recompute | None) -> int:

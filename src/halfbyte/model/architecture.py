@@ -1,10 +1,14 @@
 """A model's empty shape: transformers' own class, on the ``meta`` device; and where and in what it
 computes."""
 
+import contextlib
 import copy
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import UsageError
 from ..files.model_config import refused_by_transformers
@@ -46,17 +50,41 @@ def build_empty(config: Any) -> Any:
     Raises:
         ModelError: transformers cannot build it; its message is quoted.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     refused = refused_by_transformers("transformers cannot build the model of this config.json")
-    with refused, init_empty_weights(include_buffers=False):
+    with _building, refused, _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     forget_longer_passes(model)
     return model
+
+
+_building = threading.RLock()
+"""One model at a time: transformers sets PyTorch's default dtype meanwhile, which is every
+thread's."""
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within this block parameters that this thread's modules are given go to the meta device;
+    modules of other threads are theirs. Held by one thread at a time."""
+    own, here = nn.Module.register_parameter, threading.get_ident()
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        own(self, name, param)
+        made = self._parameters.get(name)
+        if made is not None and threading.get_ident() == here:
+            empty: Any = type(made)
+            self._parameters[name] = empty(made.to("meta"), requires_grad=made.requires_grad)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = own
 
 
 FP32_LIMIT = 3_000_000_000

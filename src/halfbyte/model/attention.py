@@ -20,7 +20,7 @@ from torch.nn import functional
 from .. import ops
 from ..memory import recompute
 from ..ops import cpu, gpu_calls
-from ..ops.library import ROW_MULTIPLE
+from ..ops.library import ROW_MULTIPLE, first_order
 
 NAME = "halfbyte"
 CAUSAL = "halfbyte_causal"
@@ -171,6 +171,7 @@ class _Attention(torch.autograd.Function):
         return out.unsqueeze(0)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
         found = ops.attention_grad(grads[0][0], q, k, v, cu_seqlens, out, lse, ctx.params)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..memory import recompute
 from ..ops import cpu, gpu
+from ..ops.library import first_order
 from . import attention
-from .class_swap import is_wrapped, swap_class
+from .class_swap import has_hooks, is_wrapped, swap_class
 from .fp32 import as_near, distance, in_fp32, typical_distance
 from .recognize import AttentionSpec, MlpSpec, NormSpec, Spec, spec_of
 
@@ -42,6 +43,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
         dy, dweight = grads[0], None
@@ -76,6 +78,7 @@ class _Gated(torch.autograd.Function):
         return ops.gated(gate, up, activation)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         return *ops.gated_grad(grads[0], gate, up, ctx.activation), None
@@ -92,6 +95,8 @@ class FusedMLP(nn.Module):
     tile: int = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if has_hooks(getattr(self, self.spec.act)):
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         if not 0 < self.tile < x.shape[-2]:
             return self.whole(x)
         # the parameters inside need gradients even where x does not
@@ -131,6 +136,7 @@ class _Tiles(torch.autograd.Function):
         return recompute.as_one_product(compute)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -183,6 +189,7 @@ class _Rotate(torch.autograd.Function):
         return ops.rotate(x[0], cos, sin).unsqueeze(0)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return ops.rotate(grads[0][0], *ctx.saved_tensors, back=True).unsqueeze(0), None, None
 
@@ -301,6 +308,9 @@ def fuse(model: nn.Module) -> Fused:
             continue
         kind = {NormSpec: FusedNorm, MlpSpec: FusedMLP, AttentionSpec: FusedAttention}[type(spec)]
         width = _width(module, spec)
+        if width is None:
+            result.left.setdefault(own.__name__, "its parts are no linear layers")
+            continue
         key = (own, spec, width)
         if key not in judged:
             own_dtype = next(module.parameters()).dtype if kind is FusedNorm else dtype
@@ -320,10 +330,12 @@ def _is_served(tensor: Tensor) -> bool:
     return gpu.computes(tensor) or cpu.serves(tensor)
 
 
-def _width(module: Any, spec: Spec) -> int:
+def _width(module: Any, spec: Spec) -> int | None:
+    """Of what a module reads; None where its parts do not say."""
     if isinstance(spec, NormSpec):
         return module.weight.shape[0]
-    return getattr(module, spec.q if isinstance(spec, AttentionSpec) else spec.gate).in_features
+    part = getattr(module, spec.q if isinstance(spec, AttentionSpec) else spec.gate)
+    return getattr(part, "in_features", None)
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:

@@ -115,11 +115,12 @@ def norm_spec(module: nn.Module) -> NormSpec | None:
 @dataclass(frozen=True)
 class MlpSpec:
     """Names of an MLP's parts; ``up`` is None where one layer computes both halves, the gate
-    first."""
+    first. act: the part that is the activation; activation: what that computes."""
 
     gate: str
     up: str | None
     down: str
+    act: str
     activation: str
 
 
@@ -167,7 +168,7 @@ def mlp_spec(module: nn.Module) -> MlpSpec | None:
     activation = activation_name(getattr(module, found["activation"]))
     if activation is None:
         return None
-    return MlpSpec(found["gate"], found.get("up"), found["down"], activation)
+    return MlpSpec(found["gate"], found.get("up"), found["down"], found["activation"], activation)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -216,9 +217,10 @@ def attention_spec(module: nn.Module) -> AttentionSpec | None:
         ]
     except (OSError, TypeError, SyntaxError, AttributeError, AssertionError, KeyError):
         return None
-    roles, window = _ATTENTIONS.get(_digest(text), ((), ""))
-    if len(names) != len(roles) or tuple(beside) not in _ROTATIONS:
+    known = _ATTENTIONS.get(_digest(text))
+    if known is None or len(names) != len(known[0]) or tuple(beside) not in _ROTATIONS:
         return None
+    roles, window = known
     found = dict(zip(roles, names, strict=True))
     if (found["dim"], found["config"], found["dropout"]) != (
         "head_dim",

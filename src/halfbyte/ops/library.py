@@ -2,6 +2,7 @@
 device is meant."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,23 @@ import torch
 from torch import Tensor
 
 from ..ledger import Part
+
+
+def first_order(backward: Callable[..., Any]) -> Any:
+    """Of a backward pass whose own gradients are not computed: asking for them (``create_graph``)
+    is an error, and gives no zeros."""
+
+    @functools.wraps(backward)
+    def first(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{backward.__qualname__.partition('.')[0].strip('_')} has no second derivatives "
+                "(create_graph=True): leave the model as it is, without halfbyte.optimize"
+            )
+        return backward(ctx, *grads)
+
+    return first
+
 
 LIBRARY = torch.library.Library("halfbyte", "DEF")
 

@@ -130,7 +130,7 @@ def _counted(model_config: Any, given: _Given) -> "_Counts":
     """Build the model without numbers, make it trainable, and count a step of it."""
     config = given.config
     with planning_for(given.device):
-        model = empty_base(model_config, config, given.dtype)
+        model = empty_base(model_config, config, given.dtype, given.stored)
         base = sizes(weights_by_part(model))
         in_4bit = [p.numel() for p in model.parameters() if isinstance(p.data, NF4Tensor)]
         fuse(model)

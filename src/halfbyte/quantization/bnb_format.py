@@ -110,6 +110,19 @@ def quantized_names(names: set[str]) -> set[str]:
     return {name.partition(f".{STATE_KEY}")[0] for name in names if f".{STATE_KEY}" in name}
 
 
+def stored_form(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """How a 4-bit weight is stored, by its header alone: settings of `tensor.quantize`."""
+    entries = checkpoint.entries
+    (key,) = (key for key in stored_keys(entries, name) if STATE_KEY in key)
+    blocks = torch.Size(entries[f"{name}.absmax"].shape).numel()
+    return {
+        "quant_type": key.partition(STATE_KEY)[2],
+        "double_quant": f"{name}.nested_absmax" in entries,
+        # a power of two; the last block may be short
+        "block_size": 1 << (2 * entries[name].nbytes // max(1, blocks) - 1).bit_length(),
+    }
+
+
 def read_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     """All tensors of a model directory, 4-bit ones as `NF4Tensor`, bit for bit (docs/format.md)."""
     checkpoint = Checkpoint(Path(directory))

@@ -17,10 +17,10 @@ from ..files.model_config import read_config, refused_by_transformers
 from ..files.safetensors import Checkpoint
 from ..memory.streaming import LayerStreamer
 from ..model.architecture import build_empty, choose_device, choose_dtype
-from ..model.targets import quantizable
+from ..model.targets import checkpoint_names, quantizable
 from ..ops import cpu
 from ..progress import Progress, no_progress
-from .bnb_format import check_quantization
+from .bnb_format import check_quantization, quantized_names, stored_form
 from .cache import CacheEntry, cached, remove
 from .weights import QuantReport, WeightLoader, quantize_as
 
@@ -111,7 +111,8 @@ def _load(
     report = QuantReport(
         options.bnb_4bit_quant_type, loader.coverage(), loader.records, loader.digest()
     )
-    if options.load_in_4bit and report.coverage < MIN_COVERAGE and not options.allow_low_coverage:
+    low = report.coverage < MIN_COVERAGE and not loader.stored_4bit
+    if options.load_in_4bit and low and not options.allow_low_coverage:
         raise ModelError(
             f"only {report.coverage:.0%} of the weights in layers would be held in 4 bits",
             expected=f"at least {MIN_COVERAGE:.0%}",
@@ -135,21 +136,31 @@ def _place_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def empty_base(config: Any, options: ModelOptions, dtype: torch.dtype) -> Any:
+def empty_base(
+    config: Any, options: ModelOptions, dtype: torch.dtype, checkpoint: Checkpoint | None = None
+) -> Any:
     """What `load_base` makes, on the ``meta`` device: the same shapes, types and 4-bit parts, and
     no weights.
+
+    Args:
+        checkpoint: the weights' headers; what they hold in 4 bits is held as it is stored.
 
     Raises:
         ModelError: transformers cannot build it.
     """
     model = build_empty(config)
-    in_4bit = quantizable(model) if options.load_in_4bit else set()
+    forms: dict[str, dict[str, Any]] = {}
+    if options.load_in_4bit:
+        forms = {name: {} for name in quantizable(model)}
+        if checkpoint is not None and (stored := quantized_names(set(checkpoint.entries))):
+            targets = checkpoint_names(model, stored)
+            forms = {targets[name]: stored_form(checkpoint, name) for name in stored}
     for module_name, module in model.named_modules():
         for attribute, p in module._parameters.items():
             if p is not None:
                 value = p.data.to(dtype)
-                if f"{module_name}.{attribute}" in in_4bit:
-                    value = quantize_as(value, options).with_dtype(dtype)
+                if (form := forms.get(f"{module_name}.{attribute}")) is not None:
+                    value = quantize_as(value, options, **form).with_dtype(dtype)
                 module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     model.tie_weights()
     model.eval()

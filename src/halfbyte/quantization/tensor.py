@@ -28,6 +28,7 @@ from torch.nn import functional
 from .. import codebooks, ops
 from ..memory import recompute
 from ..memory.streaming import StreamedGroup
+from ..ops.library import first_order
 
 NESTED_BLOCK_SIZE = 256
 _TENSORS = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
@@ -159,6 +160,8 @@ class NF4Tensor(Tensor):
         kwargs = kwargs or {}
         if func is functional.linear:
             return _linear(*args, **kwargs)
+        if func == _SET_DATA:
+            return _set_data(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -172,11 +175,65 @@ class NF4Tensor(Tensor):
         )
 
 
+_SET_DATA: Any = Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _set_data(tensor: NF4Tensor, value: Tensor) -> None:
+    """``tensor.data = value``: what is inside follows; an ordinary tensor is quantized as this one
+    is."""
+    if not isinstance(tensor, NF4Tensor):
+        raise TypeError("a tensor that is not in 4 bits does not take one that is")
+    made = value if isinstance(value, NF4Tensor) else _quantized_like(tensor, value)
+    with torch._C.DisableTorchFunctionSubclass():
+        _SET_DATA(tensor, made)
+    for name, part in zip(made._parts._fields, made._parts, strict=True):
+        setattr(tensor, name, part)
+    tensor.quant_type, tensor.streamed = made.quant_type, made.streamed
+
+
+def _quantized_like(tensor: NF4Tensor, value: Tensor) -> NF4Tensor:
+    """Values in 4 bits, in the form of another tensor."""
+    if value.shape != tensor.shape:
+        raise ValueError(f"{list(value.shape)} does not fit a 4-bit weight {list(tensor.shape)}")
+    made = quantize(
+        value.to(tensor.device),
+        block_size=tensor.block_size,
+        double_quant=tensor.nested_absmax is not None,
+        quant_type=tensor.quant_type,
+    )
+    return type(tensor)(made._parts, made.shape, tensor.dtype, made.quant_type)
+
+
+def _add_(tensor: NF4Tensor, other: Any, *, alpha: Any = 1) -> NF4Tensor:
+    """In place: dequantized, added to in fp32, and quantized again, as bitsandbytes merges."""
+    if tensor.streamed is not None:
+        raise TypeError("a weight that is streamed from a file is not changed")
+    other = other.dequantize(torch.float32) if isinstance(other, NF4Tensor) else other
+    total = tensor.dequantize(torch.float32).add_(other, alpha=alpha)
+    return _copy_(tensor, total)
+
+
+def _copy_(tensor: NF4Tensor, source: Tensor, non_blocking: bool = False) -> NF4Tensor:
+    """In place: what it holds becomes the source, quantized as this tensor is."""
+    made = source if isinstance(source, NF4Tensor) else _quantized_like(tensor, source)
+    for mine, theirs in zip(tensor.stored_tensors(), made.stored_tensors(), strict=True):
+        mine.copy_(theirs)
+    return tensor
+
+
+def _sub_(tensor: NF4Tensor, other: Any, *, alpha: Any = 1) -> NF4Tensor:
+    return _add_(tensor, other, alpha=-alpha)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, NF4Tensor) or weight.dim() != 2:
         raise TypeError(
             "a 4-bit tensor can only be the two-dimensional weight of F.linear, not its input or "
             "bias"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            "a 4-bit weight takes no gradient: train an adapter on it, or .dequantize() it"
         )
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"input [..., {x.shape[-1]}] does not fit a weight {list(weight.shape)}")
@@ -198,6 +255,7 @@ class _FourBitLinear(torch.autograd.Function):
         return recompute.product(lambda: ops.linear_4bit(x, weight.parts, weight.shape[0], bias))
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         grad_x = ops.linear_4bit_input_grad(grad, ctx.weight.parts, ctx.weight.shape[1])
@@ -232,6 +290,9 @@ _DISPATCH: dict[Any, Callable] = {
     _aten.alias.default: _detach,
     _aten.clone.default: _clone,
     _aten._to_copy.default: _to_copy,
+    _aten.add_.Tensor: _add_,
+    _aten.sub_.Tensor: _sub_,
+    _aten.copy_.default: _copy_,
 }
 
 

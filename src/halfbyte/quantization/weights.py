@@ -69,7 +69,8 @@ class WeightLoader:
         self.sources = plain
         self.targets = checkpoint_names(model, plain)
         head = model.get_output_embeddings()
-        self.linear = quantizable(model)
+        # what a 4-bit checkpoint keeps in 16 bits was kept so for a reason
+        self.linear = set() if self.stored_4bit else quantizable(model)
         embeddings = {id(m.weight) for m in (model.get_input_embeddings(), head) if m is not None}
         self.in_layers = {
             name: p.numel()
@@ -308,11 +309,12 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def quantize_as(weight: Tensor, options: ModelOptions) -> NF4Tensor:
-    """A weight in the 4 bits that the options ask for."""
-    return quantize(
-        weight,
-        block_size=options.bnb_4bit_blocksize,
-        double_quant=options.bnb_4bit_use_double_quant,
-        quant_type=options.bnb_4bit_quant_type,
-    )
+def quantize_as(weight: Tensor, options: ModelOptions, **otherwise: Any) -> NF4Tensor:
+    """A weight in the 4 bits that the options ask for. otherwise: settings of `quantize` that stand
+    above them."""
+    settings: dict[str, Any] = {
+        "block_size": options.bnb_4bit_blocksize,
+        "double_quant": options.bnb_4bit_use_double_quant,
+        "quant_type": options.bnb_4bit_quant_type,
+    }
+    return quantize(weight, **{**settings, **otherwise})

@@ -13,6 +13,7 @@ from ..files import atomic, hub
 from ..files.model_config import computed_by, differences
 from ..model.architecture import choose_device
 from ..progress import Progress, no_progress
+from ..quantization.hf_quantizer import make_saveable
 from ..quantization.load import load_base
 from .directory import ADAPTER_FACTS, Run, refuse_changed_result
 from .source import as_stored, base_of_adapter, is_adapter, run_at, tokenizer_directory
@@ -37,6 +38,8 @@ def load(
     """A transformers model, quantized, and its tokenizer; with the adapter, if it is a run or an
     adapter.
 
+    ``save_pretrained`` of a model without adapter writes what transformers and bitsandbytes open.
+
     Args:
         model_or_run: Hub id, model directory, run directory, or an adapter that PEFT wrote. A
             merged model is held as it is stored.
@@ -47,6 +50,14 @@ def load(
     Raises:
         ModelError, UsageError: as `load_base` and `adapters.peft_files.load_adapter`.
     """
+    model, tokenizer = _load(model_or_run, objects, progress, changes)
+    make_saveable(model)
+    return model, tokenizer
+
+
+def _load(
+    model_or_run: str | Path, objects: tuple[Any, ...], progress: Progress, changes: dict[str, Any]
+) -> tuple[Any, Any]:
     given = options_of(objects, ())
     if unfit := sorted(given.keys() - ModelOptions.model_fields.keys()):
         raise UsageError(

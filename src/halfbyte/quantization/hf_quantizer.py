@@ -11,6 +11,7 @@ module on.
 """
 
 import importlib.util
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -26,9 +28,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .. import ops
 from ..codebooks import BNB_QUANT_TYPES
-from ..quantization.bnb_format import STATE_KEY, components, from_components
-from ..quantization.tensor import NF4Tensor, four_bit_linear, quantize
+from ..errors import UsageError
+from .bnb_format import STATE_KEY, components, from_components
+from .tensor import NF4Tensor, four_bit_linear, quantize
 
 NAME = "halfbyte"
 # their annotations are narrower than what they take
@@ -64,10 +68,84 @@ class BitsAndBytesConfig(_Config):
         return {**super().to_dict(), "quant_method": "bitsandbytes"}
 
 
+class _Half:
+    """The size of an element of 4 bits, where bytes are counted as ``numel() * element_size()``."""
+
+    def __rmul__(self, count: int) -> int:
+        return count // 2
+
+
 class Params4bit(NF4Tensor):
-    """An `NF4Tensor` under the name of bitsandbytes' parameter, by which PEFT leaves a weight as it
-    is when it raises all others to fp32. It computes in its own type, ``bnb_4bit_compute_dtype``,
-    whatever that of the input is."""
+    """An `NF4Tensor` that is to other packages what bitsandbytes' parameter of this name is.
+
+    PEFT leaves a weight of this name as it is when it raises all others to fp32, and asks it for
+    what bitsandbytes' has. It computes in its own type, ``bnb_4bit_compute_dtype``, whatever that
+    of the input is. Merging adds to it in place, and quantizes again; a clone, and any other
+    arithmetic, is an ordinary tensor of the values.
+
+    Args:
+        data: `ops.FourBit`, or a tensor that is quantized now, with bitsandbytes' settings.
+    """
+
+    quant_storage = torch.uint8
+    module = None
+    bnb_quantized = True
+
+    @staticmethod
+    def __new__(cls, data: Any, *parts: Any, **settings: Any) -> Any:
+        if isinstance(data, ops.FourBit):
+            return NF4Tensor.__new__(cls, data, *parts, **settings)
+        made = quantize(
+            data.detach(),
+            block_size=settings.get("blocksize") or 64,
+            double_quant=settings.get("compress_statistics", True),
+            quant_type=settings.get("quant_type", "fp4"),
+        )
+        return _parameter(made, data.dtype)
+
+    @property
+    def compress_statistics(self) -> bool:
+        """Whether the scales are in 8 bits."""
+        return self.nested_absmax is not None
+
+    @property
+    def blocksize(self) -> int:
+        return self.block_size
+
+    @property
+    def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Bytes of the codes, as bitsandbytes counts them."""
+        return self.packed.nbytes
+
+    @property
+    def quant_state(self) -> Any:
+        """What bitsandbytes describes the codes by, in the same memory.
+
+        Raises:
+            AttributeError: bitsandbytes is not there.
+        """
+        try:
+            from bitsandbytes.functional import QuantState
+        except ImportError as error:
+            raise AttributeError("quant_state is bitsandbytes', which is not installed") from error
+        nested = None
+        if self.nested_absmax is not None:
+            nested = QuantState(
+                absmax=self.nested_absmax,
+                blocksize=self.nested_block_size,
+                code=self.nested_quant_map,
+                dtype=torch.float32,
+            )
+        return QuantState(
+            absmax=self.absmax,
+            shape=self.shape,
+            code=self.quant_map,
+            blocksize=self.block_size,
+            quant_type=self.quant_type,
+            dtype=self.dtype,
+            offset=self.nested_offset,
+            state2=nested,
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,12 +156,28 @@ class Params4bit(NF4Tensor):
             if isinstance(weight, NF4Tensor) and x.dtype != weight.dtype:
                 bias = None if bias is None else bias.to(weight.dtype)
                 return four_bit_linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-        return super().__torch_function__(func, types, args, kwargs)
+        if func is Tensor.element_size:
+            return _Half()
+        if str(func).startswith("bitsandbytes.dequantize_4bit"):
+            return func(*[a.packed if isinstance(a, cls) else a for a in args], **kwargs)
+        if func is Tensor.clone:  # to be changed, perhaps by something that takes gradients
+            return args[0].dequantize()
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except NotImplementedError:
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and not name.endswith("__"):  # in place
+                raise
+            return func(*[_values(a) for a in args], **{k: _values(v) for k, v in kwargs.items()})
+
+
+def _values(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, NF4Tensor) else value
 
 
 def _parameter(tensor: NF4Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(
-        Params4bit(tensor.parts, tensor.shape, dtype, tensor.quant_type), requires_grad=False
+        Params4bit(tensor._parts, tensor.shape, dtype, tensor.quant_type), requires_grad=False
     )
 
 
@@ -100,6 +194,8 @@ class _Quantize(_Operation):
         result = {}
         for name, given in input_dict.items():
             value: Tensor = given[0] if isinstance(given, list) else given
+            if name in self.quantizer.transposed:
+                value = value.T
             made = quantize(
                 value,
                 double_quant=settings.bnb_4bit_use_double_quant,
@@ -165,6 +261,7 @@ class FourBitQuantizer(_Quantizer):
     def __init__(self, quantization_config: Any, **others: Any) -> None:
         super().__init__(quantization_config, **others)
         self.names: set[str] = set()
+        self.transposed: set[str] = set()
 
     @property
     def quantized_element_size(self) -> float:
@@ -176,11 +273,14 @@ class FourBitQuantizer(_Quantizer):
         skipped = self.get_modules_to_not_convert(
             model, self.quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
         )
-        self.names = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and should_convert_module(name, skipped)
-        }
+        for name, module in list(model.named_modules()):
+            if not should_convert_module(name, skipped):
+                continue
+            if isinstance(module, Conv1D):  # GPT-2's linear layer, its weight the other way round
+                model.set_submodule(name, _linear_of(module))
+                self.transposed.add(f"{name}.weight")
+            if type(module) in (nn.Linear, Conv1D):
+                self.names.add(f"{name}.weight")
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **others: Any) -> bool:
@@ -203,11 +303,38 @@ class FourBitQuantizer(_Quantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
         model.is_loaded_in_4bit = True
+        if not any(isinstance(p, NF4Tensor) for p in model.parameters()):
+            warnings.warn(
+                f"no layer of this {type(model).__name__} is in 4 bits: it has no torch.nn.Linear "
+                "that the settings do not skip",
+                stacklevel=2,
+            )
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """The model with ordinary weights of the values that the 4-bit ones stand for."""
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if isinstance(p, NF4Tensor):
+                    module._parameters[name] = nn.Parameter(
+                        p.dequantize(dtype), requires_grad=False
+                    )
+        model.is_loaded_in_4bit = False
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes: 4-bit weights as bitsandbytes stores them."""
         found: dict[str, Tensor] = {}
+        adapted = [n for n, module in model.named_modules() if hasattr(module, "lora_A")]
+        if adapted:
+            raise UsageError(
+                f"this model has an adapter ({adapted[0]}, ...), which a checkpoint of its base "
+                "could not hold",
+                ways_out=[
+                    "halfbyte.merge writes one whole model",
+                    "halfbyte.export(..., 'bnb-4bit') base and adapter",
+                ],
+            )
         for name, tensor in model.state_dict().items():
             found.update(
                 components(name, tensor) if isinstance(tensor, NF4Tensor) else {name: tensor}
@@ -220,6 +347,32 @@ class FourBitQuantizer(_Quantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _linear_of(layer: Any) -> nn.Linear:
+    """A linear layer in place of a ``Conv1D``, without weights yet."""
+    with torch.device("meta"):
+        return nn.Linear(*layer.weight.shape, bias=layer.bias is not None)
+
+
+def make_saveable(model: Any) -> None:
+    """Have ``save_pretrained`` write a model's 4-bit weights as bitsandbytes stores them, in
+    place; nothing where bitsandbytes has no such format."""
+    tensors = [p for p in model.parameters() if isinstance(p, NF4Tensor)]
+    if not tensors or any(t.quant_type not in BNB_QUANT_TYPES for t in tensors):
+        return
+    held = {n.rpartition(".")[0] for n, p in model.named_parameters() if isinstance(p, NF4Tensor)}
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    make: Any = BitsAndBytesConfig  # registering it loses its arguments' types
+    settings = make(
+        bnb_4bit_quant_type=tensors[0].quant_type,
+        bnb_4bit_use_double_quant=tensors[0].nested_absmax is not None,
+        bnb_4bit_compute_dtype=model.config.dtype,
+        llm_int8_skip_modules=sorted(linear - held) or None,
+    )
+    model.hf_quantizer = FourBitQuantizer(settings)
+    model.config.quantization_config = settings
+    model.is_loaded_in_4bit = model.is_quantized = True
 
 
 if importlib.util.find_spec("bitsandbytes") is None:

@@ -1,0 +1,113 @@
+"""Every causal family that transformers can build small: `optimize` beside the script without it.
+
+The checkpoints are made by builders that are not part of this repository; without them the test is
+skipped.
+"""
+
+import copy
+import gc
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfbyte
+
+from ..helpers import SHARED
+
+FAMILIES = SHARED / "families" / "families.py"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+LIMIT = 1e-5
+"""Of a gradient's norm, in fp32: rounding, over two layers."""
+WORSE = 4
+"""Times the script's own distance from fp64, where that is more: what is recurrent is ill
+conditioned."""
+
+
+def builders() -> Any:
+    spec = importlib.util.spec_from_file_location("families", FAMILIES)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["families"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def adapted(model: Any) -> Any:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    model = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    return model.train()
+
+
+def gradients(model: Any, checkpointing: bool) -> dict[str, Tensor]:
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    ids = (torch.arange(40) * 7 % 150 + 5).view(2, 20)
+    torch.manual_seed(7)
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[n].double() - g.double()).norm() / g.double().norm())
+        for n, g in expected.items()
+        if g.norm() > 1e-9
+    )
+
+
+def outcome(base: Any, checkpointing: bool) -> str:
+    """What became of a family, for the table; raises where that is wrong."""
+    try:
+        expected = gradients(adapted(copy.deepcopy(base)), checkpointing)
+    except (ValueError, AttributeError) as error:
+        return f"the script itself: {str(error).splitlines()[0][:60]}"
+    model = halfbyte.optimize(adapted(copy.deepcopy(base)), say=lambda line: None)
+    found = gradients(model, checkpointing)
+    error = furthest(found, expected)
+    if error <= LIMIT:
+        return "same"
+    wide = adapted(copy.deepcopy(base)).double()
+    if hasattr(base, "set_experts_implementation"):  # grouped products have no fp64
+        wide.get_base_model().set_experts_implementation("eager")
+    exact = gradients(wide, checkpointing)
+    mine, its = furthest(found, exact), furthest(expected, exact)
+    assert mine <= max(LIMIT, WORSE * its), f"{mine:.1e} from fp64, the script {its:.1e}"
+    return "as near to fp64"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of patterns that match nothing
+@pytest.mark.skipif(not FAMILIES.is_file(), reason="the builders of families are not here")
+def test_optimize_leaves_every_familys_gradients(tmp_path: Path):
+    module = builders()
+    lines, wrong = [], []
+    for family in module.FAMILIES:
+        if family.group == "refuse" or family.after is not None:
+            continue
+        base = module.make(family, tmp_path / "model")
+        base.config.use_cache = False
+        cells = []
+        for checkpointing in (False, True):
+            try:
+                cells.append(outcome(base, checkpointing))
+            except Exception as error:
+                wrong.append(f"{family.name}: {type(error).__name__} {error}")
+        lines.append(f"| {family.name} | {' | '.join(cells)} |")
+        gc.collect()
+    assert not wrong, "\n".join(wrong)
+    page = PAGE.read_text()
+    missing = [line for line in lines if line not in page]
+    assert not missing, f"{PAGE} lacks:\n" + "\n".join(missing)
