@@ -43,7 +43,8 @@ def test_a_result_that_cannot_be_written_leaves_the_older_one(
     monkeypatch.setattr(saving, "save_adapter", full)
     learner: Any = SimpleNamespace(model=None)
     with pytest.raises(StorageError, match="No space left") as caught:
-        save_result(run, learner, SimpleNamespace(), {}, "base")  # pyright: ignore[reportArgumentType]
+        config: Any = SimpleNamespace(model="acme/base", revision=None)
+        save_result(run, learner, SimpleNamespace(), {}, config)  # pyright: ignore[reportArgumentType]
     assert "--resume_from_checkpoint auto" in caught.value.ways_out[0]
     assert [path.name for path in run.adapter.iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -86,8 +86,8 @@ def lora_off(model: nn.Module) -> Iterator[None]:
             layer.__class__ = LoraLinear
 
 
-def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
-    """adapter_config.json for the model's adapter."""
+def adapter_config(model: Any, base_model: str, revision: str | None = None) -> dict[str, Any]:
+    """adapter_config.json for the model's adapter. revision: of the base, on the Hub."""
     layers = dict(lora_layers(model))
     adapter = next(iter(layers.values())).adapter
     ranks = Counter(layer.adapter.r for layer in layers.values())
@@ -97,6 +97,7 @@ def adapter_config(model: Any, base_model: str) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": adapter.dropout,
@@ -129,10 +130,10 @@ def shortest_targets(model: Any, names: list[str]) -> list[str]:
     return last if matched == set(names) else sorted(names)
 
 
-def save_adapter(model: Any, directory: Path, base_model: str) -> None:
+def save_adapter(model: Any, directory: Path, base_model: str, revision: str | None = None) -> None:
     """The adapter as PEFT writes it: adapter_model.safetensors and adapter_config.json."""
     write_safetensors(directory / WEIGHTS, adapter_tensors(model))
-    write_json(directory / CONFIG, adapter_config(model, base_model))
+    write_json(directory / CONFIG, adapter_config(model, base_model, revision))
 
 
 def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any]:

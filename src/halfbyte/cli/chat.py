@@ -1,5 +1,7 @@
 """``halfbyte chat RUN``."""
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 from ..config.options import ModelOptions
@@ -8,86 +10,198 @@ from ..errors import UsageError
 from . import console
 from .options import Verb
 
+Turn = dict[str, Any]
+
 
 def chat(record: ChatConfig) -> dict[str, Any]:
     """Talk to MODEL: a run directory, a Hub id or a local directory. --prompt for one answer."""
-    from ..data.renderer import Renderer
-    from ..run.load import load, run_renderer
-    from ..run.source import held_in, run_at
+    piped = record.prompt is None and not sys.stdin.isatty()
+    # of one answer stdout takes that alone
+    with console.notes_on_stderr(piped or record.prompt is not None):
+        talk = _Talk(record)
+        if piped:
+            return talk.once(_all_of_stdin())
+        if record.prompt is not None:
+            return talk.once(record.prompt)
+        return talk.dialogue()
 
-    given = {
-        key: getattr(record, key)
-        for key in ModelOptions.model_fields
-        if key in record.model_fields_set
-    }
-    run = run_at(record.model)
-    model, tokenizer = load(record.model, progress=console.progress, **given)
-    console.say(f"{record.model} is held in {held_in(model)}")
-    renderer = run_renderer(run, run.config()) if run else Renderer(tokenizer)
-    # a run trained on texts continues texts: a chat template is a form it never saw
-    plain = run is not None and run.info()["data"]["form"] in ("prompt", "text")
-    if plain:
-        console.say(
-            "this run was trained on plain texts: what you type is continued, without a chat "
-            "template"
-        )
-        if record.system:
-            raise UsageError(
-                "a system message needs a chat template, which this run was not trained with"
+
+def _all_of_stdin() -> str:
+    try:
+        text = sys.stdin.read().rstrip("\n")
+    except OSError:  # closed, or nobody's
+        text = ""
+    if not text.strip():
+        raise UsageError("nothing came through the pipe", ways_out=["--prompt TEXT, or a terminal"])
+    return text
+
+
+class _Talk:
+    """A model and how it is asked."""
+
+    def __init__(self, record: ChatConfig) -> None:
+        from ..data.renderer import Renderer
+        from ..engine.generate import Sampling, sampling_of
+        from ..run.load import load, run_renderer
+        from ..run.source import held_in, run_at
+
+        given = {
+            key: getattr(record, key)
+            for key in (*ModelOptions.model_fields, "base")
+            if key in record.model_fields_set
+        }
+        self.record, self.run = record, run_at(record.model)
+        self.model, tokenizer = load(record.model, progress=console.progress, **given)
+        console.say(f"{record.model} is held in {held_in(self.model)}")
+        if self.run is None:
+            self.renderer = Renderer(tokenizer)
+        else:
+            clock = self.run.clock() if record.clock == "run" else None
+            self.renderer = run_renderer(self.run, self.run.config(), clock)
+        # a run trained on texts continues texts: a chat template is a form it never saw
+        form = self.run.info()["data"]["form"] if self.run is not None else ""
+        self.plain = form in ("prompt", "text")
+        if self.plain:
+            console.say(
+                "this run was trained on plain texts: what you type is continued, without a chat "
+                "template"
             )
-    opening = [{"role": "system", "content": record.system}] if record.system else []
-    if record.prompt is not None:
-        question = (
-            record.prompt if plain else [*opening, {"role": "user", "content": record.prompt}]
+            if record.system is not None:
+                raise UsageError(
+                    "a system message needs a chat template, which this run was not trained with"
+                )
+        elif not self.renderer.has_own_template:
+            console.say(
+                "this model has no chat template of its own: halfbyte's is used, a form it may "
+                "never have seen"
+            )
+        chosen = {name: getattr(record, name) for name in Sampling.__dataclass_fields__}
+        if record.generation_config == "model":
+            own = sampling_of(self.model)
+            said = {k: v for k, v in chosen.items() if k in record.model_fields_set}
+            chosen = {**chosen, **own, **said}
+            console.say(
+                "sampling as the base says: " + ", ".join(f"{k} {v:g}" for k, v in chosen.items())
+            )
+        self.sampling = Sampling(**chosen)
+        self.stop = [each.replace("\\n", "\n").replace("\\t", "\t") for each in record.stop]
+        self.dropped = 0
+        self.opening: list[Turn] = []
+        if record.system is not None:
+            self.opening = [{"role": "system", "content": record.system}]
+
+    def once(self, prompt: str) -> dict[str, Any]:
+        """One answer."""
+        record = self.record
+        said = self._answer(
+            prompt if self.plain else [*self.opening, {"role": "user", "content": prompt}]
         )
-        said = _turn(record, model, renderer, question)
-        if run is not None and run.config().full:
+        if self.run is not None and self.run.config().full:
             console.following("eval", record.model, raw="--data held_out.jsonl")
-        elif run is not None:
+        elif self.run is not None:
             console.following("merge", record.model, raw="--onto trained -o merged")
         else:
             console.following("train", record.model, raw="--data my.jsonl")
-        return {"prompt": record.prompt, "answer": said.text, "stopped": said.stopped}
-    turns = list(opening)
-    console.say("an empty line ends the conversation")
-    while line := _read_line():
-        turns.append({"role": "user", "content": line})
-        said = _turn(record, model, renderer, line if plain else turns)
-        turns.append({"role": "assistant", "content": said.text})
-    if run:
-        console.following("merge", record.model, raw="--onto trained -o merged")
-    else:
-        console.following("explain", "nf4")
-    return {"messages": turns}
+        return {"prompt": prompt, **_as_dict(said), **self._in_force()}
 
-
-def _read_line() -> str:
-    try:
-        console.piece("> ")
-        return input().strip()
-    except EOFError:
-        return ""
-
-
-def _turn(record: ChatConfig, model: Any, renderer: Any, prompt: str | list[dict[str, Any]]) -> Any:
-    from ..engine.generate import answer
-
-    said = answer(
-        model,
-        renderer,
-        prompt,
-        max_new_tokens=record.max_new_tokens,
-        temperature=record.temperature,
-        top_p=record.top_p,
-        seed=record.seed,
-        emit=console.piece,
-    )
-    console.piece("\n")
-    if not said.stopped:
+    def dialogue(self) -> dict[str, Any]:
+        """Turn after turn, until an empty line."""
+        turns = list(self.opening)
         console.say(
-            f"(cut off after {record.max_new_tokens} tokens; --max_new_tokens raises the limit)"
+            "an empty line ends the conversation; a line that ends in \\ goes on in the next"
         )
-    return said
+        for text in _lines():
+            turns.append({"role": "user", "content": text})
+            self._fit(turns)
+            said = self._answer(text if self.plain else turns)
+            turns.append(_turn_of(said))
+        if self.run:
+            console.following("merge", self.record.model, raw="--onto trained -o merged")
+        else:
+            console.following("explain", "nf4")
+        return {"messages": turns, "turns_dropped": self.dropped, **self._in_force()}
+
+    def _in_force(self) -> dict[str, Any]:
+        settings = {**self.sampling.as_dict(), "seed": self.record.seed, "stop": self.stop}
+        return {"sampling": {**settings, "max_new_tokens": self.record.max_new_tokens}}
+
+    def _fit(self, turns: list[Turn]) -> None:
+        """Leave out the oldest turns where the conversation fills the model's context, in place."""
+        from ..engine.generate import room_for
+
+        first = len(self.opening)
+        while not self.plain:
+            try:
+                room_for(self.model, self.renderer.prompt_ids(turns), 1)
+                return
+            except UsageError:
+                if len(turns) - first <= 1:
+                    raise
+            del turns[first]
+            self.dropped += 1
+            while len(turns) - first > 1 and turns[first]["role"] != "user":
+                del turns[first]
+                self.dropped += 1
+            console.say("(the oldest turn no longer fits into the model's context: it is left out)")
+
+    def _answer(self, prompt: str | list[Turn]) -> Any:
+        from ..engine.generate import answer
+
+        record = self.record
+        said = answer(
+            self.model,
+            self.renderer,
+            prompt,
+            max_new_tokens=record.max_new_tokens,
+            sampling=self.sampling,
+            stop=self.stop,
+            seed=record.seed,
+            emit=console.piece,
+        )
+        console.piece("\n")
+        if said.cut == "tokens":
+            console.say(
+                f"(cut off after {record.max_new_tokens} tokens; --max_new_tokens raises the limit)"
+            )
+        elif said.cut == "context":
+            console.say("(cut off: the model's context is full)")
+        return said
+
+
+def _as_dict(said: Any) -> dict[str, Any]:
+    turn = _turn_of(said)
+    calls = {"tool_calls": turn["tool_calls"]} if "tool_calls" in turn else {}
+    return {"answer": turn["content"], "stopped": said.stopped, "cut": said.cut, **calls}
+
+
+def _turn_of(said: Any) -> Turn:
+    """An answer as a turn: the calls in it as calls, and what is left as its text; with control
+    tokens where there are any that nobody read."""
+    from ..data.tool_calls import read_calls
+
+    calls, left = read_calls(said.marked)
+    if calls:
+        return {"role": "assistant", "content": left, "tool_calls": calls}
+    return {"role": "assistant", "content": said.marked if said.marked.strip() else said.text}
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, as it is typed; a line that ends in a backslash goes on in the next."""
+    while True:
+        text = ""
+        while True:
+            try:
+                console.piece("> " if not text else "  ")
+                line = input()
+            except EOFError:
+                line = ""
+            text += line.removesuffix("\\")
+            if not line.endswith("\\"):
+                break
+            text += "\n"
+        if not text.strip():
+            return
+        yield text
 
 
 command = Verb("chat", ChatConfig, chat, positional=("model",))

@@ -30,8 +30,22 @@ def use_json(flag: bool) -> None:
     JSON = flag
 
 
+NOTES_ON_STDERR = False
+
+
+@contextmanager
+def notes_on_stderr(flag: bool) -> Iterator[None]:
+    """Within this block stdout takes pieces of an answer and nothing else, if ``flag``."""
+    global NOTES_ON_STDERR
+    before, NOTES_ON_STDERR = NOTES_ON_STDERR, flag
+    try:
+        yield
+    finally:
+        NOTES_ON_STDERR = before
+
+
 def _people() -> Console:
-    return _err if JSON else _out
+    return _err if JSON or NOTES_ON_STDERR else _out
 
 
 def write_anything() -> None:

@@ -25,7 +25,7 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
 
     run = run_at(record.model)
     adapter = run is None and is_adapter(record.model)
-    source = Source.open(record.model) if run or adapter else None
+    source = Source.open(record.model, base_at=record.base) if run or adapter else None
     options = _rows_as_in(run, record)
     own = run is not None and record.chat_template is None
     base = source.base if source else hub.resolve(record.model, record.revision)
@@ -68,7 +68,8 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
 def _given(record: EvalConfig) -> dict[str, Any]:
     """How the model is to be held, as far as that was said."""
     fields = record.model_fields_set
-    return {key: getattr(record, key) for key in ModelOptions.model_fields if key in fields}
+    keys = (*ModelOptions.model_fields, "base")
+    return {key: getattr(record, key) for key in keys if key in fields}
 
 
 def _rows_as_in(run: Run | None, record: EvalConfig) -> DataOptions:

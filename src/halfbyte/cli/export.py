@@ -22,7 +22,12 @@ def export(record: ExportConfig) -> dict[str, Any]:
 
     repository = reserve(record.hub_model_id, record.hub_private_repo) if record.push_to_hub else ""
     found = export(
-        record.run, record.output_dir, record.to, progress=console.progress, say=console.say
+        record.run,
+        record.output_dir,
+        record.to,
+        base=record.base,
+        progress=console.progress,
+        say=console.say,
     )
     console.say(f"{record.to}: in {record.output_dir}")
     if repository:

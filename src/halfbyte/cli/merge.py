@@ -20,6 +20,8 @@ def merge(record: MergeConfig) -> dict[str, Any]:
         record.output_dir,
         onto=record.onto,
         max_noise=record.max_noise,
+        min_agreement=record.min_agreement,
+        base=record.base,
         requantize=record.requantize,
         min_survival=record.min_survival,
         device=record.device,

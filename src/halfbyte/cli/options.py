@@ -70,12 +70,13 @@ class Verb(click.Command):
     def _option(self, field: str, info: Any) -> click.Option:
         names = [f"--{field}", f"--{field.replace('_', '-')}"] if "_" in field else [f"--{field}"]
         names += [letter for letter, target in self.short.items() if target == field]
-        default = (
-            "" if info.is_required() or info.default is None else f"  [{_shown(info.default)}]"
-        )
+        unset = info.is_required() or info.default in (None, [])
+        default = "" if unset else f"  [{_shown(info.default)}]"
         more: dict[str, Any] = (
             {"is_flag": False, "flag_value": "true"} if info.annotation is bool else {}
         )
+        if info.annotation == list[str]:
+            more = {"multiple": True}
         return click.Option(
             [*names, field], help=f"{info.description}{default}", metavar=_metavar(info), **more
         )
@@ -118,6 +119,8 @@ class Verb(click.Command):
                     equals, item = "=", "true"
                 if field == "data" and field in given:  # several sources are one training's
                     item = f"{given[field][1]}{TOGETHER}{item}"
+                elif self.declaration.model_fields[field].annotation == list[str]:
+                    pass  # each is one more
                 elif field in given and given[field][1].lower() != str(item).lower():
                     first, before = given[field]
                     errors.append(
@@ -176,7 +179,7 @@ class Verb(click.Command):
             if self.name in ("merge", "export"):
                 fields = fields - options.PublishOptions.model_fields.keys()
             values = {key: value for key, value in values.items() if key in fields}
-        values.update({name: value for name, value in given.items() if value is not None})
+        values.update({name: value for name, value in given.items() if value not in (None, ())})
         record = build(self.declaration, values, where=path or "")
         if isinstance(record, options.KernelOptions) and not dry_run:
             from ..ops import cpu

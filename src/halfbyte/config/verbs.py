@@ -17,6 +17,7 @@ from .options import (
 )
 from .rules import option
 
+BASE_HELP = "the base's directory or Hub id, where it is not where the run found it"
 MODEL_HELP = "a run directory, a Hub id, a local directory, or `demo` for the built-in model"
 
 
@@ -25,6 +26,7 @@ class EvalConfig(ModelOptions, DataOptions):
 
     model: str = option(..., MODEL_HELP)
     data: str = option(..., "the rows to evaluate on: a file or a Hub data set")
+    base: str | None = option(None, BASE_HELP)
     generate: bool = option(True, "answer each row's question and count exact matches")
     max_rows: int = option(0, "the first so many rows; 0: all", ge=0)
 
@@ -84,14 +86,31 @@ class ChatConfig(ModelOptions):
     """Everything ``halfbyte chat`` reads."""
 
     model: str = option(..., MODEL_HELP)
-    prompt: str | None = option(None, "one message; its answer is printed and the program ends")
-    system: str | None = option(None, "system message")
+    base: str | None = option(None, BASE_HELP)
+    prompt: str | None = option(
+        None, "one message; its answer goes to stdout, and the program ends; a pipe is one, too"
+    )
+    system: str | None = option(None, "system message; an empty one is sent, too")
     max_new_tokens: int = option(256, "longest answer in tokens", ge=1)
     temperature: float = option(0.0, "0: the likeliest token each time", ge=0)
     top_p: float = option(
         1.0, "sample from the likeliest tokens that make up this probability", gt=0, le=1
     )
+    top_k: int = option(0, "sample from so many of the likeliest tokens; 0: from all", ge=0)
+    min_p: float = option(
+        0.0, "sample from tokens at least this share as likely as the likeliest", ge=0, lt=1
+    )
+    repetition_penalty: float = option(
+        1.0, "divides the logits of tokens that were there; 1: none", gt=0
+    )
+    stop: list[str] = option([], "a text that ends an answer, and is no part of it; repeatable")
+    generation_config: Literal["none", "model"] = option(
+        "none", "model: sample as the base's generation_config.json says; options stand above it"
+    )
     seed: int = option(42, "for sampling", ge=0, lt=2**63)
+    clock: Literal["now", "run"] = option(
+        "now", "what a template that asks for the day sees: today, or the day of the training"
+    )
 
 
 class QuantizeConfig(KernelOptions, FourBitOptions):
@@ -112,6 +131,14 @@ class MergeConfig(KernelOptions, PublishOptions):
         "ones",
     )
     output_dir: str = option(..., "where the merged model goes")
+    base: str | None = option(None, BASE_HELP)
+    min_agreement: float | None = option(
+        None,
+        "refuse it, too, if it predicts another token than the adapted model at more positions "
+        "than this leaves: 0.99",
+        ge=0,
+        le=1,
+    )
     max_noise: float = option(
         4.0,
         "how many times the KL divergence that rounding alone causes the merged model may be from "
@@ -145,6 +172,7 @@ class ExportConfig(KernelOptions, PublishOptions):
         "the training, and the adapter beside it",
     )
     output_dir: str = option(..., "where it goes")
+    base: str | None = option(None, BASE_HELP)
 
 
 VERBS: dict[str, type[Options]] = {

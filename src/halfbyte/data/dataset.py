@@ -20,7 +20,7 @@ from ..config.aliases import ADDING_TOKENS
 from ..config.options import DataOptions, TrainConfig
 from ..errors import DataError
 from ..files import atomic, hub
-from ..files.model_config import context_of, read_config
+from ..files.model_config import context_of, declared_ends, read_config
 from ..progress import Progress, no_progress
 from .batches import Prepared, Schedule, prepare
 from .formats import MIXED, Example, read_examples, refuse_bad
@@ -120,7 +120,9 @@ def read_data(
     if not found.rows:
         refuse_bad(found.bad, total, 0)
     model_config = read_config(base)
-    renderer = renderer or make_renderer(hub.load_tokenizer(base), options, clock)
+    renderer = renderer or make_renderer(
+        hub.load_tokenizer(base), options, clock, declared_ends(base)
+    )
     max_length = length_of_rows(options, model_config)
     if max_length < options.max_length and "max_length" in options.model_fields_set:
         say(
@@ -129,6 +131,7 @@ def read_data(
         )
     renderer.noticed.clear()
     rows, refused = encode(found.rows, renderer, progress)
+    renderer.learn_ends(rows)
     bad = found.bad + refused
     refuse_bad(bad, total, options.skip_bad if rows else 0)
     for error in bad:
@@ -186,8 +189,13 @@ def _prepare_held_out(
     return prepared
 
 
-def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None = None) -> Renderer:
-    """The renderer the options describe."""
+def make_renderer(
+    tokenizer: Any,
+    options: DataOptions,
+    clock: datetime | None = None,
+    ends: Iterable[int] = (),
+) -> Renderer:
+    """The renderer the options describe. ends: as for `Renderer`."""
     template = read_template(options.chat_template) if options.chat_template else None
     return Renderer(
         tokenizer,
@@ -197,6 +205,7 @@ def make_renderer(tokenizer: Any, options: DataOptions, clock: datetime | None =
         clock=clock,
         turns=options.turns,
         parse_control_tokens=options.parse_control_tokens,
+        ends=ends,
     )
 
 

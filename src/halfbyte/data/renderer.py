@@ -19,7 +19,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -86,6 +86,7 @@ class Renderer:
         turns: "whole": a conversation is one row where the template allows it; "each": a row for
             each answer; "last": the last answer only.
         parse_control_tokens: control tokens in texts, prompts and completions are control tokens.
+        ends: ids that the model's own files say end an answer.
 
     Raises:
         DataError: no template, none can be built (no end token), or the template cannot be used.
@@ -101,8 +102,9 @@ class Renderer:
         clock: datetime | None = None,
         turns: Turns = "whole",
         parse_control_tokens: bool = False,
+        ends: Iterable[int] = (),
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self._declared = tokenizer, list(ends)
         self.completion_only, self._parse = completion_only, parse_control_tokens
         if tokenizer.eos_token_id is None:
             raise DataError(
@@ -111,6 +113,7 @@ class Renderer:
                 ways_out=["set eos_token in tokenizer_config.json"],
             )
         templates = {"default": template} if template else _templates_of(tokenizer)
+        self.has_own_template = bool(templates.get("default"))
         templates.setdefault("default", "")
         templates["default"] = templates["default"] or _builtin(tokenizer)
         # as Jinja reads it, and as it comes back from a file
@@ -464,7 +467,13 @@ class Renderer:
             return ids, self._wanted(example, last, asking.text)
         if not example.prompt:
             return None
-        return self.prompt_ids(example.prompt), example.completion
+        return self.prompt_ids(example.prompt), self._as_said(example.completion)
+
+    def _as_said(self, text: str | None) -> str:
+        """A text as the tokenizer gives it back: one that normalizes can say it in no other way."""
+        text = text or ""
+        ids = self._ids(self._stand_ins.show(text, [] if self._parse else [(0, len(text))]), False)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _wanted(self, example: Example, turn: int, asking: str) -> str:
         """The answer of a turn as it was trained, without control tokens of the template; as it
@@ -474,21 +483,22 @@ class Renderer:
             raise texts
         text = texts[-1]
         if text.answer is None:
-            return (example.messages or [])[turn]["content"].strip()
+            return self._as_said((example.messages or [])[turn]["content"]).strip()
         start, stop = text.answer
         if text.text.startswith(asking):  # marks may begin before what is asked
             start = max(start, len(asking))
         pieces = _cut(text.text[:stop], text.data, [(start, stop)])
-        return "".join(
+        wanted = "".join(
             piece.text if piece.from_data else self._special_pattern.sub("", piece.text)
             for piece in pieces
             if piece.supervised
-        ).strip()
+        )
+        return self._as_said(wanted.strip()).strip()
 
     def pieces(self, row: TokenizedExample) -> list[tuple[str, str]]:
         """A row as (text, kind) for people, kind one of "read", "trained", "end" (a trained control
         token)."""
-        ends = {*self.special.values(), *self._stop_ids}
+        ends = {*self.special.values(), *self.stop_ids()}
         kinds = [
             "read" if not flag else "end" if index in ends else "trained"
             for index, flag in zip(row.input_ids, row.loss_mask, strict=True)
@@ -507,28 +517,45 @@ class Renderer:
         return result
 
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the tokenizer's end token, and the control tokens the template
-        trains after it."""
-        return list(self._stop_ids)
+        """Ids that end an answer: the tokenizer's end token, the control tokens the template trains
+        after it, and what the model's own files declare."""
+        return sorted({self.tokenizer.eos_token_id, *self._declared, *self._template_ends})
 
     @functools.cached_property
-    def _stop_ids(self) -> list[int]:
+    def _template_ends(self) -> set[int]:
         turns = [
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": "answer"},
         ]
-        stops, control = {self.tokenizer.eos_token_id}, set(self.tokenizer.added_tokens_decoder)
         try:
             (row,) = self.encode([Example("the template's own example", turns)])
         # texts are trained without a template: one that cannot be used then ends nothing
         except DataError:
-            return sorted(stops)
+            return set()
+        return self._ends_of(row)
+
+    def learn_ends(self, rows: Iterable[TokenizedExample]) -> None:
+        """Take what ends the answers of rows for the template's ends, where it refuses our own
+        example (it wants a system message, or tools)."""
+        if not self._template_ends:
+            conversations = (row for row in rows if row.example and row.example.messages)
+            self._template_ends = set[int]().union(
+                *(self._ends_of(row) for row in itertools.islice(conversations, ASKED_FOR_ENDS))
+            )
+
+    def _ends_of(self, row: TokenizedExample) -> set[int]:
+        """The control tokens behind a row's last trained answer."""
+        stops, control = set[int](), set(self.tokenizer.added_tokens_decoder)
         for index, flag in zip(reversed(row.input_ids), reversed(row.loss_mask), strict=True):
             if index in control and flag:
                 stops.add(index)
             elif self.tokenizer.decode([index]).strip():
                 break
-        return sorted(stops)
+        return stops
+
+
+ASKED_FOR_ENDS = 64
+"""Rows."""
 
 
 def template_digest(chat_template: str | dict[str, str] | None) -> str:

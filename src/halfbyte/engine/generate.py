@@ -3,23 +3,128 @@ it."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from ..data.renderer import Renderer
+from ..errors import UsageError
+from ..files.model_config import context_of
 from ..model.rope import PassKind, pass_kind
 
 SAMPLE_TOKENS, SAMPLE_SECONDS = 96, 60.0
 """Longest sample answer of a training, and the time after which sampling is cut off."""
+COLDEST = 1e-3
+"""Temperatures below take the likeliest token: divided by them, logits leave fp32."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen. Whatever else transformers could do to them (beams,
+    penalties, cut-offs, tokens that are forced or suppressed) is off, whatever the base's own file
+    says.
+
+    Attributes:
+        temperature: 0 takes the likeliest token. top_p, top_k, min_p: what is drawn from; 1, 0 and
+            0: every token.
+        repetition_penalty: 1: none.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def settings(self) -> dict[str, Any]:
+        """For transformers: every field that changes an answer, since it fills what is not set from
+        the base's file and then from defaults of its own (top_k 50)."""
+        found: dict[str, Any] = {**_OFF, "repetition_penalty": self.repetition_penalty}
+        if self.temperature < COLDEST:
+            return {**found, "do_sample": False}
+        chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {**found, **chosen, "do_sample": True, "min_p": self.min_p or None}
+
+
+_OFF: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "renormalize_logits": False,
+    "remove_invalid_values": False,
+    "min_length": 0,
+    "token_healing": False,
+}
+_UNSET = object()
+GREEDY = Sampling()
+TAKEN_FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields of a base's generation_config.json that an answer may be asked to take."""
+
+
+def sampling_of(model: Any) -> dict[str, float]:
+    """What a base's own file says of sampling, as fields of `Sampling`."""
+    own = model.generation_config
+    found = {name: getattr(own, name, None) for name in TAKEN_FROM_MODEL}
+    if not own.do_sample:
+        found["temperature"] = 0.0
+    elif found["temperature"] is None:
+        found["temperature"] = 1.0
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class AnswerText:
+    """Text of an answer that grows by tokens.
+
+    Args:
+        before: ids that stand before it and are no part of it: the first token's space belongs to
+            the text where something stands before it.
+        marks: control tokens are shown.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), *, marks: bool = False) -> None:
+        self.tokenizer, self.marks = tokenizer, marks
+        self.before = list(before)
+        self._unseen = set() if marks else set(tokenizer.all_special_ids)
+        self._start = self._decode(self.before) if self.before else ""
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=not self.marks)
+
+    def of(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids."""
+        whole = self._decode([*self.before, *ids])
+        return whole[len(self._start) :] if whole.startswith(self._start) else self._decode([*ids])
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """As much of it as no further token changes: bytes of a character that is not whole yet may
+        become another, with all the bytes beside them."""
+        last = len(ids)
+        # bytes with a control token between them that is not shown are beside each other, too
+        while last and (self._is_byte(ids[last - 1]) or ids[last - 1] in self._unseen):
+            last -= 1
+        return self.of(ids[:last]).rstrip("\ufffd")
+
+    def _is_byte(self, index: int) -> bool:
+        token = self.tokenizer.convert_ids_to_tokens(index) or ""
+        return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 class _Stream:
-    """transformers' streamer protocol: token ids to pieces of text, whole characters only."""
+    """transformers' streamer protocol: token ids to pieces of text, what is settled at once."""
 
-    def __init__(self, tokenizer: Any, emit: Callable[[str], None]) -> None:
-        self.tokenizer, self.emit = tokenizer, emit
+    def __init__(
+        self, text: AnswerText, emit: Callable[[str], None], ends: set[int], stops: Sequence[str]
+    ) -> None:
+        self.text, self.emit, self.ends, self.stops = text, emit, ends, stops
         self.ids: list[int] = []
         self.shown = ""
         self.prompt_seen = False
@@ -28,24 +133,60 @@ class _Stream:
         if not self.prompt_seen:
             self.prompt_seen = True
             return
-        self.ids += value.reshape(-1).tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd") and text.startswith(self.shown):
-            self.emit(text[len(self.shown) :])
-            self.shown = text
+        self.ids += [index for index in value.reshape(-1).tolist() if index not in self.ends]
+        settled = self.text.settled(self.ids)
+        held = max((_overlap(settled, stop) for stop in self.stops), default=0)
+        self._show(_before_stop(settled, self.stops)[: len(settled) - held or None])
 
     def end(self) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if text.startswith(self.shown):
-            self.emit(text[len(self.shown) :])
+        self._show(_before_stop(self.text.of(self.ids), self.stops))
+
+    def _show(self, text: str) -> None:
+        """Emit what is new; of text that became another, from there on."""
+        same = next(
+            (i for i, (a, b) in enumerate(zip(self.shown, text, strict=False)) if a != b),
+            min(len(self.shown), len(text)),
+        )
+        if len(text) > same:
+            self.emit(text[same:])
+            self.shown = text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _before_stop(text: str, stops: Sequence[str]) -> str:
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+class _AtText:
+    """Ends answers at texts, for transformers' list of stopping criteria."""
+
+    def __init__(self, text: AnswerText, width: int, stops: Sequence[str]) -> None:
+        self.text, self.width, self.stops = text, width, stops
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tensor:
+        texts = [self.text.of(row[self.width :].tolist()) for row in input_ids]
+        found = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, and whether it stopped by itself."""
+    """What a model said, and whether it stopped by itself.
+
+    Attributes:
+        text: without control tokens. marked: with them, but the end.
+        cut: "tokens", "context" or "interrupted", why it did not stop; "" where it did.
+    """
 
     text: str
     stopped: bool
+    marked: str = ""
+    cut: str = ""
 
 
 def answer(
@@ -54,8 +195,8 @@ def answer(
     prompt: str | list[dict[str, Any]],
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
     seed: int = 42,
     emit: Callable[[str], None] | None = None,
 ) -> Answer:
@@ -63,25 +204,51 @@ def answer(
 
     Args:
         prompt: the conversation so far, ending with the user's turn, or a text to go on from.
-        temperature: 0 takes the likeliest token.
-        emit: called with each piece of text as it comes.
+        stop: texts that end it, no part of it.
+        emit: called with each piece of text as it comes, control tokens included.
+
+    Raises:
+        UsageError: nothing to go on from, or more than the model's context.
     """
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    ids = renderer.prompt_ids(prompt)
+    limit = room_for(model, ids, max_new_tokens)
     torch.manual_seed(seed)
-    streamer = _Stream(renderer.tokenizer, emit) if emit else None
+    before = ids[-4:] if isinstance(prompt, str) else []
     (result,) = _generate(
         model,
         renderer,
-        [renderer.prompt_ids(prompt)],
-        max_new_tokens,
-        streamer=streamer,
-        **sampling,
+        [ids],
+        limit,
+        sampling=sampling,
+        stop=stop,
+        emit=emit,
+        before=before,
     )
+    if not result.stopped and not result.cut:
+        cut = "tokens" if limit == max_new_tokens else "context"
+        return Answer(result.text, False, result.marked, cut)
     return result
+
+
+def room_for(model: Any, ids: Sequence[int], wanted: int) -> int:
+    """How many tokens of an answer fit into the model's context behind a prompt.
+
+    Raises:
+        UsageError: the prompt is empty, or fills the context.
+    """
+    if not ids:
+        raise UsageError(
+            "there is nothing to answer: the prompt is empty, and the tokenizer writes no beginning"
+        )
+    context = context_of(model.config)
+    if context is None:
+        return wanted
+    if len(ids) >= context:
+        raise UsageError(
+            f"the prompt has {len(ids):,} tokens, and the model's context is {context:,}",
+            ways_out=["shorten it", "or take a model with a longer context"],
+        )
+    return min(wanted, context - len(ids))
 
 
 def answers(
@@ -106,7 +273,7 @@ def answers(
         limits: dict[str, Any] = {}
         if max_time is not None:
             limits["max_time"] = max(max_time - (time.monotonic() - began), 0.0)
-        found += _generate(model, renderer, group, max_new_tokens, do_sample=False, **limits)
+        found += _generate(model, renderer, group, max_new_tokens, **limits)
     return found
 
 
@@ -133,39 +300,66 @@ def _generate(
     renderer: Renderer,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    streamer: _Stream | None = None,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    emit: Callable[[str], None] | None = None,
+    before: Sequence[int] = (),
     **settings: Any,
 ) -> list[Answer]:
     """Prompts are padded on the left, where nothing attends to them; a model in training is left as
     it was."""
     from transformers import GenerationConfig
 
-    device = model.device
-    stops = renderer.stop_ids()
+    device, ends = model.device, ends_of(model, renderer)
     width = max(map(len, prompts))
-    ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    was_training, cached, own = model.training, model.config.use_cache, model.generation_config
+    was_training, own = model.training, model.generation_config
+    cached = vars(model.config).get("use_cache", _UNSET)  # composite configurations have none
+    marked = AnswerText(renderer.tokenizer, before, marks=True)
+    stream = _Stream(marked, emit, set(ends), stop) if emit else None
+    criteria: Any = [_AtText(marked, width, stop)] if stop else None
     model.eval()
-    # in place of the base's, which fills what is not set: it may hold penalties, beams and switches
-    # nobody asked for here
+    # in place of the base's, which fills what is not set
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=stops[0],
+        eos_token_id=ends,
+        pad_token_id=ends[0],
         use_cache=True,
+        **sampling.settings(),
         **settings,
     )
     try:
-        out = model.generate(ids, attention_mask=mask, streamer=streamer)
+        out = model.generate(ids, attention_mask=mask, streamer=stream, stopping_criteria=criteria)
+        rows = out[:, width:].tolist()
+    except KeyboardInterrupt:  # of a dialogue: the answer ends, as far as it came
+        if stream is None:
+            raise
+        stream.end()
+        plain = AnswerText(renderer.tokenizer, before)
+        return [Answer(plain.of(stream.ids), False, marked.of(stream.ids), "interrupted")]
     finally:
         model.train(was_training)
-        model.config.use_cache, model.generation_config = cached, own
-    results = []
-    for row in out[:, width:].tolist():
-        end = next((place for place, token in enumerate(row) if token in stops), None)
-        text = renderer.tokenizer.decode(
-            row if end is None else row[:end], skip_special_tokens=True
-        )
-        results.append(Answer(text, end is not None))
-    return results
+        model.generation_config = own
+        if cached is not _UNSET:
+            model.config.use_cache = cached
+    plain = AnswerText(renderer.tokenizer, before)
+    return [_answer_of(row, set(ends), stop, plain, marked) for row in rows]
+
+
+def _answer_of(
+    row: list[int], ends: set[int], stop: Sequence[str], plain: AnswerText, marked: AnswerText
+) -> Answer:
+    end = next((place for place, token in enumerate(row) if token in ends), None)
+    ids = row if end is None else row[:end]
+    text, shown = plain.of(ids), marked.of(ids)
+    stopped = end is not None or any(each in shown for each in stop)
+    return Answer(_before_stop(text, stop), stopped, _before_stop(shown, stop))
+
+
+def ends_of(model: Any, renderer: Renderer) -> list[int]:
+    """Every id that ends an answer: those of the template and the rows, and those the base
+    declares."""
+    declared = model.generation_config.eos_token_id
+    own = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return list(dict.fromkeys([*renderer.stop_ids(), *own]))

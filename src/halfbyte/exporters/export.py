@@ -14,17 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..adapters.peft_files import CONFIG, WEIGHTS
+from ..adapters.peft_files import CONFIG
 from ..config.options import ModelOptions
 from ..errors import ModelError, UsageError
 from ..files import atomic, hub
+from ..files.companions import copy_companions
+from ..files.hub import TEMPLATES
 from ..files.safetensors import Checkpoint
 from ..progress import Progress, no_progress
 from ..quantization.bnb_format import quantized_names
 from ..quantization.load import load_base
 from ..quantization.writer import quantize
-from ..run.directory import ADAPTER_FACTS, Run, refuse_changed_result
+from ..run.card import CARD, export_card
+from ..run.directory import ADAPTER_FACTS, Run, files_of_result, refuse_changed_result
 from ..run.load import refuse_other_base
+from ..run.source import base_of_run
 from .merge import merge
 
 FORMATS = ("peft", "hf", "bnb-4bit")
@@ -35,6 +39,7 @@ def export(
     output_dir: str | Path,
     to: str,
     *,
+    base: str | None = None,
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -42,6 +47,7 @@ def export(
 
     Args:
         to: one of `FORMATS`.
+        base: the base's directory or Hub id, where it is not where the run found it.
 
     Returns:
         What was written: ``to``, ``output_dir``, and what there is to know of it.
@@ -60,25 +66,34 @@ def export(
             "a full fine-tuning has no adapter", ways_out=[f"its model is in {source.adapter}"]
         )
     if to == "hf" and not source.config().full:
-        receipt = merge(source.path, target, progress=progress, say=say)
+        receipt = merge(source.path, target, base=base, progress=progress, say=say)
         return {"to": to, "output_dir": str(target), **receipt.as_dict()}
     with atomic.new_directory(target, ways_out=["free space, and repeat"]) as building:
         # of a full fine-tuning, in place of the adapter, the model
         write = _result if source.config().full else _WRITERS[to]
-        facts = write(source, building, progress)
+        facts = write(source, building, progress, final=target, base_at=base)
     return {"to": to, "output_dir": str(target), **facts}
 
 
-def _result(source: Run, target: Path, progress: Progress = no_progress) -> dict[str, Any]:
+def _result(
+    source: Run, target: Path, progress: Progress = no_progress, **others: Any
+) -> dict[str, Any]:
     if not source.adapter.is_dir():
         raise ModelError(f"{source.path} has no result yet", ways_out=["finish the training"])
-    shutil.copytree(source.adapter, target, dirs_exist_ok=True)
-    return {"bytes": sum(file.stat().st_size for file in target.iterdir())}
+    names = [*files_of_result(source.adapter), ADAPTER_FACTS, CARD]
+    for name in (name for name in names if (source.adapter / name).is_file()):
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(source.adapter / name, target / name)
+    if (source.adapter / TEMPLATES).is_dir():
+        shutil.copytree(source.adapter / TEMPLATES, target / TEMPLATES)
+    return {"bytes": sum(f.stat().st_size for f in target.rglob("*") if f.is_file())}
 
 
-def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str, Any]:
+def _base_and_adapter(
+    source: Run, target: Path, progress: Progress, final: Path, base_at: str | None
+) -> dict[str, Any]:
     """The base in its 4 bits, with the tokenizer and the card of the run; and in ``adapter/`` the
-    adapter, which names the directory above it.
+    adapter, which names the directory above it by its final path.
 
     (In one directory transformers would take the adapter's file for the model's own.)
     """
@@ -86,7 +101,7 @@ def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str
     if not config.load_in_4bit:
         raise UsageError("this run's base was not in 4 bits", ways_out=["--to hf", "or --to peft"])
     options = ModelOptions(**config.holding())
-    base = hub.resolve(info["base"]["path"], config.revision)
+    base = base_of_run(source, base_at)
     if quantized_names(set(Checkpoint(base).entries)):
         for file in {file for pattern in hub.HUB_PATTERNS for file in base.glob(pattern)}:
             shutil.copyfile(file, target / file.name)
@@ -97,10 +112,15 @@ def _base_and_adapter(source: Run, target: Path, progress: Progress) -> dict[str
     refuse_other_base(digest, info["base"]["digest"], info["base"]["path"])
     facts = _result(source, target / "adapter")
     described = atomic.read_json(target / "adapter" / CONFIG)
-    atomic.write_json(target / "adapter" / CONFIG, {**described, "base_model_name_or_path": ".."})
-    for file in (target / "adapter").iterdir():
-        if file.name not in (CONFIG, WEIGHTS, ADAPTER_FACTS):
-            shutil.copyfile(file, target / file.name)
+    atomic.write_json(
+        target / "adapter" / CONFIG,
+        {**described, "base_model_name_or_path": str(final), "revision": None},
+    )
+    copy_companions(target / "adapter", target)
+    shutil.copyfile(
+        target / "adapter" / "generation_config.json", target / "generation_config.json"
+    )
+    atomic.write_bytes(target / CARD, export_card(source, info).encode())
     return {**facts, "digest": digest}
 
 

@@ -70,9 +70,11 @@ def merge(
     *,
     onto: str = "trained",
     max_noise: float = NOISE_FACTOR,
+    min_agreement: float | None = None,
     requantize: bool = False,
     min_survival: float = 0.9,
     device: str = "auto",
+    base: str | None = None,
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda line: None,
 ) -> Receipt:
@@ -82,6 +84,8 @@ def merge(
         run: a run directory, or an adapter that PEFT wrote.
         onto: "trained" or "original".
         max_noise: how many times the KL divergence that rounding alone causes is accepted.
+        min_agreement: share of positions at which the merged model has to predict the same token.
+        base: the base's directory or Hub id, where it is not where the run says.
         requantize: write the merged weights in 4 bits.
         min_survival: the share of the adapter's effect that has to survive that, in the median
             layer.
@@ -92,7 +96,8 @@ def merge(
         VerificationError: the merged model is not the adapted one, or too little survives; nothing
             is left in output_dir.
     """
-    source, target = Source.open(run, device), Path(output_dir).expanduser().absolute()
+    source = Source.open(run, device, base)
+    target = Path(output_dir).expanduser().absolute()
     if onto not in ("trained", "original"):
         raise UsageError(f'onto must be "trained" or "original", got {onto!r}')
     if source.full:
@@ -100,6 +105,7 @@ def merge(
     with atomic.new_directory(target) as building:
         merger = _Merger(source, building, device, progress, say)
         receipt = merger.run(onto, max_noise)
+        _refuse_disagreement(receipt, min_agreement)
         result = merger.built[onto]
         if requantize:
             result, shares, found = merger.requantized(onto, min_survival)
@@ -115,6 +121,16 @@ def merge(
         )
         merger.keep(result)
     return receipt
+
+
+def _refuse_disagreement(receipt: Receipt, least: float | None) -> None:
+    if least is not None and receipt.greedy_agreement < least:
+        raise VerificationError(
+            "the merged model predicts other tokens than the run does; it was removed",
+            found=f"the same token at {receipt.greedy_agreement:.2%} of positions",
+            expected=f"at least {least:.2%} (--min_agreement)",
+            ways_out=["use the adapter unmerged", "or lower --min_agreement"],
+        )
 
 
 class _Merger:
@@ -283,7 +299,7 @@ class _Merger:
 
     def _load(self, **changes: Any) -> tuple[Any, Any]:
         options = {"dtype": self.dtype, "device": self.device, **changes}
-        return load(self.source.path, progress=self.progress, **options)
+        return load(self.source.path, progress=self.progress, base=str(self.source.base), **options)
 
     def _has_both(self) -> bool:
         """Whether the base the adapter was trained on and the original one are two."""

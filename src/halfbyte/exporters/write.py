@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..adapters.lora import LoraLinear, lora_layers
 from ..adapters.modules_to_save import trained_whole
-from ..errors import ModelError, StorageError
+from ..errors import ModelError
 from ..files import atomic
+from ..files.companions import SETTINGS, copy_companions
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
 from ..model.targets import checkpoint_names
 from ..progress import Progress
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
 from ..quantization.tensor import NF4Tensor
-from ..run.directory import ADAPTER_FACTS
 
 
 def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Progress) -> None:
@@ -69,8 +69,9 @@ def _refuse_homeless(model: Any, there: set[str]) -> None:
 
 
 def _whole(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:
-    """A parameter that was trained itself, in the dtype it has on disk."""
-    return trained.detach().to("cpu", checkpoint.entries[name].dtype)
+    """A parameter that was trained itself, in the dtype it has on disk; of a tied one each name has
+    memory of its own."""
+    return trained.detach().to("cpu", checkpoint.entries[name].dtype, copy=True)
 
 
 def _merged(
@@ -94,13 +95,18 @@ def _merged(
 
 
 def write_config(base: Path, adapter: Path, target: Path) -> None:
+    """The base's configuration without its quantization, and what belongs to the model beside it.
+
+    Raises:
+        StorageError: the disk said no.
+    """
     config = atomic.read_json(base / "config.json")
     config.pop("quantization_config", None)
     atomic.write_json(target / "config.json", config)
-    weights_of_adapter = {"adapter_model.safetensors", "adapter_config.json", ADAPTER_FACTS}
-    try:
-        for file in adapter.iterdir():
-            if file.name not in weights_of_adapter:
-                shutil.copyfile(file, target / file.name)
-    except OSError as error:
-        raise StorageError(f"cannot write to {target}: {error.strerror}") from error
+    # what an adapter brings stands in place of the base's: tokenizer, templates, ends
+    copy_companions(base, target, tokenizer=not (adapter / SETTINGS).is_file())
+    if (base / "generation_config.json").is_file():
+        shutil.copyfile(base / "generation_config.json", target / "generation_config.json")
+    copy_companions(adapter, target)
+    if (adapter / "generation_config.json").is_file():
+        shutil.copyfile(adapter / "generation_config.json", target / "generation_config.json")

@@ -17,7 +17,7 @@ from .atomic import JSON_LIMIT
 BUILTIN = "demo"
 """The name that stands for the model that comes with the package."""
 
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 TEMPLATES = "additional_chat_templates"
 """The one folder of a model's directory that transformers reads."""
 

@@ -163,3 +163,19 @@ def rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
     nested = [each for each in found.values() if isinstance(each, dict)]
     for each in nested or [found]:
         yield {**each, "rope_type": each.get("rope_type", each.get("type"))}
+
+
+def declared_ends(directory: Path) -> list[int]:
+    """The ids that a model's own files say end an answer; [] where they say nothing.
+
+    Raises:
+        ModelError: a file that is none.
+    """
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            values = atomic.read_json(directory / name).get("eos_token_id")
+            for value in values if isinstance(values, list) else [values]:
+                if isinstance(value, int) and not isinstance(value, bool) and value not in found:
+                    found.append(value)
+    return found

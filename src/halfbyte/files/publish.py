@@ -42,7 +42,7 @@ def publish(directory: Path, repo_id: str, message: str, again: str) -> str:
     """
     try:
         found: Any = _api().create_commit(
-            repo_id, operations=_operations(directory), commit_message=message
+            repo_id, operations=_operations(directory, repo_id), commit_message=message
         )
         return str(found.commit_url)
     except Exception as error:
@@ -51,7 +51,9 @@ def publish(directory: Path, repo_id: str, message: str, again: str) -> str:
         ) from error
 
 
-def _operations(directory: Path) -> list[Any]:
+def _operations(directory: Path, repo_id: str) -> list[Any]:
+    """The files of a directory; a path of this machine in them becomes its name, and the
+    directory's own the repository's."""
     from huggingface_hub import CommitOperationAdd
 
     found = []
@@ -62,8 +64,10 @@ def _operations(directory: Path) -> list[Any]:
             if (key := PATHS.get(file.name)) is not None:
                 described = read_json(file)
                 named = str(described.get(key) or "")
-                if key in described and named != ".." and not is_public(named):
-                    content = json_bytes({**described, key: Path(named).name or None})
+                if key in described and not is_public(named):
+                    own = named and Path(named).resolve() == directory.resolve()
+                    name = repo_id if own else Path(named).name or None
+                    content = json_bytes({**described, key: name})
             found.append(CommitOperationAdd(place.as_posix(), content))
     return found
 

@@ -152,7 +152,8 @@ class Checkpoint:
 
     def _files(self) -> list[Path]:
         index = self.directory / INDEX
-        if index.is_file():
+        # as transformers reads a directory that holds both
+        if index.is_file() and not (self.directory / SINGLE).is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(
                 isinstance(f, str) for f in weight_map.values()
@@ -194,7 +195,7 @@ class Checkpoint:
 
     def _check_index(self) -> None:
         index = self.directory / INDEX
-        if not index.is_file():
+        if not index.is_file() or (self.directory / SINGLE).is_file():
             return
         weight_map = read_json(index)["weight_map"]
         absent = [name for name, file in weight_map.items() if self._file_of(name) != file]

@@ -231,9 +231,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             "a 4-bit tensor can only be the two-dimensional weight of F.linear, not its input or "
             "bias"
         )
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.grad_fn is not None and torch.is_grad_enabled():
         raise TypeError(
-            "a 4-bit weight takes no gradient: train an adapter on it, or .dequantize() it"
+            "something that takes gradients was added to a 4-bit weight, which passes none on: "
+            ".dequantize() it first"
         )
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"input [..., {x.shape[-1]}] does not fit a weight {list(weight.shape)}")

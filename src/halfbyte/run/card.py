@@ -37,6 +37,20 @@ def adapter_card(run: Run, info: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def export_card(run: Run, info: dict[str, Any]) -> str:
+    """Of a directory that holds a base in 4 bits, and a run's adapter in ``adapter/``."""
+    parts = [
+        _metadata(info, "peft"),
+        f"# {run.path.name}",
+        f"{_name(info)} in the 4 bits of its training, and in `adapter/` a LoRA adapter of rank "
+        f"{info['config']['lora_r']} that was trained on them with halfbyte.",
+        _load_export(),
+        _training(run, info),
+        _base(info),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
 def merged_card(run: Run | None, base: str, receipt: dict[str, Any]) -> str:
     """Of a merged model.
 
@@ -103,6 +117,8 @@ def _name_of(name: str) -> str:
 
 def _load_adapter(info: dict[str, Any]) -> str:
     base = info["base"]["name"] if is_public(info["base"]["name"]) else "path/to/the/base"
+    revision = info["config"].get("revision") if is_public(info["base"]["name"]) else None
+    at = f", revision={revision!r}" if revision else ""
     held = (
         "The adapter corrected its base as it is in 4 bits: load that (`quantization_config`, or "
         "halfbyte on the run) for exactly\nthe model that was trained. "
@@ -113,14 +129,32 @@ def _load_adapter(info: dict[str, Any]) -> str:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")
+base = AutoModelForCausalLM.from_pretrained({base!r}{at}, dtype="auto")
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+# where answers of this training end
+model.generation_config = GenerationConfig.from_pretrained("path/to/this/directory")
 ```
 
 {held}The tokenizer here carries the chat template of the training."""
+
+
+def _load_export() -> str:
+    return """## Load it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+model = PeftModel.from_pretrained(base, "path/to/this/directory/adapter")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```
+
+`adapter/adapter_config.json` names its base by the path this directory was written to, for tools
+that open the adapter alone; after the directory has moved, the lines above open both."""
 
 
 def _load_model() -> str:

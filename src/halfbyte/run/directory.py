@@ -44,6 +44,9 @@ NEEDED: dict[str, tuple[str, ...]] = {
 """What a row of a log is read for; one without it is damaged."""
 LOG = "log.txt"
 """What was said of the training, line by line, whether anybody listened or not."""
+TEMPLATES_AS_TRAINED = "chat_templates.json"
+"""In a run whose template is not its base's: by name, with the tags that masks are made by, which
+other tools' engines refuse."""
 ADAPTER_FACTS = "halfbyte.json"
 """In adapter/: the digest of the base it belongs to, and the hash of its chat template."""
 

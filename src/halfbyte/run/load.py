@@ -1,8 +1,9 @@
 """A model directory or a run to a model and its tokenizer; an adapter goes on no other base than
 its own."""
 
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..adapters.peft_files import load_adapter
 from ..config.hf_objects import options_of
@@ -10,25 +11,38 @@ from ..config.options import DataOptions, ModelOptions
 from ..data.renderer import Renderer, template_digest
 from ..errors import ModelError, UsageError
 from ..files import atomic, hub
-from ..files.model_config import computed_by, differences
+from ..files.model_config import computed_by, declared_ends, differences
 from ..model.architecture import choose_device
 from ..progress import Progress, no_progress
 from ..quantization.hf_quantizer import make_saveable
 from ..quantization.load import load_base
-from .directory import ADAPTER_FACTS, Run, refuse_changed_result
-from .source import as_stored, base_of_adapter, is_adapter, run_at, tokenizer_directory
+from .directory import ADAPTER_FACTS, TEMPLATES_AS_TRAINED, Run, refuse_changed_result
+from .source import (
+    as_stored,
+    base_of_adapter,
+    base_of_run,
+    is_adapter,
+    run_at,
+    tokenizer_directory,
+)
 
 
-def run_renderer(run: Run, options: DataOptions) -> Renderer:
-    """The renderer a run was trained with: its tokenizer, template and clock; the masks of the
-    options."""
+def run_renderer(
+    run: Run, options: DataOptions, clock: datetime | Literal["run"] | None = "run"
+) -> Renderer:
+    """The renderer a run was trained with: its tokenizer and template; the masks of the options.
+
+    Args:
+        clock: what a template that asks for the time sees; by default the time of the run.
+    """
     return Renderer(
         run_tokenizer(run),
         assistant_only=options.assistant_only_loss,
         completion_only=options.completion_only_loss,
-        clock=run.clock(),
+        clock=run.clock() if clock == "run" else clock,
         turns=options.turns,
         parse_control_tokens=options.parse_control_tokens,
+        ends=declared_ends(run.adapter),
     )
 
 
@@ -45,7 +59,8 @@ def load(
             merged model is held as it is stored.
         objects: a ``BitsAndBytesConfig``.
         changes: fields of `config.options.ModelOptions`, above it; a run's base is held as it was
-            in training unless changed here.
+            in training unless changed here. ``base``: where a run's or an adapter's base is, if not
+            where it says.
 
     Raises:
         ModelError, UsageError: as `load_base` and `adapters.peft_files.load_adapter`.
@@ -65,9 +80,10 @@ def _load(
             found=f"{', '.join(unfit[:5])}, ...",
         )
     changes = {**given, **changes}
+    base_at = changes.pop("base", None)
     run = run_at(model_or_run)
     if run is None and is_adapter(model_or_run):
-        return _load_adapter(Path(model_or_run).expanduser(), changes, progress)
+        return _load_adapter(Path(model_or_run).expanduser(), base_at, changes, progress)
     if run is None:
         path = hub.resolve(str(model_or_run), changes.get("revision"))
         model, _ = load_base(path, ModelOptions(**as_stored(path, changes)), progress)
@@ -82,7 +98,7 @@ def _load(
     if trained.full:
         model, _ = load_base(run.adapter, options, progress)
     else:
-        base, way = hub.resolve(info["base"]["path"], options.revision), "allow_other_base"
+        base, way = base_of_run(run, base_at, options.revision), "allow_other_base"
         if not changes.get("allow_other_base"):
             refuse_other_config(base, info["base"].get("computed_by"), way)
         model, report = load_base(base, options, progress)
@@ -93,9 +109,11 @@ def _load(
     return model, run_tokenizer(run)
 
 
-def _load_adapter(path: Path, changes: dict[str, Any], progress: Progress) -> tuple[Any, Any]:
-    """An adapter that PEFT wrote, on the base it names."""
-    base = base_of_adapter(path, changes.get("revision"))
+def _load_adapter(
+    path: Path, base_at: str | None, changes: dict[str, Any], progress: Progress
+) -> tuple[Any, Any]:
+    """An adapter that PEFT wrote, on the base it names, or one that was given."""
+    base = base_of_adapter(path, changes.get("revision"), base_at)
     model, report = load_base(base, ModelOptions(**changes), progress)
     if not changes.get("allow_other_base") and ModelOptions(**changes).load_in_4bit:
         refuse_foreign_adapter(path, report.digest, str(base))
@@ -120,6 +138,9 @@ def run_tokenizer(run: Run) -> Any:
         ModelError: the template beside the adapter is another one.
     """
     tokenizer = hub.load_tokenizer(run.adapter)
+    if (kept := run.path / TEMPLATES_AS_TRAINED).is_file():
+        named = atomic.read_json(kept)
+        tokenizer.chat_template = named["default"] if set(named) == {"default"} else named
     expected = atomic.read_json(run.adapter / ADAPTER_FACTS).get("template_sha256")
     if template_digest(tokenizer.chat_template) != expected:
         raise ModelError(

@@ -2,6 +2,7 @@
 model directory, which is held as it says it is stored.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,24 +45,65 @@ def is_merged(path: str | Path) -> bool:
     return (Path(path).expanduser() / MERGED).is_file()
 
 
-def base_of_adapter(adapter: Path, revision: str | None = None) -> Path:
-    """The directory of the base that an adapter's file names: a Hub id, or a path, which may be
-    relative to the adapter's.
+def base_of_run(run: Run, given: str | None = None, revision: str | None = None) -> Path:
+    """The directory of a run's base: where it was, or, of a Hub id, in the cache of today.
+
+    Args:
+        given: a directory or Hub id that stands above what the run says.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    info = run.info()["base"]
+    revision = revision or run.config().revision
+    if given is not None:
+        return hub.resolve(given, revision)
+    name = str(info.get("name") or "")
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and name != hub.BUILTIN
+    moved = is_id and not Path(info["path"]).is_dir()
+    try:
+        return hub.resolve(name if moved else info["path"], revision)
+    except ModelError as error:
+        error.ways_out = ("--base names the directory it is in now", *error.ways_out)
+        raise
+
+
+def base_of_adapter(adapter: Path, revision: str | None = None, given: str | None = None) -> Path:
+    """The directory of the base that an adapter's file names: a Hub id (and its revision), or a
+    path, which may be relative to the adapter's.
+
+    Args:
+        given: a directory or Hub id that stands above what the file says.
 
     Raises:
         ModelError: it names none, or one that is not there.
     """
-    name = atomic.read_json(adapter / CONFIG).get("base_model_name_or_path")
+    if given is not None:
+        return hub.resolve(given, revision)
+    described = atomic.read_json(adapter / CONFIG)
+    name, revision = described.get("base_model_name_or_path"), revision or described.get("revision")
     if not name:
         raise ModelError(
             f"{adapter / CONFIG} does not say which model it belongs to",
             expected="base_model_name_or_path",
-            ways_out=["write the base's path there"],
+            ways_out=["--base names it", "or write the base's path there"],
         )
     beside = (adapter / str(name)).resolve()
     if str(name).startswith(".") and (beside / "config.json").is_file():
         return beside
+    at_home = adapter.parent / "config.json"  # a 4-bit export that was moved as a whole
+    if not Path(str(name)).is_dir() and Path(str(name)).is_absolute() and at_home.is_file():
+        return adapter.parent
     return hub.resolve(str(name), revision)
+
+
+def named_elsewhere(model: str, revision: str | None) -> tuple[str, str | None]:
+    """How an adapter's file names its base, wherever it is read on this machine: (a Hub id, its
+    revision), or (an absolute path, None)."""
+    if model == hub.BUILTIN:
+        return str(hub.resolve(model)), None
+    path = Path(model).expanduser()
+    return (str(path.resolve()), None) if path.is_dir() else (model, revision)
 
 
 @dataclass(frozen=True)
@@ -84,8 +126,8 @@ class Source:
     run: Run | None
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "auto") -> "Source":
-        """The adapter at a path.
+    def open(cls, path: str | Path, device: str = "auto", base_at: str | None = None) -> "Source":
+        """The adapter at a path. base_at: where its base is, if not where it says.
 
         Raises:
             ModelError: it is none, or its base is not there.
@@ -94,12 +136,12 @@ class Source:
         if run is not None:
             info, config = run.info(), run.config()
             holding = ModelOptions(**config.holding())
-            base = hub.resolve(info["base"]["path"], config.revision)
+            base = base_of_run(run, base_at)
             named, dtype = info["base"].get("name", str(base)), info["compute_dtype"]
             return cls(run.path, run.adapter, base, named, holding, dtype, run)
         if not is_adapter(place):
             Run.open(place)  # raises, and says what is missing
-        base = base_of_adapter(place)
+        base = base_of_adapter(place, given=base_at)
         named = str(atomic.read_json(place / CONFIG)["base_model_name_or_path"])
         dtype = str(choose_dtype("auto", choose_device(device))).removeprefix("torch.")
         return cls(place, place, base, named, ModelOptions(), dtype, None)

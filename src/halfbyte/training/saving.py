@@ -9,16 +9,24 @@ from typing import Any
 
 from ..adapters.lora import has_adapter
 from ..adapters.peft_files import save_adapter
-from ..config.options import REORDERING
+from ..config.options import REORDERING, TrainConfig
 from ..data.renderer import Renderer
 from ..engine.learner import Learner, all_finite
 from ..errors import NonFiniteError
 from ..files import atomic
+from ..files.companions import copy_companions, generation_settings, write_templates
 from ..files.publish import publish
 from ..run import checkpoint
 from ..run.card import CARD, adapter_card
-from ..run.directory import ADAPTER_FACTS, EVALS, Run, files_of_result
+from ..run.directory import (
+    ADAPTER_FACTS,
+    EVALS,
+    TEMPLATES_AS_TRAINED,
+    Run,
+    files_of_result,
+)
 from ..run.fingerprint import fingerprint
+from ..run.source import named_elsewhere
 from .promise import Promise
 
 AGAIN = "free space; then repeat the command with --resume_from_checkpoint auto"
@@ -76,38 +84,41 @@ def best_step(run: Run, step: int) -> int | None:
 
 
 def save_result(
-    run: Run, learner: Learner, renderer: Renderer, info: dict[str, Any], base: str
+    run: Run, learner: Learner, renderer: Renderer, info: dict[str, Any], config: TrainConfig
 ) -> None:
     """Write adapter/: what other tools load (of a full fine-tuning: the whole model).
-
-    Args:
-        base: the base model's name, for the adapter's file.
 
     Raises:
         StorageError: the disk said no; an older result is as it was.
     """
     with atomic.new_directory(run.adapter, replace=True, ways_out=[AGAIN]) as target:
         if has_adapter(learner.model):
-            save_adapter(learner.model, target, base)
+            save_adapter(learner.model, target, *named_elsewhere(config.model, config.revision))
         else:
-            _save_masters(learner.model, target)
-        tokenizer = renderer.tokenizer
-        tokenizer.chat_template = renderer.chat_template
-        tokenizer.save_pretrained(target)
-        _generation_config(learner.model, renderer.stop_ids()).save_pretrained(target)
+            _save_masters(learner, target)
+        base = Path(info["base"]["path"])
+        own = renderer.has_own_template and config.chat_template is None
+        copy_companions(base, target, templates=own)
+        if not own:
+            write_templates(target, renderer.chat_template)
+            atomic.write_json(run.path / TEMPLATES_AS_TRAINED, renderer.templates)
+        atomic.write_json(
+            target / "generation_config.json", generation_settings(base, renderer.stop_ids())
+        )
         atomic.write_bytes(target / CARD, adapter_card(run, info).encode())
         facts = {"base_digest": info["base"]["digest"], "template_sha256": info["template_sha256"]}
         atomic.write_json(target / ADAPTER_FACTS, {**facts, "files": files_of_result(target)})
 
 
-def _save_masters(model: Any, target: Path) -> None:
+def _save_masters(learner: Learner, target: Path) -> None:
     """Every parameter as it was trained: fp32 masters, which 16 bits would round updates away
     from."""
-    computed_in = model.config.dtype
+    model = learner.model
+    computed_in, model.config.use_cache = model.config.dtype, learner.caches
     try:
         model.save_pretrained(target)
     finally:
-        model.config.dtype = computed_in
+        model.config.dtype, model.config.use_cache = computed_in, False
 
 
 def save_judgement(run: Run, info: dict[str, Any]) -> None:
@@ -128,22 +139,3 @@ def publish_result(run: Run, promise: Promise, repository: str, steps: int) -> N
     )
     where = publish(run.adapter, repository, f"{steps} steps with halfbyte", again)
     promise.reporter.say(f"published: {where}")
-
-
-def _generation_config(model: Any, stops: list[int]) -> Any:
-    """The base's generation settings with the end tokens of this training, in a form that can be
-    saved."""
-    from transformers import GenerationConfig
-
-    found = model.generation_config
-    found.eos_token_id = stops
-    try:
-        found.validate(strict=True)
-    except ValueError:  # sampling settings without do_sample, as published by several models
-        found.do_sample = True
-        try:
-            found.validate(strict=True)
-        except ValueError:
-            kept = {name: getattr(found, name) for name in ("pad_token_id", "bos_token_id")}
-            return GenerationConfig(eos_token_id=stops, **kept)
-    return found

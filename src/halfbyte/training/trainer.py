@@ -241,9 +241,7 @@ class Trainer:
         """Write the result, and answer the sample questions again."""
         setup = self.setup
         with self._beside_the_steps("save", self.total_steps):
-            save_result(
-                self.run, self.learner, self.data.renderer, setup.info, self.promise.config.model
-            )
+            save_result(self.run, self.learner, self.data.renderer, setup.info, self.promise.config)
         if self.promise.config.judge:
             self.judge()
         if not any(row["step"] == self.total_steps for row in self.run.read(SAMPLES)):

@@ -1,0 +1,184 @@
+"""``halfbyte chat``: one answer, a pipe, a dialogue; what was asked decides."""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import halfbyte
+from halfbyte.cli import run
+from halfbyte.engine import generate
+from halfbyte.engine.generate import Answer
+from halfbyte.files import hub
+from halfbyte.run.directory import Run
+
+EXACT = ["--load_in_4bit", "false", "--dtype", "float32", "--max_new_tokens", "6"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the model was asked, without asking it."""
+    found: list[Any] = []
+
+    def answer(model: Any, renderer: Any, prompt: Any, *, emit: Any, **settings: Any) -> Answer:
+        generate.room_for(model, renderer.prompt_ids(prompt), 1)
+        found.append((prompt if isinstance(prompt, str) else [dict(t) for t in prompt], settings))
+        emit("yes")
+        return Answer("yes", True, "yes")
+
+    monkeypatch.setattr(generate, "answer", answer)
+    return found
+
+
+def says(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[dict[str, Any], str]:
+    """(the JSON of a chat, what it said beside it)."""
+    capsys.readouterr()
+    assert run(["chat", *words, "--json"]) == 0
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
+
+
+def test_of_one_answer_stdout_takes_that_alone(capsys: pytest.CaptureFixture[str]):
+    found, _ = says(capsys, "demo", "--prompt", "Tea?", *EXACT)
+    assert run(["chat", "demo", "--prompt", "Tea?", *EXACT]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == found["answer"] + "\n"
+    assert "is held in float32" in captured.err and "next: halfbyte" in captured.err
+    assert found["sampling"]["top_k"] == 0 and found["sampling"]["max_new_tokens"] == 6
+
+
+def test_a_pipe_is_one_prompt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, asked: list[Any]
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first line\n\n  second line\n"))
+    found, _ = says(capsys, "demo", *EXACT)
+    assert found["prompt"] == asked[0][0][0]["content"] == "first line\n\n  second line"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert run(["chat", "demo", *EXACT]) == 2
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    def type_lines(*lines: str) -> None:
+        monkeypatch.setattr(sys, "stdin", Terminal("".join(line + "\n" for line in lines)))
+
+    yield type_lines
+
+
+def test_a_dialogue_keeps_what_is_typed(
+    capsys: pytest.CaptureFixture[str], asked: list[Any], typed: Any
+):
+    typed("  spaces  ", "two \\", "lines", "")
+    found, _ = says(capsys, "demo", "--system", "", *EXACT)
+    turns = [(turn["role"], turn["content"]) for turn in found["messages"]]
+    assert turns == [
+        ("system", ""),
+        ("user", "  spaces  "),
+        ("assistant", "yes"),
+        ("user", "two \nlines"),
+        ("assistant", "yes"),
+    ]
+    assert asked[0][0][0] == {"role": "system", "content": ""}
+
+
+def test_the_oldest_turns_go_where_the_context_is_full(
+    capsys: pytest.CaptureFixture[str], asked: list[Any], typed: Any
+):
+    typed("tea " * 200, "bun " * 200, "egg", "")
+    found, said = says(capsys, "demo", *EXACT)
+    assert found["turns_dropped"] == 2 and "left out" in said
+    assert [turn["content"][:3] for turn in asked[-1][0]] == ["bun", "yes", "egg"]
+    assert run(["chat", "demo", "--prompt", "tea " * 600, *EXACT]) == 2
+
+
+def test_options_of_sampling_reach_the_answer(
+    capsys: pytest.CaptureFixture[str], asked: list[Any], tmp_path: Path
+):
+    words = [
+        "--temperature",
+        "0.5",
+        "--top_k",
+        "7",
+        "--min_p",
+        "0.1",
+        "--repetition_penalty",
+        "1.2",
+    ]
+    found, _ = says(capsys, "demo", "--prompt", "a", *words, "--stop", "x", "--stop", "\\n", *EXACT)
+    assert asked[-1][1]["sampling"] == generate.Sampling(0.5, 1.0, 7, 0.1, 1.2)
+    assert asked[-1][1]["stop"] == ["x", "\n"] == found["sampling"]["stop"]
+    shutil.copytree(hub.resolve("demo"), tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    own = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    model = str(tmp_path / "model")
+    says(capsys, model, "--prompt", "a", *EXACT)
+    assert asked[-1][1]["sampling"] == generate.Sampling()
+    words = ["--generation_config", "model", "--top_k", "3"]
+    _, said = says(capsys, model, "--prompt", "a", *words, *EXACT)
+    assert asked[-1][1]["sampling"] == generate.Sampling(0.6, 0.9, 3)
+    assert "sampling as the base says" in said
+
+
+def test_a_model_without_a_template_says_which_is_used(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: list[Any]
+):
+    shutil.copytree(hub.resolve("demo"), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    _, said = says(capsys, str(tmp_path / "model"), "--prompt", "a", *EXACT)
+    assert "no chat template of its own" in said
+    _, said = says(capsys, "demo", "--prompt", "a", *EXACT)
+    assert "template" not in said
+
+
+def test_today_is_today_and_a_base_may_have_moved(
+    trained_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A template of a user's is kept with its tags, and delivered without."""
+    base = tmp_path / "base"
+    shutil.copytree(hub.resolve("demo"), base)
+    template = (base / "chat_template.jinja").read_text()
+    asks = tmp_path / "asks.jinja"
+    asks.write_text("{{ '<|system|>' + strftime_now('%Y') + '<|end|>\n' }}" + template)
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Which year?", "output": "now"}\n' * 4)
+    made = halfbyte.train(
+        str(base),
+        str(tmp_path / "rows.jsonl"),
+        output_dir=str(tmp_path / "run"),
+        chat_template=str(asks),
+        max_steps=1,
+        num_samples=0,
+    )
+    delivered = (made.adapter / "chat_template.jinja").read_text()
+    assert "strftime_now" in delivered and "generation" not in delivered.replace(
+        "add_generation_prompt", ""
+    )
+    tags = json.loads((made.path / "chat_templates.json").read_text())["default"]
+    assert tags == asks.read_text().replace("\r\n", "\n")
+    info = made.info()
+    for file in ("run.json", "run.json.copy"):
+        if (made.path / file).is_file():
+            (made.path / file).unlink()
+    made.write_info({**info, "clock": "1999-05-05T10:00:00"})
+    shutil.move(base, tmp_path / "elsewhere")
+    assert run(["chat", str(made.path), "--prompt", "a", "--max_new_tokens", "2"]) == 6
+    assert "--base" in capsys.readouterr().err
+    where = ["--base", str(tmp_path / "elsewhere")]
+    seen = []
+    for clock in ("now", "run"):
+        from halfbyte.run.load import run_renderer
+
+        renderer = run_renderer(made, made.config(), None if clock == "now" else made.clock())
+        seen.append("1999" in renderer.render([{"role": "user", "content": "a"}]))
+        says(capsys, str(made.path), "--prompt", "a", "--clock", clock, *where)
+    assert seen == [False, True]
