@@ -68,7 +68,7 @@ def export(
     if to == "hf" and not source.config().full:
         receipt = merge(source.path, target, base=base, progress=progress, say=say)
         return {"to": to, "output_dir": str(target), **receipt.as_dict()}
-    with atomic.new_directory(target, ways_out=["free space, and repeat"]) as building:
+    with atomic.new_directory(target) as building:
         # of a full fine-tuning, in place of the adapter, the model
         write = _result if source.config().full else _WRITERS[to]
         facts = write(source, building, progress, final=target, base_at=base)

@@ -5,6 +5,7 @@ A reader sees the old file or the new one, whatever dies in between.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -81,7 +82,7 @@ def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
             raise
         raise StorageError(
             f"cannot write {path}: {reason}",
-            ways_out=["free space or fix the permissions", "or choose another place"],
+            ways_out=ways_around(error, "choose another place"),
         ) from error
 
 
@@ -91,16 +92,18 @@ def new_directory(
     *,
     replace: bool = False,
     doing: str = "write",
-    ways_out: Sequence[str] = ("free space or fix the permissions", "or name another directory"),
+    ways_out: Sequence[str] = ("name another directory",),
 ) -> Iterator[Path]:
     """Give a directory to fill, which becomes ``target`` when the block ends: whole, or not there.
 
-    A failure or an interrupt leaves nothing of it behind, and what was at ``target`` as it was.
+    A failure or an interrupt leaves nothing of it behind, and what was at ``target`` as it was. A
+    directory that cannot be renamed onto (a mount point, a volume) is filled in place: the files
+    are written aside in it and renamed one by one, those by which tools know it last.
 
     Args:
         replace: put it in the place of a directory that is there; else that must be empty.
         doing: what is said to have failed: "cannot write ...".
-        ways_out: what is advised then.
+        ways_out: what is advised then, beside what the system's own error suggests.
 
     Raises:
         UsageError: ``target`` is no directory, or holds something that is not to be replaced.
@@ -108,14 +111,22 @@ def new_directory(
     """
     if not replace:
         refuse_what_is_there(target)
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target = target.resolve() if target.is_symlink() else target
+    aside = f".{target.name}.{os.getpid()}.tmp"
+    in_place = target.is_dir() and (
+        os.path.ismount(target) or not os.access(target.parent, os.W_OK)
+    )
+    building = target / aside if in_place else target.with_name(aside)
     try:
         building.mkdir(parents=True, exist_ok=True)
         yield building
         sync(building)
-        if target.exists():
-            remove_directory(target)
-        building.rename(target)
+        if in_place:
+            _move_into(building, target, replace)
+        else:
+            if target.exists():
+                remove_directory(target)
+            building.rename(target)
         sync(target.parent)
     except (OSError, safetensors.SafetensorError) as error:
         if is_exhaustion(error):
@@ -123,18 +134,39 @@ def new_directory(
         reason = getattr(error, "strerror", None) or error
         where = str(getattr(error, "filename", None) or "")  # what failed may lie elsewhere
         what = f"cannot {doing} {target}: {reason}"
-        raise StorageError(what, where=where, ways_out=ways_out) from error
+        raise StorageError(what, where=where, ways_out=ways_around(error, *ways_out)) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+KNOWN_BY = ("config.json", "adapter_config.json", "manifest.json", "halfbyte.json", "merge.json")
+"""Files without which no tool opens a directory."""
+
+
+def _move_into(building: Path, target: Path, replace: bool) -> None:
+    """What was built, into a directory that stays: those it is known by go first and come last."""
+    old = [p for p in target.iterdir() if p != building and p.name not in _NOBODYS]
+    for path in sorted(old if replace else [], key=lambda path: path.name not in KNOWN_BY):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    entries = sorted(building.iterdir(), key=lambda path: (path.name in KNOWN_BY, path.name))
+    for entry in entries:
+        entry.rename(target / entry.name)
+    sync(target)
 
 
 def refuse_what_is_there(target: Path) -> None:
     """Raise UsageError unless a directory can be made at ``target``: nothing is there, or an empty
     one."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (
+        not target.is_dir() or any(path.name not in _NOBODYS for path in target.iterdir())
+    ):
         raise UsageError(
             f"{target} is not empty, or no directory", ways_out=["name a new directory with -o"]
         )
+
+
+_NOBODYS = ("lost+found", ".ipynb_checkpoints", ".DS_Store")
+"""What systems and editors put into directories."""
 
 
 def remove_directory(path: Path) -> None:
@@ -145,15 +177,43 @@ def remove_directory(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file or directory entry durable, where the system can (Windows opens no
-    directories)."""
+    """Make a file or directory entry durable, where the system can (Windows opens no directories,
+    some network and container file systems sync none)."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF, errno.ENOSYS}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def ways_around(error: BaseException, *ways: str) -> tuple[str, ...]:
+    """What to advise after a failed write: to free space where that is what lacks, else to look at
+    the permissions where they are."""
+    number = getattr(error, "errno", None)
+    if number in _FULL:
+        return ("free space", *ways)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ("fix the permissions", *ways)
+    return ways
+
+
+def free_bytes(place: Path) -> int | None:
+    """Bytes that a file system has free; None where it does not say (a total of 0).
+
+    Raises:
+        OSError: there is no such place.
+    """
+    usage = shutil.disk_usage(place)
+    return usage.free if usage.total else None
 
 
 def append(path: Path, text: str) -> None:

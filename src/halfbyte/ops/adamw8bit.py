@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import codebooks
 from ..ledger import Part
 from . import cpu, cpu_calls, gpu, gpu_calls
+from .fourbit import inverse
 from .library import define, record_workspace
 from .nearest import rank
 
@@ -136,7 +137,7 @@ def _encode(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor, least:
     """
     blocks = values.view(-1, BLOCK)
     torch.amax(blocks.abs(), 1, out=absmax)
-    scaled = blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)
+    scaled = blocks * inverse(absmax).unsqueeze(1)
     cu_seqlens = (table[1:] + table[:-1]) / 2
     found = rank(scaled.view(-1), cu_seqlens)
     codes.copy_(found.clamp(min=least).where(values != 0, found) if least else found)

@@ -34,9 +34,19 @@ from .library import CHUNK, define, record_workspace
 from .nearest import rank
 
 TINY = 1e-38
+_LEAST = torch.tensor([0x006CE3EE], dtype=torch.int32, device="cpu")
+"""`TINY` as fp32, a subnormal number, by its bits: where such are flushed to zero, it cannot be made
+from a number."""
+
 NESTED = 256
 MIN_BLOCK, MAX_BLOCK = 32, 4096
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inverse(absmax: Tensor) -> Tensor:
+    """1 / absmax, what a block is multiplied by; of a block of zeros 1: where subnormal numbers are
+    flushed, `TINY` is 0, and 1 / 0 times 0 no number."""
+    return 1.0 / absmax.clamp(min=TINY).where(absmax != 0, 1.0)
 
 
 class FourBit(NamedTuple):
@@ -183,12 +193,16 @@ def _quantize(weight: Tensor, quant_map: Tensor, block_size: int) -> tuple[Tenso
         blocks = flat[start:stop].float().view(-1, block_size)
         scale = absmax[start // block_size : stop // block_size]
         torch.amax(blocks.abs(), 1, out=scale)
-        scaled = blocks * (1.0 / scale.clamp(min=TINY)).unsqueeze(1)
+        scaled = blocks * inverse(scale).unsqueeze(1)
         packed[start // 2 : stop // 2] = _pack(scaled.view(-1), boundaries, codes_of_rank)
     if whole < n:
         tail = flat[whole:].float()
-        absmax[-1] = tail.abs().amax().clamp(min=TINY)
-        scaled = functional.pad(tail / absmax[-1], (0, (n - whole) % 2))
+        most = tail.abs().amax()
+        least = _LEAST.to(flat.device).view(torch.float32)[0]
+        absmax[-1] = most.clamp(min=TINY).where(most != 0, least)
+        scaled = functional.pad(
+            tail / most.clamp(min=TINY).where(most != 0, 1.0), (0, (n - whole) % 2)
+        )
         packed[whole // 2 :] = _pack(scaled, boundaries, codes_of_rank)
     return packed, absmax
 
@@ -234,7 +248,7 @@ def _quantize_absmax(
     torch.sub(absmax, offset, out=centred[:blocks])
     grouped = centred.view(groups, nested_block_size)
     nested_absmax = grouped.abs().amax(1) if groups else absmax.new_zeros(0)
-    scaled = (grouped * (1.0 / nested_absmax.clamp(min=TINY)).unsqueeze(1)).view(-1)[:blocks]
+    scaled = (grouped * inverse(nested_absmax).unsqueeze(1)).view(-1)[:blocks]
     boundaries = (nested_quant_map[1:] + nested_quant_map[:-1]) / 2
     return rank(scaled, boundaries), nested_absmax, offset.clone()
 

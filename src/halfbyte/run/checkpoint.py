@@ -59,7 +59,7 @@ def save(
         StorageError: the disk said no; nothing is left behind and older checkpoints are untouched.
     """
     final = directory / f"step-{step:08d}"
-    again = "free space; then repeat the command with --resume_from_checkpoint auto"
+    again = "then repeat the command with --resume_from_checkpoint auto"
     with atomic.new_directory(
         final, replace=True, doing="save checkpoint", ways_out=[again]
     ) as building:

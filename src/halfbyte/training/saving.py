@@ -29,7 +29,7 @@ from ..run.fingerprint import fingerprint
 from ..run.source import named_elsewhere
 from .promise import Promise
 
-AGAIN = "free space; then repeat the command with --resume_from_checkpoint auto"
+AGAIN = "then repeat the command with --resume_from_checkpoint auto"
 
 
 def save_checkpoint(

@@ -8,18 +8,33 @@
 
 namespace hb {
 
-#if defined(HB_X86)
+#if defined(HB_AMX)
 namespace amx { extern const Path PATH; }
+#endif
+#if defined(HB_AVX512_BF16)
 namespace avx512_bf16 { extern const Path PATH; }
+#endif
+#if defined(HB_AVX512)
 namespace avx512 { extern const Path PATH; }
+#endif
+#if defined(HB_AVX2)
 namespace avx2 { extern const Path PATH; }
 #endif
 namespace portable { extern const Path PATH; }
 
 const Path* const* all_paths(int* count) {
     static const Path* const paths[] = {
-#if defined(HB_X86)
-        &amx::PATH, &avx512_bf16::PATH, &avx512::PATH, &avx2::PATH,
+#if defined(HB_AMX)
+        &amx::PATH,
+#endif
+#if defined(HB_AVX512_BF16)
+        &avx512_bf16::PATH,
+#endif
+#if defined(HB_AVX512)
+        &avx512::PATH,
+#endif
+#if defined(HB_AVX2)
+        &avx2::PATH,
 #endif
         &portable::PATH,
     };
@@ -147,6 +162,7 @@ int32_t hb_quantize(const void* weight, int32_t dtype, int64_t numel, const floa
 
 int32_t hb_quantize_absmax(const float* absmax, int64_t blocks, const float* nested_quant_map, int32_t nested_block_size,
                            uint8_t* codes, float* nested_absmax, int64_t groups, float* nested_offset, int32_t threads) {
+    AllNumbers here;
     CHECK(check_threads(threads));
     if (blocks < 0 || blocks > MOST) return fail(HB_BAD_ARGUMENT, "absmax has an impossible size: %lld", (long long)blocks);
     if (nested_block_size < 1) return fail(HB_BAD_ARGUMENT, "nested_block_size must be at least 1, got %d", nested_block_size);

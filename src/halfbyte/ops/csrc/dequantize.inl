@@ -73,7 +73,7 @@ struct Levels {
     }
 
     __m256i bf16_16(float scale, __m512 values) const {
-#ifdef __AVX512BF16__
+#ifdef HB_ROUNDS_BF16
         if (__builtin_expect(std::fabs(scale) >= safe, 1)) return (__m256i)_mm512_cvtneps_pbh(values);
 #endif
         (void)scale;
@@ -87,7 +87,7 @@ struct Levels {
 // 16-bit results: a dword 0x000000HL becomes the word indices (H, L); permutexvar reads five bits of each, and both
 // halves of the table are equal
 inline __m512i look_up_32(const uint8_t* packed, __m512i table) {
-#ifdef __AVX512VBMI__
+#ifdef HB_SHIFTS_BYTES
     // a qword of two bytes; multishift picks any eight of its bits for each byte of the result
     __m512i pairs = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)packed));
     return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x00'08'00'0c'00'00'00'04), pairs), table);

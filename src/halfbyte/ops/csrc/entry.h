@@ -7,6 +7,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(HB_X86)
+#include <immintrin.h>
+#endif
 #if defined(HB_STD_THREADS)
 #include <thread>
 #include <vector>
@@ -146,18 +149,40 @@ inline thread_local Buffer shared_operand, own_panel, own_sums;
 
 // --- sharing out --------------------------------------------------------------------------------------------------------
 
+// Within its block subnormal numbers are numbers, whatever the calling thread (or a library built with -ffast-math) has set:
+// scales of nothing but zeros are compared with one, and quantized bytes are the same everywhere.
+struct AllNumbers {
+#if defined(HB_X86)
+    unsigned before = _mm_getcsr();
+    AllNumbers() { _mm_setcsr(before & ~0x8040u); }  // flush to zero, denormals are zero
+    ~AllNumbers() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+    AllNumbers() {
+        __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+        __asm__ volatile("msr fpcr, %0" : : "r"(before & ~(uint64_t(1) << 24)));
+    }
+    ~AllNumbers() { __asm__ volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
+
 // body(me, of) on `threads` threads. All threads of this library come from here. HB_STD_THREADS: without OpenMP, whose
 // waiting a thread sanitizer cannot see (tests only).
 template <class Body>
 void parallel(int threads, Body body) {
-    if (threads <= 1) return body(0, 1);
+    auto exactly = [&](int me, int of) {
+        AllNumbers here;
+        body(me, of);
+    };
+    if (threads <= 1) return exactly(0, 1);
 #if defined(HB_STD_THREADS)
     std::vector<std::thread> all;
-    for (int me = 0; me < threads; me++) all.emplace_back(body, me, threads);
+    for (int me = 0; me < threads; me++) all.emplace_back(exactly, me, threads);
     for (auto& thread : all) thread.join();
 #else
 #pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num(), omp_get_num_threads());
+    exactly(omp_get_thread_num(), omp_get_num_threads());
 #endif
 }
 

@@ -29,7 +29,7 @@ inline float greatest_of(vf v) {
 // to 16 bits as `store`, but subnormal numbers may become zero
 template <DType D>
 inline void store_result(void* p, int64_t i, vf value) {
-#if defined(__AVX512BF16__)
+#if defined(HB_ROUNDS_BF16)
     if constexpr (D == HB_BF16) {
         _mm256_storeu_si256((__m256i*)(static_cast<uint16_t*>(p) + i), (__m256i)_mm512_cvtneps_pbh((__m512)value));
         return;

@@ -2,6 +2,8 @@
 //
 // A strip is 32 rows as tiles of 16 x 32, two side by side at each depth; B's groups are the tiles' second operand as they
 // are. A tile of C is 32 x 32: four accumulators, so that each operand loaded is used twice.
+#define HB_ROUNDS_BF16   // AVX512-BF16 and VBMI are this path's own, whatever all files are compiled with
+#define HB_SHIFTS_BYTES
 #include "path_avx512.h"
 #include "tiles.h"
 

@@ -1,4 +1,6 @@
 // AVX-512 with dpbf16 and VBMI (Zen 4, Sapphire Rapids): bf16 products two at a time.
+#define HB_ROUNDS_BF16   // AVX512-BF16 and VBMI are this path's own, whatever all files are compiled with
+#define HB_SHIFTS_BYTES
 #include "path_avx512.h"
 
 namespace hb::avx512_bf16 {
