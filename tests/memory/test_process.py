@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.memory.process import available
+from halfbyte.memory import process
+from halfbyte.memory.process import available, cpu_quota, limit_in_force
 
 
 def test_what_is_free_knows_limits(tmp_path: Path):
@@ -16,3 +17,20 @@ def test_what_is_free_knows_limits(tmp_path: Path):
     assert available((tmp_path,)) == 1234
     (tmp_path / "memory.max").write_text("max\n")
     assert available((tmp_path,)) == pytest.approx(free, rel=0.2)
+    (tmp_path / "memory.high").write_text(str(5 * 2**30 - 500))
+    assert available((tmp_path,)) == 734, "beyond it a group is slowed down for ever"
+
+
+def test_the_limit_in_force_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(process, "_cgroups", lambda kind="memory": [tmp_path])
+    assert limit_in_force() == "" and cpu_quota() is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.limit_in_bytes").write_text(str(2**63 - 4096))
+    assert limit_in_force() == ""
+    (tmp_path / "memory.high").write_text(str(3 << 29))
+    (tmp_path / "memory.max").write_text(str(2 << 30))
+    assert limit_in_force() == f"1.50 GiB, by {tmp_path / 'memory.high'}"
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert cpu_quota() == 1.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cpu_quota() is None

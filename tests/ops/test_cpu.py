@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte import codebooks, load, nf4, ops
+from halfbyte import AdamW8bit, codebooks, load, nf4, ops
 from halfbyte.errors import UsageError
 from halfbyte.ops import cpu, cpu_calls
 from halfbyte.ops.cpu_library import call, open_library
@@ -527,3 +527,34 @@ def test_a_runs_own_choice_of_kernels_does_not_bind():
 
     trained = TrainConfig(model="demo", data="x", kernels="cpp", bnb_4bit_blocksize=128)
     assert "kernels" not in trained.holding() and trained.holding()["bnb_4bit_blocksize"] == 128
+
+
+def test_bytes_are_the_same_where_subnormal_numbers_are_flushed(every_path: list[str]):
+    """By a process that set it, or by a library built with -ffast-math: blocks of zeros, subnormal
+    ones in the library's paths, a short last block of zeros."""
+    weights = torch.zeros(64 * 70 + 7)
+    weights[64 * 3 : 64 * 40] = torch.randn(64 * 37, generator=torch.Generator().manual_seed(0))
+    weights[64 * 41 : 64 * 42] = 3e-39
+    moments = torch.zeros(4096)
+    moments[:300] = 1e-3
+    for kernels in [*every_path, "torch"]:
+        values = weights.clone()
+        if kernels == "torch":
+            values[64 * 41 : 64 * 42] = 0
+        found = []
+        for flush in (False, True):
+            torch.set_flush_denormal(flush)
+            try:
+                with cpu.using("torch" if kernels == "torch" else "cpp"):
+                    if kernels != "torch":
+                        cpu.choose_path(kernels)
+                    made = nf4.quantize(values)
+                    parameter = torch.nn.Parameter(torch.zeros(4096))
+                    parameter.grad = moments.clone()
+                    optimizer = AdamW8bit([parameter], lr=1e-3)
+                    optimizer.step()
+                found.append([*made.stored_tensors(), *optimizer.state_tensors().values()])
+            finally:
+                torch.set_flush_denormal(False)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), kernels
+        assert float(made.dequantize()[:64].abs().max()) == 0

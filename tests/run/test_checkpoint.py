@@ -161,7 +161,9 @@ def test_the_best_of_those_that_exist_is_kept_and_strangers_are_left_alone(
 def test_a_disk_that_will_be_full_is_known_before_training(
     reliable_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=100_000)
+    )
     with pytest.raises(StorageError, match="0 MiB free; this run writes"):
         halfbyte.train(**reliable_options(reliable_inputs, tmp_path / "run"))
     assert not (tmp_path / "run/metrics.jsonl").exists()

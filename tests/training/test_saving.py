@@ -45,6 +45,7 @@ def test_a_result_that_cannot_be_written_leaves_the_older_one(
     with pytest.raises(StorageError, match="No space left") as caught:
         config: Any = SimpleNamespace(model="acme/base", revision=None)
         save_result(run, learner, SimpleNamespace(), {}, config)  # pyright: ignore[reportArgumentType]
-    assert "--resume_from_checkpoint auto" in caught.value.ways_out[0]
+    assert caught.value.ways_out[0] == "free space"
+    assert "--resume_from_checkpoint auto" in caught.value.ways_out[1]
     assert [path.name for path in run.adapter.iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -127,15 +127,17 @@ class LoraLinear(nn.Linear):
         zero."""
         device = linear.weight.device
         bound = 1 / math.sqrt(linear.in_features)
-        a = torch.empty(
-            adapter.r, linear.in_features, device="meta" if device.type == "meta" else "cpu"
-        )
+        fp32: Any = {"dtype": torch.float32}
+        where = "meta" if device.type == "meta" else "cpu"
+        a = torch.empty(adapter.r, linear.in_features, device=where, **fp32)
         if not a.is_meta:
             a.uniform_(-bound, bound, generator=generator)
         linear.__class__ = cls
         assert isinstance(linear, LoraLinear)
         linear.lora_A = nn.Parameter(a.to(device))
-        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, adapter.r, device=device))
+        linear.lora_B = nn.Parameter(
+            torch.zeros(linear.out_features, adapter.r, device=device, **fp32)
+        )
         linear.adapter, linear.layer_index, linear.clock = adapter, layer_index, clock
         linear.lora_magnitude_vector, linear._norms = None, None
         if adapter.use_dora:

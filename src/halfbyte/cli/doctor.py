@@ -4,7 +4,6 @@ off."""
 import contextlib
 import os
 import platform
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,21 +59,27 @@ def doctor(record: DoctorConfig) -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    total, available = _memory()
-    flags = _cpu_flags()
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    from ..memory.process import available, cpu_quota, limit_in_force
+
+    (total, free), flags = _memory(), _cpu_flags()
+    left = available()
+    # which a user without a home leaves as it is
+    home = Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface")))  # noqa: PTH111
+    home = home.absolute()
     place = next(p for p in (home, *home.parents) if p.exists())
     found: dict[str, Any] = {
         "system": platform.platform(),
         "python": platform.python_version(),
         "processor": _cpu_name(),
         "cores": os.cpu_count() or 1,
+        **({"cores by quota": quota} if (quota := cpu_quota()) else {}),
         "threads torch uses": torch.get_num_threads(),
         "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
         "memory GiB": round(total / 2**30, 1),
-        "memory available GiB": round(available / 2**30, 1),
-        "disk free here GiB": round(shutil.disk_usage(".").free / 2**30, 1),
-        "disk free for the Hub cache GiB": round(shutil.disk_usage(place).free / 2**30, 1),
+        "memory available GiB": round((free if left is None else left) / 2**30, 2),
+        **({"memory limit": limit} if (limit := limit_in_force()) else {}),
+        "disk free here GiB": _disk(Path()),
+        "disk free for the Hub cache GiB": _disk(place),
     }
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
@@ -83,6 +88,16 @@ def _machine() -> dict[str, Any]:
             f"{card.major}.{card.minor}"
         )
     return found
+
+
+def _disk(place: Path) -> float | str:
+    from ..files.atomic import free_bytes
+
+    try:
+        free = free_bytes(place)
+    except OSError as error:
+        return str(error.strerror)
+    return "unknown" if free is None else round(free / 2**30, 1)
 
 
 def _memory() -> tuple[int, int]:
@@ -187,6 +202,7 @@ def _checks() -> list[dict[str, Any]]:
             {"check": f"{name} is new enough", "ok": ok, "note": f"{version}, at least {least}"}
         )
     checks.append({"check": "4-bit bytes are the reference's", **_bytes_check()})
+    checks.append({"check": "bf16 products are right", **_product_check()})
     locks = os.name == "posix"
     note = "flock" if locks else "no flock here: two trainers on one run are not kept apart"
     checks.append({"check": "run directories are locked", "ok": locks, "note": note})
@@ -213,6 +229,16 @@ def _bytes_check() -> dict[str, Any]:
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     found = digest.hexdigest()
     return {"ok": found == REFERENCE_SHA256, "note": f"sha256 {found[:16]}"}
+
+
+def _product_check() -> dict[str, Any]:
+    """PyTorch's own, of two matrices whose result is known; odd thread settings spoil them."""
+    import torch
+
+    ones = torch.ones(256, 256, dtype=torch.bfloat16, device="cpu")
+    ok = bool((ones @ ones == 256).all())
+    variables = ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("OMP_"))
+    return {"ok": ok, "note": f"{torch.get_num_threads()} threads {variables}".strip()}
 
 
 def _shown(value: Any) -> str:

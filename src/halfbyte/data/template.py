@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -165,7 +165,8 @@ class TemplateProcess:
             args=(theirs, self.template, self.special_tokens, self.clock, os.getpid()),
             daemon=True,
         )
-        process.start()
+        with _allowed_a_child():
+            process.start()
         theirs.close()
         self._pipe = ours
         self._end = weakref.finalize(self, _kill, process, ours)
@@ -178,7 +179,29 @@ class TemplateProcess:
         self._pipe = self._end = None
 
 
+@contextlib.contextmanager
+def _allowed_a_child() -> Iterator[None]:
+    """Within this block a daemonic process (a Pool's worker) may start one: ours is left behind by
+    nobody, since it ends with its pipe."""
+    config: dict[str, Any] = multiprocessing.current_process()._config  # pyright: ignore[reportAttributeAccessIssue]
+    daemonic = config.get("daemon")
+    config["daemon"] = False
+    try:
+        yield
+    finally:
+        config["daemon"] = daemonic
+
+
+ENGINE = "the template engine itself fails: "
+
+
 def _refused(why: str) -> DataError:
+    if why.startswith(ENGINE):
+        return DataError(
+            "conversations cannot be rendered",
+            found=why,
+            ways_out=["pip install -U jinja2 transformers"],
+        )
     return DataError(
         "the chat template refused the conversation",
         found=why,
@@ -223,6 +246,8 @@ def _what_it_said(error: Exception) -> str:  # pragma: no cover
     from jinja2 import TemplateSyntaxError
 
     said = (str(error) or type(error).__name__)[:2000]
+    if isinstance(error, ImportError):  # an engine too old, or none
+        return ENGINE + said
     return f"line {error.lineno}: {said}" if isinstance(error, TemplateSyntaxError) else said
 
 

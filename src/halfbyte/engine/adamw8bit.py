@@ -53,8 +53,8 @@ class AdamW8bit(torch.optim.Optimizer):
         device = _device(self._all())
         self._min_8bit_size, self._in_32bit = min_8bit_size, {id(p) for p in in_32bit}
         self._maps = (
-            torch.tensor(dynamic_map(signed=True), device=device),
-            torch.tensor(dynamic_map(signed=False), device=device),
+            torch.tensor(dynamic_map(signed=True), dtype=torch.float32, device=device),
+            torch.tensor(dynamic_map(signed=False), dtype=torch.float32, device=device),
         )
         self.steps = 0
         self.missed: dict[int, int] = {}  # of parameters: steps in which they had no gradient

@@ -236,7 +236,7 @@ class PagedAdamW(_Paged, torch.optim.AdamW):
     def restart(self, step: int) -> None:
         """Count from this step on, as if every parameter had taken part until then."""
         for p in self.state:
-            self.state[p]["step"] = torch.tensor(float(step))
+            self.state[p]["step"] = _step(float(step))
 
     def state_dict(self) -> dict[str, Any]:
         self._arrive()
@@ -323,13 +323,17 @@ def _states(params: list[Tensor], pages: Pages) -> dict[Tensor, dict[str, Tensor
     sizes, arrays = [p.numel() for p in params], pages.arrays()
     parts = zip(arrays["exp_avg"].split(sizes), arrays["exp_avg_sq"].split(sizes), strict=True)
     return {
-        p: {"step": torch.tensor(0.0), "exp_avg": m.view(p.shape), "exp_avg_sq": v.view(p.shape)}
+        p: {"step": _step(0.0), "exp_avg": m.view(p.shape), "exp_avg_sq": v.view(p.shape)}
         for p, (m, v) in zip(params, parts, strict=True)
     }
 
 
+def _step(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 def _take(mine: dict[str, Tensor], state: dict[str, Any]) -> None:
-    mine["step"] = torch.tensor(float(state["step"]))
+    mine["step"] = _step(float(state["step"]))
     for name in ("exp_avg", "exp_avg_sq"):
         mine[name].copy_(state[name])
 

@@ -21,6 +21,7 @@ from ..files import atomic, hub
 from ..files.companions import copy_companions
 from ..files.hub import TEMPLATES
 from ..files.safetensors import Checkpoint
+from ..model.defaults import with_plain_defaults
 from ..progress import Progress, no_progress
 from ..quantization.bnb_format import quantized_names
 from ..quantization.load import load_base
@@ -34,6 +35,7 @@ from .merge import merge
 FORMATS = ("peft", "hf", "bnb-4bit")
 
 
+@with_plain_defaults
 def export(
     run: str | Path,
     output_dir: str | Path,

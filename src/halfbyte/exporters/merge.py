@@ -38,6 +38,7 @@ from ..files import atomic
 from ..files.safetensors import Checkpoint
 from ..memory.process import return_freed
 from ..model.architecture import FP32_LIMIT
+from ..model.defaults import with_plain_defaults
 from ..model.fp32 import model_in_fp32
 from ..progress import Progress, no_progress
 from ..quantization.bnb_format import quantized_names, read_stored
@@ -64,6 +65,7 @@ from .verify import (
 from .write import write_config, write_merged
 
 
+@with_plain_defaults
 def merge(
     run: str | Path,
     output_dir: str | Path,

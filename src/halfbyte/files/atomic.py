@@ -113,9 +113,7 @@ def new_directory(
         refuse_what_is_there(target)
     target = target.resolve() if target.is_symlink() else target
     aside = f".{target.name}.{os.getpid()}.tmp"
-    in_place = target.is_dir() and (
-        os.path.ismount(target) or not os.access(target.parent, os.W_OK)
-    )
+    in_place = target.is_dir() and (target.is_mount() or not os.access(target.parent, os.W_OK))
     building = target / aside if in_place else target.with_name(aside)
     try:
         building.mkdir(parents=True, exist_ok=True)

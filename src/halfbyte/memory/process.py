@@ -68,19 +68,57 @@ class Peak:
         return max(high, status.get("RssAnon", status.get("VmRSS", 0)))
 
 
-def _cgroups() -> list[Path]:
+def _cgroups(kind: str = "memory") -> list[Path]:
     """Directories of this process's control groups and the ones around them, versions 1 and 2."""
     found = []
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
-            root = Path("/sys/fs/cgroup") / ("memory" if "memory" in kinds.split(",") else "")
-            if not kinds or "memory" in kinds.split(","):
+            root = Path("/sys/fs/cgroup") / (kind if kind in kinds.split(",") else "")
+            if not kinds or kind in kinds.split(","):
                 inner = root / path.lstrip("/")
                 found += [
                     each for each in (inner, *inner.parents) if each == root or root in each.parents
                 ]
     return found
+
+
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    # beyond it everything is slowed down to be reclaimed, for ever where nothing can be
+    ("memory.high", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+_NO_LIMIT = 1 << 60
+
+
+def limit_in_force() -> str:
+    """The tightest memory limit of a control group and where it stands, for people; "" without
+    one."""
+    found = []
+    for path in _cgroups():
+        for name, _ in _LIMITS:
+            with contextlib.suppress(OSError, ValueError):
+                if (limit := int((path / name).read_text())) < _NO_LIMIT:
+                    found.append((limit, path / name))
+    if not found:
+        return ""
+    limit, place = min(found)
+    return f"{limit / 2**30:.2f} GiB, by {place}"
+
+
+def cpu_quota() -> float | None:
+    """Cores that control groups leave this process, None where they set no limit."""
+    found = []
+    for path in _cgroups("cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (path / "cpu.max").read_text().split()
+            found.append(int(quota) / int(period))
+        with contextlib.suppress(OSError, ValueError):
+            quota = int((path / "cpu.cfs_quota_us").read_text())
+            if quota > 0:
+                found.append(quota / int((path / "cpu.cfs_period_us").read_text()))
+    return round(min(found), 2) if found else None
 
 
 def available(cgroups: Iterable[Path] | None = None) -> int | None:
@@ -95,10 +133,7 @@ def available(cgroups: Iterable[Path] | None = None) -> int | None:
             next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
         )
     for path in cgroups:
-        for most, used in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
+        for most, used in _LIMITS:
             with contextlib.suppress(OSError, ValueError):
                 left.append(
                     int((path / most).read_text())

@@ -15,6 +15,7 @@ says what was found.
 import contextlib
 import ctypes
 import importlib.resources
+import os
 import threading
 from collections.abc import Callable, Iterator
 from ctypes import c_double
@@ -48,20 +49,48 @@ def _find() -> None:
     with _lock:
         if _tried:
             return
+        respect_limits()
         try:
             file = importlib.resources.files("halfbyte.ops").joinpath(_NAME)
             if file.is_file():
                 library = open_library(str(file))
-                _why = _choose_best(library)
+                _why = _choose_best(library) + _notes(file)
                 _library = library
             else:
                 _why = (
-                    "the library was not built (no C++ compiler at installation): plain "
-                    "PyTorch, slower, is used"
+                    "the library was not built (no C++ compiler at installation, or it failed: "
+                    "`pip install -v` shows how): plain PyTorch, slower, is used"
                 )
         except OSError as error:
             _why = f"the library does not load ({error}): plain PyTorch, slower, is used"
         _tried = True
+
+
+def _notes(file: Any) -> str:
+    """What was left out when the library was built, and why."""
+    try:
+        _, *notes = file.parent.joinpath("halfbyte_cpu.txt").read_text().split("\n")
+    except (OSError, AttributeError):
+        return ""
+    return "".join(f"; {note}" for note in notes if note)
+
+
+def respect_limits() -> None:
+    """Have PyTorch and the library use no more threads than OpenMP gives: where it gives fewer than
+    were asked for (OMP_THREAD_LIMIT), products of PyTorch's own are wrong."""
+    limit = os.environ.get("OMP_THREAD_LIMIT", "")
+    if limit.isdigit() and 0 < int(limit) < torch.get_num_threads():
+        torch.set_num_threads(int(limit))
+
+
+def _after_fork() -> None:
+    """In a child: OpenMP's threads were not forked, and who waits for them waits for ever."""
+    if _tried:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _choose_best(library: Any) -> str:

@@ -35,8 +35,8 @@ from .nearest import rank
 
 TINY = 1e-38
 _LEAST = torch.tensor([0x006CE3EE], dtype=torch.int32, device="cpu")
-"""`TINY` as fp32, a subnormal number, by its bits: where such are flushed to zero, it cannot be made
-from a number."""
+"""`TINY` as fp32, a subnormal number, by its bits: where such are flushed to zero, it cannot be
+made from a number."""
 
 NESTED = 256
 MIN_BLOCK, MAX_BLOCK = 32, 4096

@@ -16,6 +16,7 @@ from ..config.options import PlanConfig, TrainConfig
 from ..data.dataset import read_data
 from ..files import hub
 from ..memory.process import TRAIN_MMAP_THRESHOLD, set_mmap_threshold
+from ..model.defaults import with_plain_defaults
 from ..ops import cpu
 from ..progress import Progress, no_progress
 from ..quantization.tensor import quantize
@@ -49,6 +50,7 @@ def timed(plan: MemoryPlan, dtype: torch.dtype) -> MemoryPlan:
     return replace(plan, seconds=step * plan.steps)
 
 
+@with_plain_defaults
 def plan(
     *config: Any,
     say: Callable[[str], None] = lambda line: None,

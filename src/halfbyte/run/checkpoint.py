@@ -26,7 +26,14 @@ from ..engine.adamw8bit import AdamW8bit
 from ..engine.paged_optimizers import PagedAdamW, PagedAdamW8bit
 from ..errors import HalfbyteError, ModelError, StorageError
 from ..files import atomic
-from ..files.atomic import json_bytes, read_json, remove_directory, sha256_file, write_json
+from ..files.atomic import (
+    free_bytes,
+    json_bytes,
+    read_json,
+    remove_directory,
+    sha256_file,
+    write_json,
+)
 from ..files.safetensors import read_header, read_tensor, write_safetensors
 
 SCHEMA = 2
@@ -188,8 +195,8 @@ def refuse_full_disk(directory: Path, one: int, keep: int) -> None:
         if directory.exists()
         else 0
     )
-    needed, free = (keep + 1) * one + one, shutil.disk_usage(directory.parent).free
-    if needed - there > free:
+    needed, free = (keep + 1) * one + one, free_bytes(directory.parent)
+    if free is not None and needed - there > free:
         raise StorageError(
             f"{directory.parent} has {free / 2**20:,.0f} MiB free; this run writes "
             f"{needed / 2**20:,.0f} MiB",

@@ -13,6 +13,7 @@ from ..errors import ModelError, UsageError
 from ..files import atomic, hub
 from ..files.model_config import computed_by, declared_ends, differences
 from ..model.architecture import choose_device
+from ..model.defaults import with_plain_defaults
 from ..progress import Progress, no_progress
 from ..quantization.hf_quantizer import make_saveable
 from ..quantization.load import load_base
@@ -46,6 +47,7 @@ def run_renderer(
     )
 
 
+@with_plain_defaults
 def load(
     model_or_run: str | Path, *objects: Any, progress: Progress = no_progress, **changes: Any
 ) -> tuple[Any, Any]:

@@ -121,7 +121,7 @@ class Stepper:
             losses = self.recovery.with_less(
                 step, batches, lambda: self._passes(step, batches, supervised)
             )
-            total = torch.zeros((), device=learner.device)
+            total = torch.zeros((), dtype=torch.float32, device=learner.device)
             for loss in losses:
                 total += loss
             mean_loss = float(total) / supervised

@@ -8,6 +8,7 @@ runs out is `training.recovery`, how a run goes on `training.resume`, signals ar
 import contextlib
 import functools
 import math
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from ..files import atomic
 from ..memory.process import TRAIN_MMAP_THRESHOLD, bounded, return_freed, set_mmap_threshold
 from ..model import attention
 from ..model.architecture import choose_device
+from ..model.defaults import with_plain_defaults
 from ..ops import cpu
 from ..progress import Reporter
 from ..quantization.original import OriginalWeights
@@ -41,7 +43,11 @@ from .setup import Setup, set_up
 from .step import Stepper
 from .trackers import Trackers, tracker_names
 
+_one_at_a_time = threading.RLock()
+"""Trainings in several threads wait for each other: two at once would be no faster."""
 
+
+@with_plain_defaults
 def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run:
     """Fine-tune a model as the configuration says; returns the run directory.
 
@@ -65,7 +71,8 @@ def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run
         cpu.use(wanted.kernels)  # the plan and the record are of what will compute
     run = Run(Path(wanted.output_dir).expanduser())
     atomic.check_writable(run.path)
-    with run.locked():
+    # PyTorch's defaults, which transformers changes while it builds, are the process's
+    with _one_at_a_time, run.locked():
         if rows is not None:
             wanted.data = str(run.path / rows_name(rows))
             atomic.write_bytes(Path(wanted.data), rows)
