@@ -65,3 +65,67 @@ def test_a_link_out_of_a_folder_below_is_refused(tmp_path: Path):
     (model / "original/params.json").rename(folder / "params.json")
     with pytest.raises(ModelError, match="too many for a configuration"):
         hub.resolve(str(model))
+
+
+FILES = [
+    *("config.json", "tokenizer.json", "LICENSE", "README.md", "pytorch_model.bin"),
+    *("onnx/model.safetensors", "onnx/config.json", "additional_chat_templates/tool_use.jinja"),
+]
+
+
+@pytest.mark.parametrize(
+    ("weights", "opened"),
+    [
+        (["model.safetensors"], ["model.safetensors"]),
+        (
+            ["model.safetensors", "consolidated.safetensors", "model.fp16.safetensors"],
+            ["model.safetensors"],
+        ),
+        (
+            ["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+            ["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+        ),
+        (
+            [
+                *("model.safetensors", "model.safetensors.index.json"),
+                "model-00001-of-00001.safetensors",
+            ],
+            ["model.safetensors"],
+        ),
+    ],
+)
+def test_of_a_repository_one_set_of_weights_is_fetched(weights: list[str], opened: list[str]):
+    found = set(hub.opened_of("acme/tiny", FILES + weights, hub.HUB_PATTERNS, ["original/*"]))
+    assert found == {
+        *("config.json", "tokenizer.json", "LICENSE", *opened),
+        "additional_chat_templates/tool_use.jinja",
+    }
+    without = hub.opened_of(
+        "acme/tiny", FILES + weights, hub.HUB_PATTERNS, ["original/*", "*.safetensors"]
+    )
+    assert not any(name.endswith(".safetensors") for name in without)
+
+
+def test_a_repository_without_weights_of_ours_says_what_it_has():
+    with pytest.raises(ModelError, match="no weights that are opened") as caught:
+        list(hub.opened_of("acme/tiny", FILES, hub.HUB_PATTERNS, []))
+    assert "pytorch_model.bin" in caught.value.found
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "halfbyte.json"]
+    assert set(hub.opened_of("acme/lora", adapter, names, [])) == set(names[:2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GatedRepoError", "restricted"),
+        ("RevisionNotFoundError", "no revision 'v9'"),
+        ("RepositoryNotFoundError", "no model"),
+        ("LocalEntryNotFoundError", "cache"),
+        ("SomethingElse", "can be reached"),
+    ],
+)
+def test_the_hubs_reasons_are_told_apart_in_its_own_words(kind: str, said: str):
+    error = type(kind, (Exception,), {})("403 Client Error.\n\nAccess is restricted to you.")
+    found = hub._unreachable("acme/tiny", "v9", error)
+    assert said in found.what and "Access is restricted to you." in found.found

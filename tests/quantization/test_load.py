@@ -8,12 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import FalconConfig, FalconForCausalLM
 
+from halfbyte import nf4
 from halfbyte.config.options import ModelOptions
-from halfbyte.errors import (
-    ModelError,
-)
-from halfbyte.quantization.load import load_base
+from halfbyte.errors import ModelError, UsageError
+from halfbyte.files.model_config import read_config
+from halfbyte.files.safetensors import Checkpoint
+from halfbyte.progress import no_progress
+from halfbyte.quantization.bnb_format import write_checkpoint
+from halfbyte.quantization.load import empty_base, load_base, with_stored_form
+from halfbyte.quantization.tensor import NF4Tensor
+from halfbyte.quantization.writer import quantize
 
 
 @pytest.fixture
@@ -120,3 +126,57 @@ def test_a_tied_tensor_is_found_under_any_of_its_names(tiny_llama: Any, tmp_path
     assert load_base(tmp_path / "head", options)[1].digest == report.digest
     with pytest.raises(ModelError, match=r"one tensor in this model.*differ in the file"):
         load_base(tmp_path / "torn", options)
+
+
+def test_a_stored_base_is_what_it_is(copy_of_stories: Path, tmp_path: Path):
+    """Options that were not given are taken from it, others must agree; layers that are kept in 16
+    bits stay so."""
+    stored = tmp_path / "stored"
+    options = ModelOptions(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
+    options.allow_low_coverage = True
+    quantize(copy_of_stories, options, stored, no_progress)
+    found = with_stored_form(ModelOptions(), stored)
+    assert found.bnb_4bit_quant_type == "fp4" and not found.bnb_4bit_use_double_quant
+    assert with_stored_form(ModelOptions(bnb_4bit_quant_type="fp4"), stored) == found
+    with pytest.raises(UsageError, match="stored in 4 bits already") as caught:
+        with_stored_form(ModelOptions(bnb_4bit_quant_type="nf4"), stored)
+    assert "bnb_4bit_quant_type nf4, stored fp4" in caught.value.found
+    assert with_stored_form(ModelOptions(), copy_of_stories) == ModelOptions()
+    config = json.loads((stored / "config.json").read_text())
+    del config["quantization_config"]["quant_method"]  # as older releases wrote it
+    (stored / "config.json").write_text(json.dumps(config))
+    model, _ = load_base(stored, found)
+    held = [p.data for p in model.parameters() if isinstance(p.data, NF4Tensor)]
+    assert {t.quant_type for t in held} == {"fp4"} and all(t.nested_absmax is None for t in held)
+    empty = empty_base(read_config(stored), ModelOptions(), torch.bfloat16, Checkpoint(stored))
+    planned = [p.data for p in empty.parameters() if isinstance(p.data, NF4Tensor)]
+    assert sum(t.stored_bytes for t in planned) == sum(t.stored_bytes for t in held)
+
+
+def test_what_a_checkpoint_keeps_in_16_bits_stays_so(copy_of_stories: Path):
+    checkpoint = Checkpoint(copy_of_stories)
+    chosen = "model.layers.0.mlp.up_proj.weight"
+    tensors = {name: checkpoint.read(name) for name in checkpoint.entries}
+    tensors[chosen] = nf4.quantize(tensors[chosen])
+    write_checkpoint(copy_of_stories / "model.safetensors", tensors)
+    config = json.loads((copy_of_stories / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (copy_of_stories / "config.json").write_text(json.dumps(config))
+    model, report = load_base(copy_of_stories, ModelOptions())
+    held = [name for name, p in model.named_parameters() if isinstance(p.data, NF4Tensor)]
+    assert held == [chosen] and [record["name"] for record in report.tensors] == [chosen]
+
+
+def test_layers_that_other_tools_leave_in_16_bits_are_not_written_in_4(tmp_path: Path):
+    """Falcon's are a subclass of torch's, which transformers does not exchange."""
+    config = FalconConfig(
+        vocab_size=96,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_hidden_size=128,
+    )
+    FalconForCausalLM(config).bfloat16().save_pretrained(tmp_path / "falcon")
+    with pytest.raises(ModelError, match="FalconLinear"):
+        quantize(tmp_path / "falcon", ModelOptions(), tmp_path / "made", no_progress)
+    assert not (tmp_path / "made").exists()

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 
 import halfbyte
-from halfbyte.errors import Interrupted, UsageError
+from halfbyte.errors import Interrupted, NonFiniteError, UsageError
 from halfbyte.progress import Reporter
+from halfbyte.run.facts import facts
 from halfbyte.training.trackers import Trackers
 
 
 def train(
     stories: Path, home: Path, reporter: Reporter | None = None, **options: Any
 ) -> halfbyte.Run:
+    home.mkdir(exist_ok=True)
     data = home / "rows.jsonl"
     data.write_text(
         "\n".join(json.dumps({"prompt": f"{i} is", "completion": f" number {i}"}) for i in range(8))
@@ -85,8 +87,8 @@ class Stand:
             raise ConnectionError("no server")
         self.asked.append(("log", (step, numbers)))
 
-    def finish(self) -> None:
-        self.asked.append(("finish", None))
+    def finish(self, exit_code: int | None = None) -> None:
+        self.asked.append(("finish", exit_code))
 
 
 def test_wandb_and_trackio_get_the_rows(
@@ -108,6 +110,80 @@ def test_wandb_and_trackio_get_the_rows(
         assert {step: numbers["train/loss"] for step, numbers in logged.items()} == {
             row["step"]: row["loss"] for row in run.read("metrics.jsonl")
         }
+
+
+def test_a_training_that_failed_is_no_success_there(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand = Stand()
+    monkeypatch.setitem(sys.modules, "wandb", stand.module("wandb"))
+
+    def stop(row: dict[str, Any], total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stories, tmp_path / "a", Reporter(on_step=stop), report_to="wandb")
+    with pytest.raises(NonFiniteError):
+        train(
+            stories,
+            tmp_path / "b",
+            report_to="wandb",
+            learning_rate=1e37,
+            max_grad_norm=0,
+            optim="adamw_torch",
+        )
+    train(stories, tmp_path / "c", report_to="wandb")
+    codes = [code for what, code in stand.asked if what == "finish"]
+    assert codes[0] and codes[1] and codes[2] == 0
+
+
+def test_names_are_the_environments(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand = Stand()
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, stand.module(name))
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "first")
+    monkeypatch.setenv("TRACKIO_PROJECT", "theirs")
+    train(stories, tmp_path, report_to="wandb,trackio")
+    first, second = (settings for what, settings in stand.asked if what == "init")
+    assert (first["project"], first["name"]) == ("mine", "first")
+    assert second["project"] == "theirs" and second["name"].startswith("run-")
+
+
+def test_a_restart_from_nothing_stands_once_in_tensorboard(tmp_path: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in (5, 2):  # the first ended before it saved anything
+        trackers = Trackers(["tensorboard"], tmp_path, lambda line: None)
+        trackers.start({}, 0, "run")
+        for step in range(1, steps + 1):
+            trackers.log({"step": step, "loss": float(steps)})
+        trackers.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 2.0), (2, 2.0)]
+
+
+def test_a_row_is_the_mean_of_its_steps_also_over_a_resume(stories: Path, tmp_path: Path):
+    every = train(stories, tmp_path / "every", max_steps=6).read("metrics.jsonl")
+    whole = train(stories, tmp_path / "whole", max_steps=6, logging_steps=4)
+
+    def stop(row: dict[str, Any], total: int) -> None:
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stories, tmp_path / "cut", Reporter(on_step=stop), max_steps=6, logging_steps=4)
+    cut = train(
+        stories, tmp_path / "cut", max_steps=6, logging_steps=4, resume_from_checkpoint="auto"
+    )
+    losses = [row["loss"] for row in every]
+    for run in (whole, cut):
+        rows = run.read("metrics.jsonl")
+        assert [row["step"] for row in rows] == [4, 6]
+        assert rows[0]["loss"] == pytest.approx(sum(losses[:4]) / 4, rel=1e-12)
+        assert rows[1]["loss"] == pytest.approx(sum(losses[4:]) / 2, rel=1e-12)
+        assert run.info()["first_loss"] == losses[0]
+        assert facts(run)["first_loss"] == losses[0]
 
 
 def test_a_tracker_that_fails_does_not_fail_the_training(

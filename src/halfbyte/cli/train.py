@@ -24,7 +24,8 @@ def train(record: TrainConfig) -> dict[str, Any]:
     finite = [row for row in curve if row["loss"] is not None]
     if len(finite) > 1:
         console.say(
-            f"loss {finite[0]['loss']:.3f} -> {finite[-1]['loss']:.3f} in {curve[-1]['step']} steps"
+            f"loss {known['first_loss']:.3f} -> {finite[-1]['loss']:.3f} in {curve[-1]['step']} "
+            "steps"
         )
     if known["skipped"]:
         console.say(

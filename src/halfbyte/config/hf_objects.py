@@ -28,6 +28,9 @@ _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
         "dataset_text_field": ("text", None, ""),
         **dict.fromkeys(("dataloader_drop_last", "load_best_model_at_end"), (False,)),
         "dataset_kwargs": (None, {}),
+        **dict.fromkeys(("hub_token", "hub_revision", "resume_from_checkpoint"), (None, "")),
+        "save_strategy": ("steps", "no"),
+        "save_only_model": (False,),
         **dict.fromkeys(
             (
                 "neftune_noise_alpha",
@@ -213,9 +216,13 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
         found["warmup_steps"] = int(warmup)
     found["warmup_ratio"] = ratio
     reports = getattr(thing, "report_to", None) or []
-    found["report_to"] = (
-        ",".join(name for name in reports if name in ("tensorboard", "wandb", "trackio")) or "none"
-    )
+    reports = [reports] if isinstance(reports, str) else list(reports)
+    known = ("tensorboard", "wandb", "trackio", "none", "all")
+    if unknown := [name for name in reports if name not in known]:
+        raise UsageError(
+            f"report_to {', '.join(unknown)} has no counterpart here", expected=", ".join(known)
+        )
+    found["report_to"] = ",".join(reports) or "none"
     if getattr(thing, "push_to_hub", False):
         private = getattr(thing, "hub_private_repo", None)
         found.update(

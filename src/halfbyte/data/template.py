@@ -10,6 +10,7 @@ Where there is no fork (Windows, macOS), the child starts anew and the memory li
 """
 
 import contextlib
+import copy
 import ctypes
 import json
 import multiprocessing
@@ -257,8 +258,9 @@ class _Program:  # pragma: no cover
     def __init__(self, template: str, special_tokens: dict[str, Any], clock: datetime) -> None:
         from transformers.utils import chat_template_utils as theirs
 
-        self.prepare: Any = theirs._plain_template_data  # type: ignore[attr-defined]
-        self.aliased: Any = theirs._alias_reasoning_fields  # type: ignore[attr-defined]
+        # what later releases of transformers do to a conversation before they render it
+        self.prepare: Any = getattr(theirs, "_plain_template_data", copy.deepcopy)
+        self.aliased: Any = getattr(theirs, "_alias_reasoning_fields", lambda chat: chat)
         compiled = theirs._compile_jinja_template
         self.plain: Any = compiled(template)
         self.plain.globals["strftime_now"] = clock.strftime

@@ -123,6 +123,7 @@ class Learner:
         self.dequant_buffer = BUFFERS[config.dequantized_weights]()
         self.pass_kind = pass_kind(model.config)
         self.updates = 0
+        self.since_logged: list[float | None] = []  # losses of steps that are in no row yet
 
     def _refuse_unable(self) -> None:
         abilities = self.abilities

@@ -8,6 +8,7 @@ that comes with a model are never opened.
 
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def _snapshot(name: str, revision: str | None, allow: list[str], ignore: list[st
     from huggingface_hub import snapshot_download
 
     try:
+        if (files := _listed(name, revision)) is not None:
+            allow, ignore = list(opened_of(name, files, allow, ignore)), []
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
         )
@@ -63,15 +66,79 @@ def _snapshot(name: str, revision: str | None, allow: list[str], ignore: list[st
     except (
         Exception
     ) as error:  # the hub client raises some twenty types; all mean the same to the user
-        message = first_line(error)
+        raise _unreachable(name, revision, error) from error
+
+
+def _listed(name: str, revision: str | None) -> list[str] | None:
+    """The files of a repository; None where the Hub cannot be asked, and the cache has to do."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi(library_name="halfbyte").list_repo_files(name, revision=revision)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # no network, or told not to use it
+        return None
+
+
+def opened_of(name: str, files: list[str], allow: list[str], ignore: list[str]) -> Iterator[str]:
+    """Of a repository's files those that are opened here: of weights one set (the single file, else
+    the shards of the index), no folders but the templates'.
+
+    Raises:
+        ModelError: weights are asked for, and there are none that are opened here.
+    """
+    top = {file for file in files if "/" not in file}
+    weights = {SINGLE} & top or {f for f in top if SHARD.fullmatch(f) or f == INDEX}
+    of_model = "config.json" in top  # an adapter's weights have a name of their own
+    for file in files:
+        folder, _, leaf = file.rpartition("/")
+        if folder not in ("", TEMPLATES) or not any(fnmatch(leaf, pattern) for pattern in allow):
+            continue
+        if any(fnmatch(file, pattern) for pattern in ignore):
+            continue
+        is_weights = leaf.endswith(".safetensors") or leaf == INDEX
+        if not (of_model and is_weights and leaf not in weights):
+            yield file
+    wanted = "*.safetensors" in allow and "*.safetensors" not in ignore
+    if wanted and of_model and not weights:
+        ends = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
         raise ModelError(
-            f"{name!r} is neither a local directory nor a Hub model that can be reached",
-            found=message,
-            ways_out=[
-                "check the spelling and the network",
-                "log in with `hf auth login` if the model is gated",
-            ],
-        ) from error
+            f"{name!r} has no weights that are opened here",
+            found=", ".join(sorted(f for f in files if f.endswith(ends))[:5]) or "no weights",
+            expected=f"{SINGLE}, or shards named by {INDEX}",
+            ways_out=["look for a version of the model in safetensors"],
+        )
+
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+def _unreachable(name: str, revision: str | None, error: Exception) -> ModelError:
+    """Why a model could not be had from the Hub, with the server's own words."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:600]
+    if "GatedRepoError" in kinds:
+        what = f"access to {name!r} is restricted, and this account has none"
+        ways = ["ask for access on the model's page", "`hf auth login` with an account that has it"]
+    elif "RevisionNotFoundError" in kinds:
+        what = f"{name!r} has no revision {revision!r}"
+        ways = ["look at its branches and tags", "without --revision: the newest"]
+    elif "RepositoryNotFoundError" in kinds:
+        what = f"there is no model {name!r} on the Hub that this account may see"
+        ways = ["check the spelling", "`hf auth login`, if it is private"]
+    elif kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
+        what = f"{name!r} is neither a local directory nor in the Hub's cache on this machine"
+        ways = ["check the spelling and the network", "unset HF_HUB_OFFLINE, if it is set"]
+    else:
+        what = f"{name!r} is neither a local directory nor a Hub model that can be reached"
+        ways = [
+            "check the spelling and the network",
+            "log in with `hf auth login` if the model is gated",
+        ]
+    return ModelError(what, found=said or type(error).__name__, ways_out=ways)
 
 
 def resolve_adapter(name: str) -> Path:

@@ -19,11 +19,22 @@ def reserve(repo_id: str | None, private: bool) -> str:
     if not repo_id:
         raise UsageError("push_to_hub needs a name", ways_out=["--hub_model_id owner/name"])
     try:
-        return _api().create_repo(repo_id, private=private, exist_ok=True).repo_id
+        name = _api().create_repo(repo_id, private=private, exist_ok=True).repo_id
+        public = private and _api().repo_info(name).private is False
     except Exception as error:  # the client raises some twenty types; all mean the same to the user
         raise _refused(
             repo_id, error, "before anything was done", ["without --push_to_hub"]
         ) from error
+    if public:
+        raise UsageError(
+            f"{name} is there already and public, and a private repository was asked for: nothing "
+            "was done",
+            ways_out=[
+                "--hub_private_repo false publishes it for everybody",
+                "make the repository private on the Hub, or name another: --hub_model_id",
+            ],
+        )
+    return name
 
 
 PATHS = {"adapter_config.json": "base_model_name_or_path", "config.json": "_name_or_path"}

@@ -20,6 +20,8 @@ import torch
 
 from ..errors import ModelError, StorageError
 from .atomic import _write_then_rename, read_json, sync
+from .hub import INDEX as INDEX
+from .hub import SINGLE as SINGLE
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,8 +37,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 HEADER_LIMIT = 25_000_000
 """Longest header read, bytes. The format allows 100 MB, which takes half a gigabyte to parse; real
 ones have five."""

@@ -183,5 +183,7 @@ class ReadOnlyMmap:
             self._map.madvise(mmap.MADV_DONTNEED, first, min(size, len(self._map) - first))
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
+        try:  # noqa: SIM105 - at exit modules may be gone
             os.close(self._descriptor)
+        except (AttributeError, OSError, TypeError):
+            pass

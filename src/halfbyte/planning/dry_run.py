@@ -133,6 +133,10 @@ def _counted(model_config: Any, given: _Given) -> "_Counts":
         model = empty_base(model_config, config, given.dtype, given.stored)
         base = sizes(weights_by_part(model))
         in_4bit = [p.numel() for p in model.parameters() if isinstance(p.data, NF4Tensor)]
+        stored_in = getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
+        base_files = _file_bytes(
+            given.stored, sum(p.numel() for p in model.parameters()), stored_in
+        )
         fuse(model)
         abilities = Abilities(True, True, 0.0, 0.0)
         learner = Learner(model, config, abilities, lambda what, line: None)
@@ -148,6 +152,7 @@ def _counted(model_config: Any, given: _Given) -> "_Counts":
         learner=learner,
         in_4bit=in_4bit,
         base=sum(base.values()),
+        base_files=base_files,
         held=held,
         away=_away(learner, streamed),
         peaks=peaks,
@@ -163,6 +168,7 @@ class _Counts:
     Attributes:
         in_4bit: weights of each 4-bit tensor.
         base: bytes of the base's weights where it computes.
+        base_files: bytes of its files.
         held: bytes that stay from step to step, by part.
         away: those that lie elsewhere.
         peaks: of each phase.
@@ -173,6 +179,7 @@ class _Counts:
     learner: Learner
     in_4bit: list[int]
     base: int
+    base_files: int
     held: dict[Part, int]
     away: dict[Part, int]
     peaks: dict[str, _PeakOf]
@@ -286,7 +293,7 @@ class _Counts:
         lines += [
             LedgerLine(Part.CHECKPOINTS, (given.config.save_total_limit + 2) * one, "disk"),
             LedgerLine(result, trained, "disk"),
-            LedgerLine(Part.BASE_FILES, _file_bytes(given.stored, self._parameters), "disk"),
+            LedgerLine(Part.BASE_FILES, self.base_files, "disk"),
         ]
         if on_gpu:
             host = held_now() + PROCESS_GROWTH + self._reading
@@ -416,8 +423,11 @@ def _reading_bytes(stored: Checkpoint | None, largest_linear: int, dtype: torch.
     return READ_ROOM + max(whole, min(linear.nbytes, largest_linear * linear.dtype.itemsize))
 
 
-def _file_bytes(stored: Checkpoint | None, parameters: int) -> int:
-    return sum(entry.nbytes for entry in stored.entries.values()) if stored else 2 * parameters
+def _file_bytes(stored: Checkpoint | None, parameters: int, dtype: torch.dtype) -> int:
+    """Of the base's files: as they are, else its parameters in the type its configuration names."""
+    if stored:
+        return sum(entry.nbytes for entry in stored.entries.values())
+    return parameters * dtype.itemsize
 
 
 def outline(model_config: Any, tokens: int, device: str = "cuda", **options: Any) -> MemoryPlan:

@@ -15,10 +15,13 @@ from ..config.hf_objects import config_of
 from ..config.options import PlanConfig, TrainConfig
 from ..data.dataset import read_data
 from ..files import hub
+from ..files.model_config import read_config
 from ..memory.process import TRAIN_MMAP_THRESHOLD, set_mmap_threshold
 from ..model.defaults import with_plain_defaults
 from ..ops import cpu
 from ..progress import Progress, no_progress
+from ..quantization.bnb_format import check_quantization
+from ..quantization.load import with_stored_form
 from ..quantization.tensor import quantize
 from .memory_plan import CALL_SECONDS, MemoryPlan, auto_in_words
 from .search import Planner
@@ -82,7 +85,8 @@ def plan(
 def _planned(config: TrainConfig, say: Callable[[str], None], progress: Progress) -> MemoryPlan:
     set_mmap_threshold(TRAIN_MMAP_THRESHOLD)
     path = hub.resolve(config.model, config.revision, weights=False)
-    config = begin_with_adapter(config, path)
+    check_quantization(path, getattr(read_config(path), "quantization_config", None))
+    config = with_stored_form(begin_with_adapter(config, path), path)
     data = read_data(config.data, config, path, say=say, progress=progress) if config.data else None
     planner = Planner(path, config, data, progress)
     if config.fit_to:

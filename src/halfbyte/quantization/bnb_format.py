@@ -190,7 +190,10 @@ def check_quantization(path: Path, config: Any) -> None:
     if config is None:
         return
     values = config if isinstance(config, dict) else config.to_dict()
-    if values.get("quant_method") != "bitsandbytes" or values.get("load_in_8bit"):
+    method = values.get("quant_method")
+    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        method = "bitsandbytes"  # as transformers takes a configuration of older releases
+    if method != "bitsandbytes" or values.get("load_in_8bit"):
         raise ModelError(
             f"{path} is quantized in a format that is not read here",
             found=f"quant_method {values.get('quant_method')!r}",

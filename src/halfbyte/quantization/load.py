@@ -5,8 +5,9 @@ The model is built empty (`model.architecture`), then filled (`quantization.weig
 go through transformers' own renamings. A model is loaded whole or not at all.
 """
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,46 @@ from .cache import CacheEntry, cached, remove
 from .weights import QuantReport, WeightLoader, quantize_as
 
 MIN_COVERAGE = 0.9
+
+
+OptionsT = TypeVar("OptionsT", bound=ModelOptions)
+
+
+def with_stored_form(options: OptionsT, path: Path) -> OptionsT:
+    """Options as a base that is stored in 4 bits is: what was asked for of its quantization is what
+    it has, or an error; what was not is taken from it.
+
+    Raises:
+        UsageError: an option says otherwise.
+    """
+    try:
+        checkpoint = Checkpoint(path)
+    except ModelError:  # no weights, which a plan does without
+        return options
+    stored = quantized_names(set(checkpoint.entries))
+    if not stored or not options.load_in_4bit:
+        return options
+    forms = Counter(tuple(stored_form(checkpoint, name).items()) for name in stored)
+    found = {_OPTION_OF[name]: value for name, value in forms.most_common(1)[0][0]}
+    wrong = [
+        f"--{name} {getattr(options, name)}, stored {value}"
+        for name, value in found.items()
+        if name in options.model_fields_set and getattr(options, name) != value
+    ]
+    if wrong:
+        raise UsageError(
+            f"{path} is stored in 4 bits already, otherwise than was asked for",
+            found=str("; ".join(wrong)).lower(),
+            ways_out=["leave these options out", "or begin with the model in 16 bits"],
+        )
+    return options.model_copy(update=found)
+
+
+_OPTION_OF = {
+    "quant_type": "bnb_4bit_quant_type",
+    "double_quant": "bnb_4bit_use_double_quant",
+    "block_size": "bnb_4bit_blocksize",
+}
 
 
 def load_base(

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config.options import ModelOptions
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from ..files import atomic, hub
 from ..files.model_config import read_config
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, TensorFile
 from ..model.architecture import build_empty
+from ..model.targets import quantizable
 from ..progress import Progress
 from .bnb_format import STATE_KEY, check_quantization, components, quantized_names, stored_keys
 from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
@@ -164,6 +166,19 @@ def _layout(loader: WeightLoader, source: str) -> dict[str, tuple[torch.dtype, t
     return layout
 
 
+def _refuse_foreign_layers(path: Path) -> None:
+    """Raise ModelError for a model whose layers transformers does not hold in 4 bits with
+    bitsandbytes: subclasses of ``torch.nn.Linear``, which it leaves as they are."""
+    model = build_empty(read_config(path))
+    held = (model.get_submodule(name.rpartition(".")[0]) for name in quantizable(model))
+    if foreign := sorted({type(layer).__name__ for layer in held if type(layer) is not nn.Linear}):
+        raise ModelError(
+            f"{path} has layers that no other tool would hold in 4 bits: {', '.join(foreign)}",
+            found=f"{type(model).__name__}, whose layers are no plain torch.nn.Linear",
+            ways_out=["use the model in 16 bits"],
+        )
+
+
 def quantize(
     path: Path, options: ModelOptions, output_dir: str | Path, progress: Progress
 ) -> QuantReport:
@@ -175,6 +190,7 @@ def quantize(
         ModelError, StorageError: as `write_quantized`.
     """
     target = Path(output_dir).expanduser().absolute()
+    _refuse_foreign_layers(path)
     if stored := quantized_names(set(Checkpoint(path).entries)):
         raise UsageError(
             f"{path} is in 4 bits already",

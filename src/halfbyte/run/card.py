@@ -230,7 +230,9 @@ def _loss(known: dict[str, Any]) -> list[tuple[str, str]]:
         ]
     steps = [row for row in known["curve"] if row["loss"] is not None]
     return (
-        [("training loss", f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")] if steps else []
+        [("training loss", f"{known['first_loss']:.4f} to {steps[-1]['loss']:.4f}")]
+        if steps
+        else []
     )
 
 

@@ -50,6 +50,7 @@ def facts(run: Run, info: dict[str, Any] | None = None) -> dict[str, Any]:
             {key: row.get(key) for key in ("step", "loss", "lr", "grad_norm")}
             for row in run.read(METRICS)
         ],
+        "first_loss": _first_loss(run, info),
         "evals": evals,
         "held_out": (finite[0], finite[-1]) if len(finite) > 1 else None,
         "memory": _memory(run),
@@ -58,6 +59,12 @@ def facts(run: Run, info: dict[str, Any] | None = None) -> dict[str, Any]:
         "skipped": len(run.read(NONFINITE)),
         "quantization": _quantization(run),
     }
+
+
+def _first_loss(run: Run, info: dict[str, Any]) -> float | None:
+    """Of the first step; of runs of earlier releases, of the first row."""
+    logged = (row["loss"] for row in run.read(METRICS) if row.get("loss") is not None)
+    return info.get("first_loss") or next(logged, None)
 
 
 def _memory(run: Run) -> dict[str, Any]:

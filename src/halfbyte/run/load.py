@@ -16,7 +16,7 @@ from ..model.architecture import choose_device
 from ..model.defaults import with_plain_defaults
 from ..progress import Progress, no_progress
 from ..quantization.hf_quantizer import make_saveable
-from ..quantization.load import load_base
+from ..quantization.load import load_base, with_stored_form
 from .directory import ADAPTER_FACTS, TEMPLATES_AS_TRAINED, Run, refuse_changed_result
 from .source import (
     as_stored,
@@ -88,7 +88,8 @@ def _load(
         return _load_adapter(Path(model_or_run).expanduser(), base_at, changes, progress)
     if run is None:
         path = hub.resolve(str(model_or_run), changes.get("revision"))
-        model, _ = load_base(path, ModelOptions(**as_stored(path, changes)), progress)
+        options = with_stored_form(ModelOptions(**as_stored(path, changes)), path)
+        model, _ = load_base(path, options, progress)
         return model, hub.load_tokenizer(path)
     info, trained = run.info(), run.config()
     refuse_changed_result(run.adapter)

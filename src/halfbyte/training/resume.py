@@ -152,6 +152,9 @@ class Resume:
             self.found, learner.model, learner.optimizer, convert=self._by_older_rules()
         )
         scale.value, scale.good = self.state.get("loss_scale", (scale.value, scale.good))
+        learner.since_logged[:] = self.state.get("since_logged", [])
+        if (first := self.state.get("first_loss")) is not None:
+            info["first_loss"] = first
         # of what memory made of the run, what came after this checkpoint is undone with its steps
         earlier = [c for c in was.get("changes", []) if c["step"] < start or not c.get("by_memory")]
         info["changes"] = earlier + [{"step": start, "change": line} for line in self.changes]

@@ -55,6 +55,8 @@ def save_checkpoint(
         "total_steps": total_steps,
         "updates": learner.updates,
         "loss_scale": [learner.scale.value, learner.scale.good],
+        "since_logged": list(learner.since_logged),
+        "first_loss": info.get("first_loss"),
         "cut": {
             "given": promise.given,
             "now": {name: getattr(config, name) for name in REORDERING},

@@ -47,7 +47,7 @@ from ..planning.memory_plan import MemoryPlan, auto_in_words
 from ..planning.monitor import PeakMonitor
 from ..planning.search import Planner
 from ..progress import Reporter, Say
-from ..quantization.load import load_base
+from ..quantization.load import load_base, with_stored_form
 from ..quantization.weights import QuantReport
 from ..run import checkpoint
 from ..run.directory import EVALS, MEMORY, METRICS, NONFINITE, QUANT_JSON, SAMPLES, Run
@@ -111,7 +111,7 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         repository = reserve(promise.config.hub_model_id, promise.config.hub_private_repo)
     base = hub.resolve(promise.config.model, promise.config.revision)
     if resume is None:
-        promise.config = begin_with_adapter(promise.config, base)
+        promise.config = with_stored_form(begin_with_adapter(promise.config, base), base)
     else:
         promise.change(resume.options_of_adapter(promise.config))
         promise.change(resume.options_of_data(promise.config))

@@ -6,7 +6,9 @@ tracker that fails in the middle of a training (a network, a server) is given up
 the training goes on.
 """
 
+import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,9 @@ class Trackers:
         title = f"{self.run.name}-{identity}"
         if name == "tensorboard":
             writer = module.SummaryWriter(
-                str(self.run / "tensorboard"), purge_step=step + 1 if step else None
+                # also of a run that begins anew in its directory
+                str(self.run / "tensorboard"),
+                purge_step=step + 1 if step else 0,
             )
             writer.add_text(
                 "config", "\n".join(f"    {key}: {value}" for key, value in config.items()), step
@@ -82,10 +86,13 @@ class Trackers:
             self.open[name] = writer
         elif name == "wandb":
             where = {"dir": str(self.run), "id": identity, "resume": "allow"}
-            self.open[name] = module.init(project=PROJECT, name=title, config=config, **where)
+            project = os.environ.get("WANDB_PROJECT") or PROJECT
+            title = os.environ.get("WANDB_NAME") or title
+            self.open[name] = module.init(project=project, name=title, config=config, **where)
         else:
+            project = os.environ.get("TRACKIO_PROJECT") or PROJECT
             self.open[name] = module.init(
-                project=PROJECT, name=title, config=config, resume="allow"
+                project=project, name=title, config=config, resume="allow"
             )
 
     def log(self, row: dict[str, Any], prefix: str = "train") -> None:
@@ -105,10 +112,14 @@ class Trackers:
         else:
             self.open[name].log(numbers, step=step)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
+        """End them. exit_code: how the training ended; not 0: not as a success."""
         for name in list(self.open):
             tracker = self.open.pop(name)
-            self._guarded(name, tracker.close if name == "tensorboard" else tracker.finish)
+            end: Callable[[], object] = tracker.close if name == "tensorboard" else tracker.finish
+            if name == "wandb":
+                end = functools.partial(tracker.finish, exit_code=exit_code)
+            self._guarded(name, end)
 
     def _guarded(self, name: str, work: Callable[[], object]) -> None:
         """A tracker is not worth a training."""

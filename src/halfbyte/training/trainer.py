@@ -143,8 +143,10 @@ def _run(promise: Promise, trainers: list["Trainer"]) -> None:
         trainer.publish()
         if line := promise.monitor.line():
             say(line)
-    finally:
-        trackers.close()
+    except BaseException as error:
+        trackers.close(getattr(error, "exit_code", 1) or 1)
+        raise
+    trackers.close()
 
 
 class Trainer:
@@ -320,9 +322,17 @@ class Trainer:
     def _report(self, row: dict[str, Any]) -> None:
         """A finished step into the run's files and onto the screen; evaluated where it is due."""
         done = row["step"]
+        since = self.learner.since_logged
+        since.append(row["loss"])
+        if self.setup.info.setdefault("first_loss", row["loss"]) is row["loss"]:
+            self.run.write_info(self.setup.info)
         if done % self.promise.config.logging_steps == 0 or done == self.total_steps:
-            self.run.append(METRICS, row)
-            self.setup.trackers.log(row)
+            finite = [loss for loss in since if loss is not None]
+            # the mean since the row before, as transformers logs it
+            logged = {**row, "loss": math.fsum(finite) / len(finite) if finite else None}
+            since.clear()
+            self.run.append(METRICS, logged)
+            self.setup.trackers.log(logged)
         self.reporter.on_step(row, self.total_steps)
         if self._is_evaluated(done):
             with self.interrupts.immediate(""):
