@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import halfbyte
 from halfbyte.adapters import lora, peft_files
@@ -19,6 +19,7 @@ from halfbyte.adapters.lora import AdapterConfig
 from halfbyte.adapters.modules_to_save import trainable_modules
 from halfbyte.adapters.peft_files import adapter_off
 from halfbyte.errors import ModelError, UsageError
+from halfbyte.files import hub
 from halfbyte.files.safetensors import Checkpoint, write_safetensors
 
 from ..helpers import perturb_zeros, train_adapter
@@ -359,3 +360,34 @@ def test_composite_modules_and_older_checkpoints_are_merged(stories: Path, tmp_p
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(merged.read(name), tensors[name])
     assert torch.equal(merged.read("model.layers.0.self_attn.rotary_emb.inv_freq"), torch.ones(4))
+
+
+def test_an_adapter_of_a_base_with_added_tokens(tmp_path: Path):
+    """PEFT writes embeddings that were resized under three names; on the base they were resized
+    from they do not fit, and the way out says which base does."""
+    place = hub.resolve("demo")
+    base = AutoModelForCausalLM.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer.add_tokens(["<new1>", "<new2>"])
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(tmp_path / "resized")
+    tokenizer.save_pretrained(tmp_path / "resized")
+    whole = ["embed_tokens", "lm_head"]
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=whole, task_type="CAUSAL_LM"
+    )
+    theirs: Any = peft.get_peft_model(base, config).eval()
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with pytest.raises(ModelError, match="does not fit") as caught:
+        halfbyte.load(tmp_path / "adapter", base=str(place), load_in_4bit=False)
+    assert f"resize_token_embeddings({len(tokenizer)})" in caught.value.ways_out[0]
+    model, _ = halfbyte.load(
+        tmp_path / "adapter", base=str(tmp_path / "resized"), load_in_4bit=False, dtype="float32"
+    )
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )

@@ -84,7 +84,9 @@ def test_what_memory_made_of_a_run_is_undone_with_its_steps(
     monkeypatch.setattr(Run, "info", lambda self: {"changes": before, "identity": "abc"})
     monkeypatch.setattr(checkpoint, "restore", lambda *args, **how: 4)
     scale = SimpleNamespace(value=1.0, good=0)
-    learner: Any = SimpleNamespace(scale=scale, model=None, optimizer=None, updates=0)
+    learner: Any = SimpleNamespace(
+        scale=scale, model=None, optimizer=None, updates=0, since_logged=[]
+    )
     learner.device = SimpleNamespace(type="cpu")
     info: dict[str, Any] = {"identity": "new"}
     resume = found(tmp_path, monkeypatch, loss_scale=[512.0, 3])

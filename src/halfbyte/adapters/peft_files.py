@@ -277,7 +277,7 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
     problems += [
         f"unexpected: {name}"
         for name in found.keys() - wanted.keys()
-        if not _is_base(model, name, found[name])
+        if not _is_copy(model, name, found)
     ]
     problems += [
         f"{name}: {list(found[name].shape)} in the file, {list(parameter.shape)} in the model"
@@ -288,7 +288,11 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
         listed = "; ".join(sorted(problems)[:10]) + (
             f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         )
-        raise ModelError(f"the adapter {file} does not fit this model", found=listed)
+        raise ModelError(
+            f"the adapter {file} does not fit this model",
+            found=listed,
+            ways_out=_resized(model, found),
+        )
     given: dict[int, tuple[str, Tensor]] = {}
     with torch.no_grad():
         for name, parameter in wanted.items():
@@ -306,10 +310,30 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
             parameter.copy_(value)
 
 
-def _is_base(model: nn.Module, name: str, entry: Any) -> bool:
-    """Whether a tensor beside an adapter is only a copy of the base's, as PEFT writes of embeddings
-    and heads that it adapts or that were resized."""
-    path = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+def _resized(model: Any, found: dict[str, Any]) -> list[str]:
+    """The way out for an adapter whose base had tokens added to it."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    theirs = {
+        entry.shape[0]
+        for name, entry in found.items()
+        if len(entry.shape) == 2 and re.search(r"(embed_tokens|wte|lm_head)\b.*weight$", name)
+    } - {rows}
+    if not theirs:
+        return []
+    return [
+        f"it was trained on a base of {', '.join(map(str, sorted(theirs)))} tokens, and this one "
+        f"has {rows}: resize_token_embeddings({max(theirs)}) and save_pretrained in transformers make "
+        "it, --base names it"
+    ]
+
+
+def _is_copy(model: nn.Module, name: str, found: dict[str, Any]) -> bool:
+    """Whether a tensor beside an adapter is only a copy of the base's, or of another one of the
+    file, as PEFT writes of embeddings and heads that it adapts or that were resized."""
+    entry, twin = found[name], name.replace(".modules_to_save.", ".")
+    if twin != name and twin in found:
+        return torch.equal(read_tensor(entry, name), read_tensor(found[twin], twin))
+    path = name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
     own = dict(model.named_parameters(remove_duplicate=False)).get(path)
     if own is None or isinstance(own, NF4Tensor) or own.shape != entry.shape:
         return False
