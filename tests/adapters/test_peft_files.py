@@ -366,7 +366,7 @@ def test_an_adapter_of_a_base_with_added_tokens(tmp_path: Path):
     """PEFT writes embeddings that were resized under three names; on the base they were resized
     from they do not fit, and the way out says which base does."""
     place = hub.resolve("demo")
-    base = AutoModelForCausalLM.from_pretrained(place)
+    base = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(place)
     tokenizer.add_tokens(["<new1>", "<new2>"])
     base.resize_token_embeddings(len(tokenizer))

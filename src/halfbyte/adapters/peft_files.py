@@ -322,8 +322,8 @@ def _resized(model: Any, found: dict[str, Any]) -> list[str]:
         return []
     return [
         f"it was trained on a base of {', '.join(map(str, sorted(theirs)))} tokens, and this one "
-        f"has {rows}: resize_token_embeddings({max(theirs)}) and save_pretrained in transformers make "
-        "it, --base names it"
+        f"has {rows}: resize_token_embeddings({max(theirs)}) and save_pretrained in transformers "
+        "make it, --base names it"
     ]
 
 
