@@ -9,6 +9,7 @@ from ..files import hub
 from ..files.model_config import read_config
 from ..model.architecture import build_empty
 from ..model.targets import targets
+from .converted import plain_lora
 from .lora import target_names
 from .peft_files import adapted_layers, read_adapter_config, shortest_targets
 
@@ -26,7 +27,7 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
     if config.adapter_name_or_path is None:
         return config
     given = config.adapter_name_or_path
-    path = hub.resolve_adapter(given)
+    path = plain_lora(hub.resolve_adapter(given), base)
     raw, adapter = read_adapter_config(path)
     wanted = {
         "lora_r": adapter.r,
@@ -64,6 +65,8 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
         wanted["lora_dropout"] = adapter.dropout
     there = Path(given).expanduser()
     wanted["adapter_name_or_path"] = str(there.resolve()) if there.exists() else given
+    if path != hub.resolve_adapter(given):
+        wanted["adapter_name_or_path"] = str(path)
     return config.model_copy(update=wanted)
 
 

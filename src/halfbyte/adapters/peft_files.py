@@ -28,6 +28,8 @@ from .modules_to_save import make_modules_trainable, trainable_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+ADAPTED = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB](\.default)?\.weight")
+"""Of a tensor's name in PEFT's files: the path of the layer."""
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -176,6 +178,23 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]
                 "or merge it into its base with PEFT, and train on that",
             ],
         )
+    adapter = read_settings(config, directory / CONFIG)
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
+        raise ModelError(
+            f"{directory / CONFIG} has values that are not taken",
+            found=f"modules_to_save = {whole!r}"[:200],
+            expected="a list of names",
+        )
+    return config, adapter
+
+
+def read_settings(config: dict[str, Any], file: Path) -> AdapterConfig:
+    """What an adapter_config.json says of rank, alpha and kind.
+
+    Raises:
+        ModelError: a number that none can be.
+    """
     adapter = AdapterConfig(
         _whole(config.get("r", 8)),
         _whole(config.get("lora_alpha", 8)),
@@ -185,15 +204,8 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]
         _whole_each(config.get("alpha_pattern") or {}),
         bool(config.get("use_dora")),
     )
-    _check_numbers(adapter, directory / CONFIG)
-    whole = config.get("modules_to_save") or []
-    if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
-        raise ModelError(
-            f"{directory / CONFIG} has values that are not taken",
-            found=f"modules_to_save = {whole!r}"[:200],
-            expected="a list of names",
-        )
-    return config, adapter
+    _check_numbers(adapter, file)
+    return adapter
 
 
 def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
@@ -249,9 +261,8 @@ def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
     Raises:
         ModelError: none, or something that is no linear layer of the model.
     """
-    pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB](\.default)?\.weight")
     entries = read_header(directory / WEIGHTS)
-    names = sorted({match.group(1) for name in entries if (match := pattern.fullmatch(name))})
+    names = sorted({match.group(1) for name in entries if (match := ADAPTED.fullmatch(name))})
     linear = {target.path for target in targets(model)}
     unknown = [name for name in names if name not in linear]
     if not names or unknown:

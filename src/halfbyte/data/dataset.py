@@ -6,11 +6,14 @@ same ids and masks. Nothing is changed in silence: every row left out, cut or he
 counts (`Data.counts`).
 """
 
+import contextlib
+import gc
 import hashlib
 import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -225,12 +228,33 @@ def encode(
     """
     rows: list[TokenizedExample] = []
     bad: list[DataError] = []
-    starts = [str(start) for start in range(0, len(examples), BATCH)]
-    for start in progress(starts, len(starts), "tokenizing"):
-        good, refused = renderer.encode_each(examples[int(start) : int(start) + BATCH])
-        rows += good
-        bad += refused
+    batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
+    starts = [str(number) for number in range(len(batches))]
+    # the template's process renders the next rows while these are tokenized; and what is made here
+    # stays, so that looking for garbage finds none
+    with ThreadPoolExecutor(1) as ahead, _no_collection():
+        coming = ahead.submit(renderer.texts, batches[0]) if batches else None
+        for number in progress(starts, len(starts), "tokenizing"):
+            assert coming is not None
+            texts, following = coming.result(), int(number) + 1
+            if following < len(batches):
+                coming = ahead.submit(renderer.texts, batches[following])
+            good, refused = renderer.tokenize(batches[int(number)], texts)
+            rows += good
+            bad += refused
     return rows, bad
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within this block the garbage collector rests, as far as it was at work."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def refuse_unknown_ids(rows: Iterable[TokenizedExample], vocabulary: int) -> None:

@@ -304,10 +304,21 @@ class Renderer:
         Raises:
             TemplateStopped: the template does not end.
         """
-        made = iter(self._texts([e for e in examples if e.input_ids is None]))
+        return self.tokenize(examples, self.texts(examples))
+
+    def texts(self, examples: Sequence[Example]) -> list[list[Text] | DataError]:
+        """The texts of rows that are not ids already; the first half of `encode_each`, which waits
+        for the template's process."""
+        return self._texts([e for e in examples if e.input_ids is None])
+
+    def tokenize(
+        self, examples: Sequence[Example], texts: list[list[Text] | DataError]
+    ) -> tuple[list[TokenizedExample], list[DataError]]:
+        """Ids and masks of texts (the second half)."""
+        made = iter(texts)
         rows = [_ready(e) if e.input_ids is not None else next(made) for e in examples]
-        texts = [text for row in rows if isinstance(row, list) for text in row]
-        encoded = iter(self._encode(texts))
+        whole = [text for row in rows if isinstance(row, list) for text in row]
+        encoded = iter(self._encode(whole))
         good: list[TokenizedExample] = []
         bad: list[DataError] = []
         for row in rows:

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from .origins import TEMPLATE, Origin, Tracker
 
 SECONDS = 7.0
 """Longest rendering of one conversation; a template that takes longer is not asked again."""
+TOGETHER, WAITS = 64, 0.5
+"""Answers that the child sends together, and the seconds after which it sends those it has."""
 DEATHS = 3
 """So many of its processes may end by themselves."""
 MEMORY = 256 << 20
@@ -125,18 +128,25 @@ class TemplateProcess:
         if self._stopped:
             raise self._stopped
         found: list[Rendering | DataError] = []
+        alone = False  # whether requests are sent one by one, to see which ends the process
         while len(found) < len(requests):
             pipe = self._pipe or self._start()
-            waiting = requests[len(found) :]
+            waiting = requests[len(found) :][: 1 if alone else None]
+            wanted = len(found) + len(waiting)
             try:
                 pipe.send(waiting)
-                for _ in waiting:
+                while len(found) < wanted:
                     if not pipe.poll(SECONDS):
                         self._stop(f"it was still running after {SECONDS:g} seconds")
-                    answer = pipe.recv()
-                    found.append(_refused(answer) if isinstance(answer, str) else answer)
+                    found += [
+                        _refused(answer) if isinstance(answer, str) else answer
+                        for answer in pipe.recv()
+                    ]
             except (EOFError, OSError):
                 self.close()
+                if len(waiting) > 1:
+                    alone = True
+                    continue
                 self._deaths += 1
                 if self._deaths >= DEATHS:
                     self._stop(f"its process ended {DEATHS} times: out of memory, or killed")
@@ -232,15 +242,22 @@ def _serve(
             requests = pipe.recv()
         except (EOFError, OSError):
             return
+        # several at a time: a message costs as much as a rendering
+        done: list[Rendering | str] = []
+        sent = time.monotonic()
         for request in requests:
             try:
                 program = program or _Program(template, special_tokens, clock)
-                answer: Rendering | str = program.render(request)
+                done.append(program.render(request))
             except MemoryError:
-                answer = f"it needed more than {MEMORY >> 20} MiB of memory"
+                done.append(f"it needed more than {MEMORY >> 20} MiB of memory")
             except Exception as error:  # a template is a program: it can raise anything
-                answer = _what_it_said(error)
-            pipe.send(answer)
+                done.append(_what_it_said(error))
+            if len(done) == TOGETHER or time.monotonic() - sent > WAITS:
+                pipe.send(done)
+                done, sent = [], time.monotonic()
+        if done:
+            pipe.send(done)
 
 
 def _what_it_said(error: Exception) -> str:  # pragma: no cover

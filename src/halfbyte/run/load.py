@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from ..adapters.converted import plain_lora
 from ..adapters.peft_files import load_adapter
 from ..config.hf_objects import options_of
 from ..config.options import DataOptions, ModelOptions
@@ -120,7 +121,7 @@ def _load_adapter(
     model, report = load_base(base, ModelOptions(**changes), progress)
     if not changes.get("allow_other_base") and ModelOptions(**changes).load_in_4bit:
         refuse_foreign_adapter(path, report.digest, str(base))
-    load_adapter(model, path)
+    load_adapter(model, plain_lora(path, base))
     model.eval()
     return model, hub.load_tokenizer(tokenizer_directory(path, base))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.converted import plain_lora
 from ..adapters.peft_files import CONFIG, WEIGHTS
 from ..config.options import ModelOptions
 from ..errors import ModelError
@@ -144,7 +145,7 @@ class Source:
         base = base_of_adapter(place, given=base_at)
         named = str(atomic.read_json(place / CONFIG)["base_model_name_or_path"])
         dtype = str(choose_dtype("auto", choose_device(device))).removeprefix("torch.")
-        return cls(place, place, base, named, ModelOptions(), dtype, None)
+        return cls(place, plain_lora(place, base), base, named, ModelOptions(), dtype, None)
 
     @property
     def full(self) -> bool:
