@@ -50,9 +50,12 @@ def draw(seed: int) -> Case:
     }
     longest = pick.choice((60, 400, 1500))
     rows = [pick.randint(20, longest) for _ in range(pick.choice((24, 60, 130)))]
+    max_length = pick.choice((64, 256, 512))
+    # a row whose answer lies behind the cut is refused before anything is planned
+    rows = [min(size, 2 * max_length) for size in rows]
     in_4bit = pick.random() < 0.7
     options: dict[str, Any] = {
-        "max_length": pick.choice((64, 256, 512)),
+        "max_length": max_length,
         "per_device_train_batch_size": pick.choice((1, 2, 8)),
         "gradient_accumulation_steps": pick.choice((1, 2, 4)),
         "lora_r": pick.choice((4, 16, 64)),

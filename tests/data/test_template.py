@@ -1,13 +1,18 @@
 """Tests of `data.template`."""
 
+import os
+import threading
+import time
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from halfbyte.data import template as templates
 from halfbyte.data.renderer import Renderer
-from halfbyte.errors import (
-    DataError,
-)
+from halfbyte.data.template import Request, TemplateProcess
+from halfbyte.errors import DataError
 from halfbyte.files import hub
 
 from ..helpers import TURNS
@@ -57,3 +62,37 @@ def test_a_template_sees_a_clock_that_stands_still(reliable_inputs: Path):
         clock=datetime(2001, 2, 3),
     )
     assert renderer.render(TURNS) == "2001-02-03"
+
+
+def test_a_process_that_ended_with_its_thread_is_started_again():
+    """The system ends a child with the thread that made it, not with the process."""
+    template = TemplateProcess("{{ messages[0].content }}", {}, datetime(2026, 1, 1))
+    request = [Request([{"role": "user", "content": "a"}])]
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.extend(template.render(request)))
+    thread.start()
+    thread.join()
+    time.sleep(0.2)
+    found += template.render(request)
+    assert [each.text for each in found] == ["a", "a"]
+    template.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the child is forked")
+def test_the_one_that_ends_the_process_is_blamed_and_no_other(monkeypatch: pytest.MonkeyPatch):
+    """Of many that are sent together."""
+    honest = templates._Program.render
+
+    def render(self: Any, request: Request) -> Any:
+        if request.messages[0]["content"] == "die":
+            os._exit(1)
+        return honest(self, request)
+
+    monkeypatch.setattr(templates._Program, "render", render)
+    template = TemplateProcess("{{ messages[0].content }}", {}, datetime(2026, 1, 1))
+    contents = [*("a" for _ in range(70)), "die", *("b" for _ in range(70))]
+    answers = template.render(
+        [Request([{"role": "user", "content": content}]) for content in contents]
+    )
+    assert [isinstance(a, DataError) for a in answers] == [c == "die" for c in contents]
+    template.close()

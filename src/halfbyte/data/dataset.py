@@ -13,7 +13,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -233,11 +233,11 @@ def encode(
     # the template's process renders the next rows while these are tokenized; and what is made here
     # stays, so that looking for garbage finds none
     with ThreadPoolExecutor(1) as ahead, _no_collection():
-        coming = ahead.submit(renderer.texts, batches[0]) if batches else None
+        coming: Future[Any] | None = None
         for number in progress(starts, len(starts), "tokenizing"):
-            assert coming is not None
-            texts, following = coming.result(), int(number) + 1
-            if following < len(batches):
+            # the first here: the process is this thread's
+            texts = renderer.texts(batches[int(number)]) if coming is None else coming.result()
+            if (following := int(number) + 1) < len(batches):
                 coming = ahead.submit(renderer.texts, batches[following])
             good, refused = renderer.tokenize(batches[int(number)], texts)
             rows += good

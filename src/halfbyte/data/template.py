@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,7 @@ class TemplateProcess:
         self.template, self.special_tokens, self.clock = template, special_tokens, clock
         self._pipe: Any = None
         self._end: Any = None
+        self._maker: threading.Thread | None = None
         self._stopped: TemplateStopped | None = None
         self._deaths = 0
 
@@ -130,6 +132,8 @@ class TemplateProcess:
         found: list[Rendering | DataError] = []
         alone = False  # whether requests are sent one by one, to see which ends the process
         while len(found) < len(requests):
+            if self._maker is not None and not self._maker.is_alive():
+                self.close()  # the system ends a child with the thread that made it
             pipe = self._pipe or self._start()
             waiting = requests[len(found) :][: 1 if alone else None]
             wanted = len(found) + len(waiting)
@@ -179,7 +183,7 @@ class TemplateProcess:
         with _allowed_a_child():
             process.start()
         theirs.close()
-        self._pipe = ours
+        self._pipe, self._maker = ours, threading.current_thread()
         self._end = weakref.finalize(self, _kill, process, ours)
         return ours
 
@@ -187,7 +191,7 @@ class TemplateProcess:
         """End the child; the next rendering starts another."""
         if self._end is not None:
             self._end()
-        self._pipe = self._end = None
+        self._pipe = self._end = self._maker = None
 
 
 @contextlib.contextmanager
