@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import halfbyte
 from halfbyte.config.options import TrainConfig
@@ -195,6 +195,19 @@ def geometry(path: Path, **changes: Any) -> Path:
         **{**shape, "num_attention_heads": 4, "max_position_embeddings": 4096, **changes}
     ).save_pretrained(path)
     return path
+
+
+def in_four_bits(checkpoint: Path, config: Any = halfbyte.BitsAndBytesConfig) -> Any:
+    """A model as a script loads it, by the settings of this package or of bitsandbytes."""
+    settings = config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=settings, dtype=torch.float32
+    )
 
 
 def limited_training(model: Path, rows: Path, out: Path, *more: str) -> list[str]:

@@ -26,7 +26,7 @@ from halfbyte.errors import UsageError
 from halfbyte.files import hub
 from halfbyte.quantization.tensor import NF4Tensor, ops, quantize
 
-from ..helpers import small_config
+from ..helpers import in_four_bits, small_config
 
 SETTINGS: dict[str, Any] = {
     "bnb_4bit_use_double_quant": True,
@@ -152,18 +152,6 @@ def test_without_bitsandbytes_a_script_loads_saves_and_trains(checkpoint: Path, 
     assert done.returncode == 0 and "to the end" in done.stdout, done.stderr[-3000:]
 
 
-def loaded(checkpoint: Path, config: Any = halfbyte.BitsAndBytesConfig) -> Any:
-    settings = config(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint, quantization_config=settings, dtype=torch.float32
-    )
-
-
 IDS = torch.arange(11)[None]
 
 
@@ -182,8 +170,8 @@ def adapted(model: Any, **options: Any) -> Any:
 def test_peft_does_with_it_what_it_does_with_bitsandbytes(checkpoint: Path, options: Any):
     """Logits, counts, footprint, merged (safely, too) and unmerged logits."""
     pytest.importorskip("bitsandbytes")
-    theirs = adapted(loaded(checkpoint, BitsAndBytesConfig), **options)
-    ours = adapted(loaded(checkpoint), **options)
+    theirs = adapted(in_four_bits(checkpoint, BitsAndBytesConfig), **options)
+    ours = adapted(in_four_bits(checkpoint), **options)
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     assert ours.get_memory_footprint() == theirs.get_memory_footprint()
 
@@ -204,7 +192,7 @@ def test_peft_does_with_it_what_it_does_with_bitsandbytes(checkpoint: Path, opti
     assert float((after - before).norm() / before.norm()) < 0.5
     kept = [p for p in ours.parameters() if isinstance(p, NF4Tensor)]
     assert len(kept) == 7 and all(p.data.packed is not None for p in kept)
-    again = adapted(loaded(checkpoint), **options)
+    again = adapted(in_four_bits(checkpoint), **options)
     assert isinstance(again.merge_and_unload(safe_merge=True), LlamaForCausalLM)
 
 
@@ -245,7 +233,10 @@ def test_gpt2s_layers_are_held_as_bitsandbytes_holds_them(tmp_path: Path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=2, n_positions=32)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    ours, theirs = loaded(tmp_path / "gpt2"), loaded(tmp_path / "gpt2", BitsAndBytesConfig)
+    ours, theirs = (
+        in_four_bits(tmp_path / "gpt2"),
+        in_four_bits(tmp_path / "gpt2", BitsAndBytesConfig),
+    )
     assert sum(isinstance(p, NF4Tensor) for p in ours.parameters()) == 4
     ours.save_pretrained(tmp_path / "written")
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "written")
@@ -264,7 +255,7 @@ def test_a_model_of_which_nothing_is_in_4_bits_says_so(checkpoint: Path):
 
 
 def test_dequantize_gives_an_ordinary_model(checkpoint: Path):
-    model = loaded(checkpoint)
+    model = in_four_bits(checkpoint)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
         plain = model.dequantize()

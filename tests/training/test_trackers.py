@@ -15,6 +15,7 @@ import halfbyte
 from halfbyte.errors import Interrupted, NonFiniteError, UsageError
 from halfbyte.progress import Reporter
 from halfbyte.run.facts import facts
+from halfbyte.training.step import Stepper
 from halfbyte.training.trackers import Trackers
 
 
@@ -184,6 +185,23 @@ def test_a_row_is_the_mean_of_its_steps_also_over_a_resume(stories: Path, tmp_pa
         assert rows[1]["loss"] == pytest.approx(sum(losses[4:]) / 2, rel=1e-12)
         assert run.info()["first_loss"] == losses[0]
         assert facts(run)["first_loss"] == losses[0]
+
+
+def test_the_first_loss_is_the_first_that_is_a_number(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A step that was skipped has none."""
+    honest = Stepper.run
+
+    def run(self: Stepper, step: int, batches: Any) -> dict[str, Any]:
+        row = honest(self, step, batches)
+        return row if step else {**row, "loss": None}
+
+    monkeypatch.setattr(Stepper, "run", run)
+    made = train(stories, tmp_path / "run", max_steps=3)
+    losses = [row["loss"] for row in made.read("metrics.jsonl")]
+    assert losses[0] is None
+    assert made.info()["first_loss"] == losses[1]
 
 
 def test_a_tracker_that_fails_does_not_fail_the_training(

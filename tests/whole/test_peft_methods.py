@@ -7,11 +7,11 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import halfbyte
 
-from ..helpers import small_config
+from ..helpers import in_four_bits, small_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -57,24 +57,12 @@ LIMIT = {"OLoRA": 0.05}
 rounding moves a weight to the next level."""
 
 
-def four_bit(checkpoint: Path, config: Any) -> Any:
-    settings = config(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint, quantization_config=settings, dtype=torch.float32
-    )
-
-
 def trained(checkpoint: Path, config: Any, method: Any) -> tuple[Any, dict[str, Tensor]]:
     """A model with a method, not at its beginning, and its logits and gradients."""
     torch.manual_seed(0)
     settings = method()
     settings.task_type = "CAUSAL_LM"
-    model = peft.get_peft_model(four_bit(checkpoint, config), settings)
+    model = peft.get_peft_model(in_four_bits(checkpoint, config), settings)
     torch.manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:

@@ -41,10 +41,10 @@ class CheckpointedLayer(nn.Module):
         # what was found out about the layer's last product holds for modules that only do what they
         # did then
         plain = all(not m._forward_hooks and _is_plain(m) for m in self.modules())
-        tape, state = self.again.tape(self.number, plain, given[0]), _adapters_of(self)
+        tape, state = self.again.tape(self.number, given[0]), _adapters_of(self)
 
         def blocks() -> tuple[Any, Any]:
-            return self.again.recording(tape), _Replaying(self, tape, state)
+            return self.again.recording(tape, plain), _Replaying(self, tape, state)
 
         return checkpoint(
             function, *given, use_reentrant=False, preserve_rng_state=True, context_fn=blocks
@@ -95,21 +95,20 @@ class _Again:
         self.skips = True
         self.now: Keep = "none"
 
-    def tape(self, number: int, plain: bool, hidden: Tensor) -> ActivationTape:
+    def tape(self, number: int, hidden: Tensor) -> ActivationTape:
         """For the layer of this number."""
         if number == 0:
             self.now = self._choose(hidden)
-        tape = ActivationTape(self.now)
-        tape.skips = self.skips and plain
-        return tape
+        return ActivationTape(self.now)
 
     @contextlib.contextmanager
-    def recording(self, tape: ActivationTape) -> Iterator[None]:
-        """Within this block a layer runs for the first time."""
+    def recording(self, tape: ActivationTape, plain: bool) -> Iterator[None]:
+        """Within this block a layer runs for the first time. plain: its last product may be left
+        out when it is run again."""
         with Playback(tape):
             yield
         # if a result that is skipped did matter, it would show
-        tape.recorded(tape.skips, math.nan)
+        tape.recorded(self.skips and plain, math.nan)
 
     def _choose(self, hidden: Tensor) -> Keep:
         """With auto: everything where it takes no more than half of the memory that is free."""

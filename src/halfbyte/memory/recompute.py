@@ -64,7 +64,6 @@ class ActivationTape:
         self.remembered: list[Tensor] = []
         self.levels: list[int] = []  # the least level at which each is kept
         self.replaying = False
-        self.skips = False  # whether the last product is not computed again
         self.after_attention = -1  # products since attention, or -1 before it
         self.last_product: tuple[int, Tensor] | None = None
 

@@ -324,7 +324,8 @@ class Trainer:
         done = row["step"]
         since = self.learner.since_logged
         since.append(row["loss"])
-        if self.setup.info.setdefault("first_loss", row["loss"]) is row["loss"]:
+        if row["loss"] is not None and self.setup.info.get("first_loss") is None:
+            self.setup.info["first_loss"] = row["loss"]
             self.run.write_info(self.setup.info)
         if done % self.promise.config.logging_steps == 0 or done == self.total_steps:
             finite = [loss for loss in since if loss is not None]
