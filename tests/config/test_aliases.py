@@ -30,6 +30,15 @@ def test_what_would_change_the_training_is_refused():
     assert given == {"target_modules": "all-linear"} and notice
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("bias", "lora_only"), ("load_best_model_at_end", True), ("group_by_length", True)],
+)
+def test_what_was_left_out_once_and_changes_weights_is_refused(key: str, value: Any):
+    with pytest.raises(UsageError, match="would change what is trained"):
+        translate(key, value, KNOWN, "here")
+
+
 VALUES: dict[str, tuple[Any, Any]] = {
     "save_strategy": ("no", "steps"),
     "eval_strategy": ("no", "steps"),

@@ -149,6 +149,18 @@ def test_norms_and_biases_are_not_decayed(tiny_config: LlamaConfig, tmp_path: Pa
     assert len(adapted.optimizer.param_groups) == 1, "all of an adapter is"
 
 
+def test_embeddings_and_heads_keep_32_bits(tiny_config: LlamaConfig, tmp_path: Path):
+    """Rows that are met now and then, as bitsandbytes' paper and transformers' trainer have
+    embeddings; untied heads, too."""
+    options = {"full": True, "load_in_4bit": False, "optim": "adamw_8bit"}
+    made = tiny_learner(tiny_config, tmp_path, **options)
+    tables = [made.model.get_input_embeddings().weight, made.model.get_output_embeddings().weight]
+    assert all(p.numel() >= 4096 for p in tables), "large enough for 8 bits"
+    in_8_bits, in_32_bits = made.optimizer._split(made.trained)
+    assert in_8_bits and not any(p is table for p in in_8_bits for table in tables)
+    assert all(any(p is table for p in in_32_bits) for table in tables)
+
+
 def test_one_element_that_is_not_finite_is_found():
     good = [torch.randn(40, 30), torch.randn(7), torch.zeros(0), torch.arange(5)]
     assert all_finite(good)
