@@ -16,6 +16,7 @@ from halfbyte.engine import generate
 from halfbyte.engine.generate import Answer
 from halfbyte.files import hub
 from halfbyte.run.directory import Run
+from halfbyte.run.load import run_renderer
 
 EXACT = ["--load_in_4bit", "false", "--dtype", "float32", "--max_new_tokens", "6"]
 
@@ -182,3 +183,55 @@ def test_today_is_today_and_a_base_may_have_moved(
         seen.append("1999" in renderer.render([{"role": "user", "content": "a"}]))
         says(capsys, str(made.path), "--prompt", "a", "--clock", clock, *where)
     assert seen == [False, True]
+
+
+def test_an_answer_goes_on_from_how_it_was_begun(capsys: pytest.CaptureFixture[str]):
+    """The likeliest answer, begun with its own first word, is the same."""
+    whole, _ = says(capsys, "demo", "--prompt", "Tea?", *EXACT)
+    first = whole["answer"].split()[0]
+    begun, _ = says(capsys, "demo", "--prompt", "Tea?", *EXACT, "--answer_prefix", first)
+    assert begun["answer"].startswith(whole["answer"]) and begun["answer_prefix"] == first
+    lines, _ = says(capsys, "demo", "--prompt", "Tea?", *EXACT, "--answer_prefix", "</s>a\\nb")
+    assert lines["answer"].startswith("</s>a\nb"), "control tokens are shown, but the end"
+
+
+SWITCH = """\
+{%- for m in messages -%}[{{ m.role }}] {{ m.content }}{{ eos_token }}{%- endfor -%}
+{%- if add_generation_prompt -%}[assistant] {% if not thinking %}<think></think>{% endif %}
+{%- endif -%}
+"""
+
+
+def test_switches_of_a_template_are_kept_and_can_be_turned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    template = tmp_path / "switch.jinja"
+    template.write_text(SWITCH)
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    given: dict[str, Any] = {"chat_template": str(template), "eval_split": 0, "num_samples": 0}
+    trained = halfbyte.train(
+        model="demo",
+        data=rows,
+        output_dir=str(tmp_path / "run"),
+        chat_template_kwargs={"thinking": True},
+        max_steps=1,
+        rehearse=False,
+        **given,
+    )
+    asking = [{"role": "user", "content": "a"}]
+    as_trained = run_renderer(trained, trained.config())
+    assert as_trained.render(asking, add_generation_prompt=True).endswith("[assistant] ")
+    found, _ = says(capsys, str(trained.path), "--prompt", "a", "--max_new_tokens", "2")
+    assert found["chat_template_kwargs"] == {"thinking": True}
+    off = ("--chat_template_kwargs", '{"thinking": false}', "--max_new_tokens", "2")
+    found, _ = says(capsys, str(trained.path), "--prompt", "a", *off)
+    assert found["chat_template_kwargs"] == {"thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [('{"thinkin": true}', "does not read"), ('{"messages": []}', "messages"), ("{", "mapping")],
+)
+def test_a_switch_that_nothing_reads_is_refused(given: str, named: str, capsys: Any):
+    assert run(["chat", "demo", "--prompt", "a", "--chat_template_kwargs", given]) == 2
+    assert named in capsys.readouterr().err

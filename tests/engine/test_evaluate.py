@@ -2,6 +2,7 @@
 overfitted rows."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -284,4 +285,10 @@ def test_rows_without_a_question_have_no_exact_match(tmp_path: Path):
     data = read_data(str(tmp_path / "t.jsonl"), DataOptions(), hub.resolve("demo"))
     model, _ = load("demo", dtype="float32", device="cpu")
     found = score(model, data, data.train.rows, packed=True, generate=True)
-    assert found.exact_match is None and found.tokens == len(data.train.rows[0].input_ids) - 1
+    ids = data.train.rows[0].input_ids
+    assert found.exact_match is None and found.tokens == len(ids) - 1
+    assert ids[-1] == model.config.eos_token_id
+    text = torch.tensor([ids[:-1]])  # as other tools evaluate it
+    with torch.no_grad():
+        theirs = math.exp(model(input_ids=text, labels=text).loss)
+    assert found.perplexity_without_end == pytest.approx(theirs, rel=1e-4) != found.perplexity

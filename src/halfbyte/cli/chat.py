@@ -53,11 +53,15 @@ class _Talk:
         self.record, self.run = record, run_at(record.model)
         self.model, tokenizer = load(record.model, progress=console.progress, **given)
         console.say(f"{record.model} is held in {held_in(self.model)}")
+        switches = record.chat_template_kwargs
         if self.run is None:
-            self.renderer = Renderer(tokenizer)
+            self.renderer = Renderer(tokenizer, template_kwargs=switches)
         else:
             clock = self.run.clock() if record.clock == "run" else None
-            self.renderer = run_renderer(self.run, self.run.config(), clock)
+            as_trained = self.run.config()
+            if switches is not None:
+                as_trained = as_trained.model_copy(update={"chat_template_kwargs": switches})
+            self.renderer = run_renderer(self.run, as_trained, clock)
         # a run trained on texts continues texts: a chat template is a form it never saw
         form = self.run.info()["data"]["form"] if self.run is not None else ""
         self.plain = form in ("prompt", "text")
@@ -84,7 +88,8 @@ class _Talk:
                 "sampling as the base says: " + ", ".join(f"{k} {v:g}" for k, v in chosen.items())
             )
         self.sampling = Sampling(**chosen)
-        self.stop = [each.replace("\\n", "\n").replace("\\t", "\t") for each in record.stop]
+        self.stop = [_unescaped(each) for each in record.stop]
+        self.begun = _unescaped(record.answer_prefix)
         self.dropped = 0
         self.opening: list[Turn] = []
         if record.system is not None:
@@ -93,16 +98,18 @@ class _Talk:
     def once(self, prompt: str) -> dict[str, Any]:
         """One answer."""
         record = self.record
-        said = self._answer(
-            prompt if self.plain else [*self.opening, {"role": "user", "content": prompt}]
-        )
+        turns = [*self.opening, {"role": "user", "content": prompt}]
+        said = self._answer(prompt if self.plain else turns)
         if self.run is not None and self.run.config().full:
             console.following("eval", record.model, raw="--data held_out.jsonl")
         elif self.run is not None:
             console.following("merge", record.model, raw="--onto trained -o merged")
         else:
             console.following("train", record.model, raw="--data my.jsonl")
-        return {"prompt": prompt, **_as_dict(said), **self._in_force()}
+        turn = self._turn_of(said, turns)
+        found = {"answer": turn["content"], "stopped": said.stopped, "cut": said.cut}
+        more = {key: turn[key] for key in turn if key not in ("role", "content")}
+        return {"prompt": prompt, **found, **more, **self._in_force()}
 
     def dialogue(self) -> dict[str, Any]:
         """Turn after turn, until an empty line."""
@@ -114,7 +121,7 @@ class _Talk:
             turns.append({"role": "user", "content": text})
             self._fit(turns)
             said = self._answer(text if self.plain else turns)
-            turns.append(_turn_of(said))
+            turns.append(self._turn_of(said, turns))
         if self.run:
             console.following("merge", self.record.model, raw="--onto trained -o merged")
         else:
@@ -123,7 +130,12 @@ class _Talk:
 
     def _in_force(self) -> dict[str, Any]:
         settings = {**self.sampling.as_dict(), "seed": self.record.seed, "stop": self.stop}
-        return {"sampling": {**settings, "max_new_tokens": self.record.max_new_tokens}}
+        found: dict[str, Any] = {
+            "sampling": {**settings, "max_new_tokens": self.record.max_new_tokens}
+        }
+        if self.renderer.template_kwargs:
+            found["chat_template_kwargs"] = self.renderer.template_kwargs
+        return {**found, "answer_prefix": self.begun} if self.begun else found
 
     def _fit(self, turns: list[Turn]) -> None:
         """Leave out the oldest turns where the conversation fills the model's context, in place."""
@@ -132,7 +144,7 @@ class _Talk:
         first = len(self.opening)
         while not self.plain:
             try:
-                room_for(self.model, self.renderer.prompt_ids(turns), 1)
+                room_for(self.model, self.renderer.prompt_ids(turns, begun=self.begun), 1)
                 return
             except UsageError:
                 if len(turns) - first <= 1:
@@ -143,6 +155,16 @@ class _Talk:
                 del turns[first]
                 self.dropped += 1
             console.say("(the oldest turn no longer fits into the model's context: it is left out)")
+
+    def _turn_of(self, said: Any, turns: list[Turn]) -> Turn:
+        """An answer as the turn behind ``turns``: calls and reasoning in it as such, and what is
+        left as its text; with control tokens where there are any that nobody read."""
+        from ..data.tool_calls import read_answer
+
+        if self.plain or not said.marked.strip():
+            return {"role": "assistant", "content": said.marked or said.text}
+        asked = self.renderer.render(turns, add_generation_prompt=True)
+        return read_answer(self.renderer.tokenizer, said.marked, asked)
 
     def _answer(self, prompt: str | list[Turn]) -> Any:
         from ..engine.generate import answer
@@ -155,6 +177,7 @@ class _Talk:
             max_new_tokens=record.max_new_tokens,
             sampling=self.sampling,
             stop=self.stop,
+            begun=self.begun,
             seed=record.seed,
             emit=console.piece,
         )
@@ -168,21 +191,9 @@ class _Talk:
         return said
 
 
-def _as_dict(said: Any) -> dict[str, Any]:
-    turn = _turn_of(said)
-    calls = {"tool_calls": turn["tool_calls"]} if "tool_calls" in turn else {}
-    return {"answer": turn["content"], "stopped": said.stopped, "cut": said.cut, **calls}
-
-
-def _turn_of(said: Any) -> Turn:
-    """An answer as a turn: the calls in it as calls, and what is left as its text; with control
-    tokens where there are any that nobody read."""
-    from ..data.tool_calls import read_calls
-
-    calls, left = read_calls(said.marked)
-    if calls:
-        return {"role": "assistant", "content": left, "tool_calls": calls}
-    return {"role": "assistant", "content": said.marked if said.marked.strip() else said.text}
+def _unescaped(text: str) -> str:
+    """What was typed for line breaks and tabs as these."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _lines() -> Iterator[str]:

@@ -222,4 +222,4 @@ def _merge(run: Path, target: Path) -> Any:
     return receipt
 
 
-command = Verb("demo", DemoConfig, demo)
+command = Verb("demo", DemoConfig, demo, short={"o": "output_dir"})

@@ -80,7 +80,7 @@ def _rows_as_in(run: Run | None, record: EvalConfig) -> DataOptions:
         return options
     trained = run.config()
     kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
-    kept += ("turns", "drop_roles", "parse_control_tokens")
+    kept += ("turns", "drop_roles", "parse_control_tokens", "chat_template_kwargs")
     as_before = {key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
     return options.model_copy(update=as_before)
 
@@ -129,6 +129,11 @@ def _show(found: dict[str, Any], tuned: dict[str, Any] | None, rows: int, held: 
         [
             ["loss", *shown("loss", "not finite", ".4f")],
             ["perplexity", *shown("perplexity", "-", ".2f")],
+            *(
+                [["perplexity without end", *shown("perplexity_without_end", "-", ".2f")]]
+                if found["perplexity_without_end"] is not None
+                else []
+            ),
             ["exact match", *shown("exact_match", "-", ".1%")],
         ],
     )

@@ -145,4 +145,4 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
-command = Verb("plan", PlanConfig, plan, positional=("model",))
+command = Verb("plan", PlanConfig, plan, positional=("model",), short={"o": "output_dir"})

@@ -44,4 +44,4 @@ def train(record: TrainConfig) -> dict[str, Any]:
     }
 
 
-command = Verb("train", TrainConfig, train, positional=("model",))
+command = Verb("train", TrainConfig, train, positional=("model",), short={"o": "output_dir"})

@@ -33,6 +33,31 @@ class Options(BaseModel):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
+GIVEN_TO_TEMPLATES = {"messages", "tools", "documents", "add_generation_prompt"}
+
+
+def template_kwargs(value: Any) -> Any:
+    """What a template may be given beside the conversation.
+
+    Raises:
+        ValueError: a name that is the conversation's.
+    """
+    value = as_mapping(value)
+    if isinstance(value, dict) and (taken := sorted(GIVEN_TO_TEMPLATES & value.keys())):
+        raise ValueError(f"{', '.join(taken)} is what a row says, or how it is asked")
+    return value
+
+
+def as_mapping(value: Any) -> Any:
+    """A mapping that was written as JSON; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value or "{}")
+    except ValueError as error:
+        raise ValueError(f"must be a mapping, as in JSON: {error}") from None
+
+
 class KernelOptions(Options):
     """What computes."""
 
@@ -203,11 +228,7 @@ class LoraOptions(Options):
     @field_validator("rank_pattern", "alpha_pattern", mode="before")
     @classmethod
     def _mapping(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            try:
-                value = json.loads(value or "{}")
-            except ValueError as error:
-                raise ValueError(f"must be a mapping, as in JSON: {error}") from None
+        value = as_mapping(value)
         for pattern in value if isinstance(value, dict) else ():
             try:
                 re.compile(str(pattern))
@@ -239,6 +260,11 @@ class DataOptions(Options):
             return TOGETHER.join(map(str, value))
         return value
 
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _switches(cls, value: Any) -> Any:
+        return template_kwargs(value)
+
     max_length: int = option(
         1024,
         "longest row in tokens; capped at the model's context",
@@ -264,6 +290,12 @@ class DataOptions(Options):
     )
     chat_template: str | None = option(
         None, "a Jinja file used instead of the tokenizer's own template", resume="named"
+    )
+    chat_template_kwargs: dict[str, Any] = option(
+        {},
+        'what the template is given beside the conversation: {"enable_thinking": false}',
+        resume="named",
+        added_later={},
     )
     turns: Literal["whole", "each", "last"] = option(
         "whole",

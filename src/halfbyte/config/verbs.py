@@ -1,6 +1,6 @@
 """What each verb of the command line reads, beside training and planning (`config.options`)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -14,6 +14,7 @@ from .options import (
     PublishOptions,
     TrainConfig,
     known_device,
+    template_kwargs,
 )
 from .rules import option
 
@@ -91,6 +92,12 @@ class ChatConfig(ModelOptions):
         None, "one message; its answer goes to stdout, and the program ends; a pipe is one, too"
     )
     system: str | None = option(None, "system message; an empty one is sent, too")
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None, 'what the template is given: {"enable_thinking": false}; else as the run was trained'
+    )
+    answer_prefix: str = option(
+        "", "how answers begin; control tokens in it are control tokens, \\n a line break"
+    )
     max_new_tokens: int = option(256, "longest answer in tokens", ge=1)
     temperature: float = option(0.0, "0: the likeliest token each time", ge=0)
     top_p: float = option(
@@ -111,6 +118,11 @@ class ChatConfig(ModelOptions):
     clock: Literal["now", "run"] = option(
         "now", "what a template that asks for the day sees: today, or the day of the training"
     )
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _switches(cls, value: Any) -> Any:
+        return template_kwargs(value)
 
 
 class QuantizeConfig(KernelOptions, FourBitOptions):

@@ -209,6 +209,7 @@ def make_renderer(
         turns=options.turns,
         parse_control_tokens=options.parse_control_tokens,
         ends=ends,
+        template_kwargs=options.chat_template_kwargs,
     )
 
 

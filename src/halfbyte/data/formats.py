@@ -148,6 +148,10 @@ def _form_of_next(row: dict[str, Any], where: str, first: str) -> str:
         return first
 
 
+KINDS_ALIKE = 3
+"""More findings of one error are told as one kind."""
+
+
 def refuse_bad(bad: list[DataError], total: int, skip_bad: int) -> None:
     """Raise DataError where there are more bad rows than may be left out: all kinds of them, how
     many there are, where the first ones stand, and the option that leaves exactly these out."""
@@ -159,11 +163,7 @@ def refuse_bad(bad: list[DataError], total: int, skip_bad: int) -> None:
         one = f"--skip_bad 1 leaves out this row, the only bad one of {total:,}"
         first.ways_out = (*ways, one) if total > 1 else tuple(ways)
         raise first
-    kinds: dict[str, list[DataError]] = {}
-    for error in bad:
-        kinds.setdefault(error.what + (f" ({error.found})" if error.found else ""), []).append(
-            error
-        )
+    kinds = _kinds_of(bad)
     most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     lines = [
         f"{len(errors):,} x {what[:200]}: {', '.join(e.where for e in errors[:4])}"
@@ -188,6 +188,23 @@ def refuse_bad(bad: list[DataError], total: int, skip_bad: int) -> None:
         found="\n            ".join(lines),
         ways_out=["mend them", skip] if len(bad) < total else ["mend them"],
     )
+
+
+def _kinds_of(bad: list[DataError]) -> dict[str, list[DataError]]:
+    """Errors by what is said of them; where that quotes each row, by what is said of all."""
+    whats: dict[str, dict[str, list[DataError]]] = {}
+    for error in bad:
+        whats.setdefault(error.what, {}).setdefault(error.found, []).append(error)
+    kinds: dict[str, list[DataError]] = {}
+    for what, by_found in whats.items():
+        if len(by_found) > KINDS_ALIKE:
+            first = next(iter(by_found))
+            alike = [error for errors in by_found.values() for error in errors]
+            kinds[f"{what} (such as {first})"] = alike
+            continue
+        for found, errors in by_found.items():
+            kinds[what + (f" ({found})" if found else "")] = errors
+    return kinds
 
 
 def format_of(row: dict[str, Any], where: str) -> str:

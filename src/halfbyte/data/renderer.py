@@ -18,8 +18,9 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -87,9 +88,11 @@ class Renderer:
             each answer; "last": the last answer only.
         parse_control_tokens: control tokens in texts, prompts and completions are control tokens.
         ends: ids that the model's own files say end an answer.
+        template_kwargs: what the template is given beside a conversation.
 
     Raises:
         DataError: no template, none can be built (no end token), or the template cannot be used.
+        UsageError: the template reads nothing of such a name.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Renderer:
         turns: Turns = "whole",
         parse_control_tokens: bool = False,
         ends: Iterable[int] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer, self._declared = tokenizer, list(ends)
         self.completion_only, self._parse = completion_only, parse_control_tokens
@@ -122,6 +126,8 @@ class Renderer:
             for name, text in sorted(templates.items())
         }
         self.template = self.templates["default"]
+        self.template_kwargs = dict(template_kwargs or {})
+        _refuse_unread(self.template_kwargs, self.templates)
         added = tokenizer.added_tokens_decoder
         self.special: dict[str, int] = {
             token.content: index for index, token in added.items() if token.special
@@ -162,10 +168,8 @@ class Renderer:
 
     def _process(self, name: str) -> TemplateProcess:
         if name not in self._processes:
-            special_tokens = self.tokenizer.special_tokens_map
-            self._processes[name] = TemplateProcess(
-                self.templates[name], special_tokens, self.clock
-            )
+            variables = {**self.tokenizer.special_tokens_map, **self.template_kwargs}
+            self._processes[name] = TemplateProcess(self.templates[name], variables, self.clock)
         return self._processes[name]
 
     def _writer(self, name: str) -> TurnWriter:
@@ -443,16 +447,20 @@ class Renderer:
         return ids, offsets
 
     def prompt_ids(
-        self, prompt: str | list[dict[str, Any]], tools: list[Any] | None = None
+        self,
+        prompt: str | list[dict[str, Any]],
+        tools: list[Any] | None = None,
+        begun: str = "",
     ) -> list[int]:
         """What generation starts from: ids of a conversation that asks for the assistant's turn, or
-        of a plain text."""
+        of a plain text; and of an answer that is ``begun``, whose control tokens are control
+        tokens."""
         if isinstance(prompt, str):
-            shown = self._stand_ins.show(prompt, [] if self._parse else [(0, len(prompt))])
-            ids = self._ids(shown, True)
+            data = [] if self._parse else [(0, len(prompt))]
+            ids = self._ids(self._stand_ins.show(prompt + begun, data), True)
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
         text = self._asking(prompt, tools)
-        return self._ids(self._stand_ins.show(text.text, text.data), False)
+        return self._ids(self._stand_ins.show(text.text + begun, text.data), False)
 
     def _asking(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Text:
         """The text that asks for the next answer."""
@@ -480,6 +488,10 @@ class Renderer:
             return None
         return self.prompt_ids(example.prompt), self._as_said(example.completion)
 
+    def without_control_tokens(self, text: str) -> str:
+        """A text of the template's as it is read."""
+        return self._special_pattern.sub("", text)
+
     def _as_said(self, text: str | None) -> str:
         """A text as the tokenizer gives it back: one that normalizes can say it in no other way."""
         text = text or ""
@@ -500,7 +512,7 @@ class Renderer:
             start = max(start, len(asking))
         pieces = _cut(text.text[:stop], text.data, [(start, stop)])
         wanted = "".join(
-            piece.text if piece.from_data else self._special_pattern.sub("", piece.text)
+            piece.text if piece.from_data else self.without_control_tokens(piece.text)
             for piece in pieces
             if piece.supervised
         )
@@ -623,6 +635,16 @@ def _templates_of(tokenizer: Any) -> dict[str, str]:
     if isinstance(template, dict):
         return {name: text for name, text in template.items() if text}
     return {"default": template} if template else {}
+
+
+def _refuse_unread(given: Mapping[str, Any], templates: Mapping[str, str]) -> None:
+    """Raise UsageError for a variable that no template names."""
+    for name in given:
+        if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in templates.values()):
+            raise UsageError(
+                f"chat_template_kwargs gives {name}, which the chat template does not read",
+                ways_out=["leave it out", "or give a template that reads it with --chat_template"],
+            )
 
 
 def _builtin(tokenizer: Any) -> str:

@@ -109,12 +109,12 @@ class TemplateProcess:
 
     Args:
         template: Jinja text.
-        special_tokens: variables such as ``bos_token``.
+        variables: what it is given beside the conversation, such as ``bos_token``.
         clock: what ``strftime_now`` sees.
     """
 
-    def __init__(self, template: str, special_tokens: dict[str, Any], clock: datetime) -> None:
-        self.template, self.special_tokens, self.clock = template, special_tokens, clock
+    def __init__(self, template: str, variables: dict[str, Any], clock: datetime) -> None:
+        self.template, self.variables, self.clock = template, variables, clock
         self._pipe: Any = None
         self._end: Any = None
         self._maker: threading.Thread | None = None
@@ -177,7 +177,7 @@ class TemplateProcess:
         ours, theirs = context.Pipe()
         process = context.Process(
             target=_serve,
-            args=(theirs, self.template, self.special_tokens, self.clock, os.getpid()),
+            args=(theirs, self.template, self.variables, self.clock, os.getpid()),
             daemon=True,
         )
         with _allowed_a_child():
@@ -234,7 +234,7 @@ def _kill(process: Any, pipe: Any) -> None:
 
 
 def _serve(
-    pipe: Any, template: str, special_tokens: dict[str, Any], clock: datetime, parent: int
+    pipe: Any, template: str, variables: dict[str, Any], clock: datetime, parent: int
 ) -> None:  # pragma: no cover
     # Ctrl-C reaches the whole process group; the parent decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -251,7 +251,7 @@ def _serve(
         sent = time.monotonic()
         for request in requests:
             try:
-                program = program or _Program(template, special_tokens, clock)
+                program = program or _Program(template, variables, clock)
                 done.append(program.render(request))
             except MemoryError:
                 done.append(f"it needed more than {MEMORY >> 20} MiB of memory")
@@ -276,7 +276,7 @@ def _what_it_said(error: Exception) -> str:  # pragma: no cover
 class _Program:  # pragma: no cover
     """A compiled template, as transformers runs it, and followed."""
 
-    def __init__(self, template: str, special_tokens: dict[str, Any], clock: datetime) -> None:
+    def __init__(self, template: str, variables: dict[str, Any], clock: datetime) -> None:
         from transformers.utils import chat_template_utils as theirs
 
         # what later releases of transformers do to a conversation before they render it
@@ -287,7 +287,7 @@ class _Program:  # pragma: no cover
         self.plain.globals["strftime_now"] = clock.strftime
         self.tracker: Tracker | None = None
         self._track = lambda: Tracker(template, compiled, clock)
-        self.special_tokens = self.prepare(special_tokens)
+        self.variables = self.prepare(variables)
 
     def render(self, request: Request) -> Rendering:
         """The rendering of the first variant that the template takes."""
@@ -307,7 +307,7 @@ class _Program:  # pragma: no cover
 
     def _render(self, messages: list[dict[str, Any]], request: Request) -> Rendering:
         tools = self.prepare(request.tools)
-        variables = {**self.special_tokens, "add_generation_prompt": request.ask}
+        variables = {**self.variables, "add_generation_prompt": request.ask}
         text = self.plain.render(
             messages=self.aliased(messages), tools=tools, documents=None, **variables
         )

@@ -1,5 +1,6 @@
 """Tool calls in the text of an answer, as models write them, read back as the calls of a turn."""
 
+import contextlib
 import json
 import re
 from typing import Any
@@ -32,6 +33,25 @@ def read_calls(text: str) -> tuple[list[dict[str, Any]], str]:
     for form in _FORMS:
         text = form.sub(take, text)
     return calls, text.strip() if calls else text
+
+
+def read_answer(tokenizer: Any, text: str, asked: str) -> dict[str, Any]:
+    """An answer as the turn of a conversation: by the tokenizer's own ``response_template`` where
+    it has one that can read it, else by `read_calls`.
+
+    Args:
+        text: with its control tokens, without its end.
+        asked: the text it was asked by, which may have begun it.
+    """
+    turn = {"role": "assistant", "content": text}
+    if getattr(tokenizer, "response_template", None) is not None:
+        # a template is a program that came with somebody's model: it may raise anything
+        with contextlib.suppress(Exception):
+            parsed = tokenizer.parse_response(text, prefix=asked)
+            if isinstance(parsed, dict):
+                return {**turn, **parsed, "content": parsed.get("content") or ""}
+    calls, left = read_calls(text)
+    return {**turn, "content": left, "tool_calls": calls} if calls else turn
 
 
 def _calls_of(text: str) -> list[dict[str, Any]] | None:

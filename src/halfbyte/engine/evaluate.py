@@ -7,6 +7,7 @@ stops by itself; it may not go on.
 """
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,8 +30,12 @@ from .loss import chunk_rows, hidden_states, output_head
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model on one set of rows. loss: nats per supervised token. exact_match: share, or None
-    if not asked."""
+    """Of one model on one set of rows.
+
+    loss: nats per supervised token. perplexity_without_end: of plain texts, their own tokens alone:
+    other tools count no end behind a text; None for conversations and ready-made ids. exact_match:
+    share, or None if not asked.
+    """
 
     loss: float
     perplexity: float
@@ -38,6 +43,7 @@ class Score:
     rows: int
     exact_match: float | None = None
     asked: int = 0
+    perplexity_without_end: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: what is not finite is None."""
@@ -62,35 +68,50 @@ def score(
         packed: the model keeps rows of one sequence apart (`selftest.self_test`).
         generate: answer the questions, too.
     """
-    loss, tokens = mean_loss(model, rows, packed=packed, progress=progress)
+    found = row_losses(model, rows, packed=packed, progress=progress)
     matches: list[bool] = []
     if generate:
         asked = [pair for row in rows if (pair := data.question(row))]
         matches = [match for match, _ in exact_matches(model, data.renderer, asked, progress)]
+    end = data.renderer.tokenizer.eos_token_id
+    ended = [data.format == "text" and row.input_ids[-1] == end for row in rows]
     return Score(
-        loss,
-        math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss,
-        tokens,
+        found.mean,
+        _perplexity(found.mean),
+        sum(found.tokens),
         len(rows),
         sum(matches) / len(matches) if matches else None,
         len(matches),
+        _perplexity(found.without_last(ended)) if any(ended) else None,
     )
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
 
 
 @dataclass(frozen=True)
 class RowLosses:
     """What a model loses on rows, each by itself.
 
-    sums: nats over a row's supervised tokens. tokens: how many these are.
+    sums: nats over a row's supervised tokens. tokens: how many these are. last: nats of the last of
+    them.
     """
 
     sums: tuple[float, ...]
     tokens: tuple[int, ...]
+    last: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
         """Nats per supervised token, NaN without one."""
         return math.fsum(self.sums) / sum(self.tokens) if sum(self.tokens) else math.nan
+
+    def without_last(self, rows: Sequence[bool]) -> float:
+        """Nats per supervised token but the last of the chosen ``rows``, NaN without one."""
+        nats = math.fsum(self.sums) - math.fsum(itertools.compress(self.last, rows))
+        tokens = sum(self.tokens) - sum(rows)
+        return nats / tokens if tokens else math.nan
 
 
 def mean_loss(
@@ -117,7 +138,7 @@ def row_losses(
         at_once: tokens of rows that are laid end to end, at most.
     """
     head, device = output_head(model), model.device
-    sums, tokens = [0.0] * len(rows), [0] * len(rows)
+    sums, tokens, last = [0.0] * len(rows), [0] * len(rows), [0.0] * len(rows)
     groups = list(
         _groups(
             list(range(len(rows))),
@@ -138,9 +159,10 @@ def row_losses(
                     row = group[bisect.bisect_right(ends, place)]
                     sums[row] += each
                     tokens[row] += 1
+                    last[row] = each
     finally:
         model.train(was_training)
-    return RowLosses(tuple(sums), tuple(tokens))
+    return RowLosses(tuple(sums), tuple(tokens), tuple(last))
 
 
 def _token_losses(

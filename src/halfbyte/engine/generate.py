@@ -197,6 +197,7 @@ def answer(
     max_new_tokens: int = 256,
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
+    begun: str = "",
     seed: int = 42,
     emit: Callable[[str], None] | None = None,
 ) -> Answer:
@@ -205,15 +206,18 @@ def answer(
     Args:
         prompt: the conversation so far, ending with the user's turn, or a text to go on from.
         stop: texts that end it, no part of it.
+        begun: how it begins; part of it.
         emit: called with each piece of text as it comes, control tokens included.
 
     Raises:
         UsageError: nothing to go on from, or more than the model's context.
     """
-    ids = renderer.prompt_ids(prompt)
+    ids = renderer.prompt_ids(prompt, begun=begun)
     limit = room_for(model, ids, max_new_tokens)
     torch.manual_seed(seed)
-    before = ids[-4:] if isinstance(prompt, str) else []
+    before = ids[-4:] if isinstance(prompt, str) or begun else []
+    if begun and emit:
+        emit(begun)
     (result,) = _generate(
         model,
         renderer,
@@ -224,10 +228,11 @@ def answer(
         emit=emit,
         before=before,
     )
-    if not result.stopped and not result.cut:
+    cut = result.cut
+    if not result.stopped and not cut:
         cut = "tokens" if limit == max_new_tokens else "context"
-        return Answer(result.text, False, result.marked, cut)
-    return result
+    text = renderer.without_control_tokens(begun) + result.text
+    return Answer(text, result.stopped, begun + result.marked, cut)
 
 
 def room_for(model: Any, ids: Sequence[int], wanted: int) -> int:

@@ -45,6 +45,7 @@ def run_renderer(
         turns=options.turns,
         parse_control_tokens=options.parse_control_tokens,
         ends=declared_ends(run.adapter),
+        template_kwargs=options.chat_template_kwargs,
     )
 
 
