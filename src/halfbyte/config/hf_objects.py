@@ -6,49 +6,25 @@ so none of these packages is imported here. What an object says and we do not do
 would change what is trained, and left out if it would not.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 from ..errors import UsageError
-from . import peft_settings
+from . import peft_settings, trainer_settings
 from .build import build
 from .options import RULES, Options, OptionsT
-from .peft_settings import EMPTY, READ
 
 _NEUTRAL: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "BitsAndBytesConfig": {"load_in_8bit": (False,)},
     "LoraConfig": peft_settings.NEUTRAL,
-    "TrainingArguments": {
-        "label_smoothing_factor": (0, 0.0),
-        "loss_type": ("nll", None),
-        "truncation_mode": ("keep_start",),
-        "train_sampling_strategy": ("random",),
-        "dataset_text_field": ("text", None, ""),
-        **dict.fromkeys(("dataloader_drop_last", "load_best_model_at_end"), (False,)),
-        "dataset_kwargs": (None, {}),
-        **dict.fromkeys(("hub_token", "hub_revision", "resume_from_checkpoint"), (None, "")),
-        "save_strategy": ("steps", "no"),
-        "save_only_model": (False,),
-        **dict.fromkeys(
-            (
-                "neftune_noise_alpha",
-                "lr_scheduler_kwargs",
-                "optim_args",
-                "optim_target_modules",
-                "data_seed",
-            ),
-            (None, {}, ""),
-        ),
-        **dict.fromkeys(
-            ("deepspeed", "fsdp", "eos_token", "chat_template_path", "model_init_kwargs"),
-            (None, [], {}, "", False),
-        ),
-    },
+    "TrainingArguments": {},  # `trainer_settings`
 }
 """Settings that would change what is trained and have no counterpart here: the values that change
 nothing."""
+
+SAME = frozenset(name for name, rules in RULES.items() if rules.in_trainer)
+"""Fields of a trainer's arguments that are options of ours."""
 
 WHOLE_ROWS = 1 << 30
 """Longer than any model's context, to which rows are cut in any case."""
@@ -124,34 +100,23 @@ def config_of(cls: type[OptionsT], things: tuple[Any, ...], options: dict[str, A
 
 def _refuse_unknown(kind: str, thing: Any) -> None:
     given = {name: getattr(thing, name, neutral[0]) for name, neutral in _NEUTRAL[kind].items()}
-    wrong = {name: value for name, value in given.items() if value not in _NEUTRAL[kind][name]}
-    if kind == "LoraConfig":
-        wrong |= _not_read(thing)
-    if getattr(thing, "packing", False) and getattr(thing, "packing_strategy", "bfd") != "bfd":
-        wrong["packing_strategy"] = thing.packing_strategy
+    wrong = {
+        name: repr(value) for name, value in given.items() if value not in _NEUTRAL[kind][name]
+    }
+    if kind == "LoraConfig":  # settings of PEFT's other methods among them
+        wrong |= {
+            name: repr(value)
+            for name, value in peft_settings.changed(thing).items()
+            if name not in peft_settings.READ
+        }
+    if kind == "TrainingArguments":
+        wrong |= trainer_settings.undone(thing, SAME)
     if wrong:
         raise UsageError(
-            f"a setting of this {type(thing).__name__} would change what is trained, and has no "
-            "counterpart here",
-            found=", ".join(f"{name}={value!r}" for name, value in wrong.items()),
+            f"a setting of this {type(thing).__name__} has no counterpart here, and would change "
+            "what is trained or what becomes of it",
+            found=", ".join(f"{name}={value}" for name, value in wrong.items()),
         )
-
-
-def _not_read(thing: Any) -> dict[str, Any]:
-    """Settings of a LoraConfig that are not at their defaults and that nothing here reads, those of
-    PEFT's other methods (marked ``is_lora_variant`` there) among them."""
-    wrong = {}
-    for field in dataclasses.fields(thing):
-        plain = (
-            field.default_factory()
-            if field.default_factory is not dataclasses.MISSING
-            else field.default
-        )
-        value = getattr(thing, field.name)
-        as_good = value == plain or (value in EMPTY and plain in EMPTY)
-        if field.name not in READ and not as_good:
-            wrong[field.name] = value
-    return wrong
 
 
 def _of_bitsandbytes(thing: Any) -> dict[str, Any]:
@@ -192,14 +157,18 @@ def _of_lora(thing: Any) -> dict[str, Any]:
 
 
 def _of_trainer(thing: Any) -> dict[str, Any]:
-    same = [name for name, rules in RULES.items() if rules.in_trainer]
-    found = {name: value for name in same if (value := getattr(thing, name, None)) is not None}
+    found = {name: value for name in SAME if (value := getattr(thing, name, None)) is not None}
+    checkpointing = getattr(thing, "activation_checkpointing", None)
+    if checkpointing is not None:
+        found["gradient_checkpointing"] = checkpointing
     if getattr(thing, "max_length", 0) is None:
         found["max_length"] = WHOLE_ROWS
     if "save_total_limit" in found:
         found["save_total_limit"] = max(2, found["save_total_limit"])
-    for name in ("logging_steps", "save_steps"):
-        if not float(found[name]).is_integer():
+    if getattr(thing, "eval_strategy", "no") == "steps" and thing.eval_steps:
+        found["eval_steps"] = thing.eval_steps
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        if not float(found.get(name, 1)).is_integer():
             del found[name]  # a share of the training, which changes nothing that is trained
     for name, known in (("optim", _OPTIMIZERS), ("lr_scheduler_type", _SCHEDULES)):
         value = getattr(thing, name)

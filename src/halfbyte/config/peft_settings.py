@@ -4,6 +4,7 @@ One list serves objects of a script (`config.hf_objects`) and adapters on disk
 (`adapters.peft_files`).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,20 @@ READ = {
 """Settings that are read, are checked, or change nothing by themselves."""
 
 EMPTY: tuple[Any, ...] = (None, False, "", [], {}, ())
+
+
+def changed(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults; empty values are as good as one
+    another."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        made = field.default_factory
+        plain = field.default if made is dataclasses.MISSING else made()
+        value = getattr(settings, field.name)
+        if value != plain and not (value in EMPTY and plain in EMPTY):
+            found[field.name] = value
+    return found
+
 
 _ANYTHING = {
     # which layers: their tensors say it
