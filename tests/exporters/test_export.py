@@ -165,6 +165,7 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.created: list[dict[str, Any]] = []
         self.down = False
+        self.private = True
 
     @property
     def address(self) -> str:
@@ -198,7 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.down:
             return self._answer({"error": "down"}, 503)
-        return self._answer({"id": "me/model", "sha": "0" * 40, "siblings": [], "private": True})
+        told = {"id": "me/model", "sha": "0" * 40, "siblings": [], "private": self.server.private}
+        return self._answer(told)
 
     def do_POST(self) -> None:
         body = self._body()
@@ -302,6 +304,15 @@ def test_a_hub_that_refuses_is_known_before_the_work_and_loses_nothing_after(
     )
     with pytest.raises(UsageError, match="hub_model_id"):
         halfbyte.train(str(stories), data, push_to_hub=True)
+
+
+def test_what_is_to_be_private_does_not_go_where_everybody_reads(hub: Hub):
+    """The Hub leaves a repository that is there as it is, whatever is asked for."""
+    assert publish.reserve("me/model", private=True) == "me/model"
+    hub.private = False
+    assert publish.reserve("me/model", private=False) == "me/model"
+    with pytest.raises(UsageError, match="there already and public"):
+        publish.reserve("me/model", private=True)
 
 
 def test_every_format_is_one_everywhere():
