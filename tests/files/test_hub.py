@@ -3,8 +3,12 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from halfbyte.errors import (
     ModelError,
@@ -121,7 +125,8 @@ def test_a_repository_without_weights_of_ours_says_what_it_has():
         ("GatedRepoError", "restricted"),
         ("RevisionNotFoundError", "no revision 'v9'"),
         ("RepositoryNotFoundError", "no model"),
-        ("LocalEntryNotFoundError", "cache"),
+        ("LocalEntryNotFoundError", "'acme/tiny' at revision 'v9' is neither"),
+        ("IncompleteSnapshotError", "in part"),
         ("SomethingElse", "can be reached"),
     ],
 )
@@ -129,3 +134,40 @@ def test_the_hubs_reasons_are_told_apart_in_its_own_words(kind: str, said: str):
     error = type(kind, (Exception,), {})("403 Client Error.\n\nAccess is restricted to you.")
     found = hub._unreachable("acme/tiny", "v9", error)
     assert said in found.what and "Access is restricted to you." in found.found
+
+
+@pytest.mark.parametrize(
+    ("status", "falls_back"),
+    [(None, True), (503, True), (429, True), (401, False), (404, False)],
+)
+def test_without_the_hub_the_cache_has_what_was_fetched(
+    monkeypatch: pytest.MonkeyPatch, status: int | None, falls_back: bool
+):
+    """Files that are left in the repository are no part of it: of a model that is in the cache
+    nothing is missing."""
+    asked: list[Any] = []
+
+    def listed(self: Any, name: str, revision: str | None = None) -> list[str]:
+        if status is None:
+            raise OSError("no network")
+        error = HfHubHTTPError.__new__(HfHubHTTPError, "no answer")
+        error.response = SimpleNamespace(status_code=status)
+        raise error
+
+    def download(name: str, **settings: Any) -> str:
+        asked.append(settings["allow_patterns"])
+        return "somewhere"
+
+    kept = [SimpleNamespace(path=path) for path in [*FILES, "model.safetensors"]]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+    monkeypatch.setattr(
+        huggingface_hub, "get_cached_repo_tree", lambda *_, **__: kept, raising=False
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    if falls_back:
+        hub.resolve("acme/tiny")
+        assert "onnx/config.json" not in asked[0] and "model.safetensors" in asked[0]
+    else:
+        with pytest.raises(ModelError):
+            hub.resolve("acme/tiny")
+        assert not asked

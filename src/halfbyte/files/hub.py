@@ -70,15 +70,24 @@ def _snapshot(name: str, revision: str | None, allow: list[str], ignore: list[st
 
 
 def _listed(name: str, revision: str | None) -> list[str] | None:
-    """The files of a repository; None where the Hub cannot be asked, and the cache has to do."""
-    from huggingface_hub import HfApi
+    """The files of a repository, as the Hub lists them; where it cannot be asked or has no answer
+    now, as it listed them when the cache was filled. None where that is not known."""
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return HfApi(library_name="halfbyte").list_repo_files(name, revision=revision)
-    except HfHubHTTPError:
-        raise
+        return huggingface_hub.HfApi(library_name="halfbyte").list_repo_files(
+            name, revision=revision
+        )
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        if status != 429 and status < 500:
+            raise
     except Exception:  # no network, or told not to use it
+        pass
+    try:
+        return [file.path for file in huggingface_hub.get_cached_repo_tree(name, revision=revision)]
+    except Exception:  # an older client, or nothing is kept
         return None
 
 
@@ -120,6 +129,7 @@ def _unreachable(name: str, revision: str | None, error: Exception) -> ModelErro
     """Why a model could not be had from the Hub, with the server's own words."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:600]
+    wanted = f"{name!r} at revision {revision!r}" if revision else repr(name)
     if "GatedRepoError" in kinds:
         what = f"access to {name!r} is restricted, and this account has none"
         ways = ["ask for access on the model's page", "`hf auth login` with an account that has it"]
@@ -129,8 +139,11 @@ def _unreachable(name: str, revision: str | None, error: Exception) -> ModelErro
     elif "RepositoryNotFoundError" in kinds:
         what = f"there is no model {name!r} on the Hub that this account may see"
         ways = ["check the spelling", "`hf auth login`, if it is private"]
+    elif "IncompleteSnapshotError" in kinds:
+        what = f"{wanted} is in the Hub's cache on this machine in part, and cannot be completed"
+        ways = ["unset HF_HUB_OFFLINE, if it is set", "look at the network, and repeat the command"]
     elif kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
-        what = f"{name!r} is neither a local directory nor in the Hub's cache on this machine"
+        what = f"{wanted} is neither a local directory nor in the Hub's cache on this machine"
         ways = ["check the spelling and the network", "unset HF_HUB_OFFLINE, if it is set"]
     else:
         what = f"{name!r} is neither a local directory nor a Hub model that can be reached"
