@@ -93,6 +93,11 @@ def test_foreign_code_pickles_and_formats_are_refused(copy_of_stories: Path):
     )
     with pytest.raises(ModelError, match="format that is not read"):
         load_base(copy_of_stories, ModelOptions())
+    eight = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config.write_text(json.dumps({**original, "quantization_config": eight}))
+    with pytest.raises(ModelError, match="format that is not read") as caught:
+        load_base(copy_of_stories, ModelOptions())
+    assert caught.value.found == "bitsandbytes in 8 bits"
     config.write_text(json.dumps(original))
     (copy_of_stories / "model.safetensors").rename(copy_of_stories / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled weights only"):

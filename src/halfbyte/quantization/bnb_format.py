@@ -193,9 +193,10 @@ def check_quantization(path: Path, config: Any) -> None:
     method = values.get("quant_method")
     if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
         method = "bitsandbytes"  # as transformers takes a configuration of older releases
-    if method != "bitsandbytes" or values.get("load_in_8bit"):
+    eight = method == "bitsandbytes" and values.get("load_in_8bit")
+    if method != "bitsandbytes" or eight:
         raise ModelError(
             f"{path} is quantized in a format that is not read here",
-            found=f"quant_method {values.get('quant_method')!r}",
+            found="bitsandbytes in 8 bits" if eight else f"quant_method {method!r}",
             expected="an unquantized checkpoint, or bitsandbytes 4-bit",
         )
