@@ -43,7 +43,12 @@ def train(
     )
 
 
-def test_tensorboard_holds_every_row_once_also_after_a_resume(stories: Path, tmp_path: Path):
+def test_tensorboard_holds_every_row_once_also_after_a_resume(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """wandb takes no step again that it has, and trackio shows both: that is said."""
+    monkeypatch.setitem(sys.modules, "wandb", Stand().module("wandb"))
+    said: list[str] = []
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     def stop(row: dict[str, Any], total: int) -> None:
@@ -51,8 +56,16 @@ def test_tensorboard_holds_every_row_once_also_after_a_resume(stories: Path, tmp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(stories, tmp_path, Reporter(on_step=stop), report_to="tensorboard")
-    run = train(stories, tmp_path, report_to="tensorboard", resume_from_checkpoint="auto")
+        train(stories, tmp_path, Reporter(on_step=stop), report_to="tensorboard,wandb")
+    run = train(
+        stories,
+        tmp_path,
+        Reporter(say=said.append),
+        report_to="tensorboard,wandb",
+        resume_from_checkpoint="auto",
+    )
+    assert sum("wandb was told of the steps after 2 stays there" in line for line in said) == 1
+    assert not any("tensorboard was told" in line for line in said)
     events = accumulator.EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     rows = run.read("metrics.jsonl")
@@ -202,6 +215,26 @@ def test_the_first_loss_is_the_first_that_is_a_number(
     losses = [row["loss"] for row in made.read("metrics.jsonl")]
     assert losses[0] is None
     assert made.info()["first_loss"] == losses[1]
+
+
+def test_a_row_says_how_many_of_its_steps_were_skipped(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its loss is the mean of the others, which look as if nothing had happened."""
+    stand = Stand()
+    monkeypatch.setitem(sys.modules, "wandb", stand.module("wandb"))
+    honest = Stepper.run
+
+    def run(self: Stepper, step: int, batches: Any) -> dict[str, Any]:
+        row = honest(self, step, batches)
+        return {**row, "loss": None} if step in (0, 1) else row
+
+    monkeypatch.setattr(Stepper, "run", run)
+    made = train(stories, tmp_path, max_steps=6, logging_steps=3, report_to="wandb")
+    first, second = made.read("metrics.jsonl")
+    assert first["skipped"] == 2 and first["loss"] is not None and "skipped" not in second
+    told = [row for what, row in stand.asked if what == "log"]
+    assert [row["train/skipped"] for _, row in told if "train/skipped" in row] == [2]
 
 
 def test_a_tracker_that_fails_does_not_fail_the_training(

@@ -150,9 +150,10 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         reporter.say(resume.restore(learner, info))
     one = checkpoint.bytes_needed(learner.model, learner.optimizer)
     checkpoint.refuse_full_disk(run.checkpoints, one, config.save_total_limit + bool(data.held_out))
+    logged = max((row["step"] for row in run.read(METRICS)), default=0) if resume else 0
     _begin_files(run, info, report, start if resume else -1, reporter.say)
     promise.write_waiting()
-    trackers.start(info["config"], start, info["identity"])
+    trackers.start(info["config"], start, info["identity"], logged)
     return Setup(
         run=run,
         promise=promise,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Interrupted, UsageError
+from ..run.directory import METRICS
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 PROJECT = "halfbyte"
@@ -53,12 +54,13 @@ class Trackers:
         self.modules = {name: _imported(name) for name in names}
         self.open: dict[str, Any] = {}
 
-    def start(self, config: dict[str, Any], step: int, identity: str) -> None:
-        """Open them; rows from ``step`` on will follow, and what was logged of them by a run before
-        is void.
+    def start(self, config: dict[str, Any], step: int, identity: str, logged: int = 0) -> None:
+        """Open them; rows after ``step`` will follow, and what was logged of them before is void:
+        TensorBoard drops it, the others cannot, which is said.
 
         Args:
             identity: of the run, the same when it is resumed.
+            logged: the last step that was logged before the run was resumed.
         """
         flat = {
             key: value if isinstance(value, int | float | str | bool) else str(value)
@@ -69,6 +71,12 @@ class Trackers:
                 name,
                 lambda name=name, module=module: self._start(name, module, flat, step, identity),
             )
+        for name in self.open:
+            if logged > step and name != "tensorboard":
+                self.say(
+                    f"what {name} was told of the steps after {step} stays there: they are made "
+                    f"again, and {METRICS} alone has them as they are"
+                )
 
     def _start(
         self, name: str, module: Any, config: dict[str, Any], step: int, identity: str

@@ -331,6 +331,8 @@ class Trainer:
             finite = [loss for loss in since if loss is not None]
             # the mean since the row before, as transformers logs it
             logged = {**row, "loss": math.fsum(finite) / len(finite) if finite else None}
+            if skipped := len(since) - len(finite):  # of which that mean knows nothing
+                logged["skipped"] = skipped
             since.clear()
             self.run.append(METRICS, logged)
             self.setup.trackers.log(logged)
