@@ -124,6 +124,7 @@ def test_every_setting_is_taken_or_refused():
         ((sft(packing=True, packing_strategy="wrapped"),), "packing_strategy"),
         ((peft.LoraConfig(target_modules="all-linear", kasa_config=peft.KasaConfig()),), "kasa"),
         ((four_bit(llm_int8_skip_modules=["q_proj"]),), "q_proj"),
+        ((four_bit(llm_int8_skip_modules=[]),), "llm_int8_skip_modules []"),
         ((peft.LoHaConfig(),), "LoHaConfig"),
         ((peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"),), "SEQ_CLS"),
         ((trl.RewardConfig("out", use_cpu=True, report_to=[]),), "RewardConfig"),

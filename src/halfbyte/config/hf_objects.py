@@ -120,11 +120,12 @@ def _refuse_unknown(kind: str, thing: Any) -> None:
 
 
 def _of_bitsandbytes(thing: Any) -> dict[str, Any]:
-    skipped = set(thing.llm_int8_skip_modules or ()) - {"lm_head"}
-    if skipped:
+    skipped = thing.llm_int8_skip_modules
+    if skipped is not None and set(skipped) != {"lm_head"}:  # an empty one: the head in 4 bits, too
         raise UsageError(
             "the layers held in 4 bits cannot be chosen here",
-            found=f"llm_int8_skip_modules {skipped}",
+            found=f"llm_int8_skip_modules {sorted(skipped)}",
+            ways_out=["leave it out: layers are held in 4 bits, and the head is not"],
         )
     found: dict[str, Any] = {
         "load_in_4bit": thing.load_in_4bit,
