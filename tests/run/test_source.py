@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -11,10 +12,15 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.cli import run as cli
-from halfbyte.errors import ModelError
+from halfbyte.config.options import ModelOptions
+from halfbyte.errors import Interrupted, ModelError, UsageError
 from halfbyte.files import hub
+from halfbyte.progress import no_progress
+from halfbyte.quantization.writer import quantize
 from halfbyte.run.directory import Run
 from halfbyte.run.source import Source, as_stored, held_in, is_adapter, is_merged, run_at
+
+from ..helpers import stopped_after
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +114,26 @@ def test_an_adapter_that_names_no_base_is_refused_by_name(plain_adapter: Path, t
         else:
             with pytest.raises(ModelError, match="does not say which model"):
                 halfbyte.load(plain_adapter)
+
+
+def test_a_base_stored_in_4_bits_is_to_everything_what_it_is(stories: Path, tmp_path: Path):
+    """A resumed training goes on, and an adapter without a run is on the same base: neither takes
+    our defaults for what was asked."""
+    base = tmp_path / "base"
+    form = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    quantize(stories, ModelOptions(allow_low_coverage=True, **form), base, no_progress)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": "a", "completion": f" {i}"}) for i in range(4)))
+    settings: dict[str, Any] = {"max_steps": 2, "num_samples": 0, "output_dir": str(tmp_path / "r")}
+    with pytest.raises(Interrupted):
+        halfbyte.train(str(base), rows, reporter=stopped_after(1), **settings)
+    run = halfbyte.train(str(base), rows, resume_from_checkpoint="auto", **settings)
+    assert {name: getattr(run.config(), name) for name in form} == form
+    assert not run.info()["changes"]
+    shutil.copytree(run.adapter, tmp_path / "adapter")
+    held = Source.open(tmp_path / "adapter").holding
+    assert {name: getattr(held, name) for name in form} == form
+    for place in (run.path, tmp_path / "adapter"):
+        with pytest.raises(UsageError, match="stored in 4 bits already"):
+            halfbyte.load(place, bnb_4bit_quant_type="nf4")
+        halfbyte.load(place, bnb_4bit_quant_type="fp4")

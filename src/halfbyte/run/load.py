@@ -104,6 +104,7 @@ def _load(
         model, _ = load_base(run.adapter, options, progress)
     else:
         base, way = base_of_run(run, base_at, options.revision), "allow_other_base"
+        with_stored_form(ModelOptions(**changes), base)  # refuses what it is not
         if not changes.get("allow_other_base"):
             refuse_other_config(base, info["base"].get("computed_by"), way)
         model, report = load_base(base, options, progress)
@@ -119,8 +120,9 @@ def _load_adapter(
 ) -> tuple[Any, Any]:
     """An adapter that PEFT wrote, on the base it names, or one that was given."""
     base = base_of_adapter(path, changes.get("revision"), base_at)
-    model, report = load_base(base, ModelOptions(**changes), progress)
-    if not changes.get("allow_other_base") and ModelOptions(**changes).load_in_4bit:
+    options = with_stored_form(ModelOptions(**changes), base)
+    model, report = load_base(base, options, progress)
+    if not options.allow_other_base and options.load_in_4bit:
         refuse_foreign_adapter(path, report.digest, str(base))
     load_adapter(model, plain_lora(path, base))
     model.eval()

@@ -15,6 +15,7 @@ from ..config.options import ModelOptions
 from ..errors import ModelError
 from ..files import atomic, hub
 from ..model.architecture import choose_device, choose_dtype
+from ..quantization.load import with_stored_form
 from .directory import Run, is_run
 
 MERGED = "merge.json"
@@ -145,7 +146,8 @@ class Source:
         base = base_of_adapter(place, given=base_at)
         named = str(atomic.read_json(place / CONFIG)["base_model_name_or_path"])
         dtype = str(choose_dtype("auto", choose_device(device))).removeprefix("torch.")
-        return cls(place, plain_lora(place, base), base, named, ModelOptions(), dtype, None)
+        holding = with_stored_form(ModelOptions(), base)
+        return cls(place, plain_lora(place, base), base, named, holding, dtype, None)
 
     @property
     def full(self) -> bool:

@@ -113,6 +113,7 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
     if resume is None:
         promise.config = with_stored_form(begin_with_adapter(promise.config, base), base)
     else:
+        promise.config = with_stored_form(promise.config, base)
         promise.change(resume.options_of_adapter(promise.config))
         promise.change(resume.options_of_data(promise.config))
     # a template that asks for the time sees the run's, so that a resumed run has the same ids
