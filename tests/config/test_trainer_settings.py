@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from halfbyte.config.aliases import translate
 from halfbyte.config.hf_objects import SAME, options_of
+from halfbyte.config.options import TrainConfig
 from halfbyte.config.trainer_settings import LEFT_OUT, ONLY, TRANSLATED
 from halfbyte.errors import UsageError
 
@@ -72,3 +74,23 @@ def test_evaluation_by_steps_is_ours_where_rows_are_held_out():
     assert options_of((by_steps,), ())["eval_steps"] == 50
     for other in ({"eval_strategy": "epoch"}, {"eval_strategy": "steps", "eval_steps": 0.1}):
         assert "eval_steps" not in options_of((trl.SFTConfig("out", **other, **QUIET),), ())
+
+
+def test_a_file_that_names_them_is_told_the_same():
+    """And not to take an option whose name is alike: revision is the base's."""
+    known = set(TrainConfig.model_fields)
+    for name, value in (
+        ("hub_revision", "trial"),
+        ("hub_strategy", "checkpoint"),
+        ("data_seed", 0),
+    ):
+        with pytest.raises(UsageError) as caught:
+            translate(name, value, known, "a.yaml")
+        assert caught.value.what == f"{name} {value} is no option here"
+        assert caught.value.ways_out == (ONLY[name][1],)
+    for name, value in (("hub_strategy", "end"), ("hub_token", None), ("eval_on_start", True)):
+        found, notice = translate(name, value, known, "a.yaml")
+        assert not found and notice and "left out" in notice
+    assert translate("activation_checkpointing", True, known, "a.yaml")[0] == {
+        "gradient_checkpointing": True
+    }

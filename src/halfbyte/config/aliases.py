@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UsageError
+from . import trainer_settings
 
 TOGETHER = "\n"
 """Between the sources of a training that has several: no file's name holds it."""
@@ -55,6 +56,7 @@ RENAMED = {
     "neat_packing": "packing",
     "double_quantization": "bnb_4bit_use_double_quant",
     "quantization_type": "bnb_4bit_quant_type",
+    "activation_checkpointing": "gradient_checkpointing",
 }
 """Other tools' names for our options."""
 
@@ -234,12 +236,23 @@ def translate(
         return {}, f"{key} {value} needs no option here"
     if name in REFUSED:
         raise UsageError(f"{key!r} is not an option here", where=where, ways_out=[REFUSED[name]])
+    if name in trainer_settings.ONLY or name in trainer_settings.LEFT_OUT:
+        return _of_a_trainer(key, name, value, where)
     close = nearest(name, known)
     raise UsageError(
         f"unknown option {key!r}",
         where=where,
         ways_out=[f"did you mean {close!r}?"] if close else ["see `halfbyte --help`"],
     )
+
+
+def _of_a_trainer(key: str, name: str, value: Any, where: str) -> tuple[dict[str, Any], str]:
+    """A field of transformers' or TRL's trainer, which has no counterpart: left out, or refused
+    where it asks for something else than is done."""
+    values, instead = trainer_settings.ONLY.get(name, ((value,), ""))
+    if str(value).lower() not in {str(each).lower() for each in values}:
+        raise UsageError(f"{key} {value} is no option here", where=where, ways_out=[instead])
+    return {}, f"{key} has no counterpart here and is left out"
 
 
 def translate_all(
