@@ -5,7 +5,7 @@ import torch
 from transformers import get_scheduler
 
 from halfbyte.config.options import TrainConfig
-from halfbyte.engine.lr_schedule import learning_rate, unused_warmup, warmup_steps
+from halfbyte.engine.lr_schedule import learning_rate, warmup_steps
 
 
 def config(**options) -> TrainConfig:
@@ -29,11 +29,3 @@ def test_no_warm_up_is_none():
     assert warmup_steps(config(), 100) == 3
     assert learning_rate(config(warmup_steps=0), 0, 100) == 1e-3
     assert warmup_steps(config(lr_scheduler_type="constant"), 100) == 0
-
-
-def test_a_warm_up_that_a_schedule_has_not_is_said():
-    said = unused_warmup(config(lr_scheduler_type="constant", warmup_ratio=0.03))
-    assert "warmup_ratio 0.03 is not used" in said and "constant_with_warmup" in said
-    assert not unused_warmup(config(lr_scheduler_type="constant"))
-    assert not unused_warmup(config(lr_scheduler_type="constant", warmup_steps=0))
-    assert not unused_warmup(config(warmup_steps=5))

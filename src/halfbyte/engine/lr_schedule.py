@@ -27,18 +27,3 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
     if config.warmup_steps is not None:
         return config.warmup_steps
     return math.ceil(config.warmup_ratio * total)
-
-
-def unused_warmup(config: TrainConfig) -> str:
-    """A line where a warm-up is asked for beside a schedule that has none, else ""."""
-    asked = [
-        f"{name} {value:g}"
-        for name in ("warmup_steps", "warmup_ratio")
-        if name in config.model_fields_set and (value := getattr(config, name))
-    ]
-    if config.lr_scheduler_type != "constant" or not asked:
-        return ""
-    return (
-        f"{asked[0]} is not used: lr_scheduler_type constant has no warm-up, constant_with_warmup "
-        "has one"
-    )

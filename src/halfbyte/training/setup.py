@@ -22,10 +22,11 @@ from ..adapters.lora import target_names
 from ..adapters.peft_files import restore_adapter
 from ..config.aliases import TOGETHER
 from ..config.options import TrainConfig
+from ..config.unused import unused
 from ..data.batches import Schedule
 from ..data.dataset import Data, data_lines, read_data, schedule_of, source_digest
 from ..engine.learner import Learner
-from ..engine.lr_schedule import unused_warmup, warmup_steps
+from ..engine.lr_schedule import warmup_steps
 from ..engine.selftest import self_test
 from ..errors import UsageError
 from ..files import atomic, hub
@@ -102,8 +103,8 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         HalfbyteError: with the exit code of the command line.
     """
     run, reporter = promise.run, promise.reporter
-    if unused := unused_warmup(promise.config):
-        reporter.say(unused)
+    for line in unused(promise.config):
+        reporter.say(line)
     found = find_checkpoint(run, promise.config.resume_from_checkpoint, reporter.say)
     resume = None if found is None else Resume(found, run, promise.config.allow_change)
     repository = ""
@@ -124,6 +125,8 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
     # as it was decided: a resumed run holds out the same rows
     promise.change({"eval_split": data.share_held_out})
     config = promise.config
+    if config.eval_steps and not data.held_out:
+        reporter.say(f"eval_steps {config.eval_steps} is not used: no rows are held out")
     schedule = schedule_of(config, data)
     steps_per_epoch = len(schedule.epoch(0))
     total = (
