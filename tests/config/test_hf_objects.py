@@ -121,6 +121,7 @@ def test_every_setting_is_taken_or_refused():
         ((sft(dataloader_drop_last=True),), "dataloader_drop_last"),
         ((sft(train_sampling_strategy="group_by_length"),), "train_sampling_strategy"),
         ((sft(dataset_text_field="content"),), "dataset_text_field"),
+        ((sft(router_aux_loss_coef=0.01),), "router_aux_loss_coef"),
         ((sft(packing=True, packing_strategy="wrapped"),), "packing_strategy"),
         ((peft.LoraConfig(target_modules="all-linear", kasa_config=peft.KasaConfig()),), "kasa"),
         ((four_bit(llm_int8_skip_modules=["q_proj"]),), "q_proj"),
@@ -134,6 +135,20 @@ def test_every_setting_is_taken_or_refused():
         with pytest.raises(UsageError) as caught:
             options_of(things)
         assert what in f"{caught.value.what} {caught.value.found}", what
+
+
+def test_a_setting_of_a_trainer_that_nothing_knows_is_refused_where_it_is_set():
+    """Those that a class made from it adds were read by none, in silence."""
+
+    class Arguments(trl.SFTConfig):
+        def __init__(self, embedding_learning_rate: float | None = None, **options):
+            super().__init__("out", use_cpu=True, bf16=False, report_to=[], **options)
+            self.embedding_learning_rate = embedding_learning_rate
+
+    assert options_of((Arguments(learning_rate=3e-4),), ())["learning_rate"] == 3e-4
+    with pytest.raises(UsageError) as caught:
+        options_of((Arguments(embedding_learning_rate=1e-5),), ())
+    assert "embedding_learning_rate=1e-05" in caught.value.found
 
 
 def test_plan_train_and_load_take_them(stories: Path, tmp_path: Path):

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import GraniteMoeConfig, LlamaConfig
 
 import halfbyte
-from halfbyte.model.architecture import _parameters_on_meta, build_empty
+from halfbyte.model.architecture import _parameters_on_meta, build_empty, router_losses
 
 
 def test_parameters_are_empty_and_buffers_are_not(tiny_config: LlamaConfig):
@@ -57,3 +57,13 @@ def test_models_are_loaded_in_several_threads(stories: Path):
     for thread in threads:
         thread.join()
     assert not wrong and torch.get_default_dtype() == before
+
+
+def test_a_loss_of_routers_is_said_not_to_be_trained_on(tiny_config: LlamaConfig):
+    """Silently left out once, though the model's configuration asked for it."""
+    quiet = router_losses(GraniteMoeConfig(router_aux_loss_coef=0.5))
+    assert "router_aux_loss_coef 0.5" in quiet and "output_router_logits" not in quiet
+    asked = GraniteMoeConfig(router_aux_loss_coef=0.5, output_router_logits=True)
+    assert "output_router_logits" in router_losses(asked)
+    assert not router_losses(GraniteMoeConfig(router_aux_loss_coef=0.0))
+    assert not router_losses(tiny_config)

@@ -8,7 +8,7 @@ is refused unless it is at its default.
 
 from typing import Any
 
-from .peft_settings import changed
+from .peft_settings import EMPTY, changed
 
 TRANSLATED = {
     "optim": "optimizers of the same arithmetic; others are refused",
@@ -136,10 +136,26 @@ def undone(settings: Any, read: frozenset[str]) -> dict[str, str]:
     if passes.get("num_steps", 1) != 1:
         wrong["accelerator_config"] = f"{passes!r} (gradient_accumulation_steps says it)"
     known = read | TRANSLATED.keys() | ONLY.keys() | LEFT_OUT.keys()
-    for name, value in changed(settings).items():
+    for name, value in {**_added(settings), **changed(settings)}.items():
         if name not in known:
             wrong[name] = f"{value!r} (not known here)"
     return wrong
+
+
+def _added(settings: Any) -> dict[str, Any]:
+    """What a class made from a trainer's settings sets beside its fields."""
+    return {
+        name: value
+        for name, value in vars(settings).items()
+        if not name.startswith("_")
+        and name not in MADE
+        and value != getattr(type(settings), name, None)
+        and value not in EMPTY
+    }
+
+
+MADE = {"distributed_state", "mixed_precision", "deepspeed_plugin", "fsdp_plugin_args"}
+"""What the settings make of themselves."""
 
 
 PASSES = "gradient_accumulation_kwargs"

@@ -14,6 +14,24 @@ from ..errors import UsageError
 from ..files.model_config import refused_by_transformers
 from .rope import forget_longer_passes
 
+ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
+"""What configurations of mixtures of experts call the weights of losses beside the tokens' own."""
+
+
+def router_losses(config: Any) -> str:
+    """A line where a model's configuration knows losses of its routers, else ""."""
+    text = config.get_text_config()
+    found = {name: value for name in ROUTER_LOSSES if (value := getattr(text, name, None))}
+    if not found:
+        return ""
+    named = ", ".join(f"{name} {value:g}" for name, value in found.items())
+    added = getattr(text, "output_router_logits", False)
+    return f"the routers' own loss ({named}) is not trained on: the loss is that of the tokens" + (
+        ", though output_router_logits in the model's config.json adds it in transformers"
+        if added
+        else ""
+    )
+
 
 def choose_device(name: str) -> torch.device:
     """The device an option names.

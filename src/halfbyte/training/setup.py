@@ -38,7 +38,7 @@ from ..memory.process import (
     return_freed,
     set_mmap_threshold,
 )
-from ..model.architecture import build_empty, choose_device, choose_dtype
+from ..model.architecture import build_empty, choose_device, choose_dtype, router_losses
 from ..model.fusion import fuse
 from ..model.rope import pass_kind
 from ..ops import cpu, gpu
@@ -392,6 +392,8 @@ def build_learner(
         reporter.say(
             "rows are run one at a time: this model does not keep rows of one sequence apart"
         )
+    if line := router_losses(model.config):
+        note("router losses", line)
     learner = Learner(model, config, abilities, note)
     if adapter is not None:
         restore_adapter(model, adapter)
