@@ -232,6 +232,32 @@ def test_nulls_and_labels_and_masks(tmp_path: Path):
     ]
 
 
+def test_an_attention_mask_leaves_out_padding_alone(tmp_path: Path):
+    """Ids between others, and answers, were left out without a word."""
+    padded = {"input_ids": [0, 0, 5, 6, 0], "attention_mask": [0, 0, 1, 1, 0]}
+    assert one(tmp_path, padded).input_ids == [5, 6]
+    assert one(tmp_path, {**padded, "labels": padded["input_ids"]}).loss_mask == [True, True]
+    between = {"input_ids": [5, 6, 7, 8], "attention_mask": [1, 0, 1, 1]}
+    refused(tmp_path, between, "leaves out position 1, between others")
+    answer = {"input_ids": [5, 6, 7, 8], "attention_mask": [1, 1, 0, 0]}
+    refused(tmp_path, {**answer, "labels": [-100, -100, 7, 8]}, "label at position 2 trains an id")
+    assert one(tmp_path, {**answer, "labels": [-100, 6, -100, -100]}).input_ids == [5, 6]
+
+
+def test_positions_of_rows_that_were_packed_are_refused(tmp_path: Path):
+    """They were not read: what was kept apart saw each other."""
+    ids = [5, 6, 7, 8]
+    assert one(tmp_path, {"input_ids": ids, "position_ids": [0, 1, 2, 3]}).input_ids == ids
+    padded = {"input_ids": ids, "attention_mask": [0, 1, 1, 1], "position_ids": [1, 0, 1, 2]}
+    assert one(tmp_path, padded).input_ids == ids[1:]
+    for positions in ([0, 1, 0, 1], [4, 5, 6, 7], [0, 1, 2]):
+        refused(tmp_path, {"input_ids": ids, "position_ids": positions}, "do not count the ids")
+    refused(
+        tmp_path, {"input_ids": ids, "seq_lengths": [2, 2]}, "seq_lengths says that the row is 2"
+    )
+    assert one(tmp_path, {"input_ids": ids, "seq_lengths": [4]}).input_ids == ids
+
+
 def test_all_bad_rows_are_told_at_once(tmp_path: Path):
     path = tmp_path / "r.jsonl"
     empty, wrong = {"question": "a", "answer": " "}, {"question": 3, "answer": "x"}

@@ -11,6 +11,7 @@ form reads are counted (`Examples.unread`), so that nothing of a row is left out
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ READ = {
     "qa": SYSTEM,
     "prompt": (*SYSTEM, "tools", "functions", "label"),
     "turns": (*SYSTEM, "tools", "functions", "label"),
-    "input_ids": (*IDS, "token_type_ids", "length", "position_ids"),
+    "input_ids": (*IDS, "token_type_ids", "length", "position_ids", "seq_lengths"),
     "text": (),
 }
 """What a form reads beside its columns."""
@@ -373,12 +374,55 @@ def _from_ids(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Examp
         )
     mask = [flag and label != IGNORE for flag, label in zip(mask, labels, strict=True)]
     there = [bool(value) for value in columns.get("attention_mask", [1] * len(ids))]
+    positions = row.get("position_ids")
     if not all(there):  # padding
-        ids = [value for value, kept in zip(ids, there, strict=True) if kept]
-        mask = [value for value, kept in zip(mask, there, strict=True) if kept]
-        if not ids:
-            raise DataError("the attention_mask leaves no id of the row", where=where)
+        _refuse_no_padding(ids, labels, there, where)
+        ids, mask = list(compress(ids, there)), list(compress(mask, there))
+    if not is_missing(positions):
+        _refuse_other_positions(integers(positions, where, "position_ids"), there, where)
+    if isinstance(lengths := row.get("seq_lengths"), list) and len(lengths) > 1:
+        raise _several_rows(f"seq_lengths says that the row is {len(lengths)}", where)
     return Example(where, input_ids=ids, loss_mask=mask)
+
+
+def _refuse_no_padding(ids: list[int], labels: list[int], there: list[bool], where: str) -> None:
+    """Raise DataError where an attention_mask leaves out more than padding: ids between others, or
+    such as labels train, other than one id that is repeated."""
+    if not any(there):
+        raise DataError("the attention_mask leaves no id of the row", where=where)
+    first, end = there.index(True), len(there) - there[::-1].index(True)
+    if not all(there[first:end]):
+        raise DataError(
+            f"the attention_mask leaves out position {there.index(False, first)}, between others",
+            where=where,
+            ways_out=["a row is read whole, up to its padding: leave such ids out of it"],
+        )
+    left_out = {id for id, kept in zip(ids, there, strict=True) if not kept}
+    trained = [i for i, kept in enumerate(there) if not kept and labels[i] != IGNORE]
+    if trained and len(left_out) > 1:
+        raise DataError(
+            f"the label at position {trained[0]} trains an id that the attention_mask leaves out",
+            where=where,
+            ways_out=[f"attention_mask 1 there, or label {IGNORE}"],
+        )
+
+
+def _refuse_other_positions(positions: list[int], there: list[bool], where: str) -> None:
+    """Raise DataError where position_ids do not count a row's ids from 0: several rows in one."""
+    kept = list(compress(positions, there))
+    if len(positions) == len(there) and kept == list(range(len(kept))):
+        return
+    found = ", ".join(map(str, kept[:8])) + (", ..." if len(kept) > 8 else "")
+    raise _several_rows("position_ids do not count the ids of the row from 0", where, found)
+
+
+def _several_rows(what: str, where: str, found: str = "") -> DataError:
+    return DataError(
+        f"{what}: rows that were packed elsewhere are not kept apart here",
+        where=where,
+        found=found,
+        ways_out=["a row for each sequence; --packing true packs them, kept apart"],
+    )
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str, frozenset[str]], Example]] = {
