@@ -39,6 +39,34 @@ def test_what_was_left_out_once_and_changes_weights_is_refused(key: str, value: 
         translate(key, value, KNOWN, "here")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "ours"),
+    [
+        ("warmup_steps", 0.1, {"warmup_ratio": 0.1}),  # as transformers 5 takes it
+        ("warmup_steps", "0.1", {"warmup_ratio": "0.1"}),
+        ("warmup_steps", 10, {"warmup_steps": 10}),
+        ("warmup_steps", 0, {"warmup_steps": 0}),
+        ("optimizer", "adamw_bnb_8bit", {"optim": "adamw_8bit"}),
+        ("optim", "adamw_torch_fused", {"optim": "adamw_torch"}),
+        ("optim", "paged_adamw_8bit", {"optim": "paged_adamw_8bit"}),
+        ("peft_use_rslora", True, {"use_rslora": True}),
+        ("bf16", "full", {"dtype": "bfloat16"}),
+        ("bf16", "auto", {}),
+        ("neftune_noise_alpha", 0, {}),
+        ("label_smoothing_factor", 0.0, {}),
+    ],
+)
+def test_values_that_mean_the_same(key: str, value: Any, ours: dict[str, Any]):
+    found, notice = translate(key, value, KNOWN, "here")
+    assert found == ours
+    assert bool(notice) == (found != {key: value})
+
+
+def test_bf16_that_is_off_says_nothing_of_32_bits():
+    _, notice = translate("bf16", False, KNOWN, "here")
+    assert notice == "bf16 False leaves dtype as it is: auto, where it is not given"
+
+
 VALUES: dict[str, tuple[Any, Any]] = {
     "save_strategy": ("no", "steps"),
     "eval_strategy": ("no", "steps"),

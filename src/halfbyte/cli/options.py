@@ -180,6 +180,8 @@ class Verb(click.Command):
                 fields = fields - options.PublishOptions.model_fields.keys()
             values = {key: value for key, value in values.items() if key in fields}
         values.update({name: value for name, value in given.items() if value not in (None, ())})
+        if path and more and (line := _left_to_us(self.declaration, values)):
+            console.say(line)
         record = build(self.declaration, values, where=path or "")
         if isinstance(record, options.KernelOptions) and not dry_run:
             from ..ops import cpu
@@ -191,6 +193,29 @@ class Verb(click.Command):
         if as_json:
             console.result(result)
         return result.get("exit_code", 0)
+
+
+OTHERWISE_ELSEWHERE = (
+    *("load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate"),
+    *("lr_scheduler_type", "warmup_ratio", "optim", "num_train_epochs", "max_length"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+)
+"""Options with other defaults in other tools."""
+
+
+def _left_to_us(declaration: Any, values: dict[str, Any]) -> str:
+    """A line for a file of another tool: what it leaves to defaults, which are ours; else ""."""
+    if "num_train_epochs" not in declaration.model_fields:
+        return ""
+    decided = {*values, "warmup_ratio"} if "warmup_steps" in values else {*values}
+    if values.get("adapter_name_or_path") or str(values.get("full", "")).lower() == "true":
+        decided |= {*options.OF_ADAPTER}
+    left = [
+        f"{name} {_shown(declaration.model_fields[name].default)}"
+        for name in OTHERWISE_ELSEWHERE
+        if name not in decided
+    ]
+    return f"not given, so halfbyte's own, not another tool's: {', '.join(left)}" if left else ""
 
 
 def flags_of(record: options.Options, without: tuple[str, ...]) -> list[str]:

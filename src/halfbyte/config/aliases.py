@@ -48,6 +48,7 @@ RENAMED = {
     "optimizer": "optim",
     "lora_model_dir": "adapter_name_or_path",
     "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
     "lora_modules_to_save": "modules_to_save",
     "model_name_or_path": "model",
     "base_model": "model",
@@ -59,6 +60,14 @@ RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
 }
 """Other tools' names for our options."""
+
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw_torch"),
+    **dict.fromkeys(("paged_adamw_32bit", "paged_adamw"), "paged_adamw_32bit"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+"""Names of the same optimizers in transformers, to ours."""
 
 NEGATED = {"train_on_inputs": ("completion_only_loss", "assistant_only_loss")}
 """Renamed options whose meaning is the opposite, of these options of ours."""
@@ -84,7 +93,8 @@ SWITCHES = {
 }
 """Switches of other tools and what they mean here when they are on."""
 
-TRUE, FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off", "none", "[]")
+TRUE = ("true", "1", "yes", "on", "")
+FALSE = ("false", "0", "0.0", "no", "off", "none", "[]")
 
 LEFT_OUT = {
     **dict.fromkeys(
@@ -181,6 +191,11 @@ ONLY = {
     "inference_mode": (FALSE, "an adapter is trained"),
     "do_train": (TRUE, "`halfbyte train` trains"),
     "load_best_model_at_end": (FALSE, "the result is the last step's; the best checkpoint is kept"),
+    **dict.fromkeys(
+        ("label_smoothing_factor", "neftune_noise_alpha", "router_aux_loss_coef"),
+        (FALSE, "the loss is the cross-entropy of the tokens, and nothing is added to it"),
+    ),
+    "dataloader_drop_last": (FALSE, "the last step of an epoch takes the rows that are left"),
     "group_by_length": (FALSE, "rows come in random order; packing true fills sequences"),
 }
 """Keys of other tools that would change what is trained: the values that do not, and what is done
@@ -205,6 +220,11 @@ def translate(
         return _data_sets(key, value, where)
     if RENAMED.get(name, name) == "target_modules" and str(value).lower() == "all":
         return {"target_modules": "all-linear"}, f"{key} {value} is target_modules all-linear here"
+    if name == "warmup_steps" and _is_share(value):
+        return {"warmup_ratio": value}, f"{key} {value} is warmup_ratio {value} here"
+    if RENAMED.get(name, name) == "optim" and OPTIMIZERS.get(str(value), value) != value:
+        ours = OPTIMIZERS[str(value)]
+        return {"optim": ours}, f"{key} {value} is optim {ours} here; taken as such"
     if name in known:
         return {name: value}, None
     if name in NEGATED:
@@ -228,9 +248,11 @@ def translate(
     ):
         return {}, f"{key} has no counterpart here and is left out"
     if name in SWITCHES:
-        if str(value).lower() in TRUE:
+        if str(value).lower() in TRUE or (name == "bf16" and str(value).lower() == "full"):
             ((ours, wanted),) = SWITCHES[name].items()
             return {ours: wanted}, f"{key} is called {ours} {wanted} here; taken as such"
+        if SWITCHES[name].keys() == {"dtype"}:
+            return {}, f"{key} {value} leaves dtype as it is: auto, where it is not given"
         return {}, f"{key} {value} needs no option here"
     if name in REFUSED and str(value).lower() in FALSE:
         return {}, f"{key} {value} needs no option here"
@@ -253,6 +275,14 @@ def _of_a_trainer(key: str, name: str, value: Any, where: str) -> tuple[dict[str
     if str(value).lower() not in {str(each).lower() for each in values}:
         raise UsageError(f"{key} {value} is no option here", where=where, ways_out=[instead])
     return {}, f"{key} has no counterpart here and is left out"
+
+
+def _is_share(value: Any) -> bool:
+    """Whether a count is a share of all, as transformers takes one below 1."""
+    try:
+        return 0 < float(value) < 1
+    except (TypeError, ValueError):
+        return False
 
 
 def translate_all(

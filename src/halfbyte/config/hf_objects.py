@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import UsageError
 from . import peft_settings, trainer_settings
+from .aliases import OPTIMIZERS
 from .build import build
 from .options import RULES, Options, OptionsT
 
@@ -30,12 +31,6 @@ WHOLE_ROWS = 1 << 30
 """Longer than any model's context, to which rows are cut in any case."""
 
 
-_OPTIMIZERS = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw_torch"),
-    **dict.fromkeys(("paged_adamw_32bit", "paged_adamw"), "paged_adamw_32bit"),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
 _SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
@@ -171,7 +166,7 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
     for name in ("logging_steps", "save_steps", "eval_steps"):
         if not float(found.get(name, 1)).is_integer():
             del found[name]  # a share of the training, which changes nothing that is trained
-    for name, known in (("optim", _OPTIMIZERS), ("lr_scheduler_type", _SCHEDULES)):
+    for name, known in (("optim", OPTIMIZERS), ("lr_scheduler_type", _SCHEDULES)):
         value = getattr(thing, name)
         value = getattr(value, "value", value)
         if value not in known:
