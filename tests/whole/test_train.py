@@ -13,7 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+)
 
 import halfbyte
 from halfbyte import nf4
@@ -41,7 +46,7 @@ from halfbyte.progress import Reporter
 from halfbyte.quantization.load import load_base
 from halfbyte.run import checkpoint
 from halfbyte.run.directory import Run
-from halfbyte.training.setup import read_rows
+from halfbyte.training.setup import build_learner, read_rows
 from halfbyte.training.step import stepper_for
 
 from ..helpers import reliable_options
@@ -582,3 +587,20 @@ def test_a_training_that_skipped_most_steps_is_no_success(
     with pytest.raises(NonFiniteError, match="of 8 steps were not finite") as caught:
         halfbyte.train(**options, on_nonfinite="skip")
     assert caught.value.exit_code == 7 and (tmp_path / "run/adapter").is_dir()
+
+
+def test_what_is_not_trained_as_elsewhere_is_noted(tmp_path: Path):
+    """Losses of routers, and DoRA's dropout: both differed from transformers and PEFT in
+    silence."""
+    sizes: dict[str, Any] = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    moe = GraniteMoeConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
+    moe.output_router_logits, moe.router_aux_loss_coef = True, 0.5
+    GraniteMoeForCausalLM(moe).save_pretrained(tmp_path / "moe")
+    options = {"model": "m", "data": "d", "output_dir": str(tmp_path), "load_in_4bit": False}
+    for dropout, wanted in ((0.1, {"router losses", "DoRA's dropout"}), (0.0, {"router losses"})):
+        config = build(TrainConfig, {**options, "use_dora": True, "lora_dropout": dropout})
+        notes: dict[str, str] = {}
+        build_learner(config, tmp_path / "moe", Reporter(), notes)
+        assert notes.keys() & {"router losses", "DoRA's dropout"} == wanted
+        assert "router_aux_loss_coef 0.5" in notes["router losses"]

@@ -168,6 +168,7 @@ class Verb(click.Command):
     def _run(self, **given: Any) -> Any:
         path, as_json, dry_run = given.pop("config"), given.pop("as_json"), given.pop("dry_run")
         values: dict[str, Any] = {}
+        more: list[str] = []
         if path:
             read, notices = without_blanks(read_yaml(Path(path)))
             read, notice = whole_batch(read, path)
@@ -180,7 +181,7 @@ class Verb(click.Command):
                 fields = fields - options.PublishOptions.model_fields.keys()
             values = {key: value for key, value in values.items() if key in fields}
         values.update({name: value for name, value in given.items() if value not in (None, ())})
-        if path and more and (line := _left_to_us(self.declaration, values)):
+        if more and (line := _left_to_us(self.declaration, values)):
             console.say(line)
         record = build(self.declaration, values, where=path or "")
         if isinstance(record, options.KernelOptions) and not dry_run:

@@ -392,6 +392,12 @@ def build_learner(
         reporter.say(
             "rows are run one at a time: this model does not keep rows of one sequence apart"
         )
+    if config.use_dora and config.lora_dropout:
+        note(
+            "DoRA's dropout",
+            f"lora_dropout {config.lora_dropout:g} drops of the adapter's input alone; PEFT drops "
+            "the base's in DoRA's changed part, too (the same in the mean)",
+        )
     if line := router_losses(model.config):
         note("router losses", line)
     learner = Learner(model, config, abilities, note)
