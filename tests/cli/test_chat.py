@@ -15,7 +15,6 @@ from halfbyte.cli import run
 from halfbyte.engine import generate
 from halfbyte.engine.generate import Answer
 from halfbyte.files import hub
-from halfbyte.run.directory import Run
 from halfbyte.run.load import run_renderer
 
 EXACT = ["--load_in_4bit", "false", "--dtype", "float32", "--max_new_tokens", "6"]
@@ -33,6 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def answer(model: Any, renderer: Any, prompt: Any, *, emit: Any, **settings: Any) -> Answer:
         generate.room_for(model, renderer.prompt_ids(prompt), 1)
+        settings["renderer"] = renderer
         found.append((prompt if isinstance(prompt, str) else [dict(t) for t in prompt], settings))
         emit("yes")
         return Answer("yes", True, "yes")
@@ -131,6 +131,15 @@ def test_options_of_sampling_reach_the_answer(
     assert "sampling as the base says" in said
 
 
+def test_control_tokens_that_nobody_read_stay_in_the_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A mark that opens a call tells it from an ordinary answer."""
+    said = Answer('{"city": "Rome"}', True, '<|system|>{"city": "Rome"}')
+    monkeypatch.setattr(generate, "answer", lambda *a, **k: said)
+    assert says(capsys, "demo", "--prompt", "a", *EXACT)[0]["answer"] == said.marked
+
+
 def test_a_model_without_a_template_says_which_is_used(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: list[Any]
 ):
@@ -143,7 +152,7 @@ def test_a_model_without_a_template_says_which_is_used(
 
 
 def test_today_is_today_and_a_base_may_have_moved(
-    trained_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[Any]
 ):
     """A template of a user's is kept with its tags, and delivered without."""
     base = tmp_path / "base"
@@ -175,14 +184,10 @@ def test_today_is_today_and_a_base_may_have_moved(
     assert run(["chat", str(made.path), "--prompt", "a", "--max_new_tokens", "2"]) == 6
     assert "--base" in capsys.readouterr().err
     where = ["--base", str(tmp_path / "elsewhere")]
-    seen = []
-    for clock in ("now", "run"):
-        from halfbyte.run.load import run_renderer
-
-        renderer = run_renderer(made, made.config(), None if clock == "now" else made.clock())
-        seen.append("1999" in renderer.render([{"role": "user", "content": "a"}]))
-        says(capsys, str(made.path), "--prompt", "a", "--clock", clock, *where)
-    assert seen == [False, True]
+    for words in ([], ["--clock", "run"]):
+        says(capsys, str(made.path), "--prompt", "a", *words, *where)
+    seen = [settings["renderer"].render(prompt) for prompt, settings in asked]
+    assert ["1999" in text for text in seen] == [False, True]
 
 
 def test_an_answer_goes_on_from_how_it_was_begun(capsys: pytest.CaptureFixture[str]):

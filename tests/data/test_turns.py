@@ -155,6 +155,21 @@ def test_what_is_asked_and_wanted_of_a_row():
     assert wanted == "<think></think>say <|user|>", "from where it is asked, its own words whole"
 
 
+def test_what_is_wanted_is_what_the_tokenizer_can_say():
+    """One that normalizes gives a combining accent back as the character with it."""
+    from tokenizers import normalizers
+
+    renderer = renderer_of(CHATML)
+    renderer.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    renderer = Renderer(renderer.tokenizer, CHATML)
+    for example in (
+        Example("f:1", [Q, {**A, "content": "cafe\u0301"}]),
+        Example("f:2", prompt="a", completion="cafe\u0301"),
+    ):
+        _, wanted = renderer.question_and_answer(example) or ([], "")
+        assert wanted == "caf\u00e9"
+
+
 def test_the_option_decides_between_one_row_and_several():
     assert trained(renderer_of(CHATML, turns="each"), TALK) == ["yo<|im_end|>", "so<|im_end|>"]
     assert trained(renderer_of(CHATML, turns="last"), TALK) == ["so<|im_end|>"]

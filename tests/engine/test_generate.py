@@ -64,6 +64,7 @@ def test_nothing_of_the_bases_file_changes_an_answer_that_did_not_ask_for_it(
         Sampling(),
         Sampling(1e-30),
         Sampling(0.7),
+        Sampling(3.0),
         Sampling(1.3, top_k=5),
         Sampling(1.0, top_p=0.6, min_p=0.05),
         Sampling(0.0, repetition_penalty=1.4),
@@ -134,10 +135,33 @@ def test_prompts_that_cannot_be_answered_are_refused_by_name(demo: tuple[Any, Re
             answer(model, bare, "")
 
 
-TOKENIZERS = ["demo", "stories260k", "mistral-tokenizer"]
+TOKENIZERS = ["demo", "byte fallback", "stories260k", "mistral-tokenizer"]
+
+
+def byte_fallback() -> Any:
+    """A tokenizer like Llama 2's: words carry the space before them, other characters are bytes."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    words += ["\u2581Once", "\u2581upon", "\u2581a", "\u2581time", "ly"]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def tokenizer_of(name: str) -> Any:
+    if name == "byte fallback":
+        return byte_fallback()
     place = hub.resolve("demo") if name == "demo" else SHARED / "models" / name
     if not Path(place).exists():
         pytest.skip(f"{place} is not here")
@@ -159,6 +183,14 @@ def stream_all(tokenizer: Any, rows: int) -> None:
                 stream.put(torch.tensor([index]))
             stream.end()
             assert "".join(pieces) == text.of(ids), (number, ids)
+
+
+def test_the_space_before_an_answers_first_word_belongs_to_it():
+    """Where it goes on from a text; a turn of its own begins without."""
+    tokenizer = byte_fallback()
+    once, upon, a = tokenizer.convert_tokens_to_ids(["\u2581Once", "\u2581upon", "\u2581a"])
+    assert tokenizer.decode([once]) + AnswerText(tokenizer, [once]).of([upon, a]) == "Once upon a"
+    assert AnswerText(tokenizer).of([upon, a]) == "upon a"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -114,6 +114,15 @@ def test_every_export_runs_in_its_tool_with_our_logits(run: halfbyte.Run, home: 
     shutil.move(home / "away", home / "4bit")
 
 
+def test_the_adapter_beside_4_bits_names_them_from_the_root(
+    trained_run: halfbyte.Run, tmp_path: Path
+):
+    halfbyte.export(trained_run.path, tmp_path / "made", "bnb-4bit")
+    described = json.loads((tmp_path / "made/adapter/adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(tmp_path / "made")
+    assert 'path/to/this/directory/adapter"' in (tmp_path / "made/README.md").read_text()
+
+
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run: halfbyte.Run, home: Path):
     with pytest.raises(UsageError, match="not empty"):
         halfbyte.export(run.path, run.path, "peft")

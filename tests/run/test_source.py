@@ -18,7 +18,15 @@ from halfbyte.files import hub
 from halfbyte.progress import no_progress
 from halfbyte.quantization.writer import quantize
 from halfbyte.run.directory import Run
-from halfbyte.run.source import Source, as_stored, held_in, is_adapter, is_merged, run_at
+from halfbyte.run.source import (
+    Source,
+    as_stored,
+    held_in,
+    is_adapter,
+    is_merged,
+    named_elsewhere,
+    run_at,
+)
 
 from ..helpers import stopped_after
 
@@ -100,6 +108,16 @@ def test_an_adapter_of_peft_is_evaluated_asked_and_merged(
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0.05)
     assert "with a LoRA adapter added" in (tmp_path / "m/README.md").read_text()
+
+
+def test_a_base_is_named_as_it_is_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A Hub id with its revision; a path from the root of the file system."""
+    assert named_elsewhere("acme/tiny", "v2") == ("acme/tiny", "v2")
+    monkeypatch.chdir(tmp_path)
+    Path("acme").mkdir()
+    assert named_elsewhere("acme", None) == (str(tmp_path.resolve() / "acme"), None)
 
 
 def test_an_adapter_that_names_no_base_is_refused_by_name(plain_adapter: Path, tmp_path: Path):

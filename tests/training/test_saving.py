@@ -1,16 +1,22 @@
 """Which checkpoint counts as the best, and what a result that cannot be written leaves."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM
 
+import halfbyte
 from halfbyte.errors import StorageError
+from halfbyte.files import hub
 from halfbyte.run.directory import EVALS, Run
 from halfbyte.training import saving
 from halfbyte.training.saving import best_step, save_result
+
+from ..helpers import small_config
 
 
 def run_with(tmp_path: Path, steps: list[int], losses: dict[int, float | None]) -> Run:
@@ -49,3 +55,27 @@ def test_a_result_that_cannot_be_written_leaves_the_older_one(
     assert "--resume_from_checkpoint auto" in caught.value.ways_out[1]
     assert [path.name for path in run.adapter.iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_was_not_trained_is_delivered_as_the_base_has_it(tmp_path: Path):
+    """The tokenizer's files, whatever class they name, and what config.json says of a cache."""
+    base = tmp_path / "base"
+    LlamaForCausalLM(small_config(vocab_size=3072)).save_pretrained(base)
+    settings = json.loads((hub.resolve("demo") / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copyfile(hub.resolve("demo") / name, base / name)
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 2)
+    made = halfbyte.train(
+        str(base),
+        str(tmp_path / "rows.jsonl"),
+        output_dir=str(tmp_path / "run"),
+        full=True,
+        load_in_4bit=False,
+        max_steps=1,
+        num_samples=0,
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (made.adapter / name).read_bytes() == (base / name).read_bytes()
+    assert json.loads((made.adapter / "config.json").read_text())["use_cache"] is True
