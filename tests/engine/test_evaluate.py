@@ -247,6 +247,38 @@ def test_exact_match_wants_the_whole_answer_and_the_end(monkeypatch: pytest.Monk
     assert [match for match, _ in found] == [True, False, False, True]
 
 
+def test_an_answer_may_begin_with_control_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is wanted without them, and has the room to say them."""
+    from halfbyte.engine import evaluate
+    from halfbyte.engine.generate import Answer
+
+    opened = "<|system|>" * 9
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+        + opened
+        + "{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    data = read_data(
+        write(tmp_path / "r.jsonl", [("say it", "tea")]),
+        DataOptions(chat_template=str(template)),
+        hub.resolve("demo"),
+    )
+    (row,) = data.train.rows
+    limits: list[int] = []
+
+    def say(model: Any, renderer: Any, prompts: Any, limit: int) -> list[Answer]:
+        limits.append(limit)
+        return [Answer("tea", True)]
+
+    monkeypatch.setattr(evaluate, "answers", say)
+    monkeypatch.setattr(evaluate, "mean_loss", lambda *a, **k: (0.0, 1))
+    assert score(None, data, [row], packed=True, generate=True).exact_match == 1.0
+    ids, wanted = data.question(row) or ([], "")
+    assert wanted == "tea" and limits[0] >= len(row.input_ids) - len(ids) > 9
+
+
 def test_adapter_off_is_the_base_exactly(overfitted: tuple[Run, str]):
     run, _ = overfitted
     base, _ = load(run.info()["base"]["path"], dtype="float32", device="cpu")

@@ -71,8 +71,12 @@ def score(
     found = row_losses(model, rows, packed=packed, progress=progress)
     matches: list[bool] = []
     if generate:
-        asked = [pair for row in rows if (pair := data.question(row))]
-        matches = [match for match, _ in exact_matches(model, data.renderer, asked, progress)]
+        chosen = [(pair, row) for row in rows if (pair := data.question(row))]
+        asked = [pair for pair, _ in chosen]
+        # an answer may begin with control tokens, which its text is wanted without
+        sizes = [len(row.input_ids) - len(ids) for (ids, _), row in chosen]
+        answered = exact_matches(model, data.renderer, asked, progress, sizes)
+        matches = [match for match, _ in answered]
     end = data.renderer.tokenizer.eos_token_id
     ended = [data.format == "text" and row.input_ids[-1] == end for row in rows]
     return Score(
@@ -194,9 +198,14 @@ def exact_matches(
     renderer: Renderer,
     asked: Sequence[tuple[list[int], str]],
     progress: Progress = no_progress,
+    sizes: Sequence[int] = (),
 ) -> list[tuple[bool, Answer]]:
     """For each (ids that ask, answer wanted) whether the model answers that, and what it said (cut
-    off if longer)."""
+    off if longer).
+
+    Args:
+        sizes: tokens that each answer has in its row, where there are more than its text has.
+    """
     lengths = [len(ids) for ids, _ in asked]
     order = sorted(range(len(asked)), key=lambda i: lengths[i])
     groups = list(_groups(order, lengths))
@@ -205,6 +214,7 @@ def exact_matches(
         group = groups[int(number)]
         wanted = [asked[i][1] for i in group]
         longest = max(len(renderer.tokenizer(text)["input_ids"]) for text in wanted)
+        longest = max([longest, *(sizes[i] for i in group if sizes)])
         given = answers(model, renderer, [asked[i][0] for i in group], longest + 4)
         for i, said, right in zip(group, given, wanted, strict=True):
             results[i] = (said.stopped and said.text.strip() == right.strip(), said)
