@@ -64,8 +64,42 @@ def test_a_pipe_is_one_prompt(
     monkeypatch.setattr(sys, "stdin", io.StringIO("first line\n\n  second line\n"))
     found, _ = says(capsys, "demo", *EXACT)
     assert found["prompt"] == asked[0][0][0]["content"] == "first line\n\n  second line"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert run(["chat", "demo", *EXACT]) == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffa list:\n\n"))
+    assert says(capsys, "demo", *EXACT)[0]["prompt"] == "a list:\n"
+    for pipe in (io.StringIO(""), io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8")):
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert run(["chat", "demo", *EXACT]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompt", "caf\udce9"], "no text in UTF-8"),
+        (["--prompt", "a", "--system", "caf\udce9"], "no text in UTF-8"),
+        (["--prompt", "a", "--stop", ""], "an empty text"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    capsys: pytest.CaptureFixture[str], asked: list[Any], words: list[str], said: str
+):
+    assert run(["chat", "demo", *words, *EXACT]) == 2 and not asked
+    assert said in capsys.readouterr().err
+
+
+def test_what_the_template_leaves_out_is_not_lost_in_silence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: list[Any], typed: Any
+):
+    """A system message is refused; earlier questions are said to be gone, once."""
+    shutil.copytree(hub.resolve("demo"), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "<|user|>{{ messages[-1].content }}<|end|>\n<|assistant|>"
+    )
+    model = str(tmp_path / "model")
+    assert run(["chat", model, "--prompt", "a", "--system", "Be brief", *EXACT]) == 2 and not asked
+    assert "leaves the system message out" in capsys.readouterr().err
+    typed("first", "second", "third", "")
+    _, said = says(capsys, model, *EXACT)
+    assert len(asked) == 3 and said.count("leaves earlier questions out") == 1
 
 
 @pytest.fixture

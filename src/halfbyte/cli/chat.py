@@ -27,13 +27,38 @@ def chat(record: ChatConfig) -> dict[str, Any]:
 
 
 def _all_of_stdin() -> str:
+    """The text of a pipe, without what an editor adds to a file of it: a byte order mark, and the
+    newline at the end."""
     try:
-        text = sys.stdin.read().rstrip("\n")
+        text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
     except OSError:  # closed, or nobody's
         text = ""
+    except UnicodeDecodeError as error:
+        raise _undecodable(error) from error
     if not text.strip():
         raise UsageError("nothing came through the pipe", ways_out=["--prompt TEXT, or a terminal"])
     return text
+
+
+def _checked(text: str) -> str:
+    """A text, if it is one: bytes that are none in the terminal's encoding come as half characters.
+
+    Raises:
+        UsageError: it has such bytes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _undecodable(error) from error
+    return text
+
+
+def _undecodable(error: UnicodeError) -> UsageError:
+    return UsageError(
+        "this is no text in UTF-8",
+        found=str(error)[:200],
+        ways_out=["convert it: iconv -f latin1 -t utf-8"],
+    )
 
 
 class _Talk:
@@ -92,13 +117,14 @@ class _Talk:
         self.begun = _unescaped(record.answer_prefix)
         self.dropped = 0
         self.opening: list[Turn] = []
+        self.noticed = set[str]()
         if record.system is not None:
-            self.opening = [{"role": "system", "content": record.system}]
+            self.opening = [{"role": "system", "content": _checked(record.system)}]
 
     def once(self, prompt: str) -> dict[str, Any]:
         """One answer."""
         record = self.record
-        turns = [*self.opening, {"role": "user", "content": prompt}]
+        turns = [*self.opening, {"role": "user", "content": _checked(prompt)}]
         said = self._answer(prompt if self.plain else turns)
         if self.run is not None and self.run.config().full:
             console.following("eval", record.model, raw="--data held_out.jsonl")
@@ -118,7 +144,7 @@ class _Talk:
             "an empty line ends the conversation; a line that ends in \\ goes on in the next"
         )
         for text in _lines():
-            turns.append({"role": "user", "content": text})
+            turns.append({"role": "user", "content": _checked(text)})
             self._fit(turns)
             said = self._answer(text if self.plain else turns)
             turns.append(self._turn_of(said, turns))
@@ -170,6 +196,8 @@ class _Talk:
         from ..engine.generate import answer
 
         record = self.record
+        if not isinstance(prompt, str):
+            self._refuse_unsent(prompt)
         said = answer(
             self.model,
             self.renderer,
@@ -189,6 +217,20 @@ class _Talk:
         elif said.cut == "context":
             console.say("(cut off: the model's context is full)")
         return said
+
+    def _refuse_unsent(self, turns: list[Turn]) -> None:
+        """Raise UsageError if the template leaves out the system message or the question; say so of
+        earlier questions."""
+        unsent = self.renderer.unsent(turns)
+        lost = [turns[i]["role"] for i in unsent if i == len(turns) - 1 or turns[i] in self.opening]
+        if lost:
+            raise UsageError(
+                f"the model's chat template leaves the {lost[0]} message out, or a part of it",
+                ways_out=["say it in the prompt"] if lost[0] == "system" else [],
+            )
+        if unsent and "earlier" not in self.noticed:
+            self.noticed.add("earlier")
+            console.say("(the model's chat template leaves earlier questions out)")
 
 
 def _unescaped(text: str) -> str:

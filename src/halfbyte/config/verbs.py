@@ -124,6 +124,13 @@ class ChatConfig(ModelOptions):
     def _switches(cls, value: Any) -> Any:
         return template_kwargs(value)
 
+    @field_validator("stop")
+    @classmethod
+    def _not_everywhere(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("an empty text is at the beginning of every answer, and would end it")
+        return value
+
 
 class QuantizeConfig(KernelOptions, FourBitOptions):
     """Everything ``halfbyte quantize`` reads."""

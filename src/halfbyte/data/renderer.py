@@ -21,7 +21,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from ..errors import DataError, UsageError
 from .formats import Example
 from .origins import places
 from .stand_ins import Shown, StandIns
-from .template import Rendering, Request, TemplateProcess
+from .template import Rendering, Request, TemplateProcess, variants
 from .turns import Span, Text, Turns, TurnWriter, pattern_of, trained_turns, written
-from .unread import named_unread
+from .unread import named_unread, unread
 
 BUILTIN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -468,6 +468,14 @@ class Renderer:
         text = written(example, self._render(messages, tools, True), [], None)
         self._refuse_unfollowed(example, [text])
         return text
+
+    def unsent(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Which messages, not the assistant's, the template leaves out in whole or in part where
+        it asks for an answer."""
+        text = self._asking(messages, None)
+        example = replace(text.example, messages=variants(messages)[text.variant])
+        lost = {path[1] for path, _, _ in unread(example, [text]) if path[2:] == ("content",)}
+        return [i for i, each in enumerate(messages) if i in lost and each["role"] != "assistant"]
 
     def _ids(self, shown: Shown, add_special_tokens: bool) -> list[int]:
         (result,) = self._encode_batch([shown], [add_special_tokens])
