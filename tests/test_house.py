@@ -71,7 +71,6 @@ TESTED_ELSEWHERE = {
     "config.text_file": "config/test_build.py",
     "config.verbs": "cli/test_cli.py",
     "config.rules": "config/test_options.py",
-    "exporters.write": "exporters/test_merge.py and test_exact.py: whole merges",
     "files.publish": "exporters/test_export.py, beside the Hub on this machine",
     "integrations.memory_callback": "integrations/test_optimize.py, beside the script's trainer",
     "model.class_swap": "model/test_fusion.py",

@@ -95,13 +95,15 @@ def _merged(
 
 
 def write_config(base: Path, adapter: Path, target: Path) -> None:
-    """The base's configuration without its quantization, and what belongs to the model beside it.
+    """The base's configuration without its quantization and without the names of code that comes
+    with the base (none was run, none is delivered), and what belongs to the model beside it.
 
     Raises:
         StorageError: the disk said no.
     """
     config = atomic.read_json(base / "config.json")
-    config.pop("quantization_config", None)
+    for key in ("quantization_config", "auto_map"):
+        config.pop(key, None)
     atomic.write_json(target / "config.json", config)
     # what an adapter brings stands in place of the base's: tokenizer, templates, ends
     copy_companions(base, target, tokenizer=not (adapter / SETTINGS).is_file())
