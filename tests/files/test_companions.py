@@ -82,6 +82,9 @@ def test_without_the_tags_a_template_writes_the_same(tagged: str, plain: str):
 def test_ends_are_added_and_sampling_that_is_off_is_not_delivered(tmp_path: Path):
     file = tmp_path / "generation_config.json"
     assert generation_settings(tmp_path, [2]) == {"eos_token_id": [2]}
+    config = tmp_path / "config.json"
+    config.write_text('{"eos_token_id": 5, "bos_token_id": 3, "pad_token_id": null}')
+    assert generation_settings(tmp_path, [2]) == {"eos_token_id": [5, 2], "bos_token_id": 3}
     file.write_text('{"eos_token_id": 7, "temperature": 0.6, "do_sample": true, "max_length": 9}')
     assert generation_settings(tmp_path, [2, 7]) == {
         "eos_token_id": [7, 2],

@@ -71,6 +71,28 @@ def test_a_link_out_of_a_folder_below_is_refused(tmp_path: Path):
         hub.resolve(str(model))
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "LICENCE.txt", "USE_POLICY.md", "COPYING", "NOTICE"])
+def test_what_a_model_is_passed_on_with_is_fetched(name: str):
+    files = ["config.json", "model.safetensors", name]
+    assert name in set(hub.opened_of("acme/tiny", files, hub.HUB_PATTERNS, []))
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("adapter_model.safetensors", "is an adapter, not a model"),
+        ("adapter_model.bin", "without adapter_model.safetensors"),
+        ("else.txt", "without adapter_model.safetensors"),
+    ],
+)
+def test_an_adapter_where_a_model_is_wanted_is_told_so(tmp_path: Path, weights: str, said: str):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / weights).write_text("x")
+    with pytest.raises(ModelError, match=said) as caught:
+        hub.resolve(str(tmp_path))
+    assert ("pickled" in caught.value.found) == (weights == "adapter_model.bin")
+
+
 FILES = [
     *("config.json", "tokenizer.json", "LICENSE", "README.md", "pytorch_model.bin"),
     *("onnx/model.safetensors", "onnx/config.json", "additional_chat_templates/tool_use.jinja"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import StorageError
 from . import atomic
-from .hub import TEMPLATES
+from .hub import LEGAL, TEMPLATES
 
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
@@ -22,7 +22,6 @@ TOKENIZER = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
 )
-LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 _GENERATION = re.compile(r"(\{%[-+]?)\s*(end)?generation\s*([-+]?%\})")
 
 
@@ -95,7 +94,7 @@ def generation_settings(directory: Path, ends: list[int]) -> dict[str, Any]:
         ModelError: the base's file is none.
     """
     file = directory / "generation_config.json"
-    found = dict(atomic.read_json(file)) if file.is_file() else {}
+    found = dict(atomic.read_json(file)) if file.is_file() else _of_config(directory)
     declared = found.get("eos_token_id")
     own = declared if isinstance(declared, list) else [] if declared is None else [declared]
     found["eos_token_id"] = list(dict.fromkeys([*own, *ends]))
@@ -103,6 +102,15 @@ def generation_settings(directory: Path, ends: list[int]) -> dict[str, Any]:
         for name in SAMPLING:
             found.pop(name, None)
     return found
+
+
+def _of_config(directory: Path) -> dict[str, Any]:
+    """The tokens that transformers takes from config.json where there is no
+    generation_config.json."""
+    file = directory / "config.json"
+    said = atomic.read_json(file) if file.is_file() else {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: said[name] for name in names if said.get(name) is not None}
 
 
 SAMPLING = (

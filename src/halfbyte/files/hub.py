@@ -18,7 +18,9 @@ from .atomic import JSON_LIMIT
 BUILTIN = "demo"
 """The name that stands for the model that comes with the package."""
 
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+"""What a model may be passed on with only."""
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *LEGAL]
 TEMPLATES = "additional_chat_templates"
 """The one folder of a model's directory that transformers reads."""
 
@@ -35,11 +37,7 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
         return Path(__file__).parents[1] / "builtin"
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{path} is not a model directory: it has no config.json",
-                ways_out=["name the directory that holds config.json and *.safetensors"],
-            )
+        _refuse_without_config(model, path)
         check_files(path)
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
@@ -47,8 +45,32 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
             f"no model directory at {model!r}",
             ways_out=["check the path", "or give a Hub id such as meta-llama/Llama-3.2-1B"],
         )
-    return _snapshot(
-        model, revision, HUB_PATTERNS, ["original/*", *([] if weights else ["*.safetensors"])]
+    ignore = ["original/*", *([] if weights else ["*.safetensors"])]
+    path = _snapshot(model, revision, HUB_PATTERNS, ignore)
+    _refuse_without_config(model, path)
+    return path
+
+
+def _refuse_without_config(name: str, path: Path) -> None:
+    """Raise ModelError for what is no model's directory; an adapter's is told by what it lacks."""
+    if (path / "config.json").is_file():
+        return
+    adapter = (path / "adapter_config.json").is_file()
+    if adapter and (path / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{name} is an adapter, not a model",
+            ways_out=[f"hf download {name} --local-dir DIR, and name that directory"],
+        )
+    if adapter:
+        pickled = (path / "adapter_model.bin").is_file()
+        raise ModelError(
+            f"{name} is an adapter without adapter_model.safetensors",
+            found="adapter_model.bin: pickled weights can run code when opened" if pickled else "",
+            ways_out=["load it with PEFT once, on a machine you can lose, and save it there"],
+        )
+    raise ModelError(
+        f"{name} is not a model directory: it has no config.json",
+        ways_out=["name the directory that holds config.json and *.safetensors"],
     )
 
 
