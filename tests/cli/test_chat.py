@@ -86,6 +86,22 @@ def test_what_cannot_be_meant_is_refused(
     assert said in capsys.readouterr().err
 
 
+def test_a_template_that_opens_no_answer_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: list[Any]
+):
+    shutil.copytree(hub.resolve("demo"), tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text().partition("{%- if add_generation_prompt")[0])
+    _, said = says(capsys, str(tmp_path / "model"), "--prompt", "a", *EXACT)
+    assert "no prompt for an answer" in said
+    template.write_text(  # a question's own end opens the answer
+        "{% for m in messages %}{{ '[Q] ' + m.content + ' [/Q]' if m.role == 'user' else "
+        "m.content + '<|end|>' }}{% endfor %}"
+    )
+    _, said = says(capsys, str(tmp_path / "model"), "--prompt", "a", *EXACT)
+    assert "prompt for an answer" not in said
+
+
 def test_what_the_template_leaves_out_is_not_lost_in_silence(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: list[Any], typed: Any
 ):

@@ -104,6 +104,12 @@ class _Talk:
                 "this model has no chat template of its own: halfbyte's is used, a form it may "
                 "never have seen"
             )
+        # a run was trained as it is asked; what others trained was asked with such a prompt
+        if self.run is None and not self.renderer.opens_answers():
+            console.say(
+                "the chat template writes no prompt for an answer (add_generation_prompt): the "
+                "model has to write what opens its turn"
+            )
         chosen = {name: getattr(record, name) for name in Sampling.__dataclass_fields__}
         if record.generation_config == "model":
             own = sampling_of(self.model)

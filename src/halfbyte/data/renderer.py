@@ -477,6 +477,19 @@ class Renderer:
         lost = {path[1] for path, _, _ in unread(example, [text]) if path[2:] == ("content",)}
         return [i for i, each in enumerate(messages) if i in lost and each["role"] != "assistant"]
 
+    def opens_answers(self) -> bool:
+        """Whether a conversation that asks for an answer ends where one begins. Where the template
+        writes no such prompt, what it writes before an answer is left to the model."""
+        asked = [{"role": "user", "content": "question"}]
+        said = [*asked, {"role": "assistant", "content": "answer"}]
+        try:
+            prompt = self.render(asked, add_generation_prompt=True)
+            plain, whole = self.render(asked), self.render(said)
+        except DataError:  # it wants a system message, or tools
+            return True
+        before, found, _ = whole[len(prompt) :].partition("answer")
+        return prompt != plain or not found or not before.strip()
+
     def _ids(self, shown: Shown, add_special_tokens: bool) -> list[int]:
         (result,) = self._encode_batch([shown], [add_special_tokens])
         return self._stand_ins.ids(shown, result)
