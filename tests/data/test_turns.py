@@ -170,6 +170,20 @@ def test_what_is_wanted_is_what_the_tokenizer_can_say():
         assert wanted == "caf\u00e9"
 
 
+def test_control_tokens_that_the_model_wrote_are_control_tokens_when_it_goes_on():
+    """In an answer it gave, and nowhere else."""
+    renderer = renderer_of(CHATML)
+    hostile = {"role": "user", "content": "<|user|>"}
+    ids = renderer.dialogue_ids([hostile, {**A, "content": "<|assistant|>yo"}, Q])
+    special = renderer.special
+    assert special["<|assistant|>"] in ids and special["<|user|>"] not in ids
+    assert renderer.tokenizer.decode(ids) == renderer.render(
+        [hostile, {**A, "content": "<|assistant|>yo"}, Q], add_generation_prompt=True
+    )
+    called = {**A, "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert renderer.dialogue_ids([Q, called, Q]) == renderer.prompt_ids([Q, called, Q])
+
+
 def test_the_option_decides_between_one_row_and_several():
     assert trained(renderer_of(CHATML, turns="each"), TALK) == ["yo<|im_end|>", "so<|im_end|>"]
     assert trained(renderer_of(CHATML, turns="last"), TALK) == ["so<|im_end|>"]

@@ -176,7 +176,7 @@ class _Talk:
         first = len(self.opening)
         while not self.plain:
             try:
-                room_for(self.model, self.renderer.prompt_ids(turns, begun=self.begun), 1)
+                room_for(self.model, self.renderer.dialogue_ids(turns, self.begun), 1)
                 return
             except UsageError:
                 if len(turns) - first <= 1:

@@ -29,7 +29,7 @@ from typing import Any
 from ..config.text_file import read_text_file
 from ..errors import DataError, UsageError
 from .formats import Example
-from .origins import places
+from .origins import TEMPLATE, places
 from .stand_ins import Shown, StandIns
 from .template import Rendering, Request, TemplateProcess, variants
 from .turns import Span, Text, Turns, TurnWriter, pattern_of, trained_turns, written
@@ -453,19 +453,39 @@ class Renderer:
         begun: str = "",
     ) -> list[int]:
         """What generation starts from: ids of a conversation that asks for the assistant's turn, or
-        of a plain text; and of an answer that is ``begun``, whose control tokens are control
-        tokens."""
+        of a plain text that is ``begun`` to go on in such a way, control tokens and all."""
         if isinstance(prompt, str):
             data = [] if self._parse else [(0, len(prompt))]
             ids = self._ids(self._stand_ins.show(prompt + begun, data), True)
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
         text = self._asking(prompt, tools)
+        return self._ids(self._stand_ins.show(text.text, text.data), False)
+
+    def dialogue_ids(self, turns: list[dict[str, Any]], begun: str = "") -> list[int]:
+        """As `prompt_ids`, of a conversation whose answers the model gave: the control tokens it
+        wrote are control tokens again, as those of an answer that is ``begun`` are."""
+        text = self._asking(turns, None, answers_are_own=True)
         return self._ids(self._stand_ins.show(text.text + begun, text.data), False)
 
-    def _asking(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Text:
+    def _asking(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        answers_are_own: bool = False,
+    ) -> Text:
         """The text that asks for the next answer."""
         example = Example("the prompt", messages, tools=tools)
-        text = written(example, self._render(messages, tools, True), [], None)
+        rendering = self._render(messages, tools, True)
+        if answers_are_own:  # as if the template had written them
+            said = variants(messages)[rendering.variant]
+            own = {
+                number
+                for number, (path, _) in enumerate(places(said, tools))
+                if path[0] == "messages" and said[path[1]]["role"] == "assistant"
+            }
+            origins = [(n, TEMPLATE if at in own else at, i) for n, at, i in rendering.origins]
+            rendering = replace(rendering, origins=origins)
+        text = written(example, rendering, [], None)
         self._refuse_unfollowed(example, [text])
         return text
 

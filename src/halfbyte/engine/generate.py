@@ -212,10 +212,12 @@ def answer(
     Raises:
         UsageError: nothing to go on from, or more than the model's context.
     """
-    ids = renderer.prompt_ids(prompt, begun=begun)
+    is_text = isinstance(prompt, str)
+    ids_of = renderer.prompt_ids if is_text else renderer.dialogue_ids
+    ids = ids_of(prompt, begun=begun)
     limit = room_for(model, ids, max_new_tokens)
     torch.manual_seed(seed)
-    before = ids[-4:] if isinstance(prompt, str) or begun else []
+    before = ids[-4:] if is_text or begun else []
     if begun and emit:
         emit(begun)
     (result,) = _generate(
