@@ -212,12 +212,14 @@ def answer(
     Raises:
         UsageError: nothing to go on from, or more than the model's context.
     """
-    is_text = isinstance(prompt, str)
-    ids_of = renderer.prompt_ids if is_text else renderer.dialogue_ids
-    ids = ids_of(prompt, begun=begun)
+    ids = (
+        renderer.prompt_ids(prompt, begun=begun)
+        if isinstance(prompt, str)
+        else renderer.dialogue_ids(prompt, begun)
+    )
     limit = room_for(model, ids, max_new_tokens)
     torch.manual_seed(seed)
-    before = ids[-4:] if is_text or begun else []
+    before = ids[-4:] if begun or isinstance(prompt, str) else []
     if begun and emit:
         emit(begun)
     (result,) = _generate(
