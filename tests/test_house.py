@@ -87,7 +87,6 @@ TESTED_ELSEWHERE = {
     "quantization.writer": "quantization/test_cache.py, and cli/test_cli.py",
     "run.load": "exporters/test_export.py and adapters/test_initial.py",
     "training.rehearsal": "whole/test_fit.py and whole/test_paging.py: in a process with limits",
-    "training.setup": "whole/test_train.py: all of it, in its order",
     "training.trainer": "whole/test_train.py",
     "training.promise": "training/test_recovery.py",
 }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from halfbyte.cli import run
+from halfbyte.memory import process
 
 
 @pytest.fixture
@@ -223,6 +224,18 @@ def test_doctor_finds_this_machine_in_order(capsys: pytest.CaptureFixture[str]):
     found = json.loads(capsys.readouterr().out)
     assert all(check["ok"] for check in found["checks"]), found["checks"]
     assert all(path["why"] for path in found["fast_paths"]) and found["machine"]["cores"] >= 1
+
+
+def test_doctor_knows_a_containers_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "memory.max").write_text(str(96 << 20))
+    (tmp_path / "memory.current").write_text(str(32 << 20))
+    monkeypatch.setattr(process, "_cgroups", lambda kind="memory": [tmp_path])
+    assert run(["doctor", "--json"]) == 0
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    assert machine["memory available GiB"] == 0.06
+    assert machine["memory limit"] == f"0.09 GiB, by {tmp_path / 'memory.max'}"
 
 
 def test_data_check_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

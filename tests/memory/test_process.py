@@ -1,6 +1,7 @@
 """Tests of `memory.process`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,3 +35,20 @@ def test_the_limit_in_force_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cpu_quota() == 1.5
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cpu_quota() is None
+
+
+def test_limits_of_outer_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A container's limit stands outside of the slices in it."""
+    honest = Path.read_text
+
+    def read_text(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self == Path("/proc/self/cgroup"):
+            return "3:cpu,cpuacct:/a/b\n2:memory:/a/b\n0::/c/d\n"
+        return honest(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    root = Path("/sys/fs/cgroup")
+    found = {path.relative_to(root).as_posix() for path in process._cgroups()}
+    assert found == {"memory/a/b", "memory/a", "memory", "c/d", "c", "."}
+    found = {path.relative_to(root).as_posix() for path in process._cgroups("cpu")}
+    assert found == {"cpu/a/b", "cpu/a", "cpu", "c/d", "c", "."}

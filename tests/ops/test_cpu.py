@@ -1,9 +1,11 @@
 """The C++ library: equal to plain PyTorch, safe against any argument, and missing without harm."""
 
 import ctypes
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -558,3 +560,52 @@ def test_bytes_are_the_same_where_subnormal_numbers_are_flushed(every_path: list
                 torch.set_flush_denormal(False)
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), kernels
         assert float(made.dequantize()[:64].abs().max()) == 0
+
+
+@needs_library
+def test_what_the_build_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copy(library_file(), tmp_path / "halfbyte_cpu.so")
+    (tmp_path / "halfbyte_cpu.txt").write_text("built\nwithout OpenMP: no runtime\n\n")
+    monkeypatch.setattr(cpu.importlib.resources, "files", lambda package: tmp_path)
+    for name in ("_library", "_why", "_tried"):
+        monkeypatch.setattr(cpu, name, getattr(cpu, name))
+    cpu._tried = False
+    assert cpu.why().endswith("; without OpenMP: no runtime") and cpu.paths()
+
+
+def test_no_more_threads_are_used_than_openmp_gives(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    try:
+        for limit, threads in (("2", 2), ("0", 3), ("many", 3), ("8", 3)):
+            torch.set_num_threads(3)
+            monkeypatch.setenv("OMP_THREAD_LIMIT", limit)
+            cpu.respect_limits()
+            assert torch.get_num_threads() == threads, limit
+    finally:
+        torch.set_num_threads(before)
+
+
+def _product_of(model: torch.nn.Linear, answers: Any) -> None:
+    answers.send(model(torch.ones(64, 256)).sum().item())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_a_forked_worker_computes():
+    """OpenMP's threads of a parent that has computed with several are not forked."""
+    cpu.active()
+    before = torch.get_num_threads()
+    model = torch.nn.Linear(256, 256).requires_grad_(False)
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=_product_of, args=(model, theirs))
+    try:
+        torch.set_num_threads(2)
+        expected = model(torch.ones(64, 256)).sum().item()
+        worker.start()
+        theirs.close()
+        assert ours.poll(20), "it waits"
+        assert ours.recv() == pytest.approx(expected, rel=1e-5)
+    finally:
+        worker.kill()
+        worker.join()
+        torch.set_num_threads(before)
