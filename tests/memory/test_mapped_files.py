@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfbyte.errors import StorageError
-from halfbyte.memory.mapped_files import ScratchFile
+from halfbyte.memory.mapped_files import ScratchFile, lies_in_memory
 
 from ..helpers import MIB
 
@@ -30,3 +30,23 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path):
     with pytest.raises(StorageError, match="cannot lay"):
         ScratchFile(1 << 60, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_in_memory_are_known_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A tmpfs saves no memory, wherever it is mounted."""
+    for name in ("my ram", "données", "tab\tback\\slash"):
+        (tmp_path / name).mkdir()
+    place = str(tmp_path).encode()
+    mounts = b"\n".join(
+        (
+            b"/dev/sda1 / ext4 rw 0 0",
+            b"tmpfs " + place + b"/my\\040ram tmpfs rw 0 0",
+            b"tmpfs " + place + "/données tmpfs rw 0 0".encode(),
+            b"tmpfs " + place + b"/tab\\011back\\134slash tmpfs rw 0 0",
+            b"/dev/sdb1 /mnt/caf\xe9 ext4 rw 0 0",
+        )
+    )
+    monkeypatch.setattr(Path, "read_bytes", lambda self: mounts)
+    assert not lies_in_memory(tmp_path)
+    for name in ("my ram", "données", "tab\tback\\slash"):
+        assert lies_in_memory(tmp_path / name), name

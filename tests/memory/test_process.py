@@ -1,10 +1,13 @@
 """Tests of `memory.process`."""
 
+import ctypes
+import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from halfbyte.data.template import Rendering, Request, TemplateProcess
 from halfbyte.memory import process
 from halfbyte.memory.process import available, cpu_quota, limit_in_force
 
@@ -39,16 +42,25 @@ def test_the_limit_in_force_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_limits_of_outer_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A container's limit stands outside of the slices in it."""
-    honest = Path.read_text
-
-    def read_text(self: Path, *args: Any, **kwargs: Any) -> str:
-        if self == Path("/proc/self/cgroup"):
-            return "3:cpu,cpuacct:/a/b\n2:memory:/a/b\n0::/c/d\n"
-        return honest(self, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
+    lines = b"3:cpu,cpuacct:/a/b\n2:memory:/a/b\n0::/c/d\n"
+    monkeypatch.setattr(Path, "read_bytes", lambda self: lines)
     root = Path("/sys/fs/cgroup")
     found = {path.relative_to(root).as_posix() for path in process._cgroups()}
     assert found == {"memory/a/b", "memory/a", "memory", "c/d", "c", "."}
     found = {path.relative_to(root).as_posix() for path in process._cgroups("cpu")}
     assert found == {"cpu/a/b", "cpu/a", "cpu", "c/d", "c", "."}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_a_process_may_have_any_name():
+    """A script's name, cut after 15 bytes: inside of a character."""
+    library, before = ctypes.CDLL(None), Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+    library.prctl(15, "обучение".encode()[:15])  # PR_SET_NAME
+    try:
+        assert process.held_now() > 0
+        template = TemplateProcess("{{ messages[0].content }}", {}, datetime(2026, 1, 1))
+        (answer,) = template.render([Request([{"role": "user", "content": "a"}])])
+        template.close()
+    finally:
+        library.prctl(15, before)
+    assert isinstance(answer, Rendering) and answer.text == "a"

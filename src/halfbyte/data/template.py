@@ -351,8 +351,8 @@ def _confine(keep: int, parent: int) -> None:  # pragma: no cover
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData:"):
+    for line in Path("/proc/self/status").read_bytes().splitlines():  # its name may be no text
+        if line.startswith(b"VmData:"):
             limit, hard = (
                 int(line.split()[1]) * 1024 + MEMORY,
                 resource.getrlimit(resource.RLIMIT_DATA)[1],

@@ -7,6 +7,7 @@ advice on mapped pages: there it works, and the system decides what stays.
 import contextlib
 import mmap
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,6 +24,10 @@ READ_STEP = 128 << 10
 for."""
 
 
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+"""How /proc/mounts writes spaces, tabs, line ends and backslashes of a path."""
+
+
 def scratch_directory() -> Path:
     """Where files without names go if nobody says: a disk rather than memory that looks like
     one."""
@@ -37,8 +42,9 @@ def lies_in_memory(directory: Path) -> bool:
     longest, kind = 0, ""
     with contextlib.suppress(OSError):
         real = os.path.realpath(directory)
-        for line in Path("/proc/mounts").read_text().splitlines():
+        for line in os.fsdecode(Path("/proc/mounts").read_bytes()).splitlines():
             _, place, this, *_ = line.split(" ")
+            place = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), place)
             if len(place) >= longest and os.path.commonpath([place, real]) == place:
                 longest, kind = len(place), this
     return kind in ("tmpfs", "ramfs")

@@ -8,6 +8,7 @@ given back.
 
 import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ def _status() -> dict[str, int]:
     """Lines of this process's status that are sizes, bytes; empty where the system has none."""
     found = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        # the process's name is in it, cut after 15 bytes, maybe inside of a character
+        for line in os.fsdecode(Path("/proc/self/status").read_bytes()).splitlines():
             key, _, value = line.partition(":")
             if value.endswith(" kB"):
                 found[key] = int(value.split()[0]) * 1024
@@ -72,7 +74,7 @@ def _cgroups(kind: str = "memory") -> list[Path]:
     """Directories of this process's control groups and the ones around them, versions 1 and 2."""
     found = []
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in os.fsdecode(Path("/proc/self/cgroup").read_bytes()).splitlines():
             _, kinds, path = line.split(":", 2)
             root = Path("/sys/fs/cgroup") / (kind if kind in kinds.split(",") else "")
             if not kinds or kind in kinds.split(","):
