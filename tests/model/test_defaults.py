@@ -20,6 +20,8 @@ def as_before() -> Iterator[None]:
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # pyright: ignore[reportAttributeAccessIssue]
+    torch.set_float32_matmul_precision("highest")
 
 
 def own(what: str) -> None:
@@ -29,6 +31,10 @@ def own(what: str) -> None:
         torch.set_default_dtype(torch.bfloat16)
     elif what == "device":
         torch.set_default_device("meta")
+    elif what == "medium":
+        torch.set_float32_matmul_precision("medium")
+    elif what == "by backend":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def trained(home: Path, name: str) -> bytes:
@@ -47,6 +53,44 @@ def test_a_training_has_the_same_bytes(tmp_path: Path, what: str):
     assert trained(tmp_path, what) == expected
     after = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     assert after == before
+
+
+def products() -> torch.Tensor:
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    return a @ b
+
+
+@pytest.mark.parametrize("what", ["autocast", "medium", "by backend"])
+def test_fp32_is_multiplied_as_it_is(what: str):
+    """A process that asked for less for itself gets it back."""
+    expected = products()
+    own(what)
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+        with plain_defaults():
+            assert torch.equal(products(), expected)
+            assert products().dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu") == (what == "autocast")
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_one_thread_that_leaves_does_not_put_back_what_another_needs():
+    own("dtype")
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with plain_defaults():
+            inside.set()
+            assert leave.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(10)
+    with plain_defaults():
+        leave.set()
+        thread.join()
+        assert torch.get_default_dtype() == torch.float32
+    assert torch.get_default_dtype() == torch.bfloat16
 
 
 def test_an_error_leaves_them_as_they_were():
