@@ -1,12 +1,15 @@
 """Tests of `memory.mapped_files`."""
 
+import errno
+import mmap
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from halfbyte.errors import StorageError
-from halfbyte.memory.mapped_files import ScratchFile, lies_in_memory
+from halfbyte.memory.mapped_files import ReadOnlyMmap, ScratchFile, lies_in_memory
 
 from ..helpers import MIB
 
@@ -30,6 +33,24 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path):
     with pytest.raises(StorageError, match="cannot lay"):
         ScratchFile(1 << 60, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_that_maps_no_files_is_not_called_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Object stores, some network mounts: ENODEV."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(StorageError, match="No such device") as caught:
+        ScratchFile(MIB, tmp_path)
+    assert caught.value.ways_out == ("choose another --output_dir",)
+    (tmp_path / "weights").write_bytes(b"weights")
+    with pytest.raises(StorageError, match="cannot map") as caught:
+        ReadOnlyMmap(tmp_path / "weights")
+    assert "--weight_streaming never" in caught.value.ways_out[1]
 
 
 def test_files_in_memory_are_known_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

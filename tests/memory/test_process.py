@@ -1,6 +1,7 @@
 """Tests of `memory.process`."""
 
 import ctypes
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from halfbyte.data.template import Rendering, Request, TemplateProcess
 from halfbyte.memory import process
-from halfbyte.memory.process import available, cpu_quota, limit_in_force
+from halfbyte.memory.process import available, cpu_affinity, cpu_quota, limit_in_force
 
 
 def test_what_is_free_knows_limits(tmp_path: Path):
@@ -64,3 +65,12 @@ def test_a_process_may_have_any_name():
     finally:
         library.prctl(15, before)
     assert isinstance(answer, Rendering) and answer.text == "a"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="a call of Linux")
+def test_cores_that_a_batch_system_gives_are_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert cpu_affinity() == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(96)))
+    assert cpu_affinity() is None

@@ -59,7 +59,7 @@ def doctor(record: DoctorConfig) -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from ..memory.process import available, cpu_quota, limit_in_force
+    from ..memory.process import available, cpu_affinity, cpu_quota, limit_in_force
 
     (total, free), flags = _memory(), _cpu_flags()
     left = available()
@@ -72,6 +72,7 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": _cpu_name(),
         "cores": os.cpu_count() or 1,
+        **({"cores by affinity": allowed} if (allowed := cpu_affinity()) else {}),
         **({"cores by quota": quota} if (quota := cpu_quota()) else {}),
         "threads torch uses": torch.get_num_threads(),
         "instructions": [flag for flag in INSTRUCTIONS if flag in flags],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, StorageError, is_exhaustion
+from ..files.atomic import ways_around
 
 PAGE, MIB = mmap.PAGESIZE, 1 << 20
 _CAN_ADVISE = hasattr(mmap.mmap, "madvise") and hasattr(mmap, "MADV_DONTNEED")
@@ -103,7 +104,7 @@ class ScratchFile:
                 raise MemoryError(f"no memory to map {self.size} bytes: {error.strerror}") from None
             raise StorageError(
                 f"cannot lay {self.size / 2**20:,.0f} MiB aside in {directory}: {error.strerror}",
-                ways_out=["free space there", "or choose another --output_dir"],
+                ways_out=ways_around(error, "choose another --output_dir"),
             ) from error
 
     def tensor(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -149,7 +150,13 @@ class ReadOnlyMmap:
             self._descriptor = os.open(file, os.O_RDONLY)
             self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise StorageError(f"cannot map {file}: {error}") from error
+            raise StorageError(
+                f"cannot map {file}: {error}",
+                ways_out=[
+                    "keep quantized bases on another file system: HALFBYTE_CACHE",
+                    "or do without: --weight_streaming never",
+                ],
+            ) from error
 
     def tensor(self, start: int, nbytes: int) -> Tensor:
         """These bytes, uint8 [nbytes]. Writing to them ends the process."""

@@ -123,6 +123,15 @@ def cpu_quota() -> float | None:
     return round(min(found), 2) if found else None
 
 
+def cpu_affinity() -> int | None:
+    """Cores this process may run on (taskset, a batch system, a container's cpuset), None where all
+    are."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else None
+
+
 def available(cgroups: Iterable[Path] | None = None) -> int | None:
     """Bytes of host memory this process could still take: what the system has free, what its
     cgroups leave, what its own limit leaves, whichever is least. None where the system does not
