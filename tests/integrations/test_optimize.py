@@ -2,11 +2,13 @@
 script in real TRL."""
 
 import copy
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
+from transformers.loss import loss_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import halfbyte
 from halfbyte.adapters.lora import lora_layers
@@ -255,6 +260,68 @@ def test_modules_that_something_else_runs_are_left_and_counted(checkpoint: Path)
     )
     _, found = outcome(model)
     assert all(difference(found[name], grad) < 1e-4 for name, grad in expected.items())
+
+
+def replace_loss(patch: pytest.MonkeyPatch) -> None:
+    own = loss_utils.ForCausalLMLoss
+    patch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", lambda *a, **k: 2 * own(*a, **k))
+
+
+def replace_cross_entropy(patch: pytest.MonkeyPatch) -> None:
+    own = loss_utils.fixed_cross_entropy
+    patch.setattr(
+        loss_utils, "fixed_cross_entropy", functools.wraps(own)(lambda *a, **k: 2 * own(*a, **k))
+    )
+
+
+def replace_pytorchs(patch: pytest.MonkeyPatch) -> None:
+    own = nn.functional.cross_entropy
+    patch.setattr(nn.functional, "cross_entropy", lambda *a, **k: 2 * own(*a, **k))
+
+
+def replace_attention(patch: pytest.MonkeyPatch) -> None:
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    other = functools.wraps(own)(lambda module, q, *a, **k: own(module, q * 0.5, *a, **k))
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", other)
+
+
+def replace_mask(patch: pytest.MonkeyPatch) -> None:
+    mapping = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    patch.setitem(mapping, "sdpa", lambda *a, **k: torch.ones(1, 1, 20, 20).bool())
+
+
+def replace_pytorchs_attention(patch: pytest.MonkeyPatch) -> None:
+    own = nn.functional.scaled_dot_product_attention
+    other: Any = lambda q, *a, **k: own(q * 0.5, *a, **k)  # noqa: E731
+    patch.setattr(nn.functional, "scaled_dot_product_attention", other)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "replace",
+    [
+        replace_loss,
+        replace_cross_entropy,
+        replace_pytorchs,
+        replace_attention,
+        replace_mask,
+        replace_pytorchs_attention,
+    ],
+)
+def test_what_another_package_put_in_place_still_runs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, replace: Callable[..., None]
+):
+    model = adapted(checkpoint, torch.float32).train()
+    _, plain = outcome(model)
+    replace(monkeypatch)
+    _, expected = outcome(model)
+    said: list[str] = []
+    halfbyte.optimize(model, say=said.append)
+    _, found = outcome(model)
+    assert max(difference(found[name], grad) for name, grad in expected.items()) < 1e-4
+    assert max(difference(plain[name], grad) for name, grad in expected.items()) > 1e-2
+    told = any("another package" in line for line in said)
+    assert told == replace.__name__.endswith(("attention", "mask"))
 
 
 def test_a_gpu_without_triton_leaves_the_model_and_says_why(monkeypatch: pytest.MonkeyPatch):

@@ -24,7 +24,7 @@ from ..engine.loss import causal_lm_loss
 from ..memory.recompute import KEEPS
 from ..model import attention, fusion
 from ..model.class_swap import is_wrapped, swap_class
-from ..model.recognize import spec_of
+from ..model.recognize import is_function_of, spec_of
 from ..ops import cpu, gpu
 from ..progress import to_stderr
 from ..quantization.tensor import NF4Tensor
@@ -93,8 +93,6 @@ def optimize(
             f"kept_activations must be one of {', '.join((*KEEPS, 'auto'))}, not "
             f"{kept_activations!r}"
         )
-    from transformers.loss.loss_utils import LOSS_MAPPING
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if why := _unserved(next(inner.parameters()).device):
         say(f"the model is left as it is: {why}")
@@ -102,9 +100,12 @@ def optimize(
     done = _replace_layers(inner)
     narrowed = _undo_upcasts(inner)
     if inner.config._attn_implementation == "sdpa" and cpu.serves(next(inner.parameters())):
-        attention.register()
-        inner.set_attn_implementation(attention.CAUSAL)
-    if getattr(inner, "loss_function", None) is LOSS_MAPPING["ForCausalLM"]:
+        if attention.is_replaced():
+            say("attention is left as it is: another package has put its own in place of sdpa")
+        else:
+            attention.register()
+            inner.set_attn_implementation(attention.CAUSAL)
+    if _is_transformers_loss(getattr(inner, "loss_function", None)):
         inner.loss_function = causal_lm_loss
     modes = [(module, module.training) for module in inner.modules()]
     inner.eval()
@@ -121,6 +122,19 @@ def optimize(
         if line:
             say(line)
     return model
+
+
+def _is_transformers_loss(loss: Any) -> bool:
+    """Whether it is the cross-entropy of transformers and PyTorch, of which no part was replaced
+    (LOSS_MAPPING, ``fixed_cross_entropy``, PyTorch's own)."""
+    where = "transformers.loss.loss_utils"
+    return is_function_of(loss, where, "ForCausalLMLoss") and all(
+        is_function_of(function, module, function_name)
+        for function, module, function_name in (
+            (loss.__globals__.get("fixed_cross_entropy"), where, "fixed_cross_entropy"),
+            (nn.functional.cross_entropy, "torch.nn.functional", "cross_entropy"),
+        )
+    )
 
 
 def _unserved(device: torch.device) -> str:

@@ -21,6 +21,7 @@ from .. import ops
 from ..memory import recompute
 from ..ops import cpu, gpu_calls
 from ..ops.library import ROW_MULTIPLE, first_order
+from .recognize import is_function_of
 
 NAME = "halfbyte"
 CAUSAL = "halfbyte_causal"
@@ -129,6 +130,22 @@ def causal_attention(
     params = ops.AttentionParams(query.shape[3] ** -0.5 if scaling is None else scaling, 0, 0.0)
     out: Tensor = _Attention.apply(q, k, v, cu_seqlens, params)  # pyright: ignore[reportAssignmentType]
     return out.view(rows, length, *out.shape[2:]), None
+
+
+def is_replaced() -> bool:
+    """Whether another package computes attention, or makes its mask, in the place of transformers'
+    and PyTorch's own scaled dot product attention."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attends, masks = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    return not (
+        is_function_of(
+            attends, "transformers.integrations.sdpa_attention", "sdpa_attention_forward"
+        )
+        and is_function_of(masks, "transformers.masking_utils", "sdpa_mask")
+        and functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    )
 
 
 def _end_to_end(t: Tensor) -> Tensor:
