@@ -11,6 +11,7 @@ operation (`ops.attention`); elsewhere each is a separate causal call of PyTorch
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -144,7 +145,8 @@ def is_replaced() -> bool:
             attends, "transformers.integrations.sdpa_attention", "sdpa_attention_forward"
         )
         and is_function_of(masks, "transformers.masking_utils", "sdpa_mask")
-        and functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+        # PyTorch's is built in; what a package put in its place is a function of Python
+        and isinstance(functional.scaled_dot_product_attention, BuiltinFunctionType)
     )
 
 
