@@ -16,7 +16,7 @@ from halfbyte.cli import run as cli
 from halfbyte.config.options import DataOptions
 from halfbyte.data.dataset import read_data
 from halfbyte.data.renderer import Renderer
-from halfbyte.engine.evaluate import exact_matches, mean_loss, score
+from halfbyte.engine.evaluate import RowLosses, exact_matches, mean_loss, score
 from halfbyte.engine.generate import answer, answers
 from halfbyte.files import hub
 from halfbyte.run.directory import Run
@@ -273,7 +273,8 @@ def test_an_answer_may_begin_with_control_tokens(tmp_path: Path, monkeypatch: py
         return [Answer("tea", True)]
 
     monkeypatch.setattr(evaluate, "answers", say)
-    monkeypatch.setattr(evaluate, "mean_loss", lambda *a, **k: (0.0, 1))
+    lost = RowLosses((0.0,), (1,), (0.0,))
+    monkeypatch.setattr(evaluate, "row_losses", lambda *a, **k: lost)
     assert score(None, data, [row], packed=True, generate=True).exact_match == 1.0
     ids, wanted = data.question(row) or ([], "")
     assert wanted == "tea" and limits[0] >= len(row.input_ids) - len(ids) > 9

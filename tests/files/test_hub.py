@@ -163,7 +163,7 @@ def test_the_hubs_reasons_are_told_apart_in_its_own_words(kind: str, said: str):
     [(None, True), (503, True), (429, True), (401, False), (404, False)],
 )
 def test_without_the_hub_the_cache_has_what_was_fetched(
-    monkeypatch: pytest.MonkeyPatch, status: int | None, falls_back: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int | None, falls_back: bool
 ):
     """Files that are left in the repository are no part of it: of a model that is in the cache
     nothing is missing."""
@@ -178,7 +178,8 @@ def test_without_the_hub_the_cache_has_what_was_fetched(
 
     def download(name: str, **settings: Any) -> str:
         asked.append(settings["allow_patterns"])
-        return "somewhere"
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
 
     kept = [SimpleNamespace(path=path) for path in [*FILES, "model.safetensors"]]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)

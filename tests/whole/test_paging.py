@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import halfbyte
@@ -427,7 +429,9 @@ def test_fifty_steps_killed_again_and_again_in_every_mode(
     for attempt in range(40):
         options = {**common, "output_dir": str(out), **modes[attempt % len(modes)]}
         process = subprocess.Popen(
-            [sys.executable, "-c", FIFTY, json.dumps(options)], stderr=subprocess.DEVNULL
+            [sys.executable, "-c", FIFTY, json.dumps(options)],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
         before = (
             len((out / "metrics.jsonl").read_text().splitlines())
