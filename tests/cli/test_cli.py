@@ -462,7 +462,10 @@ def command(*arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-m", "halfbyte", *arguments], timeout=300, **how)
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252"))],
+)
 def test_a_terminal_that_lacks_characters_gets_others(tmp_path: Path, encoding: str):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "日本?", "output": "はい → ☕"}\n' * 3, encoding="utf-8")

@@ -71,7 +71,6 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "save_strategy": ("no", "steps"),
     "eval_strategy": ("no", "steps"),
     "logging_strategy": ("no", "steps"),
-    "run_name": ("a", "b"),
     "dataloader_num_workers": (0, 1),
     "do_eval": (False, True),
     "remove_unused_columns": (True, False),

@@ -194,3 +194,31 @@ def test_without_the_hub_the_cache_has_what_was_fetched(
         with pytest.raises(ModelError):
             hub.resolve("acme/tiny")
         assert not asked
+
+
+def test_a_model_in_a_subfolder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Where it is named it is opened alone; where it is not, the way out names it."""
+    shutil.copytree(hub.resolve("demo"), tmp_path / "acme" / "small")
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **settings: Any) -> str:
+        asked.update(settings)
+        return str(tmp_path / "acme")
+
+    files = [f"{folder}/{name}" for folder in ("small", "large") for name in FILES[:3]]
+    files += ["small/model.safetensors", "large/model.safetensors", "README.md"]
+    monkeypatch.setattr(hub, "_listed", lambda *_: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.resolve("acme/tiny", subfolder="small") == tmp_path / "acme" / "small"
+    assert "small/model.safetensors" in asked["allow_patterns"]
+    assert not [name for name in asked["allow_patterns"] if name.startswith("large")]
+    assert hub.resolve(str(tmp_path / "acme"), subfolder="small/") == tmp_path / "acme" / "small"
+    for model in ("acme/tiny", str(tmp_path / "acme")):
+        with pytest.raises(ModelError, match=r"no config\.json") as caught:
+            hub.resolve(model)
+        assert any(way.startswith("--subfolder ") for way in caught.value.ways_out)
+    with pytest.raises(ModelError, match=r"no config\.json in medium"):
+        hub.resolve("acme/tiny", subfolder="medium")
+    for folder in ("../acme", "/acme", ".", ""):
+        with pytest.raises(ModelError, match="no folder below"):
+            hub.resolve("acme/tiny", subfolder=folder)

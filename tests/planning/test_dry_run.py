@@ -4,8 +4,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.config.options import TrainConfig
@@ -127,10 +129,87 @@ def test_counts_of_real_models(model: str, linear: int, lora: int, packed: float
     assert round(plan.bytes_of("4-bit codes", "scales") / 1e9, 2) == packed
 
 
-@pytest.mark.parametrize(("model", "most"), [("llama-2-70b", 41.0), ("llama-3-70b", 44.0)])
+@pytest.mark.parametrize(
+    ("model", "most"),
+    [("llama-2-70b", 41.0), pytest.param("llama-3-70b", 44.0, marks=pytest.mark.slow)],
+)
 def test_seventy_billion_parameters_on_one_card(model: str, most: float):
     plan = halfbyte.plan(
         model=str(shared(f"geometry/{model}")), device="cuda", max_length=512, dtype="bfloat16"
     )
     assert plan.peak_bytes <= most * 1e9
     assert plan.peak_bytes > 38e9, "and nothing was forgotten"
+
+
+# as published: model type, width, MLP, layers, heads, key-value heads, head width, tokens, tied
+GEOMETRIES = {
+    "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 64, 49152, True),
+    "smollm2-1.7b": ("llama", 2048, 8192, 24, 32, 32, 64, 49152, True),
+    "tinyllama-1.1b": ("llama", 2048, 5632, 22, 32, 4, 64, 32000, False),
+    "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 128, 32000, False),
+    "llama-2-13b": ("llama", 5120, 13824, 40, 40, 40, 128, 32000, False),
+    "llama-2-70b": ("llama", 8192, 28672, 80, 64, 8, 128, 32000, False),
+    "llama-3-8b": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
+    "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 64, 128256, True),
+    "llama-3.2-3b": ("llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
+    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 128, 32000, False),
+    "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
+    "qwen2.5-32b": ("qwen2", 5120, 27648, 64, 40, 8, 128, 152064, False),
+    "qwen3-0.6b": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True),
+    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
+    "gemma-2b": ("gemma", 2048, 16384, 18, 8, 1, 256, 256000, True),
+    "gemma-2-9b": ("gemma2", 3584, 14336, 42, 16, 8, 256, 256000, True),
+    "gemma-3-1b": ("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144, True),
+    "phi-3-mini": ("phi3", 3072, 8192, 32, 32, 32, 96, 32064, False),
+    "olmo-2-7b": ("olmo2", 4096, 11008, 32, 32, 32, 128, 100352, False),
+    "granite-3-2b": ("granite", 2048, 8192, 40, 32, 8, 64, 49155, True),
+    "falcon3-7b": ("llama", 3072, 23040, 28, 12, 4, 256, 131072, False),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "qwen3-0.6b" else pytest.param(n, marks=pytest.mark.slow) for n in GEOMETRIES],
+)
+def test_counts_and_bytes_are_those_of_transformers_and_peft(name: str):
+    """On the meta device: parameters, weights in 4 bits and their bytes (codes, scales in 8 bits;
+    `docs/format.md`), LoRA's parameters, and the 8-bit optimizer's."""
+    kind, width, mlp, layers, heads, kv_heads, head, tokens, tied = GEOMETRIES[name]
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head,
+        vocab_size=tokens,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+        pad_token_id=0,
+    )
+    plan = outline(config, 512, lora_r=16, optim="adamw_8bit")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        head_module = model.get_output_embeddings()
+        in_4_bits = [
+            m.weight.numel()
+            for m in model.modules()
+            if isinstance(m, torch.nn.Linear) and m is not head_module
+        ]
+        whole = sum(p.numel() for p in model.parameters())
+        lora = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(model, lora)
+    trained = [p.numel() for p in adapted.parameters() if p.requires_grad]
+    assert plan.quantized_parameters == sum(in_4_bits)
+    assert plan.lora_parameters == sum(trained) == plan.parameters - whole
+    assert plan.bytes_of("4-bit codes") == sum(-(-n // 2) for n in in_4_bits)
+    blocks = [-(-n // 64) for n in in_4_bits]
+    # 8-bit scales, fp32 ones of 256 each, their offset; two maps that all layers share
+    scales = sum(n + 4 * -(-n // 256) + 4 for n in blocks)
+    assert 0 <= plan.bytes_of("scales") - scales <= 4 * (16 + 256)
+    large = [-(-n // 256) * 256 for n in trained if n >= 4096]
+    small = [n for n in trained if n < 4096]
+    states = sum(2 * n + 2 * 4 * (n // 256) for n in large) + sum(8 * n for n in small)
+    assert plan.bytes_of("optimizer states") == states

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.cli import run as cli
-from halfbyte.config.options import ModelOptions
+from halfbyte.config.options import ModelOptions, TrainConfig
 from halfbyte.errors import Interrupted, ModelError, UsageError
 from halfbyte.files import hub
 from halfbyte.progress import no_progress
@@ -114,10 +114,17 @@ def test_a_base_is_named_as_it_is_found_from_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A Hub id with its revision; a path from the root of the file system."""
-    assert named_elsewhere("acme/tiny", "v2") == ("acme/tiny", "v2")
+
+    def config(model: str, **more: Any) -> TrainConfig:
+        return TrainConfig(model=model, data="rows.jsonl", **more)
+
+    assert named_elsewhere(config("acme/tiny", revision="v2")) == ("acme/tiny", "v2")
     monkeypatch.chdir(tmp_path)
     Path("acme").mkdir()
-    assert named_elsewhere("acme", None) == (str(tmp_path.resolve() / "acme"), None)
+    assert named_elsewhere(config("acme")) == (str(tmp_path.resolve() / "acme"), None)
+    shutil.copytree(hub.resolve("demo"), "acme/small")
+    below = str(tmp_path.resolve() / "acme" / "small")
+    assert named_elsewhere(config("acme", subfolder="small")) == (below, None)
 
 
 def test_an_adapter_that_names_no_base_is_refused_by_name(plain_adapter: Path, tmp_path: Path):

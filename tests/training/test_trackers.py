@@ -162,6 +162,11 @@ def test_names_are_the_environments(stories: Path, tmp_path: Path, monkeypatch: 
     first, second = (settings for what, settings in stand.asked if what == "init")
     assert (first["project"], first["name"]) == ("mine", "first")
     assert second["project"] == "theirs" and second["name"].startswith("run-")
+    stand.asked.clear()
+    named = {"project": "given", "run_name": "that one"}
+    train(stories, tmp_path / "named", report_to="wandb,trackio", **named)
+    for _, settings in (each for each in stand.asked if each[0] == "init"):
+        assert (settings["project"], settings["name"]) == ("given", "that one")
 
 
 def test_a_restart_from_nothing_stands_once_in_tensorboard(tmp_path: Path):

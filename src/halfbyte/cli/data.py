@@ -20,7 +20,7 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
     from ..run.source import run_at
 
     run = run_at(record.model)
-    base = hub.resolve(run.info()["base"]["path"] if run else record.model, record.revision)
+    base = hub.resolve(run.info()["base"]["path"]) if run else hub.base_of(record)
     renderer = None
     if run is not None and record.chat_template is None:
         renderer = run_renderer(run, run.config())

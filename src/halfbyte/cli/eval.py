@@ -28,7 +28,7 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     source = Source.open(record.model, base_at=record.base) if run or adapter else None
     options = _rows_as_in(run, record)
     own = run is not None and record.chat_template is None
-    base = source.base if source else hub.resolve(record.model, record.revision)
+    base = source.base if source else hub.base_of(record)
     # read before the model, so that bad rows are known at once
     data = read_data(
         record.data,

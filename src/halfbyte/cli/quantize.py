@@ -14,9 +14,8 @@ def quantize(record: QuantizeConfig) -> dict[str, Any]:
     from ..quantization.writer import quantize
 
     options = ModelOptions(**{name: getattr(record, name) for name in FourBitOptions.model_fields})
-    report = quantize(
-        hub.resolve(record.model, record.revision), options, record.output_dir, console.progress
-    )
+    base = hub.base_of(record)
+    report = quantize(base, options, record.output_dir, console.progress)
     before = sum(each["weights"] for each in report.tensors) * 2
     after = sum(each["bytes"] for each in report.tensors)
     errors = [each["relative_mse"] for each in report.tensors if "relative_mse" in each]

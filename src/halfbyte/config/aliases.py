@@ -58,6 +58,8 @@ RENAMED = {
     "double_quantization": "bnb_4bit_use_double_quant",
     "quantization_type": "bnb_4bit_quant_type",
     "activation_checkpointing": "gradient_checkpointing",
+    "wandb_project": "project",
+    "wandb_name": "run_name",
 }
 """Other tools' names for our options."""
 
@@ -113,12 +115,9 @@ LEFT_OUT = {
     ),
     **dict.fromkeys(
         (
-            "run_name",
             "logging_dir",
-            "wandb_project",
             "wandb_entity",
             "wandb_watch",
-            "wandb_name",
             "wandb_run_id",
             "wandb_log_model",
             "debug",

@@ -31,6 +31,8 @@ WHOLE_ROWS = 1 << 30
 """Longer than any model's context, to which rows are cut in any case."""
 
 
+_THEIR_PROJECT = "huggingface"
+"""What transformers calls a project that nobody named."""
 _SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
@@ -188,6 +190,8 @@ def _of_trainer(thing: Any) -> dict[str, Any]:
             f"report_to {', '.join(unknown)} has no counterpart here", expected=", ".join(known)
         )
     found["report_to"] = ",".join(reports) or "none"
+    if getattr(thing, "project", _THEIR_PROJECT) != _THEIR_PROJECT:
+        found["project"] = thing.project
     if getattr(thing, "push_to_hub", False):
         private = getattr(thing, "hub_private_repo", None)
         found.update(

@@ -92,6 +92,12 @@ class ModelOptions(KernelOptions, FourBitOptions):
     """How the base model is held."""
 
     revision: str | None = option(None, "revision of a Hub model", resume="named")
+    subfolder: str | None = option(
+        None,
+        "the folder of a repository or directory that the model is in",
+        resume="named",
+        added_later=None,
+    )
     load_in_4bit: bool = option(
         True,
         "hold the linear layers in 4 bits; false keeps the base in 16 or 32 bits",
@@ -481,6 +487,19 @@ class TrainingOptions(Options):
     )
     report_to: str = option(
         "none", "also log to: tensorboard, wandb, trackio (separated by commas)", resume="free"
+    )
+    project: str | None = option(
+        None,
+        "the project that trackers file the run under; else their own environment's, else halfbyte",
+        resume="free",
+        added_later=None,
+    )
+    run_name: str | None = option(
+        None,
+        "the run's name at trackers; else their own environment's, else the directory's",
+        resume="free",
+        in_trainer=True,
+        added_later=None,
     )
     eval_steps: int = option(
         0,

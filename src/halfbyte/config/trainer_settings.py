@@ -19,6 +19,7 @@ TRANSLATED = {
     "push_to_hub": "with hub_model_id and hub_private_repo",
     "hub_model_id": "with push_to_hub",
     "hub_private_repo": "private, unless it is false",
+    "project": "as it is, where somebody named it",
     "bf16": "dtype bfloat16",
     "fp16": "dtype float16",
     "use_cpu": "device cpu",
@@ -82,7 +83,7 @@ LEFT_OUT = {
     **dict.fromkeys(("logging_strategy", "logging_first_step", "logging_nan_inf_filter"), _SHOWN),
     **dict.fromkeys(("log_level", "log_level_replica", "disable_tqdm", "debug"), _SHOWN),
     **dict.fromkeys(("include_num_input_tokens_seen", "skip_memory_metrics"), _SHOWN),
-    **dict.fromkeys(("run_name", "project", "logging_dir"), _NAMES),
+    "logging_dir": _NAMES,
     **dict.fromkeys(
         ("eval_delay", "per_device_eval_batch_size", "prediction_loss_only"), _EVALUATED
     ),

@@ -19,6 +19,7 @@ from .options import (
 from .rules import option
 
 BASE_HELP = "the base's directory or Hub id, where it is not where the run found it"
+SUBFOLDER_HELP = "the folder of a repository or directory that the model is in"
 MODEL_HELP = "a run directory, a Hub id, a local directory, or `demo` for the built-in model"
 
 
@@ -40,6 +41,7 @@ class DataCheckConfig(DataOptions):
         "demo", "the model whose tokenizer and template are used, or a run directory"
     )
     revision: str | None = option(None, "revision of a Hub model")
+    subfolder: str | None = option(None, SUBFOLDER_HELP)
     rows: int = option(3, "rows shown", ge=0)
 
 
@@ -138,6 +140,7 @@ class QuantizeConfig(KernelOptions, FourBitOptions):
     model: str = option(..., "a Hub id, a local directory, or `demo` for the built-in model")
     output_dir: str = option(..., "where the quantized model goes")
     revision: str | None = option(None, "revision of a Hub model")
+    subfolder: str | None = option(None, SUBFOLDER_HELP)
 
 
 class MergeConfig(KernelOptions, PublishOptions):

@@ -9,7 +9,7 @@ that comes with a model are never opened.
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import HalfbyteError, ModelError, first_line
@@ -25,19 +25,30 @@ TEMPLATES = "additional_chat_templates"
 """The one folder of a model's directory that transformers reads."""
 
 
-def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def resolve(
+    model: str,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    subfolder: str | None = None,
+) -> Path:
     """The local directory of a model: itself, the built-in one (``demo``), or a snapshot of a Hub
     id (downloaded where not cached; all but the weights if they are not needed). A directory called
     demo is named ``./demo``.
+
+    Args:
+        subfolder: of the directory or repository, that the model is in.
 
     Raises:
         ModelError: no such directory and no such id, or the download failed.
     """
     if model == BUILTIN:
         return Path(__file__).parents[1] / "builtin"
+    folder = "" if subfolder is None else _inside(subfolder)
     path = Path(model).expanduser()
     if path.is_dir():
-        _refuse_without_config(model, path)
+        path = path / folder
+        _refuse_without_config(str(path) if folder else model, path)
         check_files(path)
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
@@ -46,9 +57,29 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
             ways_out=["check the path", "or give a Hub id such as meta-llama/Llama-3.2-1B"],
         )
     ignore = ["original/*", *([] if weights else ["*.safetensors"])]
-    path = _snapshot(model, revision, HUB_PATTERNS, ignore)
-    _refuse_without_config(model, path)
+    path = _snapshot(model, revision, HUB_PATTERNS, ignore, folder) / folder
+    _refuse_without_config(f"{model}/{folder}" if folder else model, path)
     return path
+
+
+def base_of(options: Any, *, weights: bool = True) -> Path:
+    """`resolve` for options that name a model, its revision and its subfolder."""
+    return resolve(options.model, options.revision, weights=weights, subfolder=options.subfolder)
+
+
+def _inside(subfolder: str) -> str:
+    """A folder's path below where a model is looked for.
+
+    Raises:
+        ModelError: it leads elsewhere.
+    """
+    path = PurePosixPath(subfolder.strip().replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or path == PurePosixPath("."):
+        raise ModelError(
+            f"subfolder {subfolder!r} is no folder below the model's place",
+            ways_out=["name it as it stands there, such as `transformer`"],
+        )
+    return str(path)
 
 
 def _refuse_without_config(name: str, path: Path) -> None:
@@ -68,18 +99,29 @@ def _refuse_without_config(name: str, path: Path) -> None:
             found="adapter_model.bin: pickled weights can run code when opened" if pickled else "",
             ways_out=["load it with PEFT once, on a machine you can lose, and save it there"],
         )
+    deeper = sorted(config.parent.name for config in path.glob("*/config.json"))
     raise ModelError(
         f"{name} is not a model directory: it has no config.json",
-        ways_out=["name the directory that holds config.json and *.safetensors"],
+        found=f"one in {', '.join(deeper[:5])}" if deeper else "",
+        ways_out=[
+            *([f"--subfolder {deeper[0]}"] if deeper else []),
+            "name the directory that holds config.json and *.safetensors",
+        ],
     )
 
 
-def _snapshot(name: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
+def _snapshot(
+    name: str, revision: str | None, allow: list[str], ignore: list[str], folder: str = ""
+) -> Path:
     from huggingface_hub import snapshot_download
 
+    below = f"{folder}/" if folder else ""
     try:
         if (files := _listed(name, revision)) is not None:
-            allow, ignore = list(opened_of(name, files, allow, ignore)), []
+            _refuse_where_it_is_not(name, files, below)
+            there = [file.removeprefix(below) for file in files if file.startswith(below)]
+            allow, ignore = list(opened_of(name, there, allow, ignore)), []
+        allow, ignore = ([below + pattern for pattern in patterns] for patterns in (allow, ignore))
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
         )
@@ -89,6 +131,18 @@ def _snapshot(name: str, revision: str | None, allow: list[str], ignore: list[st
         Exception
     ) as error:  # the hub client raises some twenty types; all mean the same to the user
         raise _unreachable(name, revision, error) from error
+
+
+def _refuse_where_it_is_not(name: str, files: list[str], below: str) -> None:
+    """Raise ModelError for a repository whose models are in other folders than is looked in."""
+    deeper = sorted(f.rpartition("/")[0] for f in files if f.endswith("/config.json"))
+    described = {f"{below}config.json", f"{below}adapter_config.json"}
+    if deeper and not described & set(files):
+        raise ModelError(
+            f"{name!r} has no config.json{f' in {below[:-1]}' if below else ''}",
+            found=f"one in {', '.join(deeper[:5])}",
+            ways_out=[f"--subfolder {deeper[0]}"],
+        )
 
 
 def _listed(name: str, revision: str | None) -> list[str] | None:

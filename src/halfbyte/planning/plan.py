@@ -84,7 +84,7 @@ def plan(
 
 def _planned(config: TrainConfig, say: Callable[[str], None], progress: Progress) -> MemoryPlan:
     set_mmap_threshold(TRAIN_MMAP_THRESHOLD)
-    path = hub.resolve(config.model, config.revision, weights=False)
+    path = hub.base_of(config, weights=False)
     check_quantization(path, getattr(read_config(path), "quantization_config", None))
     config = with_stored_form(begin_with_adapter(config, path), path)
     data = read_data(config.data, config, path, say=say, progress=progress) if config.data else None

@@ -89,7 +89,9 @@ def _load(
     if run is None and is_adapter(model_or_run):
         return _load_adapter(Path(model_or_run).expanduser(), base_at, changes, progress)
     if run is None:
-        path = hub.resolve(str(model_or_run), changes.get("revision"))
+        path = hub.resolve(
+            str(model_or_run), changes.get("revision"), subfolder=changes.get("subfolder")
+        )
         options = with_stored_form(ModelOptions(**as_stored(path, changes)), path)
         model, _ = load_base(path, options, progress)
         return model, hub.load_tokenizer(path)

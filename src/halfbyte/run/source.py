@@ -11,7 +11,7 @@ import torch
 
 from ..adapters.converted import plain_lora
 from ..adapters.peft_files import CONFIG, WEIGHTS
-from ..config.options import ModelOptions
+from ..config.options import ModelOptions, TrainConfig
 from ..errors import ModelError
 from ..files import atomic, hub
 from ..model.architecture import choose_device, choose_dtype
@@ -64,7 +64,9 @@ def base_of_run(run: Run, given: str | None = None, revision: str | None = None)
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and name != hub.BUILTIN
     moved = is_id and not Path(info["path"]).is_dir()
     try:
-        return hub.resolve(name if moved else info["path"], revision)
+        if moved:
+            return hub.resolve(name, revision, subfolder=run.config().subfolder)
+        return hub.resolve(info["path"], revision)
     except ModelError as error:
         error.ways_out = ("--base names the directory it is in now", *error.ways_out)
         raise
@@ -99,13 +101,15 @@ def base_of_adapter(adapter: Path, revision: str | None = None, given: str | Non
     return hub.resolve(str(name), revision)
 
 
-def named_elsewhere(model: str, revision: str | None) -> tuple[str, str | None]:
+def named_elsewhere(config: TrainConfig) -> tuple[str, str | None]:
     """How an adapter's file names its base, wherever it is read on this machine: (a Hub id, its
-    revision), or (an absolute path, None)."""
-    if model == hub.BUILTIN:
-        return str(hub.resolve(model)), None
+    revision), or (an absolute path, None); of a model in a subfolder, which such a file has no word
+    for, the path."""
+    model = config.model
+    if model == hub.BUILTIN or config.subfolder is not None:
+        return str(hub.base_of(config).resolve()), None
     path = Path(model).expanduser()
-    return (str(path.resolve()), None) if path.is_dir() else (model, revision)
+    return (str(path.resolve()), None) if path.is_dir() else (model, config.revision)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def save_result(
     """
     with atomic.new_directory(run.adapter, replace=True, ways_out=[AGAIN]) as target:
         if has_adapter(learner.model):
-            save_adapter(learner.model, target, *named_elsewhere(config.model, config.revision))
+            save_adapter(learner.model, target, *named_elsewhere(config))
         else:
             _save_masters(learner, target)
         base = Path(info["base"]["path"])

@@ -110,7 +110,7 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
     repository = ""
     if promise.config.push_to_hub:
         repository = reserve(promise.config.hub_model_id, promise.config.hub_private_repo)
-    base = hub.resolve(promise.config.model, promise.config.revision)
+    base = hub.base_of(promise.config)
     if resume is None:
         promise.config = with_stored_form(begin_with_adapter(promise.config, base), base)
     else:

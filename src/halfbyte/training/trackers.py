@@ -53,6 +53,8 @@ class Trackers:
         self.run, self.say = run, say
         self.modules = {name: _imported(name) for name in names}
         self.open: dict[str, Any] = {}
+        self.project: str | None = None
+        self.title: str | None = None
 
     def start(self, config: dict[str, Any], step: int, identity: str, logged: int = 0) -> None:
         """Open them; rows after ``step`` will follow, and what was logged of them before is void:
@@ -62,6 +64,7 @@ class Trackers:
             identity: of the run, the same when it is resumed.
             logged: the last step that was logged before the run was resumed.
         """
+        self.project, self.title = config.get("project"), config.get("run_name")
         flat = {
             key: value if isinstance(value, int | float | str | bool) else str(value)
             for key, value in config.items()
@@ -81,7 +84,7 @@ class Trackers:
     def _start(
         self, name: str, module: Any, config: dict[str, Any], step: int, identity: str
     ) -> None:
-        title = f"{self.run.name}-{identity}"
+        title = self.title or f"{self.run.name}-{identity}"
         if name == "tensorboard":
             writer = module.SummaryWriter(
                 # also of a run that begins anew in its directory
@@ -94,11 +97,11 @@ class Trackers:
             self.open[name] = writer
         elif name == "wandb":
             where = {"dir": str(self.run), "id": identity, "resume": "allow"}
-            project = os.environ.get("WANDB_PROJECT") or PROJECT
-            title = os.environ.get("WANDB_NAME") or title
+            project = self.project or os.environ.get("WANDB_PROJECT") or PROJECT
+            title = self.title or os.environ.get("WANDB_NAME") or title
             self.open[name] = module.init(project=project, name=title, config=config, **where)
         else:
-            project = os.environ.get("TRACKIO_PROJECT") or PROJECT
+            project = self.project or os.environ.get("TRACKIO_PROJECT") or PROJECT
             self.open[name] = module.init(
                 project=project, name=title, config=config, resume="allow"
             )
