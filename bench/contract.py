@@ -1,12 +1,13 @@
 """The plan as a contract: random trainings, each watched from outside and held to its own plan.
 
-    python bench/contract.py [--count 40] [--seed 0] [--only N] [--model DIR]
+    python bench/contract.py [--count 40] [--seed 0] [--only N] [--model DIR] [--limit]
 
 Family, geometry, row lengths, batch, rank, targets, base bits, recomputation, packing, optimizer,
 evaluation and samples are drawn; each training runs in a process of its own, without ways to need
 less, and the anonymous memory of it and its children is read every few milliseconds from start to
 exit. A plan that is too small breaks the contract as one that is too generous does: the ratio is
-measured over planned.
+measured over planned. With ``--limit`` each runs once more in a control group that has no more
+memory than the plan and 5 %, all its processes together, files and all: it has to end there.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outside import watch
+from outside import inside, memory_group, watch
 
 FAMILIES = ("llama", "qwen3", "mistral")
 OVER = 1.05
@@ -105,12 +106,22 @@ def make_rows(case: Case, home: Path) -> Path:
     return file
 
 
-def hold(model: Path, rows: Path, options: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Train in a process of its own and watch it: planned and measured bytes, and by phase."""
+def command_of(model: Path, rows: Path, options: dict[str, Any], run: Path) -> list[str]:
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "halfbyte", "train", str(model), "--data", str(rows)]
-    command += ["--output_dir", str(run), "--report_to", "none", *flags]
-    seen = watch(command)
+    return [*command, "--output_dir", str(run), "--report_to", "none", *flags]
+
+
+def limited(model: Path, rows: Path, options: dict[str, Any], run: Path, planned: int) -> str:
+    """How a training ends that has the planned memory and 5 %: "ended", or what it said last."""
+    with memory_group(int(OVER * planned)) as group:
+        seen = watch(inside(group, command_of(model, rows, options, run)))
+    return "ended" if not seen.returncode else f"exit {seen.returncode}: {seen.out[-600:]}"
+
+
+def hold(model: Path, rows: Path, options: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Train in a process of its own and watch it: planned and measured bytes, and by phase."""
+    seen = watch(command_of(model, rows, options, run))
     if seen.returncode:
         return {"failed": seen.returncode, "said": seen.out.splitlines()[-12:]}
     planned = json.loads((run / "plan.json").read_text())
@@ -121,6 +132,7 @@ def hold(model: Path, rows: Path, options: dict[str, Any], run: Path) -> dict[st
             one = [round(row[key] / 2**20, 1) for key in ("measured_bytes", "planned_bytes")]
             phases[row["phase"]] = max(phases.get(row["phase"], [0.0, 0.0]), one)
     return {
+        "planned": planned["peak_bytes"],
         "planned_mib": round(planned["peak_bytes"] / 2**20, 1),
         "measured_mib": round(seen.peak / 2**20, 1),
         "ratio": round(seen.peak / planned["peak_bytes"], 3),
@@ -135,6 +147,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--limit", action="store_true")
     given = parser.parse_args()
     ratios, broken = [], []
     seeds = [given.only] if given.only is not None else range(given.seed, given.seed + given.count)
@@ -143,14 +156,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             home = Path(place)
             model = given.model or make_model(case, home)
-            found = hold(model, make_rows(case, home), case.options, home / "run")
+            rows = make_rows(case, home)
+            found = hold(model, rows, case.options, home / "run")
+            if given.limit and "failed" not in found:
+                one = (model, rows, case.options, home / "limited")
+                found["limited"] = limited(*one, found["planned"])
         print(json.dumps({"seed": seed, "family": case.family, **case.shape, **case.options}))
         print(json.dumps(found), flush=True)
         if "failed" in found:
             broken.append(seed)
             continue
         ratios.append(found["ratio"])
-        if found["ratio"] > OVER:
+        if found["ratio"] > OVER or found.get("limited", "ended") != "ended":
             broken.append(seed)
     if ratios:
         print(

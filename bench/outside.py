@@ -8,11 +8,12 @@ command and its children, from start to exit.
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,44 @@ def children(pid: int) -> list[int]:
                 with contextlib.suppress(OSError):
                     found += [int(child) for child in (task / "children").read_text().split()]
     return found
+
+
+@contextlib.contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """A control group with so many bytes of memory, in which a process is killed that needs more;
+    `inside` starts a command in it. Needs root.
+
+    Raises:
+        OSError: none can be made here.
+    """
+    roots = (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    )
+    for root, name in roots:
+        group = Path(root) / f"halfbyte-bench-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / name).write_text(str(limit))
+        except OSError:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            continue
+        try:
+            yield group
+        finally:
+            for _ in range(50):
+                with contextlib.suppress(OSError):
+                    group.rmdir()
+                    break
+                time.sleep(0.1)
+        return
+    raise OSError("no control group with a memory limit can be made here (root is needed)")
+
+
+def inside(group: Path, command: Sequence[str]) -> list[str]:
+    """A command that begins in a control group."""
+    return ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(group), *command]
 
 
 def watch(command: Sequence[str], **options: Any) -> Seen:
