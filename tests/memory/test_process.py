@@ -2,15 +2,24 @@
 
 import ctypes
 import os
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 from halfbyte.data.template import Rendering, Request, TemplateProcess
 from halfbyte.memory import process
-from halfbyte.memory.process import available, cpu_affinity, cpu_quota, limit_in_force
+from halfbyte.memory.process import (
+    Peak,
+    available,
+    cpu_affinity,
+    cpu_quota,
+    held_by_children,
+    limit_in_force,
+)
 
 
 def test_what_is_free_knows_limits(tmp_path: Path):
@@ -74,3 +83,19 @@ def test_cores_that_a_batch_system_gives_are_counted(monkeypatch: pytest.MonkeyP
     assert cpu_affinity() == 8
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(96)))
     assert cpu_affinity() is None
+
+
+HOLDS = "import sys; held = b'x' * (48 << 20); print('there', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_children_hold_counts():
+    before, peak = held_by_children(), Peak(torch.device("cpu")).bytes()
+    made = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDS], **made) as child:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        assert held_by_children() - before >= 48 << 20
+        assert Peak(torch.device("cpu")).bytes() - peak >= 40 << 20
+        child.stdin.close()
+    assert held_by_children() == before

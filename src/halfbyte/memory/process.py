@@ -40,9 +40,27 @@ def held_now() -> int:
     return _status().get("RssAnon", 0)
 
 
+def held_by_children() -> int:
+    """Anonymous resident memory of all that descend from this process, bytes; what a fork shares
+    with others counts in part (Pss)."""
+    total, family = 0, [os.getpid()]
+    for each in family:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                with contextlib.suppress(OSError):
+                    family += [int(pid) for pid in (task / "children").read_text().split()]
+        if each != family[0]:
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss_Anon:"):
+                        total += int(line.split()[1]) * 1024
+    return total
+
+
 class Peak:
     """The most memory used since it was made or restarted, bytes: what the CUDA allocator reserved,
-    or this process's anonymous resident memory; 0 where the system does not say."""
+    or this process's anonymous resident memory and what its children hold now; 0 where the system
+    does not say."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -67,7 +85,7 @@ class Peak:
             return 0
         files = status.get("RssFile", 0) + status.get("RssShmem", 0)
         high = status.get("VmHWM", 0) - files if self.exact and "RssAnon" in status else 0
-        return max(high, status.get("RssAnon", status.get("VmRSS", 0)))
+        return max(high, status.get("RssAnon", status.get("VmRSS", 0))) + held_by_children()
 
 
 def _cgroups(kind: str = "memory") -> list[Path]:
