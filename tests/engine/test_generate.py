@@ -199,6 +199,10 @@ def test_streams_show_what_is_decoded_at_once(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_streams_of_ten_thousand_rows(name: str):
-    stream_all(tokenizer_of(name), 10_000)
+@pytest.mark.parametrize("name", [*TOKENIZERS, "SmolLM2"])
+def test_streams_of_ten_thousand_rows(name: str, request: pytest.FixtureRequest):
+    if name == "SmolLM2":
+        tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue("smollm2"))
+    else:
+        tokenizer = tokenizer_of(name)
+    stream_all(tokenizer, 10_000)

@@ -453,7 +453,7 @@ def test_fifty_steps_killed_again_and_again_in_every_mode(
             break
     files = json.loads((out / "checkpoints/step-00000050/manifest.json").read_text())["files"]
     assert killed >= 4 and {name: files[name]["sha256"] for name in whole} == whole
-    assert not [path.name for path in out.iterdir() if path.name.startswith(".")], (
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == [".run.json"], (
         "nothing is left behind"
     )
 
