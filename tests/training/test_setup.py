@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 import halfbyte
+from halfbyte.data.template import TemplateProcess
+from halfbyte.planning.search import Planner
 from halfbyte.training import setup
 
 
@@ -21,21 +23,26 @@ def test_no_process_of_templates_is_left_beside_the_weights(
     """It would hold memory that no plan counts, through the whole training."""
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    left: list[Any] = []
     started: list[Any] = []
-    honest = setup.read_rows
+    left: dict[str, list[Any]] = {}
+    start, plan = TemplateProcess._start, Planner.plan
 
-    def read_rows(*arguments: Any, **more: Any) -> Any:
-        data = honest(*arguments, **more)
-        started.extend(multiprocessing.active_children())
-        return data
+    def begin(self: TemplateProcess) -> Any:
+        started.append(self)
+        return start(self)
+
+    def planned(self: Planner, **change: Any) -> Any:
+        found = plan(self, **change)
+        left["planned"] = multiprocessing.active_children()
+        return found
 
     def build_learner(*arguments: Any, **more: Any) -> Any:
-        left.extend(multiprocessing.active_children())
+        left["loaded"] = multiprocessing.active_children()
         raise Reached
 
-    monkeypatch.setattr(setup, "read_rows", read_rows)
+    monkeypatch.setattr(TemplateProcess, "_start", begin)
+    monkeypatch.setattr(Planner, "plan", planned)
     monkeypatch.setattr(setup, "build_learner", build_learner)
     with pytest.raises(Reached):
         halfbyte.train("demo", str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "run"))
-    assert started and not left
+    assert started and left == {"planned": [], "loaded": []}

@@ -75,7 +75,8 @@ class Data:
 
     def questions(self, count: int) -> list[tuple[TokenizedExample, list[int], str]]:
         """The first rows that can be asked, held-out ones before others: row, ids that ask, and the
-        answer wanted. They are remembered: a template is not asked again."""
+        answer wanted. They are remembered: a template is not asked again, and its process
+        ends."""
         if count not in self._asked:
             found: list[tuple[TokenizedExample, list[int], str]] = []
             for row in self.held_out + self.train.rows:
@@ -84,6 +85,7 @@ class Data:
                 if pair := self.question(row):
                     found.append((row, *pair))
             self._asked[count] = found
+            self.renderer.rest()  # what runs templates is no part of any plan
         return self._asked[count]
 
 

@@ -88,6 +88,8 @@ def _planned(config: TrainConfig, say: Callable[[str], None], progress: Progress
     check_quantization(path, getattr(read_config(path), "quantization_config", None))
     config = with_stored_form(begin_with_adapter(config, path), path)
     data = read_data(config.data, config, path, say=say, progress=progress) if config.data else None
+    if data is not None:
+        data.renderer.rest()
     planner = Planner(path, config, data, progress)
     if config.fit_to:
         return timed(planner.fit(), planner.dtype)

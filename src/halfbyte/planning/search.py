@@ -1,6 +1,7 @@
 """Plans under changing options: what `auto` means here, ways out, and the fastest plan that
 fits."""
 
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..engine.reductions import LENGTH_STEP, REDUCTIONS, Situation
 from ..errors import DataError, HalfbyteError, UsageError
 from ..files.model_config import context_of, read_config
 from ..files.safetensors import Checkpoint
-from ..memory.process import UNASKED_SHARE
+from ..memory.process import UNASKED_SHARE, held_now, return_freed
 from ..model.architecture import choose_dtype
 from ..model.host_embedding import reason_to_stay
 from ..progress import Progress, no_progress
@@ -35,6 +36,10 @@ def ways_in_words(plan: MemoryPlan, planner: "Planner") -> list[str]:
         return []
 
 
+LEFT_BY_PLANS = 8 << 20
+"""Bytes that a process may have grown by planning before they are given back."""
+
+
 @dataclass
 class Planner:
     """Plans of one model and one set of rows under changing options."""
@@ -46,9 +51,13 @@ class Planner:
 
     def __post_init__(self) -> None:
         self.model_config = read_config(self.path)
+        # what reading the rows left behind is no part of the process
+        gc.collect()
+        return_freed()
         self.budget = budget_of(self.config)
         self.dtype = _dtype_for(self.config, self.budget.device)
         self.context = context_of(self.model_config)
+        self.held = held_now()
         try:
             self.stored: Checkpoint | None = Checkpoint(self.path)
         except HalfbyteError:
@@ -56,16 +65,22 @@ class Planner:
 
     def plan(self, **change: Any) -> MemoryPlan:
         config = self.config.model_copy(update=change)
-        return plan_memory(
-            self.model_config,
-            config,
-            work_of(config, self._data_for(config), self.context),
-            device=self.budget.device,
-            dtype=self.dtype,
-            stored=self.stored,
-            runtime_bytes=self.budget.runtime,
-            budget_bytes=self.budget.bytes,
-        )
+        try:
+            return plan_memory(
+                self.model_config,
+                config,
+                work_of(config, self._data_for(config), self.context),
+                device=self.budget.device,
+                dtype=self.dtype,
+                stored=self.stored,
+                runtime_bytes=self.budget.runtime,
+                budget_bytes=self.budget.bytes,
+            )
+        finally:
+            # models without numbers refer to themselves, and would wait for the collector
+            if held_now() > self.held + LEFT_BY_PLANS:
+                gc.collect()
+                return_freed()
 
     def _data_for(self, config: TrainConfig) -> Data | None:
         """The data, rows cut where max_length is smaller than what they were read with."""

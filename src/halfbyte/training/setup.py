@@ -138,9 +138,8 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
     if resume is not None:
         resume.compare(info, config)
     notes: dict[str, str] = {}
-    # no process with templates beside the weights: what will be asked is rendered now
+    # nor beside the weights: what will be asked is rendered now
     data.questions(config.num_samples)
-    data.renderer.rest()
     with promise.monitor.phase("load", 0 if resume is None else resume.found.step):
         learner, report = build_learner(config, base, reporter, notes, begin=resume is None)
     promise.monitor.learner = learner
@@ -196,6 +195,7 @@ def read_rows(
     for line in data_lines(data):
         reporter.say(line)
     reporter.show_row(data.renderer.pieces(data.train.rows[0]))
+    data.renderer.rest()  # no process with templates beside what is planned
     return data
 
 
