@@ -99,6 +99,12 @@ def trainable_modules(model: nn.Module) -> Iterator[tuple[str, TrainableModule]]
             yield name, module
 
 
+def forget_casts(model: nn.Module) -> None:
+    """Drop what modules that are trained whole have cast to compute with at rest."""
+    for _, module in trainable_modules(model):
+        module.cast.clear()
+
+
 def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of whole modules, by their paths in the model; tied ones under each."""
     found: dict[str, nn.Parameter] = {}

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.modules_to_save import trainable_modules
+from ..adapters.modules_to_save import forget_casts, trainable_modules
 from ..config.hf_objects import config_of
 from ..config.options import TrainConfig
 from ..data.batches import MicroBatch, collate, largest_pass
@@ -347,6 +347,7 @@ class Trainer:
         return_freed()
         with self.promise.monitor.phase(name, step):
             yield
+        forget_casts(self.learner.model)
 
     def _largest_pass(self) -> int:
         """Tokens of the largest pass of a step."""
