@@ -77,7 +77,7 @@ lint: check-venv .venv/.dev
 bench: check-venv .venv/.dev
 	$(BIN)/python bench/cpu.py
 
-.venv/.installed: pyproject.toml constraints.txt $(wildcard src/halfbyte/ops/csrc/*)
+.venv/.installed: pyproject.toml constraints.txt $(wildcard src/halfbyte/ops/csrc/*) | check-venv
 	$(PIP) -e .
 	touch $@
 

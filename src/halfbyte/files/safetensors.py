@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from ..errors import ModelError, StorageError
-from .atomic import _write_then_rename, read_json, sync
+from .atomic import _write_then_rename, read_json, sync, ways_around
 from .hub import INDEX as INDEX
 from .hub import SINGLE as SINGLE
 
@@ -387,5 +387,5 @@ class TensorFile:
                 self._temporary.unlink(missing_ok=True)
             raise StorageError(
                 f"cannot write {self.path}: {error.strerror}",
-                ways_out=["free space", "or choose another place"],
+                ways_out=ways_around(error, "choose another place"),
             ) from error

@@ -72,7 +72,10 @@ def cached(path: Path, options: ModelOptions, progress: Progress) -> CacheEntry:
         raise StorageError(
             f"cannot keep the quantized weights in {home}",
             found=error.what if isinstance(error, StorageError) else str(error.strerror),
-            ways_out=["free space there", "or name another directory: HALFBYTE_CACHE=..."],
+            ways_out=atomic.ways_around(
+                error.__cause__ if isinstance(error, StorageError) and error.__cause__ else error,
+                "name another directory: HALFBYTE_CACHE=...",
+            ),
         ) from error
 
 

@@ -25,6 +25,7 @@ from ..files.atomic import (
     open_own,
     read_json,
     sha256_file,
+    ways_around,
     write_bytes,
     write_json,
 )
@@ -240,7 +241,9 @@ class Run:
         except OSError as error:
             raise StorageError(
                 f"cannot write {file}: {error.strerror}",
-                ways_out=["free space; then repeat the command with --resume_from_checkpoint auto"],
+                ways_out=ways_around(
+                    error, "then repeat the command with --resume_from_checkpoint auto"
+                ),
             ) from error
 
     def cut(self, name: str, last_step: int) -> list[int]:
