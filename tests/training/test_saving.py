@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 import halfbyte
+from halfbyte.config.options import TrainConfig
 from halfbyte.errors import StorageError
 from halfbyte.files import hub
 from halfbyte.run.directory import EVALS, Run
@@ -49,7 +50,7 @@ def test_a_result_that_cannot_be_written_leaves_the_older_one(
     monkeypatch.setattr(saving, "save_adapter", full)
     learner: Any = SimpleNamespace(model=None)
     with pytest.raises(StorageError, match="No space left") as caught:
-        config: Any = SimpleNamespace(model="acme/base", revision=None)
+        config = TrainConfig(model="acme/base", data="rows.jsonl")
         save_result(run, learner, SimpleNamespace(), {}, config)  # pyright: ignore[reportArgumentType]
     assert caught.value.ways_out[0] == "free space"
     assert "--resume_from_checkpoint auto" in caught.value.ways_out[1]
