@@ -85,10 +85,10 @@ def same_in_both(run: Run, home: Path, older: Path) -> None:
     current = halfbyte_transformers()
     for name, (kind, place) in delivered(run, home).items():
         now, then = seen(kind, place, current), seen(kind, place, "4.57", older)
-        for what in ("ids", "ends", "dtypes"):
-            assert now[what] == then[what], (name, what)
         # bitsandbytes' layers compute in the bf16 that their configuration names
         in_4_bits = name == "bnb-4bit"
+        for what in ("ids", "ends", *(() if in_4_bits else ("dtypes",))):
+            assert now[what] == then[what], (name, what)
         assert now["loss"] == pytest.approx(then["loss"], rel=5e-3 if in_4_bits else 1e-5), name
         assert in_4_bits or now["said"] == then["said"], name
 
