@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.cli import run as cli
-from halfbyte.config.options import ModelOptions, TrainConfig
+from halfbyte.config.options import DataOptions, ModelOptions, TrainConfig
 from halfbyte.errors import Interrupted, ModelError, UsageError
 from halfbyte.files import hub
 from halfbyte.progress import no_progress
 from halfbyte.quantization.writer import quantize
 from halfbyte.run.directory import Run
+from halfbyte.run.load import rows_as_in
 from halfbyte.run.source import (
     Source,
     as_stored,
@@ -162,3 +163,17 @@ def test_a_base_stored_in_4_bits_is_to_everything_what_it_is(stories: Path, tmp_
         with pytest.raises(UsageError, match="stored in 4 bits already"):
             halfbyte.load(place, bnb_4bit_quant_type="nf4")
         halfbyte.load(place, bnb_4bit_quant_type="fp4")
+
+
+def test_rows_are_read_as_a_runs_were_unless_it_was_said_otherwise(tmp_path: Path):
+    run = Run(tmp_path)
+    trained = TrainConfig(
+        model="demo", data="r.jsonl", max_length=77, turns="each", chat_template_kwargs={"a": 1}
+    )
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "config", lambda self: trained)
+        found = rows_as_in(run, DataOptions(turns="last"))
+    assert (found.max_length, found.turns, found.chat_template_kwargs) == (77, "last", {"a": 1})
+    given = DataOptions(max_length=5)
+    assert rows_as_in(None, given) is given

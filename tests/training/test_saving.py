@@ -51,7 +51,7 @@ def test_a_result_that_cannot_be_written_leaves_the_older_one(
     learner: Any = SimpleNamespace(model=None)
     with pytest.raises(StorageError, match="No space left") as caught:
         config = TrainConfig(model="acme/base", data="rows.jsonl")
-        save_result(run, learner, SimpleNamespace(), {}, config)  # pyright: ignore[reportArgumentType]
+        save_result(run, learner, SimpleNamespace(), {"base": {"path": "base"}}, config)  # pyright: ignore[reportArgumentType]
     assert caught.value.ways_out[0] == "free space"
     assert "--resume_from_checkpoint auto" in caught.value.ways_out[1]
     assert [path.name for path in run.adapter.iterdir()] == ["old"]
@@ -67,6 +67,10 @@ def test_what_was_not_trained_is_delivered_as_the_base_has_it(tmp_path: Path):
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copyfile(hub.resolve("demo") / name, base / name)
+    # in the form of older releases, which read no other
+    config = json.loads((base / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"] * 3
+    (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 2)
     made = halfbyte.train(
         str(base),
@@ -79,4 +83,5 @@ def test_what_was_not_trained_is_delivered_as_the_base_has_it(tmp_path: Path):
     )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (made.adapter / name).read_bytes() == (base / name).read_bytes()
-    assert json.loads((made.adapter / "config.json").read_text())["use_cache"] is True
+    delivered = json.loads((made.adapter / "config.json").read_text())
+    assert delivered == {**config, "dtype": "float32"} and delivered["use_cache"] is True

@@ -16,16 +16,16 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
     weights."""
     from ..data.dataset import data_lines, read_data
     from ..files import hub
-    from ..run.load import run_renderer
+    from ..run.load import rows_as_in, run_renderer
     from ..run.source import run_at
 
     run = run_at(record.model)
     base = hub.resolve(run.info()["base"]["path"]) if run else hub.base_of(record)
-    renderer = None
+    renderer, options = None, rows_as_in(run, record)
     if run is not None and record.chat_template is None:
-        renderer = run_renderer(run, run.config())
+        renderer = run_renderer(run, options)
     data = read_data(
-        record.data, record, base, say=console.say, progress=console.progress, renderer=renderer
+        record.data, options, base, say=console.say, progress=console.progress, renderer=renderer
     )
     for line in data_lines(data):
         console.say(line)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.options import DataOptions, ModelOptions
 from ..config.verbs import EvalConfig
-from ..run.directory import Run
 from . import console
 from .options import Verb
 
@@ -20,13 +19,14 @@ def evaluate(record: EvalConfig) -> dict[str, Any]:
     from ..data.dataset import data_lines, read_data
     from ..engine.selftest import self_test
     from ..files import hub
-    from ..run.load import load, run_renderer
+    from ..run.load import load, rows_as_in, run_renderer
     from ..run.source import Source, held_in, is_adapter, run_at
 
     run = run_at(record.model)
     adapter = run is None and is_adapter(record.model)
     source = Source.open(record.model, base_at=record.base) if run or adapter else None
-    options = _rows_as_in(run, record)
+    # every row is evaluated: what a shared configuration holds out is for training
+    options = rows_as_in(run, record.model_copy(update={"eval_split": 0.0}))
     own = run is not None and record.chat_template is None
     base = source.base if source else hub.base_of(record)
     # read before the model, so that bad rows are known at once
@@ -70,19 +70,6 @@ def _given(record: EvalConfig) -> dict[str, Any]:
     fields = record.model_fields_set
     keys = (*ModelOptions.model_fields, "base")
     return {key: getattr(record, key) for key in keys if key in fields}
-
-
-def _rows_as_in(run: Run | None, record: EvalConfig) -> DataOptions:
-    """How rows are read: as the run's were, unless it was said otherwise; every one is evaluated,
-    for what a shared configuration holds out is for training."""
-    options: DataOptions = record.model_copy(update={"eval_split": 0.0})
-    if run is None:
-        return options
-    trained = run.config()
-    kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
-    kept += ("turns", "drop_roles", "parse_control_tokens", "chat_template_kwargs")
-    as_before = {key: getattr(trained, key) for key in kept if key not in record.model_fields_set}
-    return options.model_copy(update=as_before)
 
 
 def _measure(

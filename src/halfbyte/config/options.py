@@ -88,13 +88,16 @@ class FourBitOptions(Options):
         return value
 
 
+SUBFOLDER_HELP = "the folder of a repository or directory that the model is in"
+
+
 class ModelOptions(KernelOptions, FourBitOptions):
     """How the base model is held."""
 
     revision: str | None = option(None, "revision of a Hub model", resume="named")
     subfolder: str | None = option(
         None,
-        "the folder of a repository or directory that the model is in",
+        SUBFOLDER_HELP,
         resume="named",
         added_later=None,
     )

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from .options import (
+    SUBFOLDER_HELP,
     DataOptions,
     FourBitOptions,
     KernelOptions,
@@ -19,7 +20,6 @@ from .options import (
 from .rules import option
 
 BASE_HELP = "the base's directory or Hub id, where it is not where the run found it"
-SUBFOLDER_HELP = "the folder of a repository or directory that the model is in"
 MODEL_HELP = "a run directory, a Hub id, a local directory, or `demo` for the built-in model"
 
 

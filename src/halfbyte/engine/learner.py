@@ -101,7 +101,6 @@ class Learner:
                     ways_out=["--embedding_offloading auto"],
                 )
             keep_on_host(model)
-        self.caches = getattr(model.config, "use_cache", True)  # as it is delivered
         model.config.use_cache = False
         model.train()
         self.drops = self._base_dropout(note)

@@ -94,17 +94,21 @@ def _merged(
     return (value.to(dtype) if adapted is None else adapted.merged(value, dtype)).cpu()
 
 
+def config_of(base: Path) -> dict[str, Any]:
+    """The base's configuration as it stands in its file, whose form older tools may know alone,
+    without its quantization and without the names of code that comes with the base (none was run,
+    none is delivered)."""
+    config = atomic.read_json(base / "config.json")
+    return {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+
+
 def write_config(base: Path, adapter: Path, target: Path) -> None:
-    """The base's configuration without its quantization and without the names of code that comes
-    with the base (none was run, none is delivered), and what belongs to the model beside it.
+    """The base's configuration, and what belongs to the model beside it.
 
     Raises:
         StorageError: the disk said no.
     """
-    config = atomic.read_json(base / "config.json")
-    for key in ("quantization_config", "auto_map"):
-        config.pop(key, None)
-    atomic.write_json(target / "config.json", config)
+    atomic.write_json(target / "config.json", config_of(base))
     # what an adapter brings stands in place of the base's: tokenizer, templates, ends
     copy_companions(base, target, tokenizer=not (adapter / SETTINGS).is_file())
     if (base / "generation_config.json").is_file():

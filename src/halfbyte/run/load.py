@@ -49,6 +49,17 @@ def run_renderer(
     )
 
 
+def rows_as_in(run: Run | None, options: DataOptions) -> DataOptions:
+    """How rows are read: as the run's were, unless it was said otherwise."""
+    if run is None:
+        return options
+    trained = run.config()
+    kept = ("max_length", "over_length", "completion_only_loss", "assistant_only_loss")
+    kept += ("turns", "drop_roles", "parse_control_tokens", "chat_template_kwargs")
+    as_before = {key: getattr(trained, key) for key in kept if key not in options.model_fields_set}
+    return options.model_copy(update=as_before)
+
+
 @with_plain_defaults
 def load(
     model_or_run: str | Path, *objects: Any, progress: Progress = no_progress, **changes: Any

@@ -13,6 +13,7 @@ from ..config.options import REORDERING, TrainConfig
 from ..data.renderer import Renderer
 from ..engine.learner import Learner, all_finite
 from ..errors import NonFiniteError
+from ..exporters.write import config_of
 from ..files import atomic
 from ..files.companions import copy_companions, generation_settings, write_templates
 from ..files.publish import publish
@@ -93,12 +94,12 @@ def save_result(
     Raises:
         StorageError: the disk said no; an older result is as it was.
     """
+    base = Path(info["base"]["path"])
     with atomic.new_directory(run.adapter, replace=True, ways_out=[AGAIN]) as target:
         if has_adapter(learner.model):
             save_adapter(learner.model, target, *named_elsewhere(config))
         else:
-            _save_masters(learner, target)
-        base = Path(info["base"]["path"])
+            _save_masters(learner, target, base)
         own = renderer.has_own_template and config.chat_template is None
         copy_companions(base, target, templates=own)
         if not own:
@@ -112,15 +113,20 @@ def save_result(
         atomic.write_json(target / ADAPTER_FACTS, {**facts, "files": files_of_result(target)})
 
 
-def _save_masters(learner: Learner, target: Path) -> None:
+def _save_masters(learner: Learner, target: Path, base: Path) -> None:
     """Every parameter as it was trained: fp32 masters, which 16 bits would round updates away
-    from."""
+    from; and the base's configuration in the form that it has there."""
     model = learner.model
-    computed_in, model.config.use_cache = model.config.dtype, learner.caches
+    computed_in = model.config.dtype
     try:
         model.save_pretrained(target)
     finally:
-        model.config.dtype, model.config.use_cache = computed_in, False
+        model.config.dtype = computed_in
+    config = config_of(base)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["torch_dtype" if "torch_dtype" in part else "dtype"] = "float32"
+    atomic.write_json(target / "config.json", config)
 
 
 def save_judgement(run: Run, info: dict[str, Any]) -> None:
