@@ -190,6 +190,48 @@ def test_control_tokens_that_nobody_read_stay_in_the_answer(
     assert says(capsys, "demo", "--prompt", "a", *EXACT)[0]["answer"] == said.marked
 
 
+STRICT = {
+    "ids": "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}"
+    "{{ raise_exception('ids have length 9') }}{% endif %}{{ c.function.name }}{% endfor %}"
+    "{{ m.content }}{{ eos_token }}{% endfor %}",
+    "alternate": "{% for m in messages %}{% if loop.index0 and m.role == 'user' and "
+    "messages[loop.index0 - 1].tool_calls %}{{ raise_exception('a result first') }}{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    "{{ eos_token }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", STRICT)
+def test_after_a_call_a_dialogue_goes_on(
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    typed: Any,
+):
+    """Some templates want an id of each call, some a tool's result before the next question
+    (llama.cpp 10572)."""
+    shutil.copytree(hub.resolve("demo"), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(STRICT[kind])
+    marked = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    asked: list[Any] = []
+
+    def answer(model: Any, renderer: Any, prompt: Any, **settings: Any) -> Answer:
+        asked.append(renderer.dialogue_ids(prompt))
+        return Answer("", True, marked)
+
+    monkeypatch.setattr(generate, "answer", answer)
+    typed("first", "second", "")
+    found, said = says(capsys, str(tmp_path / "model"), *EXACT)
+    turn = found["messages"][1]
+    if kind == "ids":
+        (call,) = turn["tool_calls"]
+        assert call["id"] == "call00000" and call["function"] == {"name": "f", "arguments": {}}
+    else:
+        assert turn == {"role": "assistant", "content": marked} and "kept as the answer's" in said
+    assert len(asked) == 2
+
+
 def test_a_model_without_a_template_says_which_is_used(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: list[Any]
 ):

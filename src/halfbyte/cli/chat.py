@@ -1,12 +1,13 @@
 """``halfbyte chat RUN``."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from ..config.options import ModelOptions
 from ..config.verbs import ChatConfig
-from ..errors import UsageError
+from ..errors import DataError, UsageError
 from . import console
 from .options import Verb
 
@@ -153,7 +154,7 @@ class _Talk:
             turns.append({"role": "user", "content": _checked(text)})
             self._fit(turns)
             said = self._answer(text if self.plain else turns)
-            turns.append(self._turn_of(said, turns))
+            turns.append(self._kept(self._turn_of(said, turns), said, turns))
         if self.run:
             console.following("merge", self.record.model, raw="--onto trained -o merged")
         else:
@@ -197,6 +198,23 @@ class _Talk:
             return {"role": "assistant", "content": said.marked or said.text}
         asked = self.renderer.render(turns, add_generation_prompt=True)
         return read_answer(self.renderer.tokenizer, said.marked, asked)
+
+    def _kept(self, turn: Turn, said: Any, turns: list[Turn]) -> Turn:
+        """An answer behind ``turns`` in a form that the template takes when it is asked again. Some
+        want each call to have an id (of nine letters, which suits all), some a tool's result before
+        the next question: to them the call is text."""
+        if "tool_calls" not in turn:
+            return turn
+        calls = [{"id": f"call{i:05d}", **call} for i, call in enumerate(turn["tool_calls"])]
+        for form in (turn, {**turn, "tool_calls": calls}):
+            question = {"role": "user", "content": "question"}
+            with contextlib.suppress(DataError):
+                self.renderer.render([*turns, form, question], add_generation_prompt=True)
+                return form
+        console.say(
+            "(the chat template takes no question behind a call: it is kept as the answer's text)"
+        )
+        return {"role": "assistant", "content": said.marked}
 
     def _answer(self, prompt: str | list[Turn]) -> Any:
         from ..engine.generate import answer
