@@ -412,7 +412,7 @@ def options_for(tokens: int, **more: Any) -> Any:
 def training(name: str, tokens: int, steps: int = 4, rows: int = 1, **more: Any) -> dict[str, Any]:
     """Seconds and peak of a step, and what was planned; the tokens are those of so many rows."""
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import TokenizedExample
+    from halfbyte.data.encoder import TokenizedExample
     from halfbyte.engine.learner import Learner
     from halfbyte.engine.selftest import Abilities, self_test
     from halfbyte.model import attention

@@ -40,7 +40,7 @@ def measure(case: str, home: Path) -> dict[str, float]:
 
     from halfbyte.config.options import TrainConfig
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import TokenizedExample
+    from halfbyte.data.encoder import TokenizedExample
     from halfbyte.memory.process import Peak
     from halfbyte.model import attention
     from halfbyte.planning.parts import on_device

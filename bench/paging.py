@@ -237,7 +237,7 @@ def batches_for(case: str) -> list[Any]:
     import torch
 
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import TokenizedExample
+    from halfbyte.data.encoder import TokenizedExample
 
     generator, tokens = torch.Generator().manual_seed(0), TOKENS[case]
     ids = torch.randint(4, 32000, (tokens,), generator=generator).tolist()

@@ -137,7 +137,7 @@ def matmul_rate() -> float:
 def _halfbyte(path: Path, who: str) -> Callable[[Any, int], float]:
     from halfbyte.config.options import TrainConfig
     from halfbyte.data.batches import collate
-    from halfbyte.data.renderer import TokenizedExample
+    from halfbyte.data.encoder import TokenizedExample
     from halfbyte.model import attention
     from halfbyte.run.directory import Run
     from halfbyte.training.step import stepper_for

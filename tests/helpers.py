@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import halfbyte
 from halfbyte.config.options import TrainConfig
-from halfbyte.data.renderer import TokenizedExample
+from halfbyte.data.encoder import TokenizedExample
 from halfbyte.engine.learner import Learner
 from halfbyte.engine.selftest import Abilities
 from halfbyte.model import attention

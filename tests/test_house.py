@@ -47,6 +47,7 @@ TESTED_ELSEWHERE = {
     "errors": "every test of a refusal; cli/test_cli.py prints them",
     "progress": "two callbacks",
     "data.cells": "data/test_formats.py",
+    "data.encoder": "data/test_renderer.py and test_renderer_masks.py, through the renderer",
     "data.json_rows": "data/test_readers.py",
     "data.packed": "data/test_readers.py",
     "data.tables": "data/test_readers.py",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.data.batches import Schedule, collate, pack, prepare
-from halfbyte.data.renderer import TokenizedExample
+from halfbyte.data.encoder import TokenizedExample
 from halfbyte.errors import DataError
 from halfbyte.ops.library import ROW_MULTIPLE
 

@@ -8,8 +8,9 @@ import pytest
 
 from halfbyte.config.options import DataOptions
 from halfbyte.data.dataset import data_lines, encode, hold_out, read_data
+from halfbyte.data.encoder import TokenizedExample
 from halfbyte.data.formats import Example
-from halfbyte.data.renderer import Renderer, TokenizedExample
+from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError
 from halfbyte.files import hub
 

@@ -187,19 +187,3 @@ def test_pieces_show_the_whole_row_once(stories: Path):
     pieces = renderer.pieces(row)
     assert "".join(text for text, _ in pieces) == renderer.tokenizer.decode(row.input_ids)
     assert [(t, k) for t, k in pieces if k != "read"] == [("yo", "trained"), ("</s>", "end")]
-
-
-def test_templates_by_name_are_one_digest_in_any_order(tmp_path: Path, stories: Path):
-    """A run with a template for tools finds it again in the files it was saved to."""
-    from halfbyte.data.renderer import template_digest
-
-    tokenizer = chatml_tokenizer(stories)
-    tokenizer.chat_template = {"tool_use": "tools: " + CHATML, "default": CHATML}
-    renderer = Renderer(tokenizer)
-    tool = {"type": "function", "function": {"name": "n"}}
-    assert renderer._named([tool]) == "tool_use" and renderer._named(None) == "default"
-    tokenizer.chat_template = renderer.chat_template
-    tokenizer.save_pretrained(tmp_path)
-    again = hub.load_tokenizer(tmp_path)
-    assert template_digest(again.chat_template) == renderer.template_sha256
-    assert Renderer(again).templates == renderer.templates

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.adapters.peft_files import adapter_off
-from halfbyte.data.renderer import TokenizedExample
+from halfbyte.data.encoder import TokenizedExample
 from halfbyte.engine.evaluate import RowLosses, row_losses
 from halfbyte.engine.judge import (
     Difference,

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, Trainer
 
 from halfbyte.config.options import TrainConfig
 from halfbyte.data.batches import collate
-from halfbyte.data.renderer import TokenizedExample
+from halfbyte.data.encoder import TokenizedExample
 from halfbyte.engine.learner import Learner, all_finite
 from halfbyte.engine.selftest import Abilities
 from halfbyte.memory.recompute import KEEPS

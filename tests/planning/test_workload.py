@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from halfbyte.data.batches import collate
-from halfbyte.data.renderer import TokenizedExample
+from halfbyte.data.encoder import TokenizedExample
 
 
 def test_encoded_rows_are_what_a_micro_batch_is_made_of():

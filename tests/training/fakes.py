@@ -8,7 +8,7 @@ import torch
 
 from halfbyte.config.options import TrainConfig
 from halfbyte.data.batches import MicroBatch, collate
-from halfbyte.data.renderer import TokenizedExample
+from halfbyte.data.encoder import TokenizedExample
 from halfbyte.ops.dequantized import DequantBuffer
 from halfbyte.progress import Reporter
 from halfbyte.run.directory import Run

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from ..errors import DataError
 from ..ops.library import ROW_MULTIPLE
+from .encoder import TokenizedExample
 from .formats import IGNORE
-from .renderer import TokenizedExample
 
 EVAL_TOKENS = 2048
 """An evaluation lays rows end to end up to this many tokens."""

@@ -26,9 +26,11 @@ from ..files import atomic, hub
 from ..files.model_config import context_of, declared_ends, read_config
 from ..progress import Progress, no_progress
 from .batches import Prepared, Schedule, prepare
+from .chat_template import read_template
+from .encoder import TokenizedExample
 from .formats import MIXED, Example, read_examples, refuse_bad
 from .readers import files_of, sources
-from .renderer import PARTS, SPLIT, Renderer, TokenizedExample, read_template
+from .renderer import PARTS, SPLIT, Renderer
 
 BATCH = 256
 """Rows tokenized at once."""

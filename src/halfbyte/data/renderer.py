@@ -4,52 +4,28 @@ it.
 The text of a row comes from two sources, and mixing them up is how models are broken: the
 *template* writes control tokens, the *data* must not (a user's ``<|im_end|>`` is text). Which
 characters are whose is followed through the template (`data.origins`), what of them is trained is
-decided turn by turn (`data.turns`). Then the whole text is tokenized once (so the ids are those any
-other tool gets from the same conversation) and the mask is read off the character positions. It is
-never read off token ids: where pad equals eos, that masks the end. Where a token would hold the end
-of a prompt and the beginning of an answer, the text is cut there: a model is asked with the very
-ids it was trained on.
+decided turn by turn (`data.turns`); the whole text is tokenized at once (`data.encoder`).
 
-One file because text, ids and loss mask of a row are three views of the same characters, and are
-only right together.
+One file because what a row is trained on, what a model is asked with, what its answer is held
+against and what ends it are one conversation seen four times, and are only right together.
 """
 
-import contextlib
 import functools
-import hashlib
 import itertools
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from ..config.text_file import read_text_file
-from ..errors import DataError, UsageError
+from ..errors import DataError
+from .chat_template import builtin_template, refuse_unread, template_digest, templates_of
+from .encoder import Encoder, TokenizedExample
 from .formats import Example
 from .origins import TEMPLATE, places
-from .stand_ins import Shown, StandIns
 from .template import Rendering, Request, TemplateProcess, variants
-from .turns import Span, Text, Turns, TurnWriter, pattern_of, trained_turns, written
+from .turns import Text, Turns, TurnWriter, pattern_of, trained_turns, written
 from .unread import named_unread, unread
-
-BUILTIN_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message.role in ('system', 'developer') -%}{{ message.content + '\\n\\n' }}
-{%- elif message.role == 'assistant' -%}\
-{{ '### Assistant:\\n' + message.content + eos_token + '\\n' }}
-{%- elif message.role == 'user' -%}{{ '### User:\\n' + message.content + '\\n' }}
-{%- else -%}{{ '### ' + message.role | capitalize + ':\\n' + message.content + '\\n' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '### Assistant:\\n' }}{%- endif -%}
-"""
-"""For tokenizers without a template: needs no new tokens."""
-
-_BOUNDARY = "\n"
-"""Begins the second of two texts that are tokenized apart, and is taken off its ids."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +35,6 @@ class Segment:
     text: str
     from_data: bool
     supervised: bool
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """A tokenized row: ids, and for each whether the model is trained to predict it.
-
-    example: what it was made of (one turn of it, where a template makes each turn a row of its
-    own).
-    """
-
-    where: str
-    input_ids: list[int]
-    loss_mask: list[bool]
-    example: Example | None = field(default=None, compare=False, repr=False)
 
 
 class Renderer:
@@ -116,10 +78,10 @@ class Renderer:
                 "never stop",
                 ways_out=["set eos_token in tokenizer_config.json"],
             )
-        templates = {"default": template} if template else _templates_of(tokenizer)
+        templates = {"default": template} if template else templates_of(tokenizer)
         self.has_own_template = bool(templates.get("default"))
         templates.setdefault("default", "")
-        templates["default"] = templates["default"] or _builtin(tokenizer)
+        templates["default"] = templates["default"] or builtin_template(tokenizer)
         # as Jinja reads it, and as it comes back from a file
         self.templates = {
             name: text.replace("\r\n", "\n").replace("\r", "\n")
@@ -127,7 +89,7 @@ class Renderer:
         }
         self.template = self.templates["default"]
         self.template_kwargs = dict(template_kwargs or {})
-        _refuse_unread(self.template_kwargs, self.templates)
+        refuse_unread(self.template_kwargs, self.templates)
         added = tokenizer.added_tokens_decoder
         self.special: dict[str, int] = {
             token.content: index for index, token in added.items() if token.special
@@ -144,7 +106,13 @@ class Renderer:
         self._special_pattern = pattern_of(list(self.special))
         self._processes: dict[str, TemplateProcess] = {}
         self._writers: dict[str, TurnWriter] = {}
-        self._stand_ins = StandIns(tokenizer, self.special)
+        self._encoder = Encoder(
+            tokenizer,
+            self.special,
+            completion_only=completion_only,
+            parse_control_tokens=parse_control_tokens,
+            noticed=self.noticed,
+        )
 
     def rest(self) -> None:
         """End the processes that templates run in; the next conversation starts another."""
@@ -322,7 +290,7 @@ class Renderer:
         made = iter(texts)
         rows = [_ready(e) if e.input_ids is not None else next(made) for e in examples]
         whole = [text for row in rows if isinstance(row, list) for text in row]
-        encoded = iter(self._encode(whole))
+        encoded = iter(self._encoder.encode(whole))
         good: list[TokenizedExample] = []
         bad: list[DataError] = []
         for row in rows:
@@ -333,119 +301,6 @@ class Renderer:
                 good += [part for part in parts if isinstance(part, TokenizedExample)]
         return good, bad
 
-    def _encode(self, texts: list[Text]) -> list[TokenizedExample | DataError]:
-        shown = [self._stand_ins.show(text.text, text.data) for text in texts]
-        plain = [text.example.messages is None for text in texts]
-        try:
-            results = self._encode_batch(shown, plain)
-        except DataError as error:  # a panic, of one of them
-            if len(texts) > 1:
-                return [row for text in texts for row in self._encode([text])]
-            error.where = texts[0].example.where
-            return [error]
-        found: list[TokenizedExample | DataError] = []
-        for text, each, result in zip(texts, shown, results, strict=True):
-            try:
-                found.append(self._row(text, each, result))
-            except DataError as error:
-                error.where = text.example.where
-                found.append(error)
-        return found
-
-    def _encode_batch(self, shown: list[Shown], add_special_tokens: list[bool]) -> list[Any]:
-        results: list[Any] = [None] * len(shown)
-        kinds = {(each.base, flag) for each, flag in zip(shown, add_special_tokens, strict=True)}
-        for base, flag in sorted(kinds):
-            chosen = [
-                i
-                for i, each in enumerate(shown)
-                if each.base == base and add_special_tokens[i] is flag
-            ]
-            with _panics_named():
-                batch = self._stand_ins.backend(base).encode_batch(
-                    [shown[i].text for i in chosen], add_special_tokens=flag
-                )
-            for i, result in zip(chosen, batch, strict=True):
-                results[i] = result
-        return results
-
-    def _row(self, text: Text, shown: Shown, result: Any) -> TokenizedExample:
-        """Ids and mask of a text, the mask by position."""
-        spans = [(shown.at(start), shown.at(stop)) for start, stop in text.trained]
-        plain = text.example.messages is None
-        ids, offsets = self._stand_ins.ids(shown, result), result.offsets
-        self._refuse_dropped(shown, offsets)
-        cuts = _shared(offsets, [start for start, _ in spans])
-        if plain and text.example.prompt and self.completion_only and not cuts:
-            asked = self.prompt_ids(text.example.prompt)
-            cuts = [spans[0][0]] if ids[: len(asked)] != asked else []
-        if cuts:
-            self.noticed[SHARED] += 1
-            if apart := self._apart(shown, cuts, plain):
-                ids, offsets = apart
-        trained, span = [], 0
-        for start, stop in offsets:
-            while span < len(spans) and spans[span][1] <= start:
-                span += 1
-            # a token that begins in a prompt was read before anything was to be said
-            trained.append(span < len(spans) and start >= spans[span][0] and stop > start)
-        if plain:
-            if not ids or ids[-1] != self.tokenizer.eos_token_id:
-                ids.append(self.tokenizer.eos_token_id)
-                trained.append(True)
-            trained[-1] = True
-        return TokenizedExample(text.example.where, ids, trained, text.example)
-
-    def _refuse_dropped(self, shown: Shown, offsets: list[Span]) -> None:
-        """Raise DataError for characters that the tokenizer drops: positions after them are not
-        those of the text."""
-        covered, gap = 0, False
-        for start, stop in offsets:
-            gap |= start > covered and bool(shown.text[covered:start].strip())
-            covered = max(covered, stop)
-        if not gap and (covered >= len(shown.text) or not shown.text[covered:].strip()):
-            return
-
-        def ids(text: str) -> list[int]:
-            return self._stand_ins.backend(shown.base).encode(text, add_special_tokens=False).ids
-
-        dropped = [
-            character
-            for character in sorted(set(shown.text))
-            if not character.isspace() and ids("a" + character) == ids("a")
-        ]
-        if dropped:
-            raise DataError(
-                f"the model's vocabulary has no token for {len(dropped)} of this row's characters, "
-                "and its tokenizer drops them",
-                found=" ".join(f"{c} (U+{ord(c):04X})" for c in dropped[:8]),
-                ways_out=["write them otherwise", "--skip_bad N leaves such rows out"],
-            )
-
-    def _apart(
-        self, shown: Shown, cuts: list[int], add_special_tokens: bool
-    ) -> tuple[list[int], list[Span]] | None:
-        """Ids and offsets of a text whose parts are tokenized each by itself; None where the
-        tokenizer cannot begin in the middle of a text."""
-        backend = self._stand_ins.backend(shown.base)
-        ids: list[int] = []
-        offsets: list[Span] = []
-        for start, stop in itertools.pairwise([0, *cuts, len(shown.text)]):
-            part = shown.text[start:stop]
-            if start == 0:
-                result = backend.encode(part, add_special_tokens=add_special_tokens)
-                ids, offsets = self._stand_ins.ids(shown, result), list(result.offsets)
-                if add_special_tokens and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                    del ids[-1], offsets[-1]
-                continue
-            result = backend.encode(_BOUNDARY + part, add_special_tokens=False)
-            first = next((i for i, (begin, _) in enumerate(result.offsets) if begin >= 1), 0)
-            if not first or any(end > 1 for _, end in result.offsets[:first]):
-                return None
-            ids += self._stand_ins.ids(shown, result)[first:]
-            offsets += [(a - 1 + start, b - 1 + start) for a, b in result.offsets[first:]]
-        return ids, offsets
-
     def prompt_ids(
         self,
         prompt: str | list[dict[str, Any]],
@@ -455,17 +310,15 @@ class Renderer:
         """What generation starts from: ids of a conversation that asks for the assistant's turn, or
         of a plain text that is ``begun`` to go on in such a way, control tokens and all."""
         if isinstance(prompt, str):
-            data = [] if self._parse else [(0, len(prompt))]
-            ids = self._ids(self._stand_ins.show(prompt + begun, data), True)
-            return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+            return self._encoder.prompt_ids(prompt, begun)
         text = self._asking(prompt, tools)
-        return self._ids(self._stand_ins.show(text.text, text.data), False)
+        return self._encoder.ids(text.text, text.data)
 
     def dialogue_ids(self, turns: list[dict[str, Any]], begun: str = "") -> list[int]:
         """As `prompt_ids`, of a conversation whose answers the model gave: the control tokens it
         wrote are control tokens again, as those of an answer that is ``begun`` are."""
         text = self._asking(turns, None, answers_are_own=True)
-        return self._ids(self._stand_ins.show(text.text + begun, text.data), False)
+        return self._encoder.ids(text.text + begun, text.data)
 
     def _asking(
         self,
@@ -510,10 +363,6 @@ class Renderer:
         before, found, _ = whole[len(prompt) :].partition("answer")
         return prompt != plain or not found or not before.strip()
 
-    def _ids(self, shown: Shown, add_special_tokens: bool) -> list[int]:
-        (result,) = self._encode_batch([shown], [add_special_tokens])
-        return self._stand_ins.ids(shown, result)
-
     def question_and_answer(self, example: Example) -> tuple[list[int], str] | None:
         """The ids that ask for a row's last answer, and that answer as it was trained; None where
         there is no question (plain text) or the answer is a call."""
@@ -523,21 +372,15 @@ class Renderer:
             if not asked or example.messages[last].get("tool_calls"):
                 return None
             asking = self._asking(example.messages[:last], example.tools)
-            ids = self._ids(self._stand_ins.show(asking.text, asking.data), False)
+            ids = self._encoder.ids(asking.text, asking.data)
             return ids, self._wanted(example, last, asking.text)
         if not example.prompt:
             return None
-        return self.prompt_ids(example.prompt), self._as_said(example.completion)
+        return self.prompt_ids(example.prompt), self._encoder.as_said(example.completion)
 
     def without_control_tokens(self, text: str) -> str:
         """A text of the template's as it is read."""
         return self._special_pattern.sub("", text)
-
-    def _as_said(self, text: str | None) -> str:
-        """A text as the tokenizer gives it back: one that normalizes can say it in no other way."""
-        text = text or ""
-        ids = self._ids(self._stand_ins.show(text, [] if self._parse else [(0, len(text))]), False)
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _wanted(self, example: Example, turn: int, asking: str) -> str:
         """The answer of a turn as it was trained, without control tokens of the template; as it
@@ -547,7 +390,7 @@ class Renderer:
             raise texts
         text = texts[-1]
         if text.answer is None:
-            return self._as_said((example.messages or [])[turn]["content"]).strip()
+            return self._encoder.as_said((example.messages or [])[turn]["content"]).strip()
         start, stop = text.answer
         if text.text.startswith(asking):  # marks may begin before what is asked
             start = max(start, len(asking))
@@ -557,7 +400,7 @@ class Renderer:
             for piece in pieces
             if piece.supervised
         )
-        return self._as_said(wanted.strip()).strip()
+        return self._encoder.as_said(wanted.strip()).strip()
 
     def pieces(self, row: TokenizedExample) -> list[tuple[str, str]]:
         """A row as (text, kind) for people, kind one of "read", "trained", "end" (a trained control
@@ -622,88 +465,14 @@ ASKED_FOR_ENDS = 64
 """Rows."""
 
 
-def template_digest(chat_template: str | dict[str, str] | None) -> str:
-    """sha256 of what a tokenizer's ``chat_template`` is, whatever the order of several."""
-    named = isinstance(chat_template, dict)
-    text = str(dict(sorted(chat_template.items())) if named else chat_template)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 SPLIT = "conversations became"
 PARTS = "rows, one for each answer: the template writes earlier turns anew (--turns last|each)"
-SHARED = (
-    "rows would share a token between a prompt and its answer: they are tokenized apart, as a "
-    "model is asked"
-)
-
-
-def _shared(offsets: list[Span], places: list[int]) -> list[int]:
-    """Places that are inside of a token."""
-    found, at = [], 0
-    for place in places:
-        while at < len(offsets) and offsets[at][1] <= place:
-            at += 1
-        if at < len(offsets) and offsets[at][0] < place:
-            found.append(place)
-    return found
-
-
-@contextlib.contextmanager
-def _panics_named() -> Iterator[None]:
-    """Within this block a panic of the tokenizer's library (which is no Exception) is a DataError:
-    its pattern blew up over a text."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise DataError(
-            "the tokenizer gave up on a text",
-            found=str(error).splitlines()[0][:300] if str(error) else "a panic",
-            ways_out=["look at the longest rows", "or take the model's newest tokenizer.json"],
-        ) from error
 
 
 def _ready(example: Example) -> TokenizedExample:
     """A row that came as ids; without a mask of its own everything is trained."""
     ids = example.input_ids or []
     return TokenizedExample(example.where, ids, example.loss_mask or [True] * len(ids), example)
-
-
-def _templates_of(tokenizer: Any) -> dict[str, str]:
-    """The templates of a tokenizer by name; "default" is the one without tools."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        return {name: text for name, text in template.items() if text}
-    return {"default": template} if template else {}
-
-
-def _refuse_unread(given: Mapping[str, Any], templates: Mapping[str, str]) -> None:
-    """Raise UsageError for a variable that no template names."""
-    for name in given:
-        if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in templates.values()):
-            raise UsageError(
-                f"chat_template_kwargs gives {name}, which the chat template does not read",
-                ways_out=["leave it out", "or give a template that reads it with --chat_template"],
-            )
-
-
-def _builtin(tokenizer: Any) -> str:
-    """The built-in template, with the beginning token where this tokenizer itself writes one."""
-    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return ("{{- bos_token -}}\n" if starts else "") + BUILTIN_TEMPLATE
-
-
-def read_template(path: str) -> str:
-    """A template file given by the user.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return read_text_file(Path(path).expanduser(), "the chat template")
-    except UsageError as error:
-        raise DataError(error.what, found=error.found) from error
 
 
 def _cut(text: str, data: list[tuple[int, int]], trained: list[tuple[int, int]]) -> list[Segment]:

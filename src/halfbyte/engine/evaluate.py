@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from ..data.batches import EVAL_TOKENS, MicroBatch, collate
 from ..data.dataset import Data
+from ..data.encoder import TokenizedExample
 from ..data.formats import IGNORE
-from ..data.renderer import Renderer, TokenizedExample
+from ..data.renderer import Renderer
 from ..model import attention
 from ..model.rope import PassKind, pass_kind
 from ..ops.library import device_type

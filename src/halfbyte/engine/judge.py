@@ -20,7 +20,7 @@ from torch.nn import functional
 from ..adapters.modules_to_save import trainable_modules
 from ..adapters.peft_files import adapter_off, lora_off
 from ..data.batches import EVAL_TOKENS
-from ..data.renderer import TokenizedExample
+from ..data.encoder import TokenizedExample
 from ..ops.library import device_type
 from ..progress import Progress, no_progress
 from ..quantization.original import OriginalWeights

@@ -30,7 +30,7 @@ import torch
 from ..adapters.lora import LoraLinear, lora_layers
 from ..adapters.peft_files import adapter_off
 from ..config.options import ModelOptions
-from ..data.renderer import TokenizedExample
+from ..data.encoder import TokenizedExample
 from ..engine.evaluate import RowLosses
 from ..engine.judge import BASE, ORIGINAL, RUN
 from ..errors import StorageError, UsageError, VerificationError

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from ..config.options import DataOptions
 from ..data.dataset import encode, hold_out, length_of_rows, make_renderer, source_digest
+from ..data.encoder import TokenizedExample
 from ..data.formats import Example, read_examples
-from ..data.renderer import Renderer, TokenizedExample
+from ..data.renderer import Renderer
 from ..engine.evaluate import RowLosses
 from ..engine.judge import POSITIONS, difference, first_rows, neutral_passages
 from ..engine.loss import chunk_rows, hidden_states, output_head

@@ -17,7 +17,7 @@ from torch import nn
 from ..adapters.modules_to_save import trainable_modules
 from ..config.options import PlanConfig, TrainConfig
 from ..data.batches import collate
-from ..data.renderer import TokenizedExample
+from ..data.encoder import TokenizedExample
 from ..engine.judge import NEUTRAL_TOKENS, POSITIONS
 from ..engine.learner import Learner
 from ..engine.loss import chunk_rows

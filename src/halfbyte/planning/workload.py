@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..config.options import TrainConfig
 from ..data.batches import EVAL_TOKENS, MicroBatch, coarse_length, collate, largest_pass
 from ..data.dataset import Data, schedule_of
-from ..data.renderer import TokenizedExample
+from ..data.encoder import TokenizedExample
 from ..engine.evaluate import largest_group
 from ..engine.generate import SAMPLE_TOKENS, prompts_at_once
 

@@ -9,7 +9,8 @@ from ..adapters.converted import plain_lora
 from ..adapters.peft_files import load_adapter
 from ..config.hf_objects import options_of
 from ..config.options import DataOptions, ModelOptions
-from ..data.renderer import Renderer, template_digest
+from ..data.chat_template import template_digest
+from ..data.renderer import Renderer
 from ..errors import ModelError, UsageError
 from ..files import atomic, hub
 from ..files.model_config import computed_by, declared_ends, differences

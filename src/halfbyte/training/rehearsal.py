@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..data.batches import MicroBatch
-from ..data.renderer import TokenizedExample
+from ..data.encoder import TokenizedExample
 from ..engine.evaluate import mean_loss
 from ..engine.learner import Learner
 from ..errors import DoesNotFit, first_line, is_exhaustion
