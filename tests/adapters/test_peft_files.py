@@ -179,21 +179,92 @@ def test_whole_modules_trained_apart_are_not_thrown_together(
             peft_files.load_adapter(ours, tmp_path / str(drift))
 
 
-def test_an_adapter_of_the_head_runs_and_is_not_trained_or_merged_in_silence(
-    stories: Path, tmp_path: Path
+APART: dict[str, dict[str, Any]] = {
+    "both whole": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "the head": {"modules_to_save": ["lm_head"]},
+    "the embedding": {"modules_to_save": ["embed_tokens"]},
+    "an adapter on the head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_what_was_trained_apart_from_its_tie_is_two_tensors(
+    kind: str, stories: Path, tmp_path: Path
 ):
-    base = LlamaForCausalLM.from_pretrained(stories)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    theirs: Any = peft.get_peft_model(base, config).eval()
-    perturb_zeros(theirs)
-    theirs.save_pretrained(tmp_path / "theirs")
-    model, _ = halfbyte.load(tmp_path / "theirs", load_in_4bit=False, dtype="float32")
-    ids = torch.arange(3, 15)[None]
-    torch.testing.assert_close(
-        model(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    """On a tied base PEFT trains copies; answers, merges and further training have both."""
+    config = peft.LoraConfig(
+        r=4, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **APART[kind]}
     )
-    with pytest.raises(ModelError, match="of its own"):
-        halfbyte.merge(tmp_path / "theirs", tmp_path / "merged")
+    theirs: Any = peft.get_peft_model(LlamaForCausalLM.from_pretrained(stories), config).eval()
+    torch.manual_seed(0)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+    exact: dict[str, Any] = {"load_in_4bit": False, "dtype": "float32"}
+
+    def same(model: Any) -> None:
+        with torch.no_grad():
+            found = model(input_ids=ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    same(halfbyte.load(tmp_path / "theirs", **exact)[0])
+    halfbyte.merge(tmp_path / "theirs", tmp_path / "onto 4 bits")
+    begun = {"adapter_name_or_path": str(tmp_path / "theirs"), "learning_rate": 1e-30, **exact}
+    if kind == "an adapter on the head":
+        halfbyte.merge(tmp_path / "theirs", tmp_path / "merged", onto="original")
+        same(LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+        with pytest.raises(ModelError, match="the output head"):
+            train_adapter(stories, tmp_path, "run", max_steps=1, **begun)
+        return
+    run = train_adapter(stories, tmp_path, "run", max_steps=1, **begun)
+    assert not run.config().tie_word_embeddings
+    same(halfbyte.load(run.path)[0])
+    halfbyte.merge(run.path, tmp_path / "merged")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert not torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight)
+    same(merged)
+    base = LlamaForCausalLM.from_pretrained(stories)
+    same(peft.PeftModel.from_pretrained(base, str(run.adapter)).eval())
+    with pytest.raises(UsageError, match="tie_word_embeddings"):
+        train_adapter(stories, tmp_path, "no", max_steps=1, tie_word_embeddings=True, **begun)
+
+
+def test_a_head_is_trained_by_itself_where_its_tie_is_taken_off(stories: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="also those") as caught:
+        train_adapter(stories, tmp_path, "no", max_steps=3, modules_to_save="lm_head")
+    assert any("--tie_word_embeddings false" in way for way in caught.value.ways_out)
+    run = train_adapter(
+        stories,
+        tmp_path,
+        "run",
+        max_steps=3,
+        modules_to_save="lm_head",
+        tie_word_embeddings=False,
+        weight_streaming="always",
+    )
+    model, _ = halfbyte.load(run.path)
+    before = LlamaForCausalLM.from_pretrained(stories).lm_head.weight
+    assert torch.equal(model.get_input_embeddings().weight.float(), before.bfloat16().float())
+    assert not torch.allclose(model.lm_head.trained()["weight"], before, atol=1e-3)
+    halfbyte.merge(run.path, tmp_path / "merged")
+    full = train_adapter(
+        stories,
+        tmp_path,
+        "full",
+        max_steps=3,
+        full=True,
+        load_in_4bit=False,
+        tie_word_embeddings=False,
+    )
+    again = LlamaForCausalLM.from_pretrained(full.adapter)
+    assert not torch.equal(again.lm_head.weight, again.get_input_embeddings().weight)
+
+
+def test_an_adapter_of_the_head_is_not_trained_in_silence(stories: Path):
     with pytest.raises(UsageError, match="the output head"):
         lora.target_names(LlamaForCausalLM.from_pretrained(stories), "q_proj,lm_head")
 

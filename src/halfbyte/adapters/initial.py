@@ -11,7 +11,7 @@ from ..model.architecture import build_empty
 from ..model.targets import targets
 from .converted import plain_lora
 from .lora import target_names
-from .peft_files import adapted_layers, read_adapter_config, shortest_targets
+from .peft_files import adapted_layers, read_adapter_config, shortest_targets, trained_apart
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
@@ -46,11 +46,12 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
             f"the adapter in {path} adapts the output head ({heads[0]}), which is not trained so "
             "here",
             ways_out=[
-                "merge it into its base with PEFT, and train on that",
+                f"halfbyte merge {given} --onto original -o DIR, and train on DIR",
                 "or train a new adapter, with the head whole: --modules_to_save "
                 + heads[0].rpartition(".")[2],
             ],
         )
+    wanted["tie_word_embeddings"] = not trained_apart(model, path)
     wanted["target_modules"] = ",".join(shortest_targets(model, adapted))
     for name, value in wanted.items():
         if name in config.model_fields_set and not _is_same(

@@ -147,7 +147,8 @@ def make_modules_trainable(model: Any, names: list[str], *, keep_originals: bool
             f"modules_to_save names {', '.join(sorted(set(names)))}, whose weights are also those "
             f"of {shared}",
             ways_out=[
-                f"name both: --modules_to_save {','.join([*names, shared.rpartition('.')[2]])}"
+                f"name both: --modules_to_save {','.join([*names, shared.rpartition('.')[2]])}",
+                "or take the tie off: --tie_word_embeddings false",
             ],
         )
     masters: dict[nn.Parameter, nn.Parameter] = {}

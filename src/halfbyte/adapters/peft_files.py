@@ -21,7 +21,7 @@ from ..config.peft_settings import undone_in_file
 from ..errors import ModelError, UsageError
 from ..files.atomic import read_json, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
-from ..model.targets import targets
+from ..model.targets import targets, tied_names
 from ..quantization.tensor import NF4Tensor
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
 from .modules_to_save import make_modules_trainable, trainable_modules
@@ -274,6 +274,28 @@ def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
     return names
 
 
+def trained_apart(model: nn.Module, directory: Path) -> bool:
+    """Whether an adapter is one of two tensors that this model ties: it trained copies of both,
+    which differ now, or one of them alone. PEFT makes copies of whole modules, and adapts a tied
+    head by itself; such an adapter needs the ties taken off (``tie_word_embeddings`` false).
+
+    Args:
+        model: as the base's configuration has it.
+    """
+    entries = read_header(directory / WEIGHTS)
+    whole = read_json(directory / CONFIG).get("modules_to_save") or ()
+    for pair in tied_names(model).items():
+        paths = [name.removesuffix(".weight") for name in pair]
+        if any(f"{_PREFIX}{path}.lora_A.weight" in entries for path in paths):
+            return True
+        trained = [path for path in paths if path.endswith(tuple(whole))]
+        names = [f"{_PREFIX}{path}.weight" for path in trained]
+        values = [read_tensor(entries[name], name) for name in names if name in entries]
+        if len(values) == 1 or (len(values) == 2 and not torch.equal(*values)):
+            return True
+    return False
+
+
 def restore_adapter(model: nn.Module, directory: Path) -> None:
     """Copy the tensors of an adapter's file into the model's adapter.
 
@@ -313,10 +335,7 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
                 raise ModelError(
                     f"the adapter {file} was trained with {_module(first)} and {_module(name)} "
                     "apart, which are one tensor in this base (tie_word_embeddings)",
-                    ways_out=[
-                        "merge it with PEFT into a copy of the base whose weights are not tied, "
-                        "and use that"
-                    ],
+                    ways_out=["--tie_word_embeddings false takes the tie off"],
                 )
             parameter.copy_(value)
 

@@ -106,6 +106,14 @@ class ModelOptions(KernelOptions, FourBitOptions):
         "hold the linear layers in 4 bits; false keeps the base in 16 or 32 bits",
         resume="never",
     )
+    tie_word_embeddings: bool = option(
+        True,
+        "false: an output head that the model's config.json ties to the embedding is a tensor of "
+        "its own, as an adapter needs it that trained them apart",
+        resume="never",
+        of_adapter=True,
+        added_later=True,
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto",
         "compute dtype; auto is bfloat16 where the hardware multiplies it, else float32",

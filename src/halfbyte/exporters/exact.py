@@ -23,7 +23,7 @@ from ..config.options import ModelOptions
 from ..errors import VerificationError
 from ..files.atomic import read_json
 from ..files.safetensors import Checkpoint, read_header, read_tensor
-from ..model.targets import checkpoint_names, quantizable, tied_names
+from ..model.targets import checkpoint_names, name_untied, quantizable, tied_names
 from ..ops.fourbit import absmax_values
 from ..progress import Progress
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
@@ -136,6 +136,7 @@ class _Checker:
     ) -> None:
         self.merged, self.base, self.adapter = Checkpoint(merged), Checkpoint(base), adapter
         self.options, self.onto = options, onto
+        name_untied(model, self.base.entries)
         self.stored = quantized_names(set(self.base.entries))
         names = weight_names(self.base, self.stored)
         self.targets = checkpoint_names(model, names)

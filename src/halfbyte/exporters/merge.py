@@ -276,7 +276,7 @@ class _Merger:
         try:
             path.mkdir()
             write_merged(self.base, path, running, onto, self.progress)
-            write_config(self.base, self.source.adapter, path)
+            write_config(self.base, self.source.adapter, path, running)
             found = recompute(
                 path,
                 self.base,

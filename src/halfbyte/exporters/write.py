@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.lora import LoraLinear, lora_layers
+from ..adapters.lora import LoraLinear
 from ..adapters.modules_to_save import trained_whole
 from ..errors import ModelError
 from ..files import atomic
 from ..files.companions import SETTINGS, copy_companions
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
-from ..model.targets import checkpoint_names
+from ..model.architecture import TIES
+from ..model.targets import checkpoint_names, name_untied, untied_names
 from ..progress import Progress
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
 from ..quantization.tensor import NF4Tensor
@@ -23,6 +24,7 @@ from ..quantization.tensor import NF4Tensor
 def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Progress) -> None:
     """The base's shards with the adapter added; one shard in memory at a time."""
     checkpoint = Checkpoint(base)
+    name_untied(model, checkpoint.entries)
     stored = quantized_names(set(checkpoint.entries))
     if stored and onto == "original":
         raise ModelError(
@@ -31,7 +33,6 @@ def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Prog
         )
     names = weight_names(checkpoint, stored)
     targets, whole = checkpoint_names(model, names), trained_whole(model)
-    _refuse_homeless(model, set(targets.values()))
     weight_map: dict[str, str] = {}
     shards: dict[str, list[str]] = {}
     for name in names:
@@ -50,21 +51,6 @@ def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Prog
     if list(shards) != [SINGLE]:
         atomic.write_json(
             target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-
-
-def _refuse_homeless(model: Any, there: set[str]) -> None:
-    """Raise ModelError if a layer is adapted whose weight is another's in the files: a tied head's
-    is the embedding's."""
-    lost = [path for path, _ in lora_layers(model) if f"{path}.weight" not in there]
-    if lost:
-        raise ModelError(
-            f"{lost[0]} has an adapter of its own, and shares its weight with another module in "
-            "the base's files: a merged model could not tell them apart",
-            ways_out=[
-                "use the adapter unmerged",
-                "or merge it with PEFT into a copy of the base whose weights are not tied",
-            ],
         )
 
 
@@ -94,21 +80,27 @@ def _merged(
     return (value.to(dtype) if adapted is None else adapted.merged(value, dtype)).cpu()
 
 
-def config_of(base: Path) -> dict[str, Any]:
+def config_of(base: Path, model: Any) -> dict[str, Any]:
     """The base's configuration as it stands in its file, whose form older tools may know alone,
     without its quantization and without the names of code that comes with the base (none was run,
-    none is delivered)."""
+    none is delivered); with the ties that the model has."""
     config = atomic.read_json(base / "config.json")
-    return {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    if untied_names(model):
+        config[TIES] = False
+        for part in config.values():
+            if isinstance(part, dict) and TIES in part:
+                part[TIES] = False
+    return config
 
 
-def write_config(base: Path, adapter: Path, target: Path) -> None:
+def write_config(base: Path, adapter: Path, target: Path, model: Any) -> None:
     """The base's configuration, and what belongs to the model beside it.
 
     Raises:
         StorageError: the disk said no.
     """
-    atomic.write_json(target / "config.json", config_of(base))
+    atomic.write_json(target / "config.json", config_of(base, model))
     # what an adapter brings stands in place of the base's: tokenizer, templates, ends
     copy_companions(base, target, tokenizer=not (adapter / SETTINGS).is_file())
     if (base / "generation_config.json").is_file():

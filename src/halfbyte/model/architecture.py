@@ -62,8 +62,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def build_empty(config: Any) -> Any:
+def build_empty(config: Any, *, tied: bool = True) -> Any:
     """transformers' model with parameters on the meta device and real buffers.
+
+    Args:
+        tied: False: what the configuration ties is apart, and the model's ``untied`` says which
+            names had been one tensor's.
 
     Raises:
         ModelError: transformers cannot build it; its message is quoted.
@@ -73,11 +77,25 @@ def build_empty(config: Any) -> Any:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    untie = not tied and getattr(config.get_text_config(), TIES, False)
+    if untie:
+        untied(config)
     refused = refused_by_transformers("transformers cannot build the model of this config.json")
     with _building, refused, _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     forget_longer_passes(model)
+    if untie:
+        model.untied = dict(model._tied_weights_keys or {})
     return model
+
+
+TIES = "tie_word_embeddings"
+
+
+def untied(config: Any) -> None:
+    """Have a configuration tie nothing, in place."""
+    for each in {id(part): part for part in (config, config.get_text_config())}.values():
+        setattr(each, TIES, False)
 
 
 _building = threading.RLock()

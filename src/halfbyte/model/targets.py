@@ -66,6 +66,28 @@ def tied_names(model: Any) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def untied_names(model: Any) -> dict[str, str]:
+    """As `tied_names`, of the ties that were taken off when the model was built."""
+    return dict(getattr(model, "untied", None) or {})
+
+
+def name_untied(model: Any, entries: dict[str, Any]) -> None:
+    """Give what a file holds once each of the names it has in a model whose ties were taken off:
+    the beginning of both.
+
+    Args:
+        entries: of the file, by name; added to in place.
+    """
+    for pair in untied_names(model).items():
+        ends = tuple(".".join(name.split(".")[-2:]) for name in pair)
+        named = checkpoint_names(model, [name for name in entries if name.endswith(ends)])
+        there = {target: source for source, target in named.items() if target in pair}
+        if len(there) == 1:
+            ((target, source),) = there.items()
+            (other,) = set(pair) - {target}
+            entries[other] = entries[source]
+
+
 def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Names on disk to the model's names, by transformers' own renamings; of a tied tensor, its own
     name, whichever of them is on disk.

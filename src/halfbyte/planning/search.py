@@ -153,7 +153,8 @@ class Planner:
         """Whether the embedding table could lie in host memory: beside a GPU, frozen, and read by
         nothing else."""
         trained = self.config.full or "embed" in self.config.modules_to_save
-        tied = getattr(self.model_config.get_text_config(), "tie_word_embeddings", False)
+        ties = getattr(self.model_config.get_text_config(), "tie_word_embeddings", False)
+        tied = ties and self.config.tie_word_embeddings
         return not reason_to_stay(self.budget.device, trained, tied)
 
     def _most_layers(

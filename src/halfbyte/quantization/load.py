@@ -134,7 +134,7 @@ def _load(
     config = read_config(path)
     check_quantization(path, getattr(config, "quantization_config", None))
     checkpoint = Checkpoint(weights)
-    model = build_empty(config)
+    model = build_empty(config, tied=options.tie_word_embeddings)
     loader = WeightLoader(model, checkpoint, options, dtype, device, streamer)
     loader.check_names()
     for source in progress(loader.sources, len(loader.sources), "loading"):
@@ -189,7 +189,7 @@ def empty_base(
     Raises:
         ModelError: transformers cannot build it.
     """
-    model = build_empty(config)
+    model = build_empty(config, tied=options.tie_word_embeddings)
     forms: dict[str, dict[str, Any]] = {}
     if options.load_in_4bit:
         forms = {name: {} for name in quantizable(model)}

@@ -22,7 +22,7 @@ from ..config.options import ModelOptions
 from ..errors import ModelError
 from ..files.safetensors import Checkpoint
 from ..memory.streaming import LayerStreamer
-from ..model.targets import checkpoint_names, quantizable, tied_names
+from ..model.targets import checkpoint_names, name_untied, quantizable, tied_names
 from .bnb_format import quantized_names, read_stored, weight_names
 from .tensor import NF4Tensor, quantize
 
@@ -64,6 +64,9 @@ class WeightLoader:
         self.streamer = streamer
         self.model, self.checkpoint, self.options = model, checkpoint, options
         self.dtype, self.device = dtype, device
+        in_file = set(checkpoint.entries)
+        name_untied(model, checkpoint.entries)
+        self.twice = checkpoint.entries.keys() - in_file
         self.stored_4bit = quantized_names(set(checkpoint.entries))
         plain = weight_names(checkpoint, self.stored_4bit)
         self.sources = plain
@@ -188,7 +191,9 @@ class WeightLoader:
 
     def _hash(self, source: str, tensors: Iterable[Tensor]) -> None:
         """Hash beside the next tensor's reading; one at a time, so that no more than one is kept
-        alive for it."""
+        alive for it. What a tensor is called beside its name in the file makes no other base."""
+        if source in self.twice:
+            return
         futures.wait(self.hashes.values())
         self.hashes[source] = self.hasher.submit(_digest, list(tensors))
 

@@ -24,6 +24,7 @@ from .source import (
     as_stored,
     base_of_adapter,
     base_of_run,
+    held_for,
     is_adapter,
     run_at,
     tokenizer_directory,
@@ -134,7 +135,7 @@ def _load_adapter(
 ) -> tuple[Any, Any]:
     """An adapter that PEFT wrote, on the base it names, or one that was given."""
     base = base_of_adapter(path, changes.get("revision"), base_at)
-    options = with_stored_form(ModelOptions(**changes), base)
+    options = held_for(ModelOptions(**changes), path, base)
     model, report = load_base(base, options, progress)
     if not options.allow_other_base and options.load_in_4bit:
         refuse_foreign_adapter(path, report.digest, str(base))

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from ..adapters.converted import plain_lora
-from ..adapters.peft_files import CONFIG, WEIGHTS
+from ..adapters.peft_files import CONFIG, WEIGHTS, trained_apart
 from ..config.options import ModelOptions, TrainConfig
 from ..errors import ModelError
 from ..files import atomic, hub
-from ..model.architecture import choose_device, choose_dtype
+from ..files.model_config import read_config
+from ..model.architecture import TIES, build_empty, choose_device, choose_dtype
 from ..quantization.load import with_stored_form
 from .directory import Run, is_run
 
@@ -112,6 +113,16 @@ def named_elsewhere(config: TrainConfig) -> tuple[str, str | None]:
     return (str(path.resolve()), None) if path.is_dir() else (model, config.revision)
 
 
+def held_for(options: ModelOptions, adapter: Path, base: Path) -> ModelOptions:
+    """Options as an adapter that PEFT wrote and its base are: in 4 bits as it is stored, and
+    untied where the adapter needs it so."""
+    options = with_stored_form(options, base)
+    if TIES not in options.model_fields_set:
+        apart = trained_apart(build_empty(read_config(base)), adapter)
+        return options.model_copy(update={TIES: not apart})
+    return options
+
+
 @dataclass(frozen=True)
 class Source:
     """An adapter and what it belongs to.
@@ -150,7 +161,7 @@ class Source:
         base = base_of_adapter(place, given=base_at)
         named = str(atomic.read_json(place / CONFIG)["base_model_name_or_path"])
         dtype = str(choose_dtype("auto", choose_device(device))).removeprefix("torch.")
-        holding = with_stored_form(ModelOptions(), base)
+        holding = held_for(ModelOptions(), place, base)
         return cls(place, plain_lora(place, base), base, named, holding, dtype, None)
 
     @property

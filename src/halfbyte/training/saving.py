@@ -122,7 +122,7 @@ def _save_masters(learner: Learner, target: Path, base: Path) -> None:
         model.save_pretrained(target)
     finally:
         model.config.dtype = computed_in
-    config = config_of(base)
+    config = config_of(base, model)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = "float32"
