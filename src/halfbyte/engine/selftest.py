@@ -231,7 +231,8 @@ def recomputed_line(run: Recompute) -> str:
 def perturb_zeros(model: Any) -> Iterator[None]:
     """Within this block trained parameters that are zero (a new adapter's B) are not, so that every
     gradient depends on everything."""
-    zero = [p for p in model.parameters() if p.requires_grad and not bool(p.any())]
+    trained = (p for p in model.parameters() if p.requires_grad and not p.is_meta)
+    zero = [p for p in trained if not bool(p.any())]
     generator = torch.Generator("cpu").manual_seed(0)
     try:
         with torch.no_grad():
