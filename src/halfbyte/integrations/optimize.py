@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.loss import causal_lm_loss
+from ..memory.process import return_freed
 from ..memory.recompute import KEEPS
 from ..model import attention, fusion
 from ..model.class_swap import is_wrapped, swap_class
@@ -118,6 +119,7 @@ def optimize(
     )
     for module, training in modes:
         module.training = training
+    return_freed()  # reading a model leaves up to as much as it takes with the C library
     for line in (*_what_was_done(done, fused.line(), narrowed), checkpointing):
         if line:
             say(line)
