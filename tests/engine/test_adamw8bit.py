@@ -229,3 +229,58 @@ def test_in_8_bits_those_around_an_absent_one_move_as_without_it():
         found.append([p.detach() for p in params])
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][2], found[1][1])
     assert torch.equal(found[0][1], given[1])
+
+
+def state_of(make: Any, *shapes: tuple[int, ...]) -> dict[str, Any]:
+    """Of an optimizer after a step."""
+    optimizer = make(nn.Parameter(torch.ones(shape)) for shape in shapes)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes", "said"),
+    [
+        (torch.optim.AdamW, [(64, 128), (3,)], "another optimizer"),
+        (bitsandbytes.optim.AdamW8bit, [(64, 128), (3,)], "another optimizer"),
+        (
+            AdamW8bit,
+            [(128, 64), (3,)],
+            r"number 0 has the shape \[128, 64\] in it, and \[64, 128\]",
+        ),
+        (AdamW8bit, [(3,), (64, 128)], "number 0"),
+        (AdamW8bit, [(64, 128)], "number 1 has the shape none in it"),
+        (AdamW8bit, [(64, 128), (3,), (3,)], r"number 2 has the shape \[3\] in it, and none here"),
+    ],
+)
+def test_a_state_of_other_parameters_is_refused_before_anything_is_taken(
+    make: Any, shapes: list[tuple[int, ...]], said: str
+):
+    mine = AdamW8bit([nn.Parameter(torch.ones(64, 128)), nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=said):
+        mine.load_state_dict(state_of(make, *shapes))
+    assert mine.steps == 0 and not any(mine.arenas[0]["m_codes"])
+
+
+def test_a_state_of_other_groups_is_refused():
+    def groups(params: Any) -> Any:
+        return AdamW8bit([{"params": [p]} for p in params])
+
+    theirs = state_of(groups, (64, 128), (3,))
+    mine = AdamW8bit([nn.Parameter(torch.ones(64, 128)), nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="other groups"):
+        mine.load_state_dict(theirs)
+    theirs = state_of(AdamW8bit, (64, 128), (3,))
+    del theirs["shapes"]  # as before they were kept
+    mine.load_state_dict(theirs)
+    assert mine.steps == 1
+
+
+def test_sparse_gradients_are_refused_by_name():
+    table = nn.Embedding(100, 64, sparse=True)
+    optimizer = AdamW8bit(table.parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()

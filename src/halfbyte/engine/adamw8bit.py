@@ -103,6 +103,11 @@ class AdamW8bit(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     self.missed[id(p)] = self.missed.get(id(p), 0) + 1
+                elif p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__} takes no sparse gradients "
+                        "(nn.Embedding(sparse=True) makes them)"
+                    )
             self._step_group(number, group)
         return loss
 
@@ -241,24 +246,61 @@ class AdamW8bit(torch.optim.Optimizer):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own form: hyperparameters, the step count, those that parameters missed, and the
-        raw arenas."""
+        """torch's own form: hyperparameters, the step count, those that parameters missed, their
+        shapes, and the raw arenas."""
         missed = [self.missed.get(id(p), 0) for p in self._all()]
         own = {"steps": self.steps, "missed": missed, "arenas": self.arenas}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), **own, "shapes": self._shapes()}
+
+    def _shapes(self) -> list[list[int]]:
+        return [list(p.shape) for p in self._all()]
 
     def _all(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of an optimizer of the same parameters in the same groups and order.
+
+        Raises:
+            ValueError: it is another optimizer's, or of other parameters.
+        """
         state = dict(state_dict)
-        self.steps = state.pop("steps")
+        if absent := {"steps", "arenas"} - state.keys():
+            raise ValueError(
+                f"this is the state of another optimizer than {type(self).__name__}: it has no "
+                f"{' and no '.join(sorted(absent))}. Moments are not converted: begin with new ones"
+            )
         arenas, missed = state.pop("arenas"), state.pop("missed", [])
+        self._refuse_others(state.pop("shapes", None), arenas)
+        self.steps = state.pop("steps")
         self.missed = {id(p): n for p, n in zip(self._all(), missed, strict=False) if n}
         super().load_state_dict(state)
         for mine, theirs in zip(self.arenas, arenas, strict=True):
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
+
+    def _refuse_others(self, shapes: list[list[int]] | None, arenas: list[Any]) -> None:
+        """Raise ValueError if a state is that of other parameters than these. shapes: None in
+        states of before they were kept."""
+        mine = self._shapes()
+        if shapes is not None and shapes != mine:
+            pairs = enumerate(itertools.zip_longest(shapes, mine, fillvalue="none"))
+            number, (there, here) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"this state is of other parameters: number {number} has the shape {there} in it, "
+                f"and {here} here"
+            )
+        theirs, own = ([_held(arena) for arena in each] for each in (arenas, self.arenas))
+        if theirs != own:
+            raise ValueError(
+                f"this state is of other groups, or another min_8bit_size: {theirs} elements in 8 "
+                f"and 32 bits, and {own} here"
+            )
+
+
+def _held(arena: dict[str, Tensor]) -> tuple[int, int]:
+    """Elements of a group's state in 8 and in 32 bits."""
+    return arena["m_codes"].numel(), arena["small_m"].numel()
 
 
 def _device(params: list[Tensor]) -> torch.device:
