@@ -1,12 +1,15 @@
-"""Every causal family that transformers can build small: `optimize` beside the script without it.
+"""Every causal family that transformers can build small: `optimize` beside the script without it,
+and the power of a merge's verification.
 
 The checkpoints are made by builders that are not part of this repository; without them the test is
 skipped.
 """
 
+import contextlib
 import copy
 import gc
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,15 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte
+from halfbyte.adapters.lora import LoraLinear, lora_layers
+from halfbyte.config.options import ModelOptions
+from halfbyte.errors import HalfbyteError, VerificationError
+from halfbyte.exporters.exact import recompute
+from halfbyte.exporters.write import write_merged
+from halfbyte.progress import no_progress
 
-from ..helpers import SHARED
+from ..exporters.test_exact import missing, rescaled, transposed, without_rslora
+from ..helpers import SHARED, train_adapter
 
 FAMILIES = SHARED / "families" / "families.py"
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -27,6 +37,11 @@ LIMIT = 1e-5
 WORSE = 4
 """Times the script's own distance from fp64, where that is more: what is recurrent is ill
 conditioned."""
+
+
+needs_builders = pytest.mark.skipif(
+    not FAMILIES.is_file(), reason="the builders of families are not here"
+)
 
 
 def builders() -> Any:
@@ -90,7 +105,7 @@ def outcome(base: Any, checkpointing: bool) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PEFT's, of patterns that match nothing
-@pytest.mark.skipif(not FAMILIES.is_file(), reason="the builders of families are not here")
+@needs_builders
 def test_optimize_leaves_every_familys_gradients(tmp_path: Path):
     module = builders()
     lines, wrong = [], []
@@ -108,6 +123,69 @@ def test_optimize_leaves_every_familys_gradients(tmp_path: Path):
         lines.append(f"| {family.name} | {' | '.join(cells)} |")
         gc.collect()
     assert not wrong, "\n".join(wrong)
+    assert_on_page(lines)
+
+
+def assert_on_page(lines: list[str]) -> None:
     page = PAGE.read_text()
-    missing = [line for line in lines if line not in page]
-    assert not missing, f"{PAGE} lacks:\n" + "\n".join(missing)
+    absent = [line for line in lines if line not in page]
+    assert not absent, f"{PAGE} lacks:\n" + "\n".join(absent)
+
+
+WRONG = (missing, rescaled, transposed, without_rslora)
+
+
+def merges_of(base: Path, home: Path) -> str:
+    """What becomes of a family's merges, for the table; raises where that is wrong."""
+    try:
+        run = train_adapter(
+            base, home, "run", max_steps=6, use_rslora=True, judge=False, allow_low_coverage=True
+        )
+    except HalfbyteError as error:
+        return f"not trained: {error.what.splitlines()[0][:80]} |"
+    halfbyte.merge(run.path, home / "merged")
+    running = halfbyte.load(run.path)[0]
+    refused = tried = 0
+    for number, wrong in enumerate(WRONG):
+        square = any(
+            each.weight.shape[0] == each.weight.shape[1] for _, each in lora_layers(running)
+        )
+        if wrong is transposed and not square:
+            continue
+        target, tried = home / f"wrong {number}", tried + 1
+        target.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LoraLinear, "merged", wrong)
+            write_merged(base, target, running, "trained", no_progress)
+        with contextlib.suppress(VerificationError):
+            options = ModelOptions(**run.config().holding())
+            recompute(target, base, run.adapter, running, "trained", options, no_progress)
+            continue
+        refused += 1
+    assert refused == tried >= 3, f"{refused} of {tried} wrong merges are refused"
+    return f"accepted | {refused} of {tried}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@needs_builders
+def test_a_right_merge_is_accepted_and_wrong_ones_are_refused(tmp_path: Path):
+    """One layer's adapter missing, the scale off by five percent, one square layer transposed,
+    rsLoRA's scale taken for LoRA's; six steps after the start."""
+    module = builders()
+    lines, wrong = [], []
+    for family in module.FAMILIES:
+        if family.group == "refuse":
+            continue
+        home = tmp_path / family.name
+        home.mkdir()
+        module.make(family, home / "model", torch.bfloat16)
+        try:
+            cells = merges_of(home / "model", home)
+            lines.append(f"| {family.name} | {cells} |".replace("| |", "|"))
+        except Exception as error:
+            wrong.append(f"{family.name}: {type(error).__name__} {str(error)[:300]}")
+        shutil.rmtree(home)
+        gc.collect()
+    assert not wrong, "\n".join(wrong)
+    assert_on_page(lines)
