@@ -274,6 +274,12 @@ def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
     return names
 
 
+def _entries(file: Path) -> dict[str, Any]:
+    """The tensors of a file of PEFT's, without the adapter's name that some releases write."""
+    entries = read_header(file)
+    return {name.replace(".default.weight", ".weight"): entry for name, entry in entries.items()}
+
+
 def trained_apart(model: nn.Module, directory: Path) -> bool:
     """Whether an adapter is one of two tensors that this model ties: it trained copies of both,
     which differ now, or one of them alone. PEFT makes copies of whole modules, and adapts a tied
@@ -282,7 +288,7 @@ def trained_apart(model: nn.Module, directory: Path) -> bool:
     Args:
         model: as the base's configuration has it.
     """
-    entries = read_header(directory / WEIGHTS)
+    entries = _entries(directory / WEIGHTS)
     whole = read_json(directory / CONFIG).get("modules_to_save") or ()
     for pair in tied_names(model).items():
         paths = [name.removesuffix(".weight") for name in pair]
@@ -303,9 +309,7 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
         ModelError: missing, unexpected or misshapen tensors, all in one message.
     """
     file = directory / WEIGHTS
-    entries = read_header(file)
-    wanted = _parameters(model)
-    found = {name.replace(".default.weight", ".weight"): entry for name, entry in entries.items()}
+    wanted, found = _parameters(model), _entries(file)
     problems = [f"missing: {name}" for name in wanted.keys() - found.keys()]
     problems += [
         f"unexpected: {name}"
