@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import importlib.util
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -28,6 +29,10 @@ from halfbyte.training.trainer import Trainer
 
 from .helpers import plain_flash, reliable_options, shared, small_config
 from .tools.faults import make_inputs
+
+# what is ignored here (a script's commands in the background ignore Ctrl-C) is in every child
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,15 +25,16 @@ def test_a_signal_is_noted_and_handlers_come_back(number: int):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
-def test_a_lost_connection_that_is_ignored_stays_so():
-    """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_is_ignored_stays_so(number: int):
+    """As under nohup, and of a script's commands in the background (horovod 1821)."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with Interrupts() as interrupts:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert interrupts.signal == 0
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN and not interrupts.signal
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_where_nothing_is_half_done_it_acts_at_once():

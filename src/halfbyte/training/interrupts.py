@@ -21,7 +21,8 @@ ONLY_THE_RESULT = (
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-"""A lost connection's (SIGHUP) as well, unless it is ignored, as under nohup."""
+"""A lost connection's (SIGHUP) as well. One that is ignored stays so, as under nohup, or of a
+command that a script put into the background."""
 
 
 class Abandoned(Interrupted):
@@ -44,7 +45,7 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread() and not self.signal:
             for number in SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+                if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
