@@ -53,7 +53,7 @@ def draw(seed: int) -> Case:
     rows = [pick.randint(20, longest) for _ in range(pick.choice((24, 60, 130)))]
     max_length = pick.choice((64, 256, 512))
     # a row whose answer lies behind the cut is refused before anything is planned
-    rows = [min(size, 2 * max_length) for size in rows]
+    rows = [min(size, 2 * max_length - 40) for size in rows]
     in_4bit = pick.random() < 0.7
     options: dict[str, Any] = {
         "max_length": max_length,

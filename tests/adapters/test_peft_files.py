@@ -233,6 +233,35 @@ def test_what_was_trained_apart_from_its_tie_is_two_tensors(
         train_adapter(stories, tmp_path, "no", max_steps=1, tie_word_embeddings=True, **begun)
 
 
+@pytest.mark.parametrize("named", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
+def test_ties_that_peft_keeps_stay(named: list[str], stories: Path, tmp_path: Path):
+    """With ``ensure_weight_tying`` it names one of two modules and writes both (unsloth 9331)."""
+    config = peft.LoraConfig(
+        r=4,
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        modules_to_save=named,
+        ensure_weight_tying=True,
+    )
+    theirs: Any = peft.get_peft_model(LlamaForCausalLM.from_pretrained(stories), config).eval()
+    torch.manual_seed(0)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / "theirs")
+    exact: dict[str, Any] = {"load_in_4bit": False, "dtype": "float32"}
+    begun = {"adapter_name_or_path": str(tmp_path / "theirs"), "learning_rate": 1e-30}
+    run = train_adapter(stories, tmp_path, "run", max_steps=1, **begun, **exact)
+    assert run.config().tie_word_embeddings
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        for model in (halfbyte.load(tmp_path / "theirs", **exact)[0], halfbyte.load(run.path)[0]):
+            assert model.lm_head.weight is model.get_input_embeddings().weight
+            found = model(input_ids=ids).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_head_is_trained_by_itself_where_its_tie_is_taken_off(stories: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="also those") as caught:
         train_adapter(stories, tmp_path, "no", max_steps=3, modules_to_save="lm_head")

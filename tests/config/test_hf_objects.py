@@ -79,6 +79,22 @@ def test_the_articles_objects_say_what_they_say():
     assert config.model_dump() == ours.model_dump()
 
 
+def test_what_peft_trains_as_copies_is_not_tied():
+    """Unless it is told to keep ties; what has no such module stays as its model has it."""
+    for named, kept, tied in (
+        (["lm_head"], False, False),
+        (["embed_tokens", "lm_head"], False, False),
+        (["embed_tokens", "lm_head"], True, True),
+        (["norm"], False, True),
+        (None, False, True),
+    ):
+        lora = peft.LoraConfig(
+            r=4, target_modules="all-linear", modules_to_save=named, ensure_weight_tying=kept
+        )
+        config = config_of(TrainConfig, ("model", "rows.jsonl", lora), {})
+        assert config.tie_word_embeddings is tied, named
+
+
 def test_every_setting_is_taken_or_refused():
     assert options_of((four_bit(bnb_4bit_quant_type="fp4"),), ())["bnb_4bit_quant_type"] == "fp4"
     assert options_of((four_bit(), sft(fp16=False, bf16=True)), ())["dtype"] == "bfloat16"

@@ -11,7 +11,13 @@ from ..model.architecture import build_empty
 from ..model.targets import targets
 from .converted import plain_lora
 from .lora import target_names
-from .peft_files import adapted_layers, read_adapter_config, shortest_targets, trained_apart
+from .peft_files import (
+    adapted_layers,
+    read_adapter_config,
+    shortest_targets,
+    trained_apart,
+    whole_modules,
+)
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
@@ -29,16 +35,16 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
     given = config.adapter_name_or_path
     path = plain_lora(hub.resolve_adapter(given), base)
     raw, adapter = read_adapter_config(path)
-    wanted = {
+    wanted: dict[str, Any] = {
         "lora_r": adapter.r,
         "lora_alpha": adapter.alpha,
         "use_rslora": adapter.use_rslora,
         "rank_pattern": dict(adapter.rank_pattern),
         "alpha_pattern": dict(adapter.alpha_pattern),
         "use_dora": adapter.use_dora,
-        "modules_to_save": ",".join(raw.get("modules_to_save") or ()),
     }
     model = build_empty(read_config(base))
+    wanted["modules_to_save"] = ",".join(whole_modules(raw, model))
     adapted = adapted_layers(model, path)
     heads = [target.path for target in targets(model) if target.is_head and target.path in adapted]
     if heads:

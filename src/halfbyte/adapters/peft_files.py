@@ -148,7 +148,7 @@ def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any
     config, adapter = read_adapter_config(directory)
     attach_lora(model, adapter, adapted_layers(model, directory), seed=seed)
     try:
-        make_modules_trainable(model, config.get("modules_to_save") or [], keep_originals=True)
+        make_modules_trainable(model, whole_modules(config, model), keep_originals=True)
     except UsageError as error:
         raise ModelError(
             f"the adapter in {directory} does not fit this model", found=error.what
@@ -280,6 +280,18 @@ def _entries(file: Path) -> dict[str, Any]:
     return {name.replace(".default.weight", ".weight"): entry for name, entry in entries.items()}
 
 
+def whole_modules(config: dict[str, Any], model: nn.Module) -> list[str]:
+    """The modules that an adapter_config.json trains whole. Where it keeps ties
+    (``ensure_weight_tying``) PEFT names one of those that share a tensor, and writes each."""
+    named: list[str] = list(config.get("modules_to_save") or ())
+    if config.get("ensure_weight_tying"):
+        for pair in tied_names(model).items():
+            paths = [name.removesuffix(".weight") for name in pair]
+            found = [path for path in paths if path.endswith(tuple(named))]
+            named += [path for path in paths if found and path not in found]
+    return named
+
+
 def trained_apart(model: nn.Module, directory: Path) -> bool:
     """Whether an adapter is one of two tensors that this model ties: it trained copies of both,
     which differ now, or one of them alone. PEFT makes copies of whole modules, and adapts a tied
@@ -289,12 +301,12 @@ def trained_apart(model: nn.Module, directory: Path) -> bool:
         model: as the base's configuration has it.
     """
     entries = _entries(directory / WEIGHTS)
-    whole = read_json(directory / CONFIG).get("modules_to_save") or ()
+    whole = tuple(whole_modules(read_adapter_config(directory)[0], model))
     for pair in tied_names(model).items():
         paths = [name.removesuffix(".weight") for name in pair]
         if any(f"{_PREFIX}{path}.lora_A.weight" in entries for path in paths):
             return True
-        trained = [path for path in paths if path.endswith(tuple(whole))]
+        trained = [path for path in paths if path.endswith(whole)]
         names = [f"{_PREFIX}{path}.weight" for path in trained]
         values = [read_tensor(entries[name], name) for name in names if name in entries]
         if len(values) == 1 or (len(values) == 2 and not torch.equal(*values)):

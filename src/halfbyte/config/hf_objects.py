@@ -141,6 +141,8 @@ def _of_lora(thing: Any) -> dict[str, Any]:
             "this LoraConfig leaves target_modules to PEFT",
             ways_out=['target_modules="all-linear"'],
         )
+    whole = set(thing.modules_to_save or ())
+    tied = getattr(thing, "ensure_weight_tying", False) or not whole & MAY_BE_TIED
     return {
         "lora_r": thing.r,
         "lora_alpha": thing.lora_alpha,
@@ -151,7 +153,13 @@ def _of_lora(thing: Any) -> dict[str, Any]:
         "alpha_pattern": dict(thing.alpha_pattern or {}),
         "use_dora": thing.use_dora,
         "modules_to_save": ",".join(thing.modules_to_save or ()),
+        # PEFT trains a copy of each, tied or not
+        **({} if tied else {"tie_word_embeddings": False}),
     }
+
+
+MAY_BE_TIED = {"lm_head", "embed_tokens", "wte", "embed_in", "embed_out", "word_embeddings"}
+"""What embeddings and heads are called."""
 
 
 def _of_trainer(thing: Any) -> dict[str, Any]:

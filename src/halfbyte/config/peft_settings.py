@@ -27,14 +27,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
         ("megatron_config", "alora_invocation_tokens", "target_parameters", "arrow_config"),
         (None, []),
     ),
-    **dict.fromkeys(("use_qalora", "lora_bias", "ensure_weight_tying"), (False,)),
+    **dict.fromkeys(("use_qalora", "lora_bias"), (False,)),
 }
 """Settings that would change what is trained and have no counterpart here: the values that change
 nothing."""
 
 READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern"),
-    *("alpha_pattern", "use_dora", "modules_to_save", *NEUTRAL),
+    *("alpha_pattern", "use_dora", "modules_to_save", "ensure_weight_tying", *NEUTRAL),
     # names and places
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     # of methods that are refused themselves, and where something is held

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.lora import LoraLinear
+from ..adapters.lora import LoraLinear, lora_layers
 from ..adapters.modules_to_save import trained_whole
 from ..errors import ModelError
 from ..files import atomic
@@ -33,6 +33,7 @@ def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Prog
         )
     names = weight_names(checkpoint, stored)
     targets, whole = checkpoint_names(model, names), trained_whole(model)
+    _refuse_homeless(model, set(targets.values()))
     weight_map: dict[str, str] = {}
     shards: dict[str, list[str]] = {}
     for name in names:
@@ -51,6 +52,18 @@ def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Prog
     if list(shards) != [SINGLE]:
         atomic.write_json(
             target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def _refuse_homeless(model: Any, there: set[str]) -> None:
+    """Raise ModelError if a layer is adapted whose weight is another's in the files: a block that
+    several layers share (Zamba)."""
+    lost = [path for path, _ in lora_layers(model) if f"{path}.weight" not in there]
+    if lost:
+        raise ModelError(
+            f"{lost[0]} has an adapter of its own, and shares its weight with another layer in the "
+            "base's files: a merged model could not tell them apart",
+            ways_out=["use the adapter unmerged"],
         )
 
 

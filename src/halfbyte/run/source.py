@@ -118,7 +118,7 @@ def held_for(options: ModelOptions, adapter: Path, base: Path) -> ModelOptions:
     untied where the adapter needs it so."""
     options = with_stored_form(options, base)
     if TIES not in options.model_fields_set:
-        apart = trained_apart(build_empty(read_config(base)), adapter)
+        apart = trained_apart(build_empty(read_config(base)), plain_lora(adapter, base))
         return options.model_copy(update={TIES: not apart})
     return options
 
