@@ -16,9 +16,10 @@ from halfbyte.engine.generate import (
     _Stream,
     answer,
     ends_of,
+    room_for,
     sampling_of,
 )
-from halfbyte.errors import UsageError
+from halfbyte.errors import ModelError, UsageError
 from halfbyte.files import hub
 
 from ..helpers import SHARED
@@ -206,3 +207,12 @@ def test_streams_of_ten_thousand_rows(name: str, request: pytest.FixtureRequest)
     else:
         tokenizer = tokenizer_of(name)
     stream_all(tokenizer, 10_000)
+
+
+def test_a_token_that_the_base_does_not_know_is_named(stories: Path):
+    """The tokenizer of an adapter whose base had tokens added, beside the base of before."""
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    count = model.get_input_embeddings().weight.shape[0]
+    assert room_for(model, [1, count - 1], 8) == 8
+    with pytest.raises(ModelError, match=f"the token {count}, and the model has {count:,} emb"):
+        room_for(model, [1, count], 8)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..data.renderer import Renderer
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from ..files.model_config import context_of
 from ..model.rope import PassKind, pass_kind
 
@@ -244,10 +244,21 @@ def room_for(model: Any, ids: Sequence[int], wanted: int) -> int:
 
     Raises:
         UsageError: the prompt is empty, or fills the context.
+        ModelError: it holds a token that the model has no embedding of.
     """
     if not ids:
         raise UsageError(
             "there is nothing to answer: the prompt is empty, and the tokenizer writes no beginning"
+        )
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= embeddings:
+        raise ModelError(
+            f"the prompt holds the token {max(ids)}, and the model has {embeddings:,} embeddings: "
+            "the tokenizer has tokens that this base does not know",
+            ways_out=[
+                "name the base that they were added to (resize_token_embeddings and "
+                "save_pretrained in transformers make it): --base"
+            ],
         )
     context = context_of(model.config)
     if context is None:
