@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -140,12 +141,15 @@ def with_clang(home: Path) -> None:
 def as_nobody(home: Path) -> None:
     """A user without a name and without a home (`docker run -u 1234`)."""
     as_root()
-    if not os.access(sys.executable, os.X_OK) or str(Path(sys.executable)).startswith("/root"):
-        raise Skipped("this Python lies where no other user may read")
+    user: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    try:
+        run([sys.executable, "-c", "import torch"], cwd="/", **user)
+    except (OSError, RuntimeError) as error:
+        raise Skipped("this Python lies where no other user may read") from error
     home.chmod(0o777)
     home.parent.chmod(0o755)
     bare = {k: v for k, v in os.environ.items() if k not in ("HOME", "USER", "LOGNAME")}
-    tried(Path(sys.executable), home, user=NOBODY, group=NOBODY, extra_groups=[], env=bare)
+    tried(Path(sys.executable), home, env=bare, **user)
 
 
 def in_a_memory_group(home: Path) -> None:
