@@ -110,6 +110,16 @@ def test_what_the_built_in_model_became(trained_run: Run, tmp_path: Path, older:
 
 
 @pytest.mark.slow
+def test_what_a_full_fine_tuning_became(alpaca: Path, tmp_path: Path, older: Path):
+    options: dict[str, Any] = {"max_length": 128, "max_steps": 2, "num_samples": 0, "judge": False}
+    options |= {"gradient_accumulation_steps": 1, "rehearse": False}
+    options |= {"full": True, "load_in_4bit": False}
+    run = halfbyte.train("demo", str(alpaca), output_dir=str(tmp_path / "run"), **options)
+    now = seen("model", run.adapter, halfbyte_transformers())
+    assert now == seen("model", run.adapter, "4.57", older)
+
+
+@pytest.mark.slow
 def test_what_a_real_model_became(smollm2: Path, alpaca: Path, tmp_path: Path, older: Path):
     # the package's own is written by transformers 5: with a class that 4.57 does not know, and with
     # a rotary base that it does not find (and takes 10,000 in its place, without a word)
