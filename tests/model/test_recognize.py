@@ -1,5 +1,7 @@
 """Tests of `model.recognize`."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from halfbyte.model import fusion
 from halfbyte.model.attention import packed
 from halfbyte.model.fp32 import distance
 from halfbyte.model.fusion import FusedNorm
-from halfbyte.model.recognize import activation_name
+from halfbyte.model.recognize import activation_name, is_function_of
 
 from ..helpers import needs_library, norm
 
@@ -99,3 +101,16 @@ def test_activations_are_known_by_their_values():
     for name in ("relu", "quick_gelu", "relu2", "tanh", "gelu_10"):
         assert activation_name(ACT2FN[name]) is None
     assert set(expected.values()) == set(ops.ACTIVATIONS)
+
+
+def test_a_function_is_known_through_transformers_own_deprecations_alone():
+    """5.17 wraps its mask so; what another package wraps around it is another function."""
+    from transformers.utils.deprecation import deprecate_kwarg
+
+    def own(b: int = 1) -> int:
+        return b
+
+    known = (own.__globals__["__name__"], "own")
+    assert is_function_of(own, *known)
+    assert is_function_of(deprecate_kwarg("a", version="99.0", new_name="b")(own), *known)
+    assert not is_function_of(functools.wraps(own)(lambda b=1: own(b)), *known)

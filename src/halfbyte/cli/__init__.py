@@ -89,6 +89,10 @@ def _terminated() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""Since click 8.2; before it shows its help and ends."""
+
+
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         result: Any = halfbyte.main([a for a in arguments if a != "--debug"], standalone_mode=False)
@@ -97,7 +101,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             raise
         return _fail(error)
-    except click.exceptions.NoArgsIsHelpError as error:
+    except NO_ARGUMENTS as error:
         console.say(error.format_message())
         return 0
     except click.ClickException as error:

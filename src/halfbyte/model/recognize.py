@@ -237,7 +237,9 @@ def attention_spec(module: nn.Module) -> AttentionSpec | None:
 
 def is_function_of(function: Any, module: str, name: str) -> bool:
     """Whether a function is the one that a module defines by this name; not what a package put in
-    its place, nor what wraps it."""
+    its place, nor what wraps it, but for transformers' own word that an argument is going."""
+    while getattr(function, "__globals__", {}).get("__name__") == "transformers.utils.deprecation":
+        function = getattr(function, "__wrapped__", None)
     code, around = getattr(function, "__code__", None), getattr(function, "__globals__", {})
     return code is not None and code.co_name == name and around.get("__name__") == module
 
