@@ -187,7 +187,10 @@ APART: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", APART)
+@pytest.mark.parametrize(
+    "kind",
+    [k if k != "the embedding" else pytest.param(k, marks=pytest.mark.slow) for k in APART],
+)
 def test_what_was_trained_apart_from_its_tie_is_two_tensors(
     kind: str, stories: Path, tmp_path: Path
 ):
@@ -233,7 +236,14 @@ def test_what_was_trained_apart_from_its_tie_is_two_tensors(
         train_adapter(stories, tmp_path, "no", max_steps=1, tie_word_embeddings=True, **begun)
 
 
-@pytest.mark.parametrize("named", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize(
+    "named",
+    [
+        ["embed_tokens"],
+        pytest.param(["lm_head"], marks=pytest.mark.slow),
+        pytest.param(["lm_head", "embed_tokens"], marks=pytest.mark.slow),
+    ],
+)
 def test_ties_that_peft_keeps_stay(named: list[str], stories: Path, tmp_path: Path):
     """With ``ensure_weight_tying`` it names one of two modules and writes both (unsloth 9331)."""
     config = peft.LoraConfig(
