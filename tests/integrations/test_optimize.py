@@ -839,6 +839,8 @@ trainer = Trainer(model, arguments, train_dataset=data)
 trainer.train()
 if trainer.is_world_process_zero():
     model.save_pretrained(out)
+torch.distributed.barrier()  # who leaves first takes the connection along, and the other aborts
+torch.distributed.destroy_process_group()
 """
 
 
