@@ -199,10 +199,7 @@ def test_what_was_trained_apart_from_its_tie_is_two_tensors(
         r=4, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **APART[kind]}
     )
     theirs: Any = peft.get_peft_model(LlamaForCausalLM.from_pretrained(stories), config).eval()
-    torch.manual_seed(0)
-    for p in theirs.parameters():
-        if p.requires_grad:
-            p.data += 0.05 * torch.randn_like(p)
+    perturb_zeros(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
@@ -254,10 +251,7 @@ def test_ties_that_peft_keeps_stay(named: list[str], stories: Path, tmp_path: Pa
         ensure_weight_tying=True,
     )
     theirs: Any = peft.get_peft_model(LlamaForCausalLM.from_pretrained(stories), config).eval()
-    torch.manual_seed(0)
-    for p in theirs.parameters():
-        if p.requires_grad:
-            p.data += 0.05 * torch.randn_like(p)
+    perturb_zeros(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     exact: dict[str, Any] = {"load_in_4bit": False, "dtype": "float32"}
     begun = {"adapter_name_or_path": str(tmp_path / "theirs"), "learning_rate": 1e-30}

@@ -107,6 +107,13 @@ def test_an_object_is_no_call_unless_the_template_writes_calls_so():
     text = '{"name": "weather", "parameters": {"city": "Rome"}}'
     assert read_calls(text) == ([], text)
     assert read_calls(text, "{{ message.content }}") == ([], text)
+    folder = resources.files("trl") / "chat_templates"
+    hermes, bare = ((folder / f"{n}.jinja").read_text() for n in ("qwen2_5", "llama3_1"))
+    assert read_calls(text, hermes) == ([], text), "its calls have marks"
+    assert read_calls(text, bare)[0]
+    for other in ('{"name": "Ann", "age": 3}', '{"name": "Ann"}', '{"name": 1, "parameters": {}}'):
+        for template in (hermes, bare):
+            assert read_calls(other, template) == ([], other)
 
 
 def test_several_calls_and_text_beside_them():

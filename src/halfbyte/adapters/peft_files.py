@@ -21,7 +21,7 @@ from ..config.peft_settings import undone_in_file
 from ..errors import ModelError, UsageError
 from ..files.atomic import read_json, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
-from ..model.targets import targets, tied_names
+from ..model.targets import targets, tied_head
 from ..quantization.tensor import NF4Tensor
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
 from .modules_to_save import make_modules_trainable, trainable_modules
@@ -285,7 +285,7 @@ def whole_modules(config: dict[str, Any], model: nn.Module) -> list[str]:
     (``ensure_weight_tying``) PEFT names one of those that share a tensor, and writes each."""
     named: list[str] = list(config.get("modules_to_save") or ())
     if config.get("ensure_weight_tying"):
-        for pair in tied_names(model).items():
+        for pair in tied_head(model).items():
             paths = [name.removesuffix(".weight") for name in pair]
             found = [path for path in paths if path.endswith(tuple(named))]
             named += [path for path in paths if found and path not in found]
@@ -302,7 +302,7 @@ def trained_apart(model: nn.Module, directory: Path) -> bool:
     """
     entries = _entries(directory / WEIGHTS)
     whole = tuple(whole_modules(read_adapter_config(directory)[0], model))
-    for pair in tied_names(model).items():
+    for pair in tied_head(model).items():
         paths = [name.removesuffix(".weight") for name in pair]
         if any(f"{_PREFIX}{path}.lora_A.weight" in entries for path in paths):
             return True

@@ -205,7 +205,9 @@ class _Talk:
         the next question: to them the call is text."""
         if "tool_calls" not in turn:
             return turn
-        calls = [{"id": f"call{i:05d}", **call} for i, call in enumerate(turn["tool_calls"])]
+        before = sum(len(each.get("tool_calls", ())) for each in turns)
+        numbered = enumerate(turn["tool_calls"], before)
+        calls = [{"id": f"call{number:05d}", **call} for number, call in numbered]
         for form in (turn, {**turn, "tool_calls": calls}):
             question = {"role": "user", "content": "question"}
             with contextlib.suppress(DataError):

@@ -30,8 +30,8 @@ def read_calls(text: str, template: str = "") -> tuple[list[Call], str]:
 
     for form, read in _FORMS:
         text = form.sub(lambda match, read=read: take(match, read), text)
-    if not calls and "tool_calls" in template and '{"name": "' in template:
-        text = _BARE.sub(lambda match: take(match, _json_calls), text)
+    if not calls and '"parameters": ' in template and "<tool_call>" not in template:
+        text = _BARE.sub(lambda match: take(match, _bare_call), text)
     return calls, _WRAPPERS.sub("", text).strip() if calls else text
 
 
@@ -81,6 +81,14 @@ def _json_calls(match: re.Match[str]) -> list[Call]:
         arguments = value.get("arguments", value.get("parameters", {}))
         found.append(_call(name, arguments, value.get("id", value.get("tool_call_id"))))
     return found
+
+
+def _bare_call(match: re.Match[str]) -> list[Call]:
+    """An object of a name and parameters, and of nothing else: answers are objects, too."""
+    value = json.loads(match.group(1))
+    if value.keys() != {"name", "parameters"} or not isinstance(value["name"], str):
+        raise ValueError
+    return [_call(value["name"], value["parameters"])]
 
 
 def _value(text: str) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import UsageError
 from ..files.model_config import refused_by_transformers
 from .rope import forget_longer_passes
+from .targets import tied_head
 
 ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
 """What configurations of mixtures of experts call the weights of losses beside the tokens' own."""
@@ -85,7 +86,7 @@ def build_empty(config: Any, *, tied: bool = True) -> Any:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     forget_longer_passes(model)
     if untie:
-        model.untied = dict(model._tied_weights_keys or {})
+        model.untied = tied_head(model, dict(model._tied_weights_keys or {}))
     return model
 
 

@@ -66,6 +66,14 @@ def tied_names(model: Any) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def tied_head(model: Any, ties: dict[str, str] | None = None) -> dict[str, str]:
+    """Of a model's ties, or of these, the output head's; other layers share weights as well."""
+    head = model.get_output_embeddings()
+    names = {f"{path}.weight" for path, module in model.named_modules() if module is head}
+    found = tied_names(model) if ties is None else ties
+    return {name: own for name, own in found.items() if names & {name, own}}
+
+
 def untied_names(model: Any) -> dict[str, str]:
     """As `tied_names`, of the ties that were taken off when the model was built."""
     return dict(getattr(model, "untied", None) or {})

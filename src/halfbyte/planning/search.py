@@ -17,7 +17,7 @@ from ..errors import DataError, HalfbyteError, UsageError
 from ..files.model_config import context_of, read_config
 from ..files.safetensors import Checkpoint
 from ..memory.process import UNASKED_SHARE, held_now, return_freed
-from ..model.architecture import choose_dtype
+from ..model.architecture import TIES, choose_dtype
 from ..model.host_embedding import reason_to_stay
 from ..progress import Progress, no_progress
 from .budget import MIB, budget_of
@@ -153,7 +153,7 @@ class Planner:
         """Whether the embedding table could lie in host memory: beside a GPU, frozen, and read by
         nothing else."""
         trained = self.config.full or "embed" in self.config.modules_to_save
-        ties = getattr(self.model_config.get_text_config(), "tie_word_embeddings", False)
+        ties = getattr(self.model_config.get_text_config(), TIES, False)
         tied = ties and self.config.tie_word_embeddings
         return not reason_to_stay(self.budget.device, trained, tied)
 
