@@ -3,17 +3,22 @@
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
 
 
 def to_stderr(line: str) -> None:
     print(f"halfbyte: {line}", file=sys.stderr)
 
 
-Progress = Callable[[Iterable[str], int, str], Iterable[str]]
+class Progress(Protocol):
+    """Passes items on and shows how many. total: how many there are; 0 where nobody knows."""
+
+    def __call__(self, items: Iterable[Item], total: int, title: str, /) -> Iterable[Item]: ...
 
 
-def no_progress(items: Iterable[str], total: int, title: str) -> Iterable[str]:
+def no_progress(items: Iterable[Item], total: int, title: str) -> Iterable[Item]:
     return items
 
 

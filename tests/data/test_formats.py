@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.formats import Example, read_examples, refuse_bad
+from halfbyte.data.formats import Example, refuse_bad
 from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError
 from halfbyte.files import hub
 
-from ..helpers import A, Q
+from ..helpers import A, Q, read_examples
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.formats import read_examples
 from halfbyte.errors import DataError
 
-from ..helpers import A, Q
+from ..helpers import A, Q, read_examples
 
 GOOD = {"prompt": "a", "completion": "b"}
 

@@ -21,7 +21,7 @@ import torch
 
 import halfbyte
 from halfbyte.config.options import TrainConfig
-from halfbyte.data.formats import Example, read_examples
+from halfbyte.data.formats import Example
 from halfbyte.data.renderer import Renderer
 from halfbyte.errors import (
     HalfbyteError,
@@ -35,7 +35,7 @@ from halfbyte.files.safetensors import Checkpoint, read_header
 from halfbyte.run import checkpoint
 from halfbyte.run.directory import METRICS, NONFINITE, Run
 
-from ..helpers import TURNS, reliable_options, stopped_after
+from ..helpers import TURNS, read_examples, reliable_options, stopped_after
 
 
 def digest(run: Run, step: int) -> str:

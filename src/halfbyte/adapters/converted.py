@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..files import atomic
 from ..files.model_config import read_config
+from ..files.places import cache_directory
 from ..files.safetensors import Checkpoint, read_header, read_tensor, write_safetensors
 from ..model.architecture import build_empty
 from ..model.targets import checkpoint_names
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
-from ..quantization.cache import cache_directory
 from .lora import AdapterConfig
 from .peft_files import ADAPTED, CONFIG, WEIGHTS, read_settings
 

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..progress import Item
+
 JSON = False
 _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -192,7 +194,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     _print(grid, soft_wrap=False)
 
 
-def progress(items: Iterable[str], total: int, title: str) -> Iterable[str]:
+def progress(items: Iterable[Item], total: int, title: str) -> Iterable[Item]:
     """The items, with a bar that shows itself once two seconds have passed."""
     bar = Progress(
         TextColumn(title),
@@ -203,7 +205,7 @@ def progress(items: Iterable[str], total: int, title: str) -> Iterable[str]:
         transient=True,
     )
     began, shown = time.monotonic(), False
-    task = bar.add_task(title, total=total)
+    task = bar.add_task(title, total=total or None)
     try:
         for item in items:
             if not shown and time.monotonic() - began > 2 and _people().is_terminal:

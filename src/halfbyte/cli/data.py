@@ -1,6 +1,5 @@
 """``halfbyte data check FILE --model MODEL``."""
 
-import statistics
 from typing import Any
 
 import click
@@ -14,6 +13,8 @@ from .options import Verb, flags_of
 def check(record: DataCheckConfig) -> dict[str, Any]:
     """What of a data source will be trained, token by token; every bad row named. Reads no
     weights."""
+    import numpy
+
     from ..data.dataset import data_lines, read_data
     from ..files import hub
     from ..run.load import rows_as_in, run_renderer
@@ -30,14 +31,14 @@ def check(record: DataCheckConfig) -> dict[str, Any]:
     for line in data_lines(data):
         console.say(line)
     train = data.train
-    lengths = sorted(len(row.input_ids) for row in train.rows)
+    lengths = train.rows.lengths
     counts: dict[str, Any] = {
         **data.counts(),
-        "masked_tokens": train.tokens - sum(sum(row.loss_mask) for row in train.rows),
+        "masked_tokens": train.tokens - train.supervised,
         "tokens_cut_off": train.tokens_cut,
         "max_length": data.max_length,
-        "longest": lengths[-1],
-        "median_length": int(statistics.median(lengths)),
+        "longest": int(lengths.max()),
+        "median_length": int(numpy.median(lengths)),
         "form": data.format,
     }
     console.table(

@@ -1,7 +1,7 @@
 """``halfbyte eval MODEL --data FILE``."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config.options import DataOptions, ModelOptions
@@ -73,7 +73,7 @@ def _given(record: EvalConfig) -> dict[str, Any]:
 
 
 def _measure(
-    record: EvalConfig, data: "Data", rows: list[Any], packed: bool, model: Any
+    record: EvalConfig, data: "Data", rows: Sequence[Any], packed: bool, model: Any
 ) -> dict[str, Any]:
     from ..engine.evaluate import score
 

@@ -6,11 +6,13 @@ that fills ``max_length``. A micro-batch lays the rows of its units end to end; 
 ``gradient_accumulation_steps`` micro-batches. The last step of an epoch takes what is left.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, overload
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,7 +21,9 @@ from ..errors import DataError
 from ..ops.library import ROW_MULTIPLE
 from .encoder import TokenizedExample
 from .formats import IGNORE
+from .stored_rows import TRAINED, Rows, Selection, as_rows
 
+Array = numpy.ndarray[Any, Any]
 EVAL_TOKENS = 2048
 """An evaluation lays rows end to end up to this many tokens."""
 
@@ -28,11 +32,13 @@ EVAL_TOKENS = 2048
 class Prepared:
     """Rows ready to train on, and the count of everything that was done to them.
 
-    texts_split: texts without a prompt that were longer than a row may be. parts: rows they became.
+    supervised: tokens that are predicted. texts_split: texts without a prompt that were longer than
+    a row may be. parts: rows they became.
     """
 
-    rows: list[TokenizedExample]
-    given: int = 0
+    rows: Rows
+    given: int
+    supervised: int
     truncated: int = 0
     end_lost: int = 0
     tokens_cut: int = 0
@@ -43,11 +49,7 @@ class Prepared:
 
     @property
     def tokens(self) -> int:
-        return sum(len(row.input_ids) for row in self.rows)
-
-    @property
-    def supervised(self) -> int:
-        return sum(sum(row.loss_mask[1:]) for row in self.rows)
+        return int(self.rows.lengths.sum())
 
     def counts(self) -> dict[str, int]:
         return {
@@ -72,62 +74,64 @@ def prepare(
     Raises:
         DataError: a row is too long (over_length "error"), or no row is left.
     """
-    result = Prepared([], given=len(rows))
-    for row in _in_parts(rows, max_length, over_length, result):
-        kept = row
-        if len(row.input_ids) > max_length:
-            if over_length == "error":
-                raise DataError(
-                    f"a row of {len(row.input_ids)} tokens is longer than max_length {max_length}",
-                    where=row.where,
-                    ways_out=["raise --max_length", "or choose --over_length truncate or drop"],
-                )
-            if over_length == "drop":
-                result.dropped_long.append(row.where)
-                continue
-            kept = replace(
-                row, input_ids=row.input_ids[:max_length], loss_mask=row.loss_mask[:max_length]
-            )
-        # the first token of a row is predicted by nothing
-        if not any(kept.loss_mask[1:]):
-            result.dropped_unsupervised.append(row.where)
-            continue
-        if kept is not row:
-            result.truncated += 1
-            result.tokens_cut += len(row.input_ids) - max_length
-            result.end_lost += any(row.loss_mask[max_length:])
-        result.rows.append(kept)
-    if not result.rows:
+    rows = as_rows(rows)
+    lengths = rows.lengths
+    long = lengths > max_length
+    if over_length == "error" and long.any():
+        first = int(long.argmax())
         raise DataError(
-            f"none of {result.given} rows is left",
-            found=f"{len(result.dropped_long)} too long, {len(result.dropped_unsupervised)} "
-            "without a trained token "
+            f"a row of {lengths[first]} tokens is longer than max_length {max_length}",
+            where=rows.where(first),
+            ways_out=["raise --max_length", "or choose --over_length truncate or drop"],
+        )
+    divided = long & rows.texts if over_length == "truncate" else numpy.zeros_like(long)
+    pieces = numpy.where(divided, -(-lengths // max_length), 1)
+    if over_length == "drop":
+        pieces[long] = 0
+    chosen = numpy.repeat(numpy.arange(len(rows)), pieces)
+    number = numpy.arange(len(chosen)) - numpy.repeat(numpy.cumsum(pieces) - pieces, pieces)
+    starts = number * max_length
+    stops = numpy.minimum(starts + max_length, lengths[chosen])
+    cut = Selection(rows, chosen, starts, stops, numpy.where(divided[chosen], number + 1, 0))
+    trained, beyond = _trained_tokens(rows, chosen, starts, stops)
+    left_out = [rows.where(int(i)) for i in numpy.flatnonzero(pieces == 0)]
+    unsupervised = [cut.where(int(i)) for i in numpy.flatnonzero(trained == 0)]
+    kept = numpy.flatnonzero(trained)
+    if not len(kept):
+        raise DataError(
+            f"none of {len(rows)} rows is left",
+            found=f"{len(left_out)} too long, {len(unsupervised)} without a trained token "
             f"within max_length {max_length}",
-            where=(result.dropped_long + result.dropped_unsupervised)[0] if result.given else "",
+            where=(left_out + unsupervised)[0] if len(rows) else "",
             ways_out=["raise --max_length", "or look at the rows: the answer must lie within it"],
         )
-    return result
+    truncated = (trained > 0) & long[chosen] & ~divided[chosen]
+    return Prepared(
+        cut.chosen(kept),
+        given=len(rows),
+        supervised=int(trained.sum()),
+        truncated=int(truncated.sum()),
+        end_lost=int((truncated & (beyond > 0)).sum()),
+        tokens_cut=int((lengths[chosen] - stops)[truncated].sum()),
+        texts_split=int(divided.sum()),
+        parts=int(pieces[divided].sum()),
+        dropped_long=left_out,
+        dropped_unsupervised=unsupervised,
+    )
 
 
-def _in_parts(
-    rows: Sequence[TokenizedExample], max_length: int, over_length: str, result: Prepared
-) -> Iterator[TokenizedExample]:
-    for row in rows:
-        example, size = row.example, len(row.input_ids)
-        is_text = example is not None and not (
-            example.messages or example.prompt or example.input_ids
-        )
-        if size <= max_length or over_length != "truncate" or not is_text:
-            yield row
-            continue
-        starts = range(0, size, max_length)
-        result.texts_split += 1
-        result.parts += len(starts)
-        for number, start in enumerate(starts, 1):
-            part = slice(start, start + max_length)
-            yield TokenizedExample(
-                f"{row.where} part {number}", row.input_ids[part], row.loss_mask[part]
-            )
+def _trained_tokens(rows: Rows, chosen: Array, starts: Array, stops: Array) -> tuple[Array, Array]:
+    """Of pieces of rows, as of a `Selection` in the order of the rows: the trained tokens in each
+    but its first, which is predicted by nothing, and those of its row behind it."""
+    within, beyond = numpy.zeros_like(chosen), numpy.zeros_like(chosen)
+    for of, begins, marked in rows.chunks():
+        counts = numpy.concatenate(([0], numpy.cumsum(marked >= TRAINED)))
+        here = slice(*numpy.searchsorted(chosen, (of.start, of.stop)))
+        row = chosen[here] - of.start
+        first, end = begins[row] + starts[here], begins[row] + stops[here]
+        within[here] = counts[end] - counts[numpy.minimum(first + 1, end)]
+        beyond[here] = counts[begins[row + 1]] - counts[end]
+    return within, beyond
 
 
 def coarse_length(tokens: int) -> int:
@@ -238,79 +242,130 @@ def collate(rows: Sequence[TokenizedExample], indices: Sequence[int]) -> MicroBa
     )
 
 
-def permutation(count: int, seed: int, epoch: int, of: int = 0) -> list[int]:
-    """The order in an epoch: of rows, or (``of`` 1) of what they are packed into."""
+def permutation(count: int, seed: int, epoch: int, of: int = 0) -> Array:
+    """The order in an epoch: of rows, or (``of`` 1) of what they are packed into. int64 [count]."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + (of << 40)) % 2**63)
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=generator).numpy()
 
 
-def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Units(Sequence[list[int]]):
+    """Lists of row numbers. rows: all, one list after the other, int64 [rows]. ends: where each
+    list ends, int64 [units]."""
+
+    rows: Array
+    ends: Array
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        begin = self.ends[index - 1] if index else 0
+        return self.rows[begin : self.ends[index]].tolist()
+
+    def reordered(self, order: Array) -> "Units":
+        sizes = numpy.diff(self.ends, prepend=0)[order]
+        ends = numpy.cumsum(sizes)
+        within = numpy.arange(len(self.rows)) - numpy.repeat(ends - sizes, sizes)
+        begins = numpy.repeat((self.ends - numpy.diff(self.ends, prepend=0))[order], sizes)
+        return Units(self.rows[begins + within], ends)
+
+
+def pack(lengths: Sequence[int] | Array, order: Sequence[int] | Array, capacity: int) -> Units:
     """Rows into bins of at most ``capacity`` tokens: best fit, longest first, ties in the epoch's
     order. Bins come as they are filled: those of long rows first.
 
-    Bins are indexed by the space they have left, so the search is over lengths and not over bins.
-    The number of bins depends on the lengths only, so every epoch has as many steps as the first.
+    Bins are indexed by the space they have left, of which a bit says whether there are any, so the
+    search is over words of lengths and not over bins. The number of bins depends on the lengths
+    only, so every epoch has as many steps as the first.
     """
-    rank = {row: place for place, row in enumerate(order)}
-    bins: list[list[int]] = []
+    lengths, order = numpy.asarray(lengths), numpy.asarray(order)
+    rows = order[numpy.argsort(-lengths[order], kind="stable")]
+    bins, there = array("q"), 0
     open_bins: dict[int, list[int]] = {}
-    for row in sorted(order, key=lambda r: (-lengths[r], rank[r])):
-        need = lengths[row]
-        left = next((space for space in range(need, capacity + 1) if open_bins.get(space)), None)
-        if left is None:
-            bins.append([])
-            number, left = len(bins) - 1, capacity
-        else:
+    count = 0
+    for need in lengths[rows].tolist():
+        if fitting := there >> need:
+            left = need + (fitting & -fitting).bit_length() - 1
             number = open_bins[left].pop()
-        bins[number].append(row)
+            if not open_bins[left]:
+                there &= ~(1 << left)
+        else:
+            number, left, count = count, capacity, count + 1
+        bins.append(number)
         open_bins.setdefault(left - need, []).append(number)
-    return bins
+        there |= 1 << (left - need)
+    of = numpy.array(bins, numpy.int64)
+    return Units(
+        rows[numpy.argsort(of, kind="stable")],
+        numpy.cumsum(numpy.bincount(of, minlength=count)),
+    )
+
+
+@dataclass(frozen=True)
+class Epoch(Sequence[list[list[int]]]):
+    """Per step, per micro-batch, the row numbers."""
+
+    units: Units
+    batch_size: int
+    accumulation: int
+
+    def __len__(self) -> int:
+        return -(-len(self.units) // (self.batch_size * self.accumulation))
+
+    @overload
+    def __getitem__(self, index: int) -> list[list[int]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[list[int]]]: ...
+    def __getitem__(self, index: int | slice) -> list[list[int]] | list[list[list[int]]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        start = range(len(self))[index] * self.batch_size * self.accumulation
+        chosen = self.units[start : start + self.batch_size * self.accumulation]
+        groups = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+        return [[row for unit in group for row in unit] for group in groups]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Which rows each optimizer step trains on."""
 
-    rows: Sequence[TokenizedExample]
+    rows: Rows
     seed: int
     batch_size: int
     accumulation: int
     pack_to: int | None = None
 
-    def sequences(self, epoch: int) -> list[list[int]]:
+    def sequences(self, epoch: int) -> Units:
         """The epoch's units in order, each a list of row numbers."""
         order = permutation(len(self.rows), self.seed, epoch)
         if self.pack_to is None:
-            return [[row] for row in order]
-        bins = pack([len(row.input_ids) for row in self.rows], order, self.pack_to)
-        return [bins[i] for i in permutation(len(bins), self.seed, epoch, of=1)]
+            return Units(order, numpy.arange(1, len(order) + 1))
+        bins = pack(self.rows.lengths, order, self.pack_to)
+        return bins.reordered(permutation(len(bins), self.seed, epoch, of=1))
 
     def largest(self) -> list[int]:
         """Row numbers of a micro-batch no smaller, in tokens, than any of any epoch: of the longest
         units."""
-        tokens = [len(row.input_ids) for row in self.rows]
-        sequences = sorted(
-            self.sequences(0), key=lambda sequence: -sum(tokens[i] for i in sequence)
-        )
-        return [row for sequence in sequences[: self.batch_size] for row in sequence]
+        units = self.sequences(0)
+        upto = numpy.concatenate(([0], numpy.cumsum(self.rows.lengths[units.rows])))[
+            numpy.concatenate(([0], units.ends))
+        ]
+        longest = numpy.argsort(-numpy.diff(upto), kind="stable")[: self.batch_size]
+        return [row for unit in longest.tolist() for row in units[unit]]
 
-    def epoch(self, epoch: int) -> list[list[list[int]]]:
-        """Per step, per micro-batch, the row numbers."""
-        sequences = self.sequences(epoch)
-        per_step = self.batch_size * self.accumulation
-        steps = []
-        for start in range(0, len(sequences), per_step):
-            chosen = sequences[start : min(start + per_step, len(sequences))]
-            micro = [
-                chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)
-            ]
-            steps.append([[row for sequence in group for row in sequence] for group in micro])
-        return steps
+    def epoch(self, epoch: int) -> Epoch:
+        return Epoch(self.sequences(epoch), self.batch_size, self.accumulation)
 
 
-def largest_pass(
-    rows: Sequence[TokenizedExample], schedule: Schedule, tokens_per_pass: int
-) -> tuple[MicroBatch, int]:
+def largest_pass(rows: Rows, schedule: Schedule, tokens_per_pass: int) -> tuple[MicroBatch, int]:
     """A pass no smaller, in tokens, than any of a training, and how many passes a largest
     micro-batch takes.
 
@@ -320,7 +375,7 @@ def largest_pass(
     count = len(largest.input_ids)
     if not 0 < tokens_per_pass < count:
         return largest, 1
-    longest = max(rows, key=lambda row: len(row.input_ids))
+    longest = rows[int(rows.lengths.argmax())]
     most = min(count, max(tokens_per_pass, len(longest.input_ids)))
     lack = most - len(longest.input_ids)
     padding = [TokenizedExample("padding", [0] * lack, [True] * lack)] if lack > 1 else []

@@ -9,15 +9,17 @@ counts (`Data.counts`).
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from ..config.aliases import ADDING_TOKENS
 from ..config.options import DataOptions, TrainConfig
@@ -28,19 +30,26 @@ from ..progress import Progress, no_progress
 from .batches import Prepared, Schedule, prepare
 from .chat_template import read_template
 from .encoder import TokenizedExample
-from .formats import MIXED, Example, read_examples, refuse_bad
+from .formats import MIXED, Example, ExampleReader, refuse_bad
+from .held_out import count_distinct, held_by_default, hold_out, row_digests
 from .readers import files_of, sources
 from .renderer import PARTS, SPLIT, Renderer
+from .stored_rows import TRAINED, Rows, StoredRows
+from .turns import Text
 
 BATCH = 256
 """Rows tokenized at once."""
+AHEAD = 2
+"""So many times these are rendered before they are tokenized."""
+BY_LINE = (".jsonl", ".ndjson", ".csv", ".tsv")
+"""Files that hold about a row a line."""
 
 
 @dataclass
 class Data:
     """Rows and everything that was decided about them.
 
-    given: as read. train: what is trained on. held_out: evaluated, never trained on.
+    train: what is trained on. held_out: evaluated, never trained on.
     share_held_out: ``eval_split`` as it was given, or decided. rows_cut: of all, longer than
     max_length. noticed: what people should be told of the rows, and of how many it holds.
     """
@@ -48,9 +57,8 @@ class Data:
     format: str
     renderer: Renderer
     max_length: int
-    given: list[Example]
     train: Prepared
-    held_out: list[TokenizedExample]
+    held_out: Sequence[TokenizedExample]
     bad: list[DataError] = field(default_factory=list)
     duplicates: int = 0
     ends: int = 0
@@ -81,7 +89,7 @@ class Data:
         ends."""
         if count not in self._asked:
             found: list[tuple[TokenizedExample, list[int], str]] = []
-            for row in self.held_out + self.train.rows:
+            for row in itertools.chain(self.held_out, self.train.rows):
                 if len(found) >= count:
                     break
                 if pair := self.question(row):
@@ -116,16 +124,6 @@ def read_data(
             (``over_length error``), ids the model does not have, nothing left to train, or an end
             token that no row trains.
     """
-    found = read_examples(
-        source,
-        config=options.dataset_config,
-        split=options.dataset_train_split,
-        drop_roles=options.drop_roles,
-        skip_bad=None,
-    )
-    total = len(found.rows) + len(found.bad)
-    if not found.rows:
-        refuse_bad(found.bad, total, 0)
     model_config = read_config(base)
     renderer = renderer or make_renderer(
         hub.load_tokenizer(base), options, clock, declared_ends(base)
@@ -137,41 +135,50 @@ def read_data(
             "(max_position_embeddings in its config.json, as rope_parameters extend it)"
         )
     renderer.noticed.clear()
-    rows, refused = encode(found.rows, renderer, progress)
-    renderer.learn_ends(rows)
+    found = examples_of(source, options)
+    rows, refused = encode(found, renderer, progress, rows_expected(source))
     bad = found.bad + refused
-    refuse_bad(bad, total, options.skip_bad if rows else 0)
+    refuse_bad(bad, found.count + len(found.bad), options.skip_bad if len(rows) else 0)
+    renderer.learn_ends(rows)
     for error in bad:
         say(f"skipped a bad row: {error.where}: {error.what}")
     refuse_unknown_ids(rows, model_config.get_text_config().vocab_size)
     share = held_by_default(len(rows)) if options.eval_split is None else options.eval_split
-    train_rows, held_out = hold_out(rows, share, options.seed, max_length)
+    digests = row_digests(rows, str(options.seed), max_length)
+    train_rows, held_out = hold_out(rows, share, digests)
     train = prepare(train_rows, max_length, options.over_length)
     held_out = _prepare_held_out(held_out, max_length, options.over_length, say)
-    if len({example.where for example in found.rows}) != len(found.rows):
-        raise AssertionError(f"rows of {source} share a place")
     data = Data(
         format=found.format,
         renderer=renderer,
         max_length=max_length,
-        given=found.rows,
         train=train,
         held_out=held_out,
         bad=bad,
-        duplicates=len(rows) - len({_digest(row, "", max_length) for row in rows}),
+        duplicates=len(rows) - count_distinct(digests),
         ends=_rows_with_supervised_end(train.rows, renderer),
         share_held_out=share,
-        rows_cut=sum(len(row.input_ids) > max_length for row in rows),
+        rows_cut=int((rows.lengths > max_length).sum()),
         noticed=renderer.noticed + _unread_columns(found.unread),
     )
     if training and data.ends == 0 and data.format != "input_ids":
         raise DataError(
             "no row trains the end of an answer, so the model would never learn to stop",
-            where=train.rows[0].where,
+            where=train.rows.where(0),
             found=f"{train.end_lost} rows lose their end when cut at {max_length} tokens",
             ways_out=["raise --max_length", "--over_length drop leaves too long rows out"],
         )
     return data
+
+
+def examples_of(source: str, options: DataOptions) -> ExampleReader:
+    """The rows of a source as the options have them read."""
+    return ExampleReader(
+        source,
+        config=options.dataset_config,
+        split=options.dataset_train_split,
+        drop_roles=options.drop_roles,
+    )
 
 
 def length_of_rows(options: DataOptions, model_config: Any) -> int:
@@ -180,9 +187,9 @@ def length_of_rows(options: DataOptions, model_config: Any) -> int:
 
 
 def _prepare_held_out(
-    rows: list[TokenizedExample], max_length: int, over_length: Any, say: Callable[[str], None]
-) -> list[TokenizedExample]:
-    if not rows:
+    rows: Rows, max_length: int, over_length: Any, say: Callable[[str], None]
+) -> Rows:
+    if not len(rows):
         return rows
     try:
         prepared = prepare(rows, max_length, over_length).rows
@@ -224,30 +231,60 @@ def _unread_columns(unread: Counter[str]) -> Counter[str]:
 
 
 def encode(
-    examples: list[Example], renderer: Renderer, progress: Progress = no_progress
-) -> tuple[list[TokenizedExample], list[DataError]]:
+    examples: Iterable[Example],
+    renderer: Renderer,
+    progress: Progress = no_progress,
+    expected: int = 0,
+) -> tuple[StoredRows, list[DataError]]:
     """Ids and masks of all rows, and an error for each that the template refuses.
+
+    Args:
+        expected: how many rows there are, about; 0 where nobody knows.
 
     Raises:
         TemplateStopped: the template does not end.
     """
-    rows: list[TokenizedExample] = []
-    bad: list[DataError] = []
-    batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
-    starts = [str(number) for number in range(len(batches))]
-    # the template's process renders the next rows while these are tokenized; and what is made here
-    # stays, so that looking for garbage finds none
-    with ThreadPoolExecutor(1) as ahead, _no_collection():
-        coming: Future[Any] | None = None
-        for number in progress(starts, len(starts), "tokenizing"):
-            # the first here: the process is this thread's
-            texts = renderer.texts(batches[int(number)]) if coming is None else coming.result()
-            if (following := int(number) + 1) < len(batches):
-                coming = ahead.submit(renderer.texts, batches[following])
-            good, refused = renderer.tokenize(batches[int(number)], texts)
-            rows += good
-            bad += refused
+    rows, bad = StoredRows(), list[DataError]()
+    # what is made here stays or is free at once, so that looking for garbage finds none
+    with _no_collection(), ThreadPoolExecutor(AHEAD) as ahead:
+        batches = _rendered(examples, renderer, ahead)
+        for batch, texts in progress(batches, -(-expected // BATCH), "tokenizing"):
+            good, refused = renderer.tokenize(batch, texts)
+            rows.extend(good)
+            bad += (error.with_traceback(None) for error in refused)
     return rows, bad
+
+
+def _rendered(
+    examples: Iterable[Example], renderer: Renderer, ahead: ThreadPoolExecutor
+) -> Iterator[tuple[list[Example], list[list[Text] | DataError]]]:
+    """Some rows at a time and their texts. The template's process renders the next rows while what
+    it wrote of others is looked through, and others again are tokenized."""
+    waiting = iter(examples)
+    coming: deque[tuple[list[Example], Future[Any]]] = deque()
+    first = list(itertools.islice(waiting, BATCH))
+    texts: Any = renderer.texts(first)  # here: the process is this thread's
+    while batch := list(itertools.islice(waiting, BATCH)):
+        coming.append((batch, ahead.submit(renderer.texts, batch)))
+        if len(coming) > AHEAD:
+            yield first, texts
+            first, future = coming.popleft()
+            texts = future.result()
+    yield first, texts
+    for batch, future in coming:
+        yield batch, future.result()
+
+
+def rows_expected(source: str) -> int:
+    """How many rows a source holds, as far as that is seen at once: lines of its files. 0 where it
+    is not."""
+    lines = 0
+    for name, times in sources(source):
+        files = files_of(name)
+        if not files or any(file.suffix.lower() not in BY_LINE for file in files):
+            return 0
+        lines += times * sum(map(atomic.lines_in, files))
+    return lines
 
 
 @contextlib.contextmanager
@@ -262,76 +299,29 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def refuse_unknown_ids(rows: Iterable[TokenizedExample], vocabulary: int) -> None:
+def refuse_unknown_ids(rows: StoredRows, vocabulary: int) -> None:
     """Raise DataError for the first row with an id past the model's embeddings."""
-    for row in rows:
-        if (highest := max(row.input_ids, default=0)) >= vocabulary:
-            raise DataError(
-                f"a row holds id {highest}, but the model has {vocabulary} embeddings",
-                where=row.where,
-                ways_out=[
-                    "use the tokenizer that belongs to the model",
-                    ADDING_TOKENS,
-                ],
-            )
-
-
-def held_by_default(rows: int) -> int:
-    """How many rows are held out where nobody said: two of a hundred, 16 to 64; of fewer than a
-    hundred rows none."""
-    return min(max(round(0.02 * rows), 16), 64) if rows >= 100 else 0
-
-
-def hold_out(
-    rows: list[TokenizedExample], share: float, seed: int, length: int | None
-) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """(to train on, held out): a share of the rows below 1, else that many; equal rows stay on one
-    side.
-
-    Args:
-        length: tokens by which rows are told apart, those they are cut to; None: all.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    wanted = max(share > 0, round(share * len(rows))) if share < 1 else int(share)
-    if not wanted:
-        return rows, []
-    judged = _wholes(rows)
-    digests = [_digest(row, str(seed), length) for row in judged]
-    order = sorted(range(len(rows)), key=lambda i: (digests[i], i))
-    out = set(order[:wanted])
-    while wanted < len(rows) and digests[order[wanted]] == digests[order[wanted - 1]]:
-        out.add(order[wanted])
-        wanted += 1
-    kept = [row for i, row in enumerate(rows) if i not in out]
-    if not kept:
-        raise DataError(
-            f"eval_split {share:g} holds out all {len(rows)} rows: nothing is left to train on",
-            ways_out=["lower --eval_split"],
-        )
-    return kept, [row for i, row in enumerate(rows) if i in out]
-
-
-def _wholes(rows: list[TokenizedExample]) -> list[TokenizedExample]:
-    """For each row the one it is held out by: of a conversation that became several, the last."""
-    last = {row.example.part_of: row for row in rows if row.example and row.example.part_of}
-    return [last.get(row.example.part_of, row) if row.example else row for row in rows]
-
-
-def _digest(row: TokenizedExample, salt: str, length: int | None) -> bytes:
-    return hashlib.sha256(salt.encode() + array("q", row.input_ids[:length]).tobytes()).digest()
-
-
-def _rows_with_supervised_end(rows: list[TokenizedExample], renderer: Renderer) -> int:
-    stops = set(renderer.stop_ids())
-    return sum(
-        any(
-            flag and index in stops
-            for index, flag in zip(row.input_ids, row.loss_mask, strict=True)
-        )
-        for row in rows
+    if rows.highest < vocabulary:
+        return
+    first, highest = next(
+        (index, highest)
+        for index in range(len(rows))
+        if (highest := int((rows.marked(index) & (TRAINED - 1)).max(initial=0))) >= vocabulary
     )
+    raise DataError(
+        f"a row holds id {highest}, but the model has {vocabulary} embeddings",
+        where=rows.where(first),
+        ways_out=["use the tokenizer that belongs to the model", ADDING_TOKENS],
+    )
+
+
+def _rows_with_supervised_end(rows: Rows, renderer: Renderer) -> int:
+    stops = numpy.array(renderer.stop_ids(), numpy.uint32) | TRAINED
+    count = 0
+    for _, begins, marked in rows.chunks():
+        found = numpy.concatenate(([0], numpy.cumsum(numpy.isin(marked, stops))))
+        count += int((numpy.diff(found[begins]) > 0).sum())
+    return count
 
 
 def source_digest(source: str, examples: Iterable[Example]) -> str:

@@ -13,11 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
+
 from ..errors import DataError
 from .formats import Example
 from .stand_ins import Shown, StandIns
 from .turns import Span, Text
 
+Places = numpy.ndarray[Any, Any]
+"""Of characters: int64 [tokens]."""
 _BOUNDARY = "\n"
 """Begins the second of two texts that are tokenized apart, and is taken off its ids."""
 
@@ -106,8 +110,9 @@ class Encoder:
         spans = [(shown.at(start), shown.at(stop)) for start, stop in text.trained]
         plain = text.example.messages is None
         ids, offsets = self._stand_ins.ids(shown, result), result.offsets
-        self._refuse_dropped(shown, offsets)
-        cuts = _shared(offsets, [start for start, _ in spans])
+        starts, stops = _ends(offsets)
+        self._refuse_dropped(shown, starts, stops)
+        cuts = [place for place, _ in spans if ((starts < place) & (place < stops)).any()]
         if plain and text.example.prompt and self._completion_only and not cuts:
             asked = self.prompt_ids(text.example.prompt)
             cuts = [spans[0][0]] if ids[: len(asked)] != asked else []
@@ -115,12 +120,8 @@ class Encoder:
             self._noticed[SHARED] += 1
             if apart := self._apart(shown, cuts, plain):
                 ids, offsets = apart
-        trained, span = [], 0
-        for start, stop in offsets:
-            while span < len(spans) and spans[span][1] <= start:
-                span += 1
-            # a token that begins in a prompt was read before anything was to be said
-            trained.append(span < len(spans) and start >= spans[span][0] and stop > start)
+                starts, stops = _ends(offsets)
+        trained = _within(starts, stops, spans)
         if plain:
             if not ids or ids[-1] != self._tokenizer.eos_token_id:
                 ids.append(self._tokenizer.eos_token_id)
@@ -128,14 +129,13 @@ class Encoder:
             trained[-1] = True
         return TokenizedExample(text.example.where, ids, trained, text.example)
 
-    def _refuse_dropped(self, shown: Shown, offsets: list[Span]) -> None:
+    def _refuse_dropped(self, shown: Shown, starts: Places, stops: Places) -> None:
         """Raise DataError for characters that the tokenizer drops: positions after them are not
         those of the text."""
-        covered, gap = 0, False
-        for start, stop in offsets:
-            gap |= start > covered and bool(shown.text[covered:start].strip())
-            covered = max(covered, stop)
-        if not gap and (covered >= len(shown.text) or not shown.text[covered:].strip()):
+        covered = numpy.concatenate(([0], numpy.maximum.accumulate(stops)))
+        following = numpy.concatenate((starts, [len(shown.text)]))
+        gaps = numpy.flatnonzero(following > covered).tolist()
+        if not any(shown.text[covered[i] : following[i]].strip() for i in gaps):
             return
 
         def ids(text: str) -> list[int]:
@@ -198,15 +198,21 @@ class Encoder:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _shared(offsets: list[Span], places: list[int]) -> list[int]:
-    """Places that are inside of a token."""
-    found, at = [], 0
-    for place in places:
-        while at < len(offsets) and offsets[at][1] <= place:
-            at += 1
-        if at < len(offsets) and offsets[at][0] < place:
-            found.append(place)
-    return found
+def _ends(offsets: list[Span]) -> tuple[Places, Places]:
+    """Where each token begins and ends."""
+    flat = numpy.fromiter(itertools.chain.from_iterable(offsets), numpy.int64, 2 * len(offsets))
+    return flat[::2], flat[1::2]
+
+
+def _within(starts: Places, stops: Places, spans: list[Span]) -> list[bool]:
+    """Whether each token begins in one of the spans, which are in order: one that begins in a
+    prompt was read before anything was to be said."""
+    if not spans:
+        return [False] * len(starts)
+    begin, end = numpy.array(spans, numpy.int64).T
+    span = numpy.searchsorted(end, starts, "right")  # the first that ends behind it
+    inside = (span < len(spans)) & (starts >= begin[numpy.minimum(span, len(spans) - 1)])
+    return (inside & (stops > starts)).tolist()
 
 
 @contextlib.contextmanager

@@ -5,12 +5,12 @@ conversations (``messages``, with tools and system; ShareGPT's ``conversations``
 (``instruction``, ``input``, ``output``, ``system``, ``history``), ``question`` and ``answer``,
 prompt and completion (strings or messages), plain ``text``, and ``input_ids``. Preference pairs are
 recognized and refused: their second answer would be trained as if it were wanted. Columns that no
-form reads are counted (`Examples.unread`), so that nothing of a row is left out without a word.
+form reads are counted (`ExampleReader.unread`): nothing of a row is left out without a word.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -77,64 +77,71 @@ class Example:
     loss_mask: list[bool] | None = None
 
 
-@dataclass(frozen=True)
-class Examples:
-    """A source's rows and the form they were taken for (`MIXED`: several). bad: rows that are none.
-    unread: columns that hold something and that nothing reads, and in how many rows."""
-
-    format: str
-    rows: list[Example]
-    bad: list[DataError]
-    unread: Counter[str] = field(default_factory=Counter)
-
-
-def read_examples(
-    data: str | Path,
-    *,
-    config: str | None = None,
-    split: str = "train",
-    drop_roles: str = "",
-    skip_bad: int | None = 0,
-) -> Examples:
-    """All rows of a source, and an error for each that cannot be taken.
+class ExampleReader:
+    """The rows of a source, one after the other, and an error for each that cannot be taken. It is
+    gone through once; what is said of all rows is known afterwards.
 
     Args:
         config, split: of a Hub data set.
         drop_roles: messages of these roles (separated by commas) are left out.
-        skip_bad: so many bad rows may be left out; None: any.
 
     Raises:
-        DataError: the file cannot be read on, or has no rows; or there are more bad ones.
+        DataError: the file cannot be read on, or has no rows.
     """
-    bad: list[DataError] = []
-    rows: list[Example] = []
-    unread: Counter[str] = Counter()
-    first, forms = "", set[str]()
-    dropped = frozenset(role.strip() for role in drop_roles.split(",") if role.strip())
-    for where, row in read_rows(data, config=config, split=split, refuse=bad.append):
-        try:
-            form = _form_of_next(row, where, first)
-            first = first or form
-            refuse_media(row, where)
-            rows.append(_READERS[form](row, where, dropped))
-            forms.add(form)
-        except DataError as error:
-            bad.append(error)
-            continue
-        known = {*COLUMNS.get(form, COLUMNS["prompt"]), *READ[form]}
-        unread.update(
-            str(column)
-            for column, value in row.items()
-            if column not in known and not is_missing(value) and value not in ("", [], {})
-        )
-    if not rows and not bad:
-        raise DataError(
-            f"{data} holds no rows",
-            expected="a JSON array of objects, one JSON object per line, or a table",
-        )
-    if skip_bad is not None:
-        refuse_bad(bad, len(rows) + len(bad), skip_bad)
-    return Examples(first if len(forms) < 2 else MIXED, rows, bad, unread)
+
+    def __init__(
+        self,
+        data: str | Path,
+        *,
+        config: str | None = None,
+        split: str = "train",
+        drop_roles: str = "",
+    ) -> None:
+        self.bad: list[DataError] = []
+        """Rows that are none."""
+        self.unread: Counter[str] = Counter()
+        """Columns that hold something and that nothing reads, and in how many rows."""
+        self.count = 0
+        self._data, self._config, self._split = data, config, split
+        self._dropped = frozenset(role.strip() for role in drop_roles.split(",") if role.strip())
+        self._first, self._forms = "", set[str]()
+
+    @property
+    def format(self) -> str:
+        """The form the rows were taken for (`MIXED`: several)."""
+        return self._first if len(self._forms) < 2 else MIXED
+
+    def __iter__(self) -> Iterator[Example]:
+        refuse = self._refuse
+        for where, row in read_rows(
+            self._data, config=self._config, split=self._split, refuse=refuse
+        ):
+            try:
+                form = _form_of_next(row, where, self._first)
+                self._first = self._first or form
+                refuse_media(row, where)
+                example = _READERS[form](row, where, self._dropped)
+            except DataError as error:
+                refuse(error)
+                continue
+            self._forms.add(form)
+            self.count += 1
+            known = {*COLUMNS.get(form, COLUMNS["prompt"]), *READ[form]}
+            self.unread.update(
+                str(column)
+                for column, value in row.items()
+                if column not in known and not is_missing(value) and value not in ("", [], {})
+            )
+            yield example
+        if not self.count and not self.bad:
+            raise DataError(
+                f"{self._data} holds no rows",
+                expected="a JSON array of objects, one JSON object per line, or a table",
+            )
+
+    def _refuse(self, error: DataError) -> None:
+        # an error that was raised holds on to the row that was read
+        self.bad.append(error.with_traceback(None))
 
 
 def _form_of_next(row: dict[str, Any], where: str, first: str) -> str:

@@ -20,7 +20,7 @@ from typing import IO, Any
 from ..config.aliases import TOGETHER
 from ..errors import DataError, HalfbyteError, first_line
 from .cells import Refuse, Row, raise_it
-from .json_rows import Begun, json_rows, text_of
+from .json_rows import Begun, json_rows, text_lines, text_of
 from .packed import PACKED, Capped, unpacker
 from .tables import columnar_rows, columns_of, table
 
@@ -146,7 +146,7 @@ def _rows(
         return
     if kind in (".csv", ".tsv"):
         delimiter = "\t" if kind == ".tsv" else ","
-        yield from table(name, text_of(path, stream.read()), delimiter, refuse)
+        yield from table(name, text_lines(path, stream), delimiter, refuse)
         return
     if kind == ".txt":
         yield name, {"text": text_of(path, stream.read())}

@@ -12,6 +12,7 @@ against and what ends it are one conversation seen four times, and are only righ
 
 import functools
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,6 +97,7 @@ class Renderer:
         }
         self._added = [token.content for token in added.values()]
         self.clock = clock or datetime.now()
+        self._noticing = threading.Lock()
         self.noticed: Counter[str] = Counter()
         """What people should be told of the rows, and of how many it holds."""
         self._options: dict[str, Any] = {
@@ -204,11 +206,15 @@ class Renderer:
             error.where = example.where
             return error
         for what in unread:
-            self.noticed[f"rows hold what the template does not write: {what}"] += 1
+            self._notice(f"rows hold what the template does not write: {what}")
         if len(texts) > 1:
-            self.noticed[SPLIT] += 1
-            self.noticed[PARTS] += len(texts)
+            self._notice(SPLIT)
+            self._notice(PARTS, len(texts))
         return texts
+
+    def _notice(self, what: str, count: int = 1) -> None:
+        with self._noticing:  # rows are rendered in several threads
+            self.noticed[what] += count
 
     def _plain(self, example: Example) -> Text:
         """A plain text, or a prompt and its completion; the end token follows."""
@@ -219,11 +225,11 @@ class Renderer:
             if self._parse:
                 data = []
             else:
-                self.noticed[
+                self._notice(
                     f"control tokens such as {found.group()} in a text are read as letters "
                     "(--parse_control_tokens reads them as control tokens; or bring the rows as "
                     "`messages`)"
-                ] += 1
+                )
         return Text(example, text, data, [(start, len(text))], (start, len(text)), Counter())
 
     def _refuse_unfollowed(self, example: Example, texts: list[Text]) -> None:

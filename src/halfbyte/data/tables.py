@@ -1,7 +1,7 @@
 """Tables to rows: CSV and TSV, parquet and arrow files."""
 
 import csv
-import io
+import itertools
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -9,18 +9,21 @@ from ..errors import DataError, first_line
 from .cells import Refuse, Row
 
 
-def table(name: str, text: str, delimiter: str, refuse: Refuse) -> Iterator[Row]:
+def table(name: str, lines: Iterator[str], delimiter: str, refuse: Refuse) -> Iterator[Row]:
     """CSV or TSV with a header line; a row's place is the line it begins on, of the file so
     named."""
     csv.field_size_limit(1 << 30)
-    titles = text.partition("\n")[0]
+    titles = next(lines, "")
     if delimiter not in titles:
         others = {other: titles.count(other) for other in ",;\t|"}
         delimiter = max(others, key=lambda other: others[other]) if any(others.values()) else ","
     # "prompt, completion": spaces after the delimiter are nobody's
     spaced = f"{delimiter} " in titles
     reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced
+        itertools.chain([titles], lines),
+        delimiter=delimiter,
+        strict=True,
+        skipinitialspace=spaced,
     )
     begins, header = 1, None
     while True:

@@ -5,6 +5,7 @@ distance of the run in its compute dtype; a merged model, which is the same up t
 be a few times as far.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..config.options import DataOptions
-from ..data.dataset import encode, hold_out, length_of_rows, make_renderer, source_digest
+from ..data.dataset import (
+    encode,
+    examples_of,
+    length_of_rows,
+    make_renderer,
+    source_digest,
+)
 from ..data.encoder import TokenizedExample
-from ..data.formats import Example, read_examples
+from ..data.formats import Example
+from ..data.held_out import hold_out, row_digests
 from ..data.renderer import Renderer
 from ..engine.evaluate import RowLosses
 from ..engine.judge import POSITIONS, difference, first_rows, neutral_passages
@@ -74,24 +82,20 @@ def probes(source: Source, say: Callable[[str], None]) -> tuple[list[TokenizedEx
     config, info = run.config(), run.info()
     renderer = run_renderer(run, config)
     try:
-        found = read_examples(
-            info["data"]["source"],
-            config=config.dataset_config,
-            split=config.dataset_train_split,
-            drop_roles=config.drop_roles,
-            skip_bad=None,
-        )
-        same = source_digest(info["data"]["source"], found.rows) == info["data"]["sha256"]
+        found = examples_of(info["data"]["source"], config)
+        same = source_digest(info["data"]["source"], found) == info["data"]["sha256"]
         if not same:
             say("the data has changed since the training: the rows compared on may be others")
         # which rows were held out is a function of all of them
-        chosen = found.rows if config.eval_split and same else found.rows[:JUDGED_TOKENS]
-        rows, _ = encode(chosen, renderer)
+        chosen = None if config.eval_split and same else JUDGED_TOKENS
+        found = examples_of(info["data"]["source"], config)
+        rows, _ = encode(itertools.islice(found, chosen), renderer)
         if config.eval_split and same:
             # releases before rule 2 told rows apart before they were cut
             whole = info.get("rules", {}).get("split", 1) == 1
             length = None if whole else length_of_rows(config, read_config(source.base))
-            return _cut(hold_out(rows, config.eval_split, config.seed, length)[1]), HELD_OUT
+            digests = row_digests(rows, str(config.seed), length)
+            return _cut(hold_out(rows, config.eval_split, digests)[1]), HELD_OUT
         return _cut(rows), "of the training data" if same else "of the data as it is now"
     except DataError as error:
         say(f"the training data cannot be read ({error.what}): comparing on built-in text instead")
@@ -115,7 +119,7 @@ def _built_in(renderer: Renderer) -> list[TokenizedExample]:
     return _cut(rows)
 
 
-def _cut(rows: list[TokenizedExample]) -> list[TokenizedExample]:
+def _cut(rows: Sequence[TokenizedExample]) -> list[TokenizedExample]:
     """The first rows, each cut; whether trained on or not: a long question must not leave a merge
     without rows."""
     short = [TokenizedExample(r.where, r.input_ids[:LONGEST], r.loss_mask[:LONGEST]) for r in rows]

@@ -144,7 +144,7 @@ class Planner:
         return Situation(
             device=self.budget.device,
             embedding_may_move=self._embedding_may_move(),
-            longest=max(len(row.input_ids) for row in data.train.rows) if data else c.max_length,
+            longest=int(data.train.rows.lengths.max()) if data else c.max_length,
             largest=len(work_of(c, data, self.context).batch.input_ids),
             length=length,
         )

@@ -66,7 +66,7 @@ def work_of(config: TrainConfig, data: Data | None, context: int | None = None) 
         _sample_tokens(
             [len(ids) for _, ids, _ in data.questions(config.num_samples)], len(largest.input_ids)
         ),
-        _lengths(min(len(row.input_ids) for row in data.train.rows), len(largest.input_ids)),
+        _lengths(int(data.train.rows.lengths.min()), len(largest.input_ids)),
     )
 
 

@@ -7,9 +7,7 @@ open.
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from ..config.options import ModelOptions
 from ..errors import HalfbyteError, ModelError, StorageError
 from ..files import atomic
 from ..files.atomic import locked_file
+from ..files.places import cache_directory
 from ..files.safetensors import Checkpoint
 from ..progress import Progress
 from .writer import FACTS, write_quantized
@@ -32,22 +31,6 @@ class CacheEntry:
     path: Path
     digest: str
     tensors: list[dict[str, Any]]
-
-
-def cache_directory() -> Path:
-    """``$HALFBYTE_CACHE``, else ``halfbyte`` in the user's cache directory; of a user without a
-    home that can be written to, one of the system's temporary directory."""
-    if named := os.environ.get("HALFBYTE_CACHE"):
-        return Path(named).expanduser()
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "halfbyte"
-    try:
-        home = Path.home()
-    except RuntimeError:  # a user without one, as in `docker run -u 1234`
-        home = Path("/nonexistent")
-    if home.is_dir() and os.access(home, os.W_OK):
-        return home / ".cache" / "halfbyte"
-    return Path(tempfile.gettempdir()) / f"halfbyte-{os.getuid() if os.name == 'posix' else 0}"
 
 
 def cached(path: Path, options: ModelOptions, progress: Progress) -> CacheEntry:

@@ -24,7 +24,14 @@ from ..config.aliases import TOGETHER
 from ..config.options import TrainConfig
 from ..config.unused import unused
 from ..data.batches import Schedule
-from ..data.dataset import Data, data_lines, read_data, schedule_of, source_digest
+from ..data.dataset import (
+    Data,
+    data_lines,
+    examples_of,
+    read_data,
+    schedule_of,
+    source_digest,
+)
 from ..engine.learner import Learner
 from ..engine.lr_schedule import warmup_steps
 from ..engine.selftest import self_test
@@ -294,7 +301,7 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
         "compute_dtype": str(choose_dtype(config.dtype, device)).removeprefix("torch."),
         "data": {
             "source": _absolute(config.data),
-            "sha256": source_digest(config.data, data.given),
+            "sha256": source_digest(config.data, examples_of(config.data, config)),
             "form": data.format,
             "rows_cut": data.rows_cut,
             **data.counts(),
@@ -320,8 +327,8 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
 def rotated_apart(base: Path, data: Data) -> bool:
     """Whether rows go through the model in passes of their own, by their lengths."""
     kind = pass_kind(read_config(base))
-    rows = (*data.train.rows, *data.held_out)
-    return len({kind(len(row.input_ids)) for row in rows}) > 1
+    lengths = {*data.train.rows.lengths.tolist(), *(len(row.input_ids) for row in data.held_out)}
+    return len({kind(length) for length in lengths}) > 1
 
 
 def _absolute(source: str) -> str:
