@@ -44,7 +44,7 @@ def test_hostile_templates_end_as_an_error(
 
     monkeypatch.setattr(module, "SECONDS", 1.5)
     renderer = Renderer(hub.load_tokenizer(hub.resolve("demo")), template)
-    with pytest.raises(DataError, match="chat template refused") as caught:
+    with pytest.raises(DataError, match=r"chat template (refused|cannot be read)") as caught:
         renderer.render(TURNS)
     import re
 

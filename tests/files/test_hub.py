@@ -1,6 +1,5 @@
 """Tests of `files.hub`."""
 
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,61 +13,6 @@ from halfbyte.errors import (
     ModelError,
 )
 from halfbyte.files import hub
-from halfbyte.files.model_config import read_config
-
-
-def test_links_pipes_and_giants_in_a_model_directory(reliable_inputs: Path, tmp_path: Path):
-    def refused(message: str) -> None:
-        with pytest.raises(ModelError, match=message):
-            hub.resolve(str(tmp_path / "m"))
-        shutil.rmtree(tmp_path / "m")
-
-    secret = tmp_path / "secret.json"
-    secret.write_text("{}")
-    shutil.copytree(reliable_inputs / "base", tmp_path / "m")
-    (tmp_path / "m/extra.json").symlink_to(secret)
-    refused("outside the model's directory")
-    shutil.copytree(reliable_inputs / "base", tmp_path / "m")
-    os.mkfifo(tmp_path / "m/extra.json")
-    refused("not a regular file")
-    shutil.copytree(reliable_inputs / "base", tmp_path / "m")
-    with (tmp_path / "m/extra.json").open("wb") as file:
-        file.truncate(200_000_000)
-    refused("too many")
-    # a Hub snapshot links into the cache's blobs
-    cache = tmp_path / "cache"
-    (cache / "snapshots/abc").mkdir(parents=True)
-    (cache / "blobs").mkdir()
-    for file in (reliable_inputs / "base").iterdir():
-        shutil.copy(file, cache / "blobs" / file.name)
-        (cache / "snapshots/abc" / file.name).symlink_to(Path("../../blobs") / file.name)
-    assert read_config(hub.resolve(str(cache / "snapshots/abc"))).model_type == "llama"
-
-
-def test_a_link_out_of_a_folder_below_is_refused(tmp_path: Path):
-    model, away = tmp_path / "model", tmp_path / "away"
-    shutil.copytree(hub.resolve("demo"), model)
-    away.mkdir()
-    (away / "secret.jinja").write_text("somebody's")
-    folder = model / "additional_chat_templates"
-    folder.mkdir()
-    (folder / "x.jinja").symlink_to(away / "secret.jinja")
-    with pytest.raises(ModelError, match="link to a file outside"):
-        hub.resolve(str(model))
-    shutil.rmtree(folder)
-    folder.symlink_to(away)
-    with pytest.raises(ModelError, match="link to a file outside"):
-        hub.resolve(str(model))
-    folder.unlink()
-    (model / "inside.jinja").symlink_to(model / "chat_template.jinja")
-    (model / "original").mkdir()
-    with (model / "original/params.json").open("wb") as big:
-        big.truncate(hub.JSON_LIMIT + 1)
-    assert hub.resolve(str(model)) == model, "nothing opens that"
-    folder.mkdir()
-    (model / "original/params.json").rename(folder / "params.json")
-    with pytest.raises(ModelError, match="too many for a configuration"):
-        hub.resolve(str(model))
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "LICENCE.txt", "USE_POLICY.md", "COPYING", "NOTICE"])

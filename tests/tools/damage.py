@@ -1,23 +1,30 @@
 """Damage to every file that a run lives on: its own, its base's, the cache's, its data.
 
-    python -m tests.tools.damage --count N --seed S --home DIR [--show]
+    python -m tests.tools.damage --count N --seed S --home DIR [--links] [--show]
 
 prints one JSON document. A case changes one file (a bit flipped, cut short, emptied, removed; or in
 its place a link that leads nowhere or elsewhere, a directory, a pipe) and then uses what it belongs
 to: resumes a stopped run to its end, evaluates or merges a finished one. Either what comes out has
 the bytes it has without the damage, or the command ends with a code of ours and names the file; and
 where it was refused, the run goes on as if nothing had been once the file is as it was.
+
+With --links each file and folder becomes a link to the same one outside, and what is opened (as the
+system sees it) is held against that: nothing outside is read or written.
 """
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import json
 import os
 import pkgutil
 import random
+import re
 import shutil
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -243,7 +250,7 @@ def again(world: World, use: str, file: Path, expected: str) -> str:
     return "" if outcome() == expected else "another result after it was taken back"
 
 
-def inject(home: Path, count: int, seed: int, show: bool = False) -> dict[str, object]:
+def inject(home: Path, seed: int, count: int, show: bool = False) -> dict[str, object]:
     world, rng = World(home / "world"), random.Random(seed)
     expected = world.make()
     tally: dict[str, Counter[str]] = {}
@@ -260,11 +267,80 @@ def inject(home: Path, count: int, seed: int, show: bool = False) -> dict[str, o
     return {"cases": count, "came of them": {k: dict(v) for k, v in tally.items()}, "wrong": wrong}
 
 
+# --- links, and what is opened through them -------------------------------------------------------
+
+
+def traced(world: World, line: list[str]) -> set[str]:
+    """The real paths of all files that a command opens."""
+    trace = world.home / "trace"
+
+    def work() -> int:
+        ctypes.CDLL(None).prctl(0x59616D61, -1)  # PR_SET_PTRACER: any process may look
+        watch = ["strace", "-f", "-y", "-e", "trace=open,openat,creat", "-o", str(trace)]
+        process = subprocess.Popen([*watch, "-p", str(os.getpid())], stderr=subprocess.PIPE)
+        assert b"attached" in (process.stderr.readline() if process.stderr else b"")
+        return cli(line)
+
+    wait(forked(work, world.home / "log"), SECONDS)
+    for _ in range(100):  # its last lines
+        found = trace.read_text(errors="replace")
+        if "+++ exited" in found:
+            break
+        time.sleep(0.05)
+    return set(re.findall(r"= \d+<(/[^>]*)>", found))
+
+
+def linked(home: Path, seed: int, count: int, show: bool = False) -> dict[str, object]:
+    """Each file and folder in turn as a link to its like outside: what was opened there."""
+    world, outside = World(home / "world"), home / "outside"
+    world.make()
+    (world.home / "rows").mkdir()
+    shutil.copy(world.home / "rows.jsonl", world.home / "rows" / "a.jsonl")
+    shutil.rmtree(world.kept)
+    shutil.copytree(world.home, world.kept)
+    chosen = [
+        (use, place)
+        for area, uses in {**AREAS, "rows": ("eval",)}.items()
+        for place in [*files_of(world.home / area), *folders_of(world.home / area)]
+        for use in uses
+        if area not in ("rows.jsonl", "cache")  # which may lie on other disks
+    ]
+    random.Random(seed).shuffle(chosen)
+    wrong: list[list[str]] = []
+    for use, place in chosen[:count]:
+        shutil.rmtree(outside, ignore_errors=True)
+        outside.mkdir()
+        place.rename(outside / place.name)
+        place.symlink_to(outside / place.name)
+        before = hashed(outside)
+        line = USES[use](world.home)[0]
+        if "rows" in place.parts:
+            line = [str(place.parent) if word.endswith("rows.jsonl") else word for word in line]
+        opened = sorted(path for path in traced(world, line) if path.startswith(f"{outside}/"))
+        where = str(place.relative_to(world.home))
+        if opened or hashed(outside) != before:
+            wrong.append([use, where, *opened, *(["changed"] * (hashed(outside) != before))])
+        if show:
+            print(use, where, opened, world.log.strip().splitlines()[-1:], flush=True)
+        world.restore()
+    return {"links": len(chosen[:count]), "opened outside": wrong}
+
+
+def folders_of(place: Path) -> list[Path]:
+    return sorted(p for p in place.rglob("*") if p.is_dir()) if place.is_dir() else []
+
+
+def hashed(place: Path) -> dict[str, str]:
+    return {str(p): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--links", action="store_true")
     parser.add_argument("--show", action="store_true")
     given = parser.parse_args()
-    print(json.dumps(inject(given.home, given.count, given.seed, given.show), indent=1))
+    how = linked if given.links else inject
+    print(json.dumps(how(given.home, given.seed, given.count, given.show), indent=1))

@@ -7,6 +7,7 @@ docs/reliability.md.
 
 import hashlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -239,6 +240,33 @@ def test_50_signals(tmp_path: Path):
 @pytest.mark.slow
 def test_full_disk_everywhere(tmp_path: Path):
     check_full(faults("full", 1000, tmp_path, 3000))
+
+
+def tool(name: str, *words: str, timeout: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"tests.tools.{name}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=root
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    return json.loads(done.stdout)
+
+
+@posix
+@pytest.mark.parametrize("count", [10, pytest.param(5000, marks=pytest.mark.slow)])
+def test_damage_to_any_file_is_named_or_harmless(tmp_path: Path, count: int):
+    found = tool("damage", "--count", str(count), "--home", str(tmp_path), timeout=20_000)
+    assert found["cases"] == count and found["wrong"] == []
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="nobody else sees what is opened")
+def test_nothing_outside_is_opened_through_a_link(tmp_path: Path):
+    found = tool("damage", "--links", "--count", "1000", "--home", str(tmp_path), timeout=3000)
+    assert found["links"] > 90 and found["opened outside"] == []
 
 
 def poisoned(reliable_inputs: Path, tmp_path: Path, at: int) -> Callable[[], None]:

@@ -19,6 +19,7 @@ def _found(record: CheckpointConfig) -> list[dict[str, Any]]:
     if not is_run(record.run):
         raise ModelError(f"{record.run} is not a run directory: it has no run.json")
     run = Run(Path(record.run).expanduser())
+    run.refuse_foreign()
     losses = {row["step"]: row["loss"] for row in run.read("eval.jsonl")}
     rows = []
     for path, wrong in listed(run.checkpoints):

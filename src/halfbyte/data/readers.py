@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..config.aliases import TOGETHER
-from ..errors import DataError, HalfbyteError, first_line
+from ..errors import DataError, HalfbyteError, ModelError, first_line
+from ..files.inside import refuse_leaving
 from .cells import Refuse, Row, raise_it
 from .json_rows import Begun, json_rows, text_lines, text_of
 from .packed import PACKED, Capped, unpacker
@@ -55,6 +56,8 @@ def files_of(source: str) -> list[Path]:
                 f"{path} is a directory without data files",
                 expected=f"files that end with {', '.join(SUFFIXES[:6])}",
             )
+        for file in found:
+            _refuse_leaving(file, path)
         return found
     if path.exists():
         return [path]
@@ -64,6 +67,14 @@ def files_of(source: str) -> list[Path]:
             raise DataError(f"no file fits the pattern {source}")
         return [file for file in found if file.is_file()]
     return []
+
+
+def _refuse_leaving(file: Path, folder: Path) -> None:
+    try:
+        for place in (file, *file.parents[: len(file.relative_to(folder).parts) - 1]):
+            refuse_leaving(place, folder)
+    except ModelError as error:
+        raise DataError(error.what, found=error.found, ways_out=error.ways_out) from error
 
 
 def _is_data(file: Path) -> bool:

@@ -89,6 +89,7 @@ class Renderer:
             for name, text in sorted(templates.items())
         }
         self.template = self.templates["default"]
+        self._template_at = "" if template else f"the chat template in {tokenizer.name_or_path}"
         self.template_kwargs = dict(template_kwargs or {})
         refuse_unread(self.template_kwargs, self.templates)
         added = tokenizer.added_tokens_decoder
@@ -139,7 +140,9 @@ class Renderer:
     def _process(self, name: str) -> TemplateProcess:
         if name not in self._processes:
             variables = {**self.tokenizer.special_tokens_map, **self.template_kwargs}
-            self._processes[name] = TemplateProcess(self.templates[name], variables, self.clock)
+            self._processes[name] = TemplateProcess(
+                self.templates[name], variables, self.clock, self._template_at
+            )
         return self._processes[name]
 
     def _writer(self, name: str) -> TurnWriter:

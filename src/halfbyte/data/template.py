@@ -116,10 +116,14 @@ class TemplateProcess:
         template: Jinja text.
         variables: what it is given beside the conversation, such as ``bos_token``.
         clock: what ``strftime_now`` sees.
+        where: the template is, for people.
     """
 
-    def __init__(self, template: str, variables: dict[str, Any], clock: datetime) -> None:
+    def __init__(
+        self, template: str, variables: dict[str, Any], clock: datetime, where: str = ""
+    ) -> None:
         self.template, self.variables, self.clock = template, variables, clock
+        self._where = where
         self._pipe: Any = None
         self._end: Any = None
         self._maker: threading.Thread | None = None
@@ -152,9 +156,12 @@ class TemplateProcess:
                 while len(found) < wanted:
                     if not pipe.poll(SECONDS):
                         self._stop(f"it was still running after {SECONDS:g} seconds")
+                    answers = marshal.loads(pipe.recv_bytes())
+                    if answers and isinstance(answers[0], str) and answers[0].startswith(NO_JINJA):
+                        self._stop(answers[0])
                     found += [
                         _refused(answer) if isinstance(answer, str) else Rendering(*answer)
-                        for answer in marshal.loads(pipe.recv_bytes())
+                        for answer in answers
                     ]
             except (EOFError, OSError, ValueError, TypeError):
                 self.close()
@@ -174,7 +181,7 @@ class TemplateProcess:
         self.close()
         refused = _refused(why)
         self._stopped = TemplateStopped(
-            refused.what, found=refused.found, ways_out=refused.ways_out
+            refused.what, where=self._where, found=refused.found, ways_out=refused.ways_out
         )
         raise self._stopped
 
@@ -226,6 +233,7 @@ def _allowed_a_child() -> Iterator[None]:
 
 
 ENGINE = "the template engine itself fails: "
+NO_JINJA = "it is not valid Jinja: "
 
 
 def _refused(why: str) -> DataError:
@@ -234,6 +242,12 @@ def _refused(why: str) -> DataError:
             "conversations cannot be rendered",
             found=why,
             ways_out=["pip install -U jinja2 transformers"],
+        )
+    if why.startswith(NO_JINJA):
+        return DataError(
+            "the chat template cannot be read",
+            found=why,
+            ways_out=["mend it", "or give another template with --chat_template"],
         )
     return DataError(
         "the chat template refused the conversation",
@@ -290,7 +304,9 @@ def _what_it_said(error: Exception) -> str:  # pragma: no cover
     said = (str(error) or type(error).__name__)[:2000]
     if isinstance(error, ImportError):  # an engine too old, or none
         return ENGINE + said
-    return f"line {error.lineno}: {said}" if isinstance(error, TemplateSyntaxError) else said
+    if isinstance(error, TemplateSyntaxError):
+        return f"{NO_JINJA}line {error.lineno}: {said}"
+    return said
 
 
 class _Program:  # pragma: no cover

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import HalfbyteError, ModelError, first_line
-from .atomic import JSON_LIMIT
+from .inside import refuse_foreign, refuse_strange_files
 
 BUILTIN = "demo"
 """The name that stands for the model that comes with the package."""
@@ -49,7 +49,7 @@ def resolve(
     if path.is_dir():
         path = path / folder
         _refuse_without_config(str(path) if folder else model, path)
-        check_files(path)
+        refuse_strange_files(path, HUB_PATTERNS, (TEMPLATES,))
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise ModelError(
@@ -239,6 +239,7 @@ def resolve_adapter(name: str) -> Path:
     path = Path(name).expanduser()
     for directory in (path, path / "adapter"):
         if (directory / "adapter_config.json").is_file():
+            refuse_foreign(directory)
             return directory.resolve()
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelError(
@@ -248,51 +249,6 @@ def resolve_adapter(name: str) -> Path:
     return _snapshot(
         name, None, ["adapter_config.json", "adapter_model.safetensors", "halfbyte.json"], []
     )
-
-
-def check_files(directory: Path) -> None:
-    """Refuse a model directory whose files are something else than files, before anything opens
-    one.
-
-    Raises:
-        ModelError: a pipe, a device, a link that leads out of the directory (a Hub cache's blobs
-            excepted), or a text file too large to be one.
-    """
-    for path in sorted(_opened(directory)):
-        _refuse_leaving(path, directory)
-        if path.is_dir() or path.parent not in (directory, directory / TEMPLATES):
-            continue
-        if not path.is_file():
-            raise ModelError(f"{path} is not a regular file", ways_out=["copy the file again"])
-        if path.suffix != ".safetensors" and path.stat().st_size > JSON_LIMIT:
-            raise ModelError(
-                f"{path} has {path.stat().st_size:,} bytes, too many for a configuration or "
-                "tokenizer"
-            )
-
-
-def _opened(directory: Path) -> Iterator[Path]:
-    """What may be opened of a directory, at any depth: files by their patterns, and folders."""
-    for path in directory.iterdir():
-        if path.is_dir() and not path.name.startswith("."):
-            yield path
-            if not path.is_symlink():
-                yield from _opened(path)
-        elif any(path.match(pattern) for pattern in HUB_PATTERNS):
-            yield path
-
-
-def _refuse_leaving(path: Path, directory: Path) -> None:
-    """Raise ModelError for a link that leads out of a model's directory, but to the blobs of the
-    Hub's cache it lies in."""
-    home, real = directory.resolve(), path.resolve()
-    inside = real.is_relative_to(home) or real.is_relative_to(home.parent.parent / "blobs")
-    if path.is_symlink() and not inside:
-        raise ModelError(
-            f"{path} is a link to a file outside the model's directory",
-            found=str(real),
-            ways_out=["copy the file into the directory"],
-        )
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -29,6 +29,7 @@ from ..files.atomic import (
     write_bytes,
     write_json,
 )
+from ..files.inside import refuse_foreign
 
 RUN_JSON, METRICS, SAMPLES, EVALS = "run.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl"
 NONFINITE, MEMORY, PLAN_JSON = "nonfinite.jsonl", "memory.jsonl", "plan.json"
@@ -43,6 +44,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     MEMORY: ("step", "phase"),
 }
 """What a row of a log is read for; one without it is damaged."""
+OWN = ("*.json", ".*.json", "*.jsonl", "*.txt", "README.md", "LOCK", "adapter", "checkpoints")
+"""Names of what a run writes and reads."""
 LOG = "log.txt"
 """What was said of the training, line by line, whether anybody listened or not."""
 TEMPLATES_AS_TRAINED = "chat_templates.json"
@@ -109,6 +112,7 @@ class Run:
         run = cls(Path(path).expanduser())
         if not (run.path / RUN_JSON).is_file():
             raise ModelError(f"{run.path} is not a run directory: it has no {RUN_JSON}")
+        run.refuse_foreign()
         if not (run.adapter / ADAPTER_FACTS).is_file():
             raise ModelError(
                 f"{run.path} has no trained adapter yet",
@@ -118,6 +122,11 @@ class Run:
                 ],
             )
         return run
+
+    def refuse_foreign(self) -> None:
+        """Raise ModelError for a link among the run's own files that leads out of it, and for what
+        is no file."""
+        refuse_foreign(self.path, OWN)
 
     @property
     def adapter(self) -> Path:

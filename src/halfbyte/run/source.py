@@ -14,6 +14,7 @@ from ..adapters.peft_files import CONFIG, WEIGHTS, trained_apart
 from ..config.options import ModelOptions, TrainConfig
 from ..errors import ModelError
 from ..files import atomic, hub
+from ..files.inside import refuse_foreign
 from ..files.model_config import read_config
 from ..model.architecture import TIES, build_empty, choose_device, choose_dtype
 from ..quantization.load import with_stored_form
@@ -158,6 +159,7 @@ class Source:
             return cls(run.path, run.adapter, base, named, holding, dtype, run)
         if not is_adapter(place):
             Run.open(place)  # raises, and says what is missing
+        refuse_foreign(place)
         base = base_of_adapter(place, given=base_at)
         named = str(atomic.read_json(place / CONFIG)["base_model_name_or_path"])
         dtype = str(choose_dtype("auto", choose_device(device))).removeprefix("torch.")

@@ -71,6 +71,7 @@ def train(*config: Any, reporter: Reporter | None = None, **options: Any) -> Run
         cpu.use(wanted.kernels)  # the plan and the record are of what will compute
     run = Run(Path(wanted.output_dir).expanduser())
     atomic.check_writable(run.path)
+    run.refuse_foreign()
     # PyTorch's defaults, which transformers changes while it builds, are the process's
     with _one_at_a_time, run.locked():
         if rows is not None:
