@@ -1,12 +1,18 @@
 """Tests of `data.readers`."""
 
+import datetime
+import decimal
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from halfbyte.config.options import DataOptions
+from halfbyte.data.dataset import read_data
 from halfbyte.errors import DataError
 
 from ..helpers import A, Q, read_examples
@@ -326,3 +332,18 @@ def test_nulls_that_columns_filled_in_are_no_values(tmp_path: Path):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables, lines = (read_examples(tmp_path / name).rows for name in ("r.parquet", "r.jsonl"))
     assert [row.messages for row in tables] == [row.messages for row in lines]
+
+
+def test_what_json_has_no_word_for_is_text(tmp_path: Path, stories: Path):
+    """A time in each turn, as tables of real conversations have it."""
+    when = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC)
+    more = {"at": when, "day": when.date(), "cost": decimal.Decimal("1.5"), "raw": b"x"}
+    talk = [{**Q, **more}, {**A, **more}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": talk}]), tmp_path / "r.parquet")
+    data = read_data(str(tmp_path / "r.parquet"), DataOptions(), stories)
+    example = data.train.rows[0].example
+    assert example and example.messages
+    turn = example.messages[0]
+    assert turn["at"] == "2026-01-02T03:04:00+00:00" and turn["day"] == "2026-01-02"
+    assert turn["cost"] == 1.5 and turn["raw"] == "<bytes>"
+    assert "yo" in data.renderer.tokenizer.decode(data.train.rows[0].input_ids)

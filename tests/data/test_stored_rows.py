@@ -114,6 +114,7 @@ def test_files_end_with_the_rows_and_a_full_disk_is_named(
 ):
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
     fds, device = Path("/proc/self/fd"), Path("/dev/full")
+    gc.collect()
     open_files = len(list(fds.iterdir())) if fds.is_dir() else 0
     stored = StoredRows(made(10))
     assert list(tmp_path.iterdir()) == [], "nothing is left behind by a kill"

@@ -3,7 +3,10 @@
 import json
 import math
 from collections.abc import Callable
+from datetime import timedelta
+from numbers import Integral, Number
 from typing import Any
+from uuid import UUID
 
 from ..errors import DataError
 
@@ -24,6 +27,24 @@ def raise_it(error: DataError) -> None:
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: null, or the NaN by which tables write it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON would hold it: dates and times in ISO form, numbers of any kind as numbers;
+    what is none of these by the name of its type, as transformers shows it to templates."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if callable(isoformat := getattr(value, "isoformat", None)):
+        return isoformat()
+    if isinstance(value, str | UUID | timedelta):
+        return str(value)
+    if isinstance(value, Number):
+        return int(value) if isinstance(value, Integral) else float(value)  # pyright: ignore
+    return f"<{type(value).__name__}>"
 
 
 def string(row: dict[str, Any], column: str, where: str, *, optional: bool = False) -> str:

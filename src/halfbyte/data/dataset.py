@@ -34,6 +34,7 @@ from .formats import MIXED, Example, ExampleReader, refuse_bad
 from .held_out import count_distinct, held_by_default, hold_out, row_digests
 from .readers import files_of, sources
 from .renderer import PARTS, SPLIT, Renderer
+from .row_cache import TokenizedData, kept_or_made
 from .stored_rows import TRAINED, Rows, StoredRows
 from .turns import Text
 
@@ -135,12 +136,11 @@ def read_data(
             "(max_position_embeddings in its config.json, as rope_parameters extend it)"
         )
     renderer.noticed.clear()
-    found = examples_of(source, options)
-    rows, refused = encode(found, renderer, progress, rows_expected(source))
-    bad = found.bad + refused
-    refuse_bad(bad, found.count + len(found.bad), options.skip_bad if len(rows) else 0)
+    found = _encoded(source, options, renderer, progress, say)
+    rows = found.rows
+    refuse_bad(found.bad, found.count, options.skip_bad if len(rows) else 0)
     renderer.learn_ends(rows)
-    for error in bad:
+    for error in found.bad:
         say(f"skipped a bad row: {error.where}: {error.what}")
     refuse_unknown_ids(rows, model_config.get_text_config().vocab_size)
     share = held_by_default(len(rows)) if options.eval_split is None else options.eval_split
@@ -154,12 +154,12 @@ def read_data(
         max_length=max_length,
         train=train,
         held_out=held_out,
-        bad=bad,
+        bad=found.bad,
         duplicates=len(rows) - count_distinct(digests),
         ends=_rows_with_supervised_end(train.rows, renderer),
         share_held_out=share,
         rows_cut=int((rows.lengths > max_length).sum()),
-        noticed=renderer.noticed + _unread_columns(found.unread),
+        noticed=found.noticed + _unread_columns(found.unread),
     )
     if training and data.ends == 0 and data.format != "input_ids":
         raise DataError(
@@ -169,6 +169,25 @@ def read_data(
             ways_out=["raise --max_length", "--over_length drop leaves too long rows out"],
         )
     return data
+
+
+def _encoded(
+    source: str,
+    options: DataOptions,
+    renderer: Renderer,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> TokenizedData:
+    """All rows of a source, as they are now or as an earlier command made them."""
+
+    def make(rows: StoredRows) -> TokenizedData:
+        found = examples_of(source, options)
+        refused = encode_into(rows, found, renderer, progress, rows_expected(source))
+        bad, count = found.bad + refused, found.count + len(found.bad)
+        return TokenizedData(rows, found.format, count, bad, found.unread, renderer.noticed)
+
+    read = (options.dataset_config, options.dataset_train_split, options.drop_roles)
+    return kept_or_made(source, {"read": read, **renderer.identity()}, make, say)
 
 
 def examples_of(source: str, options: DataOptions) -> ExampleReader:
@@ -230,13 +249,20 @@ def _unread_columns(unread: Counter[str]) -> Counter[str]:
     )
 
 
-def encode(
+def encode(examples: Iterable[Example], renderer: Renderer) -> tuple[StoredRows, list[DataError]]:
+    """Ids and masks of all rows, and an error for each that the template refuses."""
+    rows = StoredRows()
+    return rows, encode_into(rows, examples, renderer)
+
+
+def encode_into(
+    rows: StoredRows,
     examples: Iterable[Example],
     renderer: Renderer,
     progress: Progress = no_progress,
     expected: int = 0,
-) -> tuple[StoredRows, list[DataError]]:
-    """Ids and masks of all rows, and an error for each that the template refuses.
+) -> list[DataError]:
+    """Add ids and masks of all rows; returns an error for each that the template refuses.
 
     Args:
         expected: how many rows there are, about; 0 where nobody knows.
@@ -244,7 +270,7 @@ def encode(
     Raises:
         TemplateStopped: the template does not end.
     """
-    rows, bad = StoredRows(), list[DataError]()
+    bad: list[DataError] = []
     # what is made here stays or is free at once, so that looking for garbage finds none
     with _no_collection(), ThreadPoolExecutor(AHEAD) as ahead:
         batches = _rendered(examples, renderer, ahead)
@@ -252,7 +278,7 @@ def encode(
             good, refused = renderer.tokenize(batch, texts)
             rows.extend(good)
             bad += (error.with_traceback(None) for error in refused)
-    return rows, bad
+    return bad
 
 
 def _rendered(

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from ..errors import DataError
-from .cells import encodable, is_missing, leaves, loaded
+from .cells import encodable, is_missing, leaves, loaded, plain
 
 ROLES = {
     "system": "system",
@@ -147,6 +147,7 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
         found = f"a {type(content).__name__}" if content is not None else "none"
         raise DataError("a message's content must be a string", where=where, found=found)
     turn["content"] = content
+    turn = {key: item if type(item) is str else plain(item) for key, item in turn.items()}
     for text in leaves(turn, where):
         encodable(text, where)
     if role == "assistant" and not content.strip() and not calls:

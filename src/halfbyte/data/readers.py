@@ -46,7 +46,7 @@ def files_of(source: str) -> list[Path]:
     id.
 
     Raises:
-        DataError: nothing is there.
+        DataError: nothing is there, or no regular file.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -60,6 +60,10 @@ def files_of(source: str) -> list[Path]:
             _refuse_leaving(file, path)
         return found
     if path.exists():
+        if not path.is_file():  # nobody waits for a pipe
+            raise DataError(
+                f"{path} is not a regular file", ways_out=["write the rows to a file first"]
+            )
         return [path]
     if any(character in source for character in "*?["):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
@@ -173,10 +177,6 @@ def _rows(
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.exists() and not path.is_file():
-        raise DataError(
-            f"{path} is not a regular file", ways_out=["write the rows to a file first"]
-        )
     try:
         return path.open("rb")
     except OSError as error:

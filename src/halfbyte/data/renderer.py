@@ -117,6 +117,20 @@ class Renderer:
             noticed=self.noticed,
         )
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what a conversation becomes, as plain values."""
+        clocked = any("strftime_now" in text for text in self.templates.values())
+        return {
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "special": [self.tokenizer.special_tokens_map, self.special, self._added],
+            "end": self.tokenizer.eos_token_id,
+            "templates": self.templates,
+            "kwargs": self.template_kwargs,
+            "clock": self.clock.isoformat() if clocked else "",
+            "parse": self._parse,
+            **self._options,
+        }
+
     def rest(self) -> None:
         """End the processes that templates run in; the next conversation starts another."""
         for process in self._processes.values():

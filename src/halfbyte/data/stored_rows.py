@@ -1,18 +1,20 @@
-"""Tokenized rows in a file without a name, so that a data file of any size takes little memory.
+"""Tokenized rows in files, so that a data file of any size takes little memory.
 
 Ids lie one after the other as 32 bits each, of which the highest says whether the id is trained;
-what a row was made of lies in a second file. Both are gone with the process. In memory are some 40
-bytes a row. Rows that are chosen, cut or divided are a `Selection`: which row, from where to where.
+what a row was made of lies in a second file. Without a directory to lie in, both are gone with the
+process. In memory are some 40 bytes a row. Rows that are chosen, cut or divided are a `Selection`:
+which row, from where to where.
 """
 
+import marshal
 import os
-import pickle
 import tempfile
 import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import IO, Any, overload
 
 import numpy
@@ -21,12 +23,15 @@ from ..errors import StorageError
 from ..files.atomic import ways_around
 from ..files.places import cache_directory
 from .encoder import TokenizedExample
+from .formats import Example
 
 TRAINED = 1 << 31
 """Set in a stored id that the model is trained to predict."""
 CHUNK_TOKENS = 1 << 18
 """Tokens that a pass over all rows reads at once."""
 _BUFFER_BYTES = 1 << 20
+_FIELDS = tuple(field.name for field in fields(Example))
+INDEX = "index.npz"
 
 
 class Rows(Sequence[TokenizedExample]):
@@ -98,12 +103,16 @@ class Rows(Sequence[TokenizedExample]):
 class StoredRows(Rows):
     """Rows that are added one after the other.
 
+    Args:
+        rows: the first of them; or a directory, whose files they are to be.
+
     Raises:
         StorageError: the disk does not take them.
     """
 
-    def __init__(self, rows: Iterable[TokenizedExample] = ()) -> None:
-        self._ids, self._sources = _unnamed(), _unnamed()
+    def __init__(self, rows: Iterable[TokenizedExample] | Path = ()) -> None:
+        self._place = rows if isinstance(rows, Path) else None
+        self._ids, self._sources = (_file(self._place, name) for name in ("ids", "sources"))
         for file in (self._ids, self._sources):
             weakref.finalize(self, file.close)
         self._starts, self._places = array("q", [0]), array("q", [0])
@@ -111,7 +120,31 @@ class StoredRows(Rows):
         self._part_of = ""
         self.highest = 0
         """The highest id of all."""
-        self.extend(rows)
+        if not isinstance(rows, Path):
+            self.extend(rows)
+
+    @classmethod
+    def opened(cls, place: Path, highest: int) -> "StoredRows":
+        """The rows of a directory, which no more are added to."""
+        rows = cls(place)
+        with numpy.load(place / INDEX, allow_pickle=False) as index:
+            rows._starts, rows._places, rows._wholes = (
+                array("q", index[name].tobytes()) for name in ("starts", "places", "wholes")
+            )
+            rows._texts = bytearray(index["texts"].tobytes())
+        rows.highest = highest
+        return rows
+
+    def save_index(self) -> None:
+        """Write what is in memory beside the files of the directory."""
+        assert self._place is not None
+        numpy.savez(
+            self._place / INDEX,
+            starts=numpy.array(self._starts),
+            places=numpy.array(self._places),
+            wholes=numpy.array(self._wholes),
+            texts=numpy.frombuffer(bytes(self._texts), numpy.uint8),
+        )
 
     def extend(self, rows: Iterable[TokenizedExample]) -> None:
         ids, sources = bytearray(), bytearray()
@@ -120,7 +153,7 @@ class StoredRows(Rows):
             self.highest = max(self.highest, int(marked.max(initial=0)))
             marked |= numpy.array(row.loss_mask, numpy.uint32)[: len(marked)] << 31
             ids += marked.tobytes()
-            sources += pickle.dumps((row.where, _without_ids(row)))
+            sources += marshal.dumps((row.where, _values(row)))
             self._starts.append(self._starts[-1] + len(marked))
             self._places.append(self._sources.tell() + len(sources))
             self._note(row)
@@ -176,7 +209,8 @@ class StoredRows(Rows):
 
     def _source(self, index: int) -> tuple[str, Any]:
         raw = _bytes(self._sources, self._places[index], self._places[index + 1])
-        return pickle.loads(raw)
+        where, values = marshal.loads(raw)
+        return where, None if values is None else Example(*values)
 
     def where(self, index: int) -> str:
         return self._source(index)[0]
@@ -253,14 +287,17 @@ def as_rows(rows: Sequence[TokenizedExample]) -> Rows:
     return rows if isinstance(rows, Rows) else StoredRows(rows)
 
 
-def _unnamed() -> IO[bytes]:
-    place = cache_directory()
+def _file(place: Path | None, name: str) -> IO[bytes]:
+    """A file of a directory, opened as it is; else one without a name."""
+    directory = place or cache_directory()
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=place)
+        directory.mkdir(parents=True, exist_ok=True)
+        if place is not None:
+            return os.fdopen(os.open(place / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        return tempfile.TemporaryFile(dir=directory)
     except OSError as error:
         raise StorageError(
-            f"cannot keep the tokenized rows in {place}: {error.strerror}",
+            f"cannot keep the tokenized rows in {directory}: {error.strerror}",
             ways_out=ways_around(error, "name another directory: HALFBYTE_CACHE=..."),
         ) from error
 
@@ -280,9 +317,11 @@ def _apart(marked: numpy.ndarray[Any, Any]) -> tuple[list[int], list[bool]]:
     return (marked & (TRAINED - 1)).tolist(), (marked >= TRAINED).tolist()
 
 
-def _without_ids(row: TokenizedExample) -> Any:
+def _values(row: TokenizedExample) -> tuple[Any, ...] | None:
     """What a row was made of, without ids that are the row's own."""
     example = row.example
-    if example is None or example.input_ids is None:
-        return example
-    return replace(example, input_ids=[], loss_mask=[])
+    if example is None:
+        return None
+    if example.input_ids is not None:
+        example = replace(example, input_ids=[], loss_mask=[])
+    return tuple(getattr(example, name) for name in _FIELDS)

@@ -144,6 +144,16 @@ def _told(key: str, before: Any, now: Any) -> str:
     return f"{key}: {before!r} then, {now!r} now{says}"
 
 
+def _read_from(keys: list[str], info: dict[str, Any]) -> str:
+    """The places of what differs, where that is read from files."""
+    base, data = info.get("base", {}).get("path", ""), info.get("data", {}).get("source", "")
+    places = {
+        base: {"base_config", "template", "tokenizer", "rendered"},
+        data: {"data", "rendered"},
+    }
+    return ", ".join(place for place, read in places.items() if place and read & {*keys})
+
+
 def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]) -> list[str]:
     """What differs from the checkpoint's training and was allowed to, a line each.
 
@@ -177,6 +187,7 @@ def changes_since(state: dict[str, Any], info: dict[str, Any], allowed: set[str]
             )
         raise ModelError(
             "the checkpoint belongs to another training than this command describes",
+            where=_read_from(refused, info),
             found="; ".join(lines[key] for key in refused),
             ways_out=ways,
         )
