@@ -15,7 +15,7 @@ from ..run.directory import Run
 from . import console, orders
 from .options import Verb
 
-TRAIN_ROWS, HELD_OUT_ROWS = 3000, 100
+TRAIN_ROWS, HELD_OUT_ROWS = 3600, 100
 MARK = ".halfbyte-demo"
 OWN = ("run", "merged", "compare-lora", "compare-full", "orders.jsonl", "held_out.jsonl")
 LLAMA_2_70B_LINEAR = 68_451_041_280

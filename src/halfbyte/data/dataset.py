@@ -404,6 +404,12 @@ def data_lines(data: Data, use: str = "trained") -> Iterator[str]:
         f"{len(train.rows):,} rows taken as {FORMAT_NAMES[data.format]}: {train.tokens:,} tokens, "
         f"{train.supervised:,} of them {use}"
     )
+    if getattr(data.renderer.tokenizer, "misread", False):
+        yield (
+            f"{type(data.renderer.tokenizer).__name__} in this transformers cuts texts otherwise "
+            "than the model's tokenizer.json says: it is read as it is written, and copies of it "
+            "name a class that does"
+        )
     if data.held_out:
         yield f"{len(data.held_out):,} rows are held out for evaluation"
     if data.duplicates:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import StorageError
+from ..errors import ModelError, StorageError
 from . import atomic
-from .hub import LEGAL, TEMPLATES
+from .hub import LEGAL, TEMPLATES, load_tokenizer
 
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
@@ -62,8 +62,22 @@ def copy_companions(
                     atomic.write_json(target / place, settings)
                     continue
             shutil.copyfile(source / place, target / place)
+        if tokenizer and (target / SETTINGS).is_file() and _is_misread(source):
+            # a class that reads the file as it is, in every release
+            settings = atomic.read_json(target / SETTINGS)
+            atomic.write_json(
+                target / SETTINGS, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+            )
     except OSError as error:
         raise StorageError(f"cannot write to {target}: {error.strerror}") from error
+
+
+def _is_misread(directory: Path) -> bool:
+    """Whether the class that a tokenizer's settings name makes something else of its file."""
+    try:
+        return load_tokenizer(directory).misread
+    except ModelError:
+        return False
 
 
 def write_templates(target: Path, template: str | dict[str, str]) -> None:

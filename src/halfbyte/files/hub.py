@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import HalfbyteError, ModelError, first_line
+from .as_written import read_as_written
 from .inside import refuse_foreign, refuse_strange_files
 
 BUILTIN = "demo"
@@ -253,6 +254,7 @@ def resolve_adapter(name: str) -> Path:
 
 def load_tokenizer(directory: Path) -> Any:
     """The directory's tokenizer, a fast one (built on `tokenizers`), no code of the directory run.
+    ``misread`` says whether its class in transformers makes something else of tokenizer.json.
 
     Raises:
         ModelError: there is none, it is broken, or it exists in Python only.
@@ -261,6 +263,8 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if getattr(tokenizer, "is_fast", False):
+            tokenizer.misread = read_as_written(tokenizer, directory)
     except (HalfbyteError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
