@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-from collections import Counter
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import halfbyte
 from halfbyte.config.options import TrainConfig
 from halfbyte.data.encoder import TokenizedExample
-from halfbyte.data.formats import Example, ExampleReader, refuse_bad
 from halfbyte.engine.learner import Learner
 from halfbyte.engine.selftest import Abilities
-from halfbyte.errors import DataError
 from halfbyte.model import attention
 from halfbyte.model.fusion import fuse
 from halfbyte.ops import cpu
@@ -38,24 +34,6 @@ def shared(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"../shared/{path} is not here")
     return SHARED / path
-
-
-@dataclass(frozen=True)
-class Examples:
-    """All rows of a source, and what is known of them."""
-
-    format: str
-    rows: list[Example]
-    bad: list[DataError]
-    unread: Counter[str]
-
-
-def read_examples(data: str | Path, skip_bad: int = 0, **options: Any) -> Examples:
-    """All rows of a source; options as for `ExampleReader`."""
-    reader = ExampleReader(data, **options)
-    rows = list(reader)
-    refuse_bad(reader.bad, len(rows) + len(reader.bad), skip_bad)
-    return Examples(reader.format, rows, reader.bad, reader.unread)
 
 
 def small_config(**changes: Any) -> LlamaConfig:

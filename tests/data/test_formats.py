@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.formats import Example, refuse_bad
+from halfbyte.data.formats import Example, read_examples
 from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError
 from halfbyte.files import hub
 
-from ..helpers import A, Q, read_examples
+from ..helpers import A, Q
 
 
 @pytest.mark.parametrize(
@@ -270,18 +270,6 @@ def test_all_bad_rows_are_told_at_once(tmp_path: Path):
     assert "must be a string" in lines[1]
     assert "--skip_bad 11 leaves out exactly these" in caught.value.ways_out
     assert len(read_examples(path, skip_bad=11).rows) == 1
-
-
-def test_an_error_that_quotes_each_row_is_one_kind():
-    bad = [DataError("no end is written", found=f"row {i}", where=f"r:{i}") for i in range(9)]
-    with pytest.raises(DataError, match="9 of 12 rows: no end is written") as caught:
-        refuse_bad(bad, 12, 0)
-    assert "row 0" in caught.value.found and "r:1" in caught.value.found
-    bad += [DataError("refused", found=f"by {i}", where="r:10") for i in range(2)]
-    with pytest.raises(DataError, match="11 of 12 rows cannot be used") as caught:
-        refuse_bad(bad, 12, 0)
-    lines = caught.value.found.splitlines()
-    assert "9 x no end is written (such as row 0)" in lines[0] and len(lines) == 3
 
 
 def test_rows_of_several_forms_are_each_taken_for_what_they_are(tmp_path: Path):

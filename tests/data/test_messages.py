@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from halfbyte.data.formats import read_examples
 from halfbyte.data.messages import read_messages, read_tools
 from halfbyte.errors import DataError
 
-from ..helpers import A, Q, read_examples
+from ..helpers import A, Q
 
 
 def read(*turns: Any, drop: frozenset[str] = frozenset()) -> tuple[list[dict[str, Any]], set[int]]:

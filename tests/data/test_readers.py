@@ -13,9 +13,10 @@ from pyarrow import parquet
 
 from halfbyte.config.options import DataOptions
 from halfbyte.data.dataset import read_data
+from halfbyte.data.formats import read_examples
 from halfbyte.errors import DataError
 
-from ..helpers import A, Q, read_examples
+from ..helpers import A, Q
 
 GOOD = {"prompt": "a", "completion": "b"}
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.data.formats import Example
+from halfbyte.data.formats import Example, read_examples
 from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError
 from halfbyte.files import hub
 
-from ..helpers import A, Q, read_examples
+from ..helpers import A, Q
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

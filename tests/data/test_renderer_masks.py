@@ -16,11 +16,11 @@ import pytest
 import trl
 from transformers import AddedToken
 
-from halfbyte.data.formats import Example
+from halfbyte.data.formats import Example, read_examples
 from halfbyte.data.renderer import Renderer
 from halfbyte.files import hub
 
-from ..helpers import read_examples, shared
+from ..helpers import shared
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 

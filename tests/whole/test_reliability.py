@@ -22,7 +22,7 @@ import torch
 
 import halfbyte
 from halfbyte.config.options import TrainConfig
-from halfbyte.data.formats import Example
+from halfbyte.data.formats import Example, read_examples
 from halfbyte.data.renderer import Renderer
 from halfbyte.errors import (
     HalfbyteError,
@@ -36,7 +36,7 @@ from halfbyte.files.safetensors import Checkpoint, read_header
 from halfbyte.run import checkpoint
 from halfbyte.run.directory import METRICS, NONFINITE, Run
 
-from ..helpers import TURNS, read_examples, reliable_options, stopped_after
+from ..helpers import TURNS, reliable_options, stopped_after
 
 
 def digest(run: Run, step: int) -> str:

@@ -27,10 +27,11 @@ from ..errors import DataError
 from ..files import atomic, hub
 from ..files.model_config import context_of, declared_ends, read_config
 from ..progress import Progress, no_progress
+from .bad_rows import refuse_bad
 from .batches import Prepared, Schedule, prepare
 from .chat_template import read_template
 from .encoder import TokenizedExample
-from .formats import MIXED, Example, ExampleReader, refuse_bad
+from .formats import MIXED, Example, ExampleReader
 from .held_out import count_distinct, held_by_default, hold_out, row_digests
 from .readers import files_of, sources
 from .renderer import PARTS, SPLIT, Renderer
