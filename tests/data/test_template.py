@@ -1,6 +1,8 @@
 """Tests of `data.template`."""
 
 import os
+import signal
+import sys
 import threading
 import time
 from datetime import datetime
@@ -11,7 +13,7 @@ import pytest
 
 from halfbyte.data import template as templates
 from halfbyte.data.renderer import Renderer
-from halfbyte.data.template import Request, TemplateProcess
+from halfbyte.data.template import Rendering, Request, TemplateProcess
 from halfbyte.errors import DataError
 from halfbyte.files import hub
 
@@ -96,3 +98,18 @@ def test_the_one_that_ends_the_process_is_blamed_and_no_other(monkeypatch: pytes
     )
     assert [isinstance(a, DataError) for a in answers] == [c == "die" for c in contents]
     template.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not say what a process computed")
+def test_a_process_that_was_stopped_with_its_parent_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-Z and fg, or a machine that is busy with other things."""
+    from halfbyte.data import template as module
+
+    monkeypatch.setattr(module, "SECONDS", 0.5)
+    template = TemplateProcess("{{ messages[0].content }}", {}, datetime(2026, 1, 1))
+    request = [Request([{"role": "user", "content": "a"}])]
+    template.render(request)
+    os.kill(template._child, signal.SIGSTOP)
+    threading.Timer(1.5, os.kill, (template._child, signal.SIGCONT)).start()
+    (answer,) = template.render(request)
+    assert isinstance(answer, Rendering) and answer.text == "a"

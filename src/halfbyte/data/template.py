@@ -32,7 +32,10 @@ from .cells import plain
 from .origins import TEMPLATE, Origin, Tracker
 
 SECONDS = 7.0
-"""Longest rendering of one conversation; a template that takes longer is not asked again."""
+"""Longest rendering of one conversation, in processor time; a template that takes longer is not
+asked again."""
+PATIENCE = 20
+"""So many times that may pass by a clock, where the process gets little of a processor."""
 TOGETHER, WAITS = 64, 0.5
 """Answers that the child sends together, and the seconds after which it sends those it has."""
 DEATHS = 3
@@ -125,6 +128,7 @@ class TemplateProcess:
         self.template, self.variables, self.clock = template, variables, clock
         self._where = where
         self._pipe: Any = None
+        self._child = 0
         self._end: Any = None
         self._maker: threading.Thread | None = None
         self._stopped: TemplateStopped | None = None
@@ -154,8 +158,7 @@ class TemplateProcess:
             try:
                 pipe.send_bytes(_packed([(r.messages, r.tools, r.ask, r.follow) for r in waiting]))
                 while len(found) < wanted:
-                    if not pipe.poll(SECONDS):
-                        self._stop(f"it was still running after {SECONDS:g} seconds")
+                    self._wait(pipe)
                     answers = marshal.loads(pipe.recv_bytes())
                     if answers and isinstance(answers[0], str) and answers[0].startswith(NO_JINJA):
                         self._stop(answers[0])
@@ -176,6 +179,18 @@ class TemplateProcess:
                 self.close()
                 raise
         return found
+
+    def _wait(self, pipe: Any) -> None:
+        """Until there is an answer, or the child has computed too long for one: a process that is
+        starved, or stopped with its parent (Ctrl-Z), computes nothing meanwhile."""
+        began, waited = _seconds_of(self._child), 0.0
+        while not pipe.poll(SECONDS / 10):
+            waited += SECONDS / 10
+            used = _seconds_of(self._child)
+            if (waited if used is None or began is None else used - began) >= SECONDS:
+                self._stop(f"it was still running after {SECONDS:g} seconds")
+            if waited > SECONDS * PATIENCE:
+                self._stop(f"it gave no answer in {waited:.0f} seconds")
 
     def _stop(self, why: str) -> None:
         self.close()
@@ -200,6 +215,7 @@ class TemplateProcess:
         with _allowed_a_child():
             process.start()
         theirs.close()
+        self._child = process.pid
         self._pipe, self._maker = ours, threading.current_thread()
         self._end = weakref.finalize(self, _kill, process, ours)
         return ours
@@ -254,6 +270,15 @@ def _refused(why: str) -> DataError:
         found=why,
         ways_out=["check the order of roles", "or give another template with --chat_template"],
     )
+
+
+def _seconds_of(process: int) -> float | None:
+    """Processor time of a process; None where the system does not say."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
 
 
 def _kill(process: Any, pipe: Any) -> None:
