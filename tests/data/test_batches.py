@@ -65,6 +65,8 @@ def test_packing_keeps_every_row_once(lengths: list[int], epoch: int):
     assert sorted(r for sequence in sequences for r in sequence) == list(range(len(rows)))
     assert all(sum(lengths[r] for r in sequence) <= 40 for sequence in sequences)
     assert len(sequences) == len(schedule.sequences(0)), "every epoch has as many steps"
+    sums = [sum(lengths[r] for r in sequence) for sequence in schedule.sequences(0)]
+    assert sum(lengths[r] for r in schedule.largest()) == sum(sorted(sums)[-2:])
     assert sequences == list(schedule.sequences(epoch))
     assert [r for step in schedule.epoch(epoch) for group in step for r in group] == [
         r for sequence in sequences for r in sequence

@@ -85,14 +85,17 @@ def prepare(
             ways_out=["raise --max_length", "or choose --over_length truncate or drop"],
         )
     divided = long & rows.texts if over_length == "truncate" else numpy.zeros_like(long)
-    pieces = numpy.where(divided, -(-lengths // max_length), 1)
+    pieces = numpy.where(divided, -(-lengths // max_length), 1).astype(numpy.int32)
     if over_length == "drop":
         pieces[long] = 0
-    chosen = numpy.repeat(numpy.arange(len(rows)), pieces)
-    number = numpy.arange(len(chosen)) - numpy.repeat(numpy.cumsum(pieces) - pieces, pieces)
-    starts = number * max_length
-    stops = numpy.minimum(starts + max_length, lengths[chosen])
-    cut = Selection(rows, chosen, starts, stops, numpy.where(divided[chosen], number + 1, 0))
+    chosen = numpy.repeat(numpy.arange(len(rows), dtype=numpy.int32), pieces)
+    firsts = numpy.cumsum(pieces, dtype=numpy.int32) - pieces
+    number = numpy.arange(len(chosen), dtype=numpy.int32) - firsts[chosen]
+    starts = number * numpy.int32(max_length)
+    stops = numpy.minimum(starts + numpy.int32(max_length), lengths[chosen])
+    number[~divided[chosen]] = -1
+    cut = Selection(rows, chosen, starts, stops, number + numpy.int32(1))
+    del firsts, number
     trained, beyond = _trained_tokens(rows, chosen, starts, stops)
     left_out = [rows.where(int(i)) for i in numpy.flatnonzero(pieces == 0)]
     unsupervised = [cut.where(int(i)) for i in numpy.flatnonzero(trained == 0)]
@@ -107,7 +110,7 @@ def prepare(
         )
     truncated = (trained > 0) & long[chosen] & ~divided[chosen]
     return Prepared(
-        cut.chosen(kept),
+        cut if len(kept) == len(cut) else cut.chosen(kept),
         given=len(rows),
         supervised=int(trained.sum()),
         truncated=int(truncated.sum()),
@@ -126,7 +129,7 @@ def _trained_tokens(rows: Rows, chosen: Array, starts: Array, stops: Array) -> t
     within, beyond = numpy.zeros_like(chosen), numpy.zeros_like(chosen)
     for of, begins, marked in rows.chunks():
         counts = numpy.concatenate(([0], numpy.cumsum(marked >= TRAINED)))
-        here = slice(*numpy.searchsorted(chosen, (of.start, of.stop)))
+        here = slice(*numpy.searchsorted(chosen, numpy.array((of.start, of.stop), chosen.dtype)))
         row = chosen[here] - of.start
         first, end = begins[row] + starts[here], begins[row] + stops[here]
         within[here] = counts[end] - counts[numpy.minimum(first + 1, end)]
@@ -355,10 +358,9 @@ class Schedule:
         """Row numbers of a micro-batch no smaller, in tokens, than any of any epoch: of the longest
         units."""
         units = self.sequences(0)
-        upto = numpy.concatenate(([0], numpy.cumsum(self.rows.lengths[units.rows])))[
-            numpy.concatenate(([0], units.ends))
-        ]
-        longest = numpy.argsort(-numpy.diff(upto), kind="stable")[: self.batch_size]
+        begins = numpy.concatenate((units.ends[:1] * 0, units.ends[:-1]))
+        tokens = numpy.add.reduceat(self.rows.lengths[units.rows], begins)
+        longest = numpy.argsort(-tokens, kind="stable")[: self.batch_size]
         return [row for unit in longest.tolist() for row in units[unit]]
 
     def epoch(self, epoch: int) -> Epoch:

@@ -147,6 +147,8 @@ def read_data(
     share = held_by_default(len(rows)) if options.eval_split is None else options.eval_split
     digests = row_digests(rows, str(options.seed), max_length)
     train_rows, held_out = hold_out(rows, share, digests)
+    duplicates = len(rows) - count_distinct(digests)
+    del digests
     train = prepare(train_rows, max_length, options.over_length)
     held_out = _prepare_held_out(held_out, max_length, options.over_length, say)
     data = Data(
@@ -156,7 +158,7 @@ def read_data(
         train=train,
         held_out=held_out,
         bad=found.bad,
-        duplicates=len(rows) - count_distinct(digests),
+        duplicates=duplicates,
         ends=_rows_with_supervised_end(train.rows, renderer),
         share_held_out=share,
         rows_cut=int((rows.lengths > max_length).sum()),

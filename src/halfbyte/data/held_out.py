@@ -17,20 +17,24 @@ def held_by_default(rows: int) -> int:
 
 def row_digests(rows: Rows, salt: str, length: int | None) -> numpy.ndarray[Any, Any]:
     """The first 16 bytes of each row's sha256: of a salt, and of its first ``length`` ids (None:
-    all). uint64 [rows, 2], the higher half first."""
-    found = bytearray()
+    all). Big-endian uint64 [rows, 2], the higher half first."""
+    found, at = bytearray(16 * len(rows)), 0
     for of, begins, marked in rows.chunks():
         ids = (marked & (TRAINED - 1)).astype("<i8")
         for index in range(of.stop - of.start):
             row = ids[begins[index] : begins[index + 1]][:length]
-            found += hashlib.sha256(salt.encode() + row.tobytes()).digest()[:16]
-    return numpy.frombuffer(bytes(found), ">u8").reshape(-1, 2).astype(numpy.uint64)
+            found[at : at + 16] = hashlib.sha256(salt.encode() + row.tobytes()).digest()[:16]
+            at += 16
+    return numpy.frombuffer(found, ">u8").reshape(-1, 2)
 
 
 def count_distinct(digests: numpy.ndarray[Any, Any]) -> int:
     """How many different ones there are."""
-    ordered = digests[_order(digests)]
-    return len(ordered[:1]) + int((ordered[1:] != ordered[:-1]).any(axis=1).sum())
+    order, differ = _order(digests), numpy.zeros(max(len(digests) - 1, 0), bool)
+    for half in (0, 1):
+        ordered = digests[:, half][order]
+        differ |= ordered[1:] != ordered[:-1]
+    return len(digests[:1]) + int(differ.sum())
 
 
 def _order(digests: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
@@ -51,10 +55,15 @@ def hold_out(
     """
     count = len(rows)
     wanted = max(share > 0, round(share * count)) if share < 1 else int(share)
-    _, firsts, inverse = numpy.unique(rows.wholes, return_index=True, return_inverse=True)
-    judged = digests[numpy.append(firsts[1:], count)[inverse] - 1] if count else digests
-    order = _order(judged)
-    while 0 < wanted < count and (judged[order[wanted]] == judged[order[wanted - 1]]).all():
+    wholes = rows.wholes
+    last = numpy.searchsorted(wholes, wholes, "right") - 1  # of the same conversation
+    del wholes
+    order = _order(digests[last]) if (last != numpy.arange(count)).any() else _order(digests)
+
+    def judged(place: int) -> list[int]:
+        return digests[last[order[place]]].tolist()
+
+    while 0 < wanted < count and judged(wanted) == judged(wanted - 1):
         wanted += 1
     if wanted >= count:
         raise DataError(

@@ -40,7 +40,7 @@ class Rows(Sequence[TokenizedExample]):
     @property
     @abstractmethod
     def lengths(self) -> numpy.ndarray[Any, Any]:
-        """Tokens of each row: int64 [rows]."""
+        """Tokens of each row: int32 [rows]."""
 
     @property
     @abstractmethod
@@ -51,7 +51,7 @@ class Rows(Sequence[TokenizedExample]):
     @abstractmethod
     def wholes(self) -> numpy.ndarray[Any, Any]:
         """For each row the number of the conversation it is an answer of, equal for all answers of
-        one: int64 [rows]."""
+        one, in the order of the rows: int64 [rows]."""
 
     @abstractmethod
     def marked(self, index: int) -> numpy.ndarray[Any, Any]:
@@ -79,21 +79,27 @@ class Rows(Sequence[TokenizedExample]):
     def __iter__(self) -> Iterator[TokenizedExample]:
         return (self.row(index) for index in range(len(self)))
 
-    def chosen(self, indices: Iterable[int]) -> "Selection":
+    def chosen(self, indices: "numpy.ndarray[Any, Any] | Sequence[int]") -> "Selection":
         """Some of the rows, whole."""
-        chosen = numpy.fromiter(indices, numpy.int64)
+        chosen = numpy.asarray(indices, numpy.int32)
         return Selection(self, chosen, numpy.zeros_like(chosen), self.lengths[chosen])
 
     def chunks(self) -> Iterator[tuple[slice, numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]]:
         """All rows, some at a time: which, where each begins in their ids (and the end of the
         last), and their ids as `marked`."""
-        ends = numpy.concatenate(([0], numpy.cumsum(self.lengths)))
+        ends = self._ends()
         first = 0
         while first < len(self):
             last = int(numpy.searchsorted(ends, ends[first] + CHUNK_TOKENS, "right")) - 1
             last = min(max(last, first + 1), len(self))
             yield slice(first, last), ends[first : last + 1] - ends[first], self._read(first, last)
             first = last
+
+    def _ends(self) -> numpy.ndarray[Any, Any]:
+        """Where each row ends in the ids of all, after a 0: int64 [rows + 1]."""
+        ends = numpy.zeros(len(self) + 1, numpy.int64)
+        numpy.cumsum(self.lengths, out=ends[1:])
+        return ends
 
     def _read(self, first: int, last: int) -> numpy.ndarray[Any, Any]:
         """Ids of the rows from ``first`` to ``last`` (exclusive) as `marked`, end to end."""
@@ -190,11 +196,15 @@ class StoredRows(Rows):
 
     @property
     def lengths(self) -> numpy.ndarray[Any, Any]:
-        return numpy.diff(numpy.array(self._starts, numpy.int64))
+        starts = numpy.frombuffer(self._starts, numpy.int64)
+        return numpy.subtract(starts[1:], starts[:-1], dtype=numpy.int32, casting="unsafe")
+
+    def _ends(self) -> numpy.ndarray[Any, Any]:
+        return numpy.frombuffer(self._starts, numpy.int64)
 
     @property
     def texts(self) -> numpy.ndarray[Any, Any]:
-        return numpy.frombuffer(bytes(self._texts), numpy.uint8).astype(bool)
+        return numpy.frombuffer(self._texts, numpy.uint8).astype(bool)
 
     @property
     def wholes(self) -> numpy.ndarray[Any, Any]:
@@ -228,9 +238,9 @@ class Selection(Rows):
 
     Args:
         rows: what is chosen from.
-        chosen, starts, stops: the row's number, its first token, and the one behind its last: int64
+        chosen, starts, stops: the row's number, its first token, and the one behind its last: int32
             [selected rows].
-        parts: the number of a row's part, from 1, where rows are divided; 0: the row itself. int64
+        parts: the number of a row's part, from 1, where rows are divided; 0: the row itself. int32
             [selected rows].
     """
 
