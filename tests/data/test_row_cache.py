@@ -9,6 +9,7 @@ import pytest
 from halfbyte.config.options import DataOptions
 from halfbyte.data import dataset, row_cache
 from halfbyte.data.dataset import Data, read_data
+from halfbyte.data.stored_rows import StoredRows
 
 from ..helpers import A, Q
 
@@ -65,6 +66,28 @@ def test_another_file_of_that_name_is_read(tmp_path: Path, stories: Path, cache:
     options = DataOptions(skip_bad=1)
     read_data(rows(tmp_path / "r.jsonl"), options, stories)
     assert len(read_data(rows(tmp_path / "r.jsonl", 31), options, stories).train.rows) == 31
+
+
+@pytest.mark.parametrize("where", ["begin", "end"])
+def test_rows_that_cannot_be_kept_are_used(
+    tmp_path: Path, stories: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    source, said = rows(tmp_path / "r.jsonl"), list[str]()
+    first = read_data(source, DataOptions(skip_bad=1), stories)
+    if where == "begin":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "file"))
+    else:
+        monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "other"))
+        full = OSError(28, "No space left on device")
+        monkeypatch.setattr(StoredRows, "save_index", lambda rows: raised(full))
+    alike(first, read_data(source, DataOptions(skip_bad=1), stories, say=said.append))
+    assert any("are not kept" in line for line in said)
+    assert not list((tmp_path / "other").glob("rows/*.json")), "nothing is left behind"
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("name", ["ids", "sources", "index.npz", "rows.json"])

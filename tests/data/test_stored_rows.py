@@ -132,5 +132,7 @@ def test_files_end_with_the_rows_and_a_full_disk_is_named(
             full._ids.close()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "file"))
+    assert len(StoredRows(made(3))) == 3, "a cache that others fill: the temporary directory"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
     with pytest.raises(StorageError, match="cannot keep the tokenized rows"):
         StoredRows()

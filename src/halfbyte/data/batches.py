@@ -84,15 +84,16 @@ def prepare(
             where=rows.where(first),
             ways_out=["raise --max_length", "or choose --over_length truncate or drop"],
         )
+    limit = min(max_length, int(lengths.max(initial=1)))  # which 32 bits hold
     divided = long & rows.texts if over_length == "truncate" else numpy.zeros_like(long)
-    pieces = numpy.where(divided, -(-lengths // max_length), 1).astype(numpy.int32)
+    pieces = numpy.where(divided, -(-lengths // limit), 1).astype(numpy.int32)
     if over_length == "drop":
         pieces[long] = 0
     chosen = numpy.repeat(numpy.arange(len(rows), dtype=numpy.int32), pieces)
     firsts = numpy.cumsum(pieces, dtype=numpy.int32) - pieces
     number = numpy.arange(len(chosen), dtype=numpy.int32) - firsts[chosen]
-    starts = number * numpy.int32(max_length)
-    stops = numpy.minimum(starts + numpy.int32(max_length), lengths[chosen])
+    starts = number * numpy.int32(limit)
+    stops = numpy.minimum(starts + numpy.int32(limit), lengths[chosen])
     number[~divided[chosen]] = -1
     cut = Selection(rows, chosen, starts, stops, number + numpy.int32(1))
     del firsts, number

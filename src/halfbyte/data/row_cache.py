@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, HalfbyteError
+from ..errors import DataError, HalfbyteError, StorageError, first_line
 from ..files import atomic
 from ..files.places import cache_directory
 from .readers import files_of, sources
@@ -62,7 +62,11 @@ def kept_or_made(
         json.dumps([source, digests, identity, _code()], sort_keys=True, default=str).encode()
     ).hexdigest()[:32]
     home = cache_directory() / "rows"
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        atomic.check_writable(home)
+    except StorageError as error:
+        say(f"the tokenized rows are not kept: {error.what}")
+        return make(StoredRows())
     with atomic.locked_file(home / f"{key}.lock"):
         if (found := _opened(home / key)) is not None:
             say(f"{len(found.rows):,} rows as they were tokenized before (kept in {home})")
@@ -71,14 +75,17 @@ def kept_or_made(
         shutil.rmtree(building, ignore_errors=True)
         try:
             found = make(StoredRows(building))
-            _keep(found, building)
-            shutil.rmtree(home / key, ignore_errors=True)
-            building.rename(home / key)
-            atomic.sync(home)
+            try:
+                size = _keep(found, building)
+                shutil.rmtree(home / key, ignore_errors=True)
+                building.rename(home / key)
+                atomic.sync(home)
+            except (OSError, StorageError) as error:  # they are open, and go with the process
+                say(f"the tokenized rows are not kept: {first_line(error)}")
+                return found
         finally:
             shutil.rmtree(building, ignore_errors=True)
     _remove_oldest(home)
-    size = sum(file.stat().st_size for file in (home / key).iterdir())
     say(f"the tokenized rows are kept for other commands: {size / 1e9:.1f} GB in {home}")
     return found
 
@@ -92,8 +99,8 @@ def _code() -> dict[str, str]:
     return {"halfbyte": digest.hexdigest(), **{name: metadata.version(name) for name in libraries}}
 
 
-def _keep(found: TokenizedData, place: Path) -> None:
-    """Write what is not in the rows' own files yet, and a record of all."""
+def _keep(found: TokenizedData, place: Path) -> int:
+    """Write what is not in the rows' own files yet, and a record of all; returns their bytes."""
     found.rows.save_index()
     facts = {
         "files": {
@@ -110,6 +117,7 @@ def _keep(found: TokenizedData, place: Path) -> None:
     for file in place.iterdir():
         atomic.sync(file)
     atomic.write_json(place / FACTS, {**facts, "digest": _digest(facts)})
+    return sum(file.stat().st_size for file in place.iterdir())
 
 
 def _digest(facts: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ process. In memory are some 40 bytes a row. Rows that are chosen, cut or divided
 which row, from where to where.
 """
 
+import contextlib
 import marshal
 import os
 import tempfile
@@ -298,13 +299,16 @@ def as_rows(rows: Sequence[TokenizedExample]) -> Rows:
 
 
 def _file(place: Path | None, name: str) -> IO[bytes]:
-    """A file of a directory, opened as it is; else one without a name."""
+    """A file of a directory, opened as it is; else one without a name: where the cache is, or, of a
+    cache that others fill, in the system's temporary directory."""
     directory = place or cache_directory()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if place is not None:
+        with contextlib.suppress(OSError) if place is None else contextlib.nullcontext():
+            directory.mkdir(parents=True, exist_ok=True)
+            if place is None:
+                return tempfile.TemporaryFile(dir=directory)
             return os.fdopen(os.open(place / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        return tempfile.TemporaryFile(dir=directory)
+        return tempfile.TemporaryFile()
     except OSError as error:
         raise StorageError(
             f"cannot keep the tokenized rows in {directory}: {error.strerror}",

@@ -32,8 +32,8 @@ def read_as_written(tokenizer: Any, directory: Path) -> bool:
     path = directory / "tokenizer.json"
     if type(tokenizer).__name__ in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         return False  # which are what the file says
-    if not path.is_file():
-        return False
+    if not path.is_file() or tokenizer.init_kwargs.get("add_prefix_space"):
+        return False  # or a setting stands above the file
     try:
         written = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing else

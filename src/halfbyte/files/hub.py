@@ -24,6 +24,8 @@ LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *LEGAL]
 TEMPLATES = "additional_chat_templates"
 """The one folder of a model's directory that transformers reads."""
+OPENED = (*HUB_PATTERNS, TEMPLATES)
+"""What may be opened of an adapter's directory."""
 
 
 def resolve(
@@ -240,7 +242,7 @@ def resolve_adapter(name: str) -> Path:
     path = Path(name).expanduser()
     for directory in (path, path / "adapter"):
         if (directory / "adapter_config.json").is_file():
-            refuse_foreign(directory)
+            refuse_foreign(directory, OPENED)
             return directory.resolve()
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelError(

@@ -8,7 +8,7 @@ from ..errors import ModelError
 from .atomic import JSON_LIMIT
 
 
-def refuse_foreign(directory: Path, names: Iterable[str] = ("*",)) -> None:
+def refuse_foreign(directory: Path, names: Iterable[str]) -> None:
     """Raise ModelError for a link that leads out of a directory (the blobs of the Hub's cache it
     lies in excepted), a pipe or a device, at any depth of what these patterns of names choose."""
     for pattern in names:

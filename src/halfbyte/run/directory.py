@@ -44,13 +44,16 @@ NEEDED: dict[str, tuple[str, ...]] = {
     MEMORY: ("step", "phase"),
 }
 """What a row of a log is read for; one without it is damaged."""
-OWN = ("*.json", ".*.json", "*.jsonl", "*.txt", "README.md", "LOCK", "adapter", "checkpoints")
-"""Names of what a run writes and reads."""
 LOG = "log.txt"
 """What was said of the training, line by line, whether anybody listened or not."""
 TEMPLATES_AS_TRAINED = "chat_templates.json"
 """In a run whose template is not its base's: by name, with the tags that masks are made by, which
 other tools' engines refuse."""
+OWN = (
+    *(RUN_JSON, RUN_COPY, *NEEDED, PLAN_JSON, QUANT_JSON, LOG, TEMPLATES_AS_TRAINED),
+    *("rows-*.jsonl", "README.md", "LOCK", "adapter", "checkpoints"),
+)
+"""Names of what a run writes and reads."""
 ADAPTER_FACTS = "halfbyte.json"
 """In adapter/: the digest of the base it belongs to, and the hash of its chat template."""
 

@@ -159,7 +159,7 @@ class Source:
             return cls(run.path, run.adapter, base, named, holding, dtype, run)
         if not is_adapter(place):
             Run.open(place)  # raises, and says what is missing
-        refuse_foreign(place)
+        refuse_foreign(place, hub.OPENED)
         base = base_of_adapter(place, given=base_at)
         named = str(atomic.read_json(place / CONFIG)["base_model_name_or_path"])
         dtype = str(choose_dtype("auto", choose_device(device))).removeprefix("torch.")
