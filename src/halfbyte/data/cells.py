@@ -71,6 +71,8 @@ def string(row: dict[str, Any], column: str, where: str, *, optional: bool = Fal
 def encodable(text: str, where: str) -> str:
     """The text, if it can be text: JSON can escape half of a character (a lone surrogate), and NUL
     ends strings."""
+    if text.isascii() and "\0" not in text:
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -119,6 +121,8 @@ def leaves(value: Any, where: str = "") -> list[str]:
     Raises:
         DataError: it is nested deeper than `DEEPEST`.
     """
+    if isinstance(value, str):
+        return [value]
     found: list[str] = []
     waiting: list[tuple[Any, int]] = [(value, 0)]
     while waiting:

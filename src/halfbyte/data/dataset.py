@@ -34,15 +34,14 @@ from .encoder import TokenizedExample
 from .formats import MIXED, Example, ExampleReader
 from .held_out import count_distinct, held_by_default, hold_out, row_digests
 from .readers import files_of, sources
-from .renderer import PARTS, SPLIT, Renderer
+from .renderer import PARTS, SPLIT, Renderer, Tokenized
 from .row_cache import TokenizedData, kept_or_made
 from .stored_rows import TRAINED, Rows, StoredRows
-from .turns import Text
 
-BATCH = 256
-"""Rows tokenized at once."""
+BATCH, BATCH_CHARACTERS = 256, 1 << 20
+"""Most rows that are tokenized at once, and most characters but for one row's."""
 AHEAD = 2
-"""So many times these are rendered before they are tokenized."""
+"""So many times these are rendered and tokenized before their masks are made."""
 BY_LINE = (".jsonl", ".ndjson", ".csv", ".tsv")
 """Files that hold about a row a line."""
 
@@ -276,32 +275,48 @@ def encode_into(
     bad: list[DataError] = []
     # what is made here stays or is free at once, so that looking for garbage finds none
     with _no_collection(), ThreadPoolExecutor(AHEAD) as ahead:
-        batches = _rendered(examples, renderer, ahead)
-        for batch, texts in progress(batches, -(-expected // BATCH), "tokenizing"):
-            good, refused = renderer.tokenize(batch, texts)
+        batches = _tokenized(examples, renderer, ahead)
+        for tokenized in progress(batches, -(-expected // BATCH), "tokenizing"):
+            good, refused = renderer.finish(tokenized)
             rows.extend(good)
             bad += (error.with_traceback(None) for error in refused)
     return bad
 
 
-def _rendered(
+def _tokenized(
     examples: Iterable[Example], renderer: Renderer, ahead: ThreadPoolExecutor
-) -> Iterator[tuple[list[Example], list[list[Text] | DataError]]]:
-    """Some rows at a time and their texts. The template's process renders the next rows while what
-    it wrote of others is looked through, and others again are tokenized."""
-    waiting = iter(examples)
-    coming: deque[tuple[list[Example], Future[Any]]] = deque()
-    first = list(itertools.islice(waiting, BATCH))
-    texts: Any = renderer.texts(first)  # here: the process is this thread's
-    while batch := list(itertools.islice(waiting, BATCH)):
-        coming.append((batch, ahead.submit(renderer.texts, batch)))
+) -> Iterator[list[Tokenized]]:
+    """Some rows at a time. The template's process renders the next rows while what it wrote of
+    others is tokenized, and the masks of others again are made."""
+    batches = _batches(examples)
+    coming: deque[Future[list[Tokenized]]] = deque()
+    yield renderer.tokenize(next(batches, []))  # here: the process is this thread's
+    for batch in batches:
+        coming.append(ahead.submit(renderer.tokenize, batch))
         if len(coming) > AHEAD:
-            yield first, texts
-            first, future = coming.popleft()
-            texts = future.result()
-    yield first, texts
-    for batch, future in coming:
-        yield batch, future.result()
+            yield coming.popleft().result()
+    for future in coming:
+        yield future.result()
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    size = 0
+    for example in examples:
+        batch.append(example)
+        size += _characters(example)
+        if len(batch) == BATCH or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(example: Example) -> int:
+    """Of a row, about: without what its tools and calls hold."""
+    contents = [message.get("content") for message in example.messages or ()]
+    said = sum(len(content) for content in contents if isinstance(content, str))
+    return said + len(example.prompt) + len(example.completion)
 
 
 def rows_expected(source: str) -> int:

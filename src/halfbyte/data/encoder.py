@@ -45,6 +45,15 @@ class TokenizedExample:
     example: Example | None = field(default=None, compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A text, as it was shown to the tokenizer, and what that made of it."""
+
+    text: Text
+    shown: Shown
+    result: Any
+
+
 class Encoder:
     """Texts to ids with one tokenizer.
 
@@ -69,24 +78,26 @@ class Encoder:
         self._completion_only, self._parse = completion_only, parse_control_tokens
         self._stand_ins = StandIns(tokenizer, special)
 
-    def encode(self, texts: list[Text]) -> list[TokenizedExample | DataError]:
+    def tokenize(self, texts: list[Text]) -> list[Tokens | DataError]:
+        """What the tokenizer makes of texts, in parallel."""
         shown = [self._stand_ins.show(text.text, text.data) for text in texts]
         plain = [text.example.messages is None for text in texts]
         try:
             results = self._encode_batch(shown, plain)
         except DataError as error:  # a panic, of one of them
             if len(texts) > 1:
-                return [row for text in texts for row in self.encode([text])]
+                return [tokens for text in texts for tokens in self.tokenize([text])]
             error.where = texts[0].example.where
             return [error]
-        found: list[TokenizedExample | DataError] = []
-        for text, each, result in zip(texts, shown, results, strict=True):
-            try:
-                found.append(self._row(text, each, result))
-            except DataError as error:
-                error.where = text.example.where
-                found.append(error)
-        return found
+        return list(map(Tokens, texts, shown, results))
+
+    def row(self, tokens: Tokens) -> TokenizedExample | DataError:
+        """Ids and mask of a text."""
+        try:
+            return self._row(tokens.text, tokens.shown, tokens.result)
+        except DataError as error:
+            error.where = tokens.text.example.where
+            return error
 
     def _encode_batch(self, shown: list[Shown], add_special_tokens: list[bool]) -> list[Any]:
         results: list[Any] = [None] * len(shown)
@@ -112,7 +123,7 @@ class Encoder:
         ids, offsets = self._stand_ins.ids(shown, result), result.offsets
         starts, stops = _ends(offsets)
         self._refuse_dropped(shown, starts, stops)
-        cuts = [place for place, _ in spans if ((starts < place) & (place < stops)).any()]
+        cuts = _within_tokens(starts, stops, [place for place, _ in spans])
         if plain and text.example.prompt and self._completion_only and not cuts:
             asked = self.prompt_ids(text.example.prompt)
             cuts = [spans[0][0]] if ids[: len(asked)] != asked else []
@@ -132,6 +143,9 @@ class Encoder:
     def _refuse_dropped(self, shown: Shown, starts: Places, stops: Places) -> None:
         """Raise DataError for characters that the tokenizer drops: positions after them are not
         those of the text."""
+        gapless = (starts[1:] <= stops[:-1]).all()
+        if gapless and len(starts) and not starts[0] and stops[-1] == len(shown.text):
+            return
         covered = numpy.concatenate(([0], numpy.maximum.accumulate(stops)))
         following = numpy.concatenate((starts, [len(shown.text)]))
         gaps = numpy.flatnonzero(following > covered).tolist()
@@ -204,13 +218,20 @@ def _ends(offsets: list[Span]) -> tuple[Places, Places]:
     return flat[::2], flat[1::2]
 
 
+def _within_tokens(starts: Places, stops: Places, places: list[int]) -> list[int]:
+    """Those of some places that have a token on both sides, the same one."""
+    at = numpy.array(places, numpy.int64)[:, None]
+    inside: Any = (starts < at) & (at < stops)
+    return [places[i] for i in numpy.flatnonzero(inside.any(1)).tolist()]
+
+
 def _within(starts: Places, stops: Places, spans: list[Span]) -> list[bool]:
     """Whether each token begins in one of the spans, which are in order: one that begins in a
     prompt was read before anything was to be said."""
     if not spans:
         return [False] * len(starts)
     begin, end = numpy.array(spans, numpy.int64).T
-    span = numpy.searchsorted(end, starts, "right")  # the first that ends behind it
+    span = end.searchsorted(starts, "right")  # the first that ends behind it
     inside = (span < len(spans)) & (starts >= begin[numpy.minimum(span, len(spans) - 1)])
     return (inside & (stops > starts)).tolist()
 

@@ -29,9 +29,9 @@ ROLES = {
 """What the roles of other tools are called here."""
 CALLS = ("function_call", "tool_call")
 """Roles whose whole content is a call; several in a row are one turn's."""
-TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_weight")
+TRAINED = frozenset(("weight", "train", "training", "trainable", "loss", "loss_weight"))
 """Keys by which messages say whether they are trained."""
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA = frozenset(("images", "image", "videos", "video", "audios", "audio"))
 
 
 def role_of(message: Any) -> str | None:
@@ -42,7 +42,7 @@ def role_of(message: Any) -> str | None:
 
 def refuse_media(value: dict[str, Any], where: str) -> None:
     """Raise DataError for a row or message with pictures or sound."""
-    for key in MEDIA:
+    for key in sorted(MEDIA & value.keys()):
         if not is_missing(value.get(key)) and value[key] not in ([], "", {}):
             raise DataError(
                 f"{key!r} holds something else than text, and the model is one of text",
@@ -147,9 +147,11 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
         found = f"a {type(content).__name__}" if content is not None else "none"
         raise DataError("a message's content must be a string", where=where, found=found)
     turn["content"] = content
-    turn = {key: item if type(item) is str else plain(item) for key, item in turn.items()}
-    for text in leaves(turn, where):
-        encodable(text, where)
+    for key, item in turn.items():
+        if type(item) is not str:
+            turn[key] = item = plain(item)
+        for text in (key, *leaves(item, where)):
+            encodable(text, where)
     if role == "assistant" and not content.strip() and not calls:
         raise DataError("an assistant's turn is empty: there is nothing to train", where=where)
     return turn, trained
@@ -157,7 +159,9 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
 
 def _is_trained(turn: dict[str, Any], where: str) -> bool:
     """What a message says of itself; its keys for that are taken out."""
-    said = {key: turn.pop(key) for key in TRAINED if key in turn}
+    if not TRAINED & turn.keys():
+        return True
+    said = {key: turn.pop(key) for key in sorted(TRAINED & turn.keys())}
     values = {
         value.strip().lower() in ("true", "1", "1.0") if isinstance(value, str) else bool(value)
         for value in said.values()

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import runtime
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
@@ -53,14 +53,30 @@ def places(messages: Any, tools: Any) -> list[tuple[Path, str]]:
     """Every string of a conversation that a template can write, by number: its tools' first, so
     that the beginning of a conversation has the numbers that all of it has."""
     found: list[tuple[Path, str]] = []
-
-    def visit(text: str, path: Path) -> str:
-        found.append((path, text))
-        return text
-
-    walk(tools, ("tools",), visit)
-    walk(messages, ("messages",), visit)
+    if tools is not None:
+        _list_places(tools, ("tools",), found)
+    message: dict[str, Any]
+    for i, message in enumerate(messages or []):
+        for key, item in message.items():
+            if type(item) is str:  # nearly all of them
+                if key != "role":
+                    found.append((("messages", i, key), item))
+            elif key != "role":
+                _list_places(item, ("messages", i, key), found)
     return found
+
+
+def _list_places(value: Any, path: Path, found: list[tuple[Path, str]]) -> None:
+    """The strings that `walk` visits, in its order."""
+    if isinstance(value, str):
+        found.append((path, value))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _list_places(item, (*path, i), found)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _list_places(key, (*path, key, KEY), found)
+            _list_places(item, (*path, key), found)
 
 
 # --- strings --------------------------------------------------------------------------------------
@@ -106,10 +122,26 @@ class Tracked(str):
         return (self._part(i, i + 1) for i in range(len(self)))
 
     def __add__(self, other: str) -> Any:
-        return joined((self, other)) if isinstance(other, str) else NotImplemented
+        if type(other) is not str:
+            return joined((self, other)) if isinstance(other, str) else NotImplemented
+        if not other:
+            return self
+        *before, (count, place, first) = self._origins or [(0, TEMPLATE, 0)]
+        if place == TEMPLATE:
+            added = (count + len(other), TEMPLATE, first)
+            return Tracked(str.__add__(self, other), [*before, added])
+        return Tracked(str.__add__(self, other), [*self._origins, (len(other), TEMPLATE, 0)])
 
     def __radd__(self, other: str) -> Any:
-        return joined((other, self)) if isinstance(other, str) else NotImplemented
+        if not isinstance(other, str):
+            return NotImplemented
+        if not other:
+            return self
+        (count, place, first), *after = self._origins or [(0, TEMPLATE, 0)]
+        if place == TEMPLATE:
+            added = (count + len(other), TEMPLATE, first)
+            return Tracked(str.__add__(other, self), [added, *after])
+        return Tracked(str.__add__(other, self), [(len(other), TEMPLATE, 0), *self._origins])
 
     def __mul__(self, times: Any) -> Any:
         return joined([self] * times, self)
@@ -329,7 +361,19 @@ class _Formatter(SandboxedFormatter):
         return joined(parts)
 
 
-class Environment(ImmutableSandboxedEnvironment):
+class Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox, which remembers what it decided: of plain values the type decides."""
+
+    _safe: ClassVar[dict[tuple[type, str], bool]] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        key = type(obj), attr
+        if (safe := self._safe.get(key)) is None:
+            safe = self._safe[key] = super().is_safe_attribute(obj, attr, value)
+        return safe
+
+
+class Environment(Sandbox):
     """transformers' environment for chat templates, with strings that are followed."""
 
     intercepted_binops = frozenset("%")
@@ -376,6 +420,12 @@ class Environment(ImmutableSandboxedEnvironment):
         return call
 
 
+def settled(variables: Any, clock: datetime | None) -> dict[str, Any]:
+    """What a template's program finds beside a conversation, as one dict (it is copied for each
+    rendering), and the time it sees."""
+    return {**variables, **({"strftime_now": clock.strftime} if clock else {})}
+
+
 def _join(value: Any, d: str = "", attribute: Any = None) -> str:
     items = list(value)
     if attribute is not None:
@@ -416,9 +466,8 @@ class Tracker:
             None, "%", str(text), kwargs or args
         )
         self.environment.finalize = self._shown
-        if clock:
-            self.environment.globals["strftime_now"] = clock.strftime
         self.template = self.environment.from_string(template)
+        self.template.globals = settled(self.template.globals, clock)
 
     def _noticed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import DataError
 from .chat_template import builtin_template, refuse_unread, template_digest, templates_of
-from .encoder import Encoder, TokenizedExample
+from .encoder import Encoder, TokenizedExample, Tokens
 from .formats import Example
 from .origins import TEMPLATE, places
 from .template import Rendering, Request, TemplateProcess, variants
@@ -36,6 +36,10 @@ class Segment:
     text: str
     from_data: bool
     supervised: bool
+
+
+Tokenized = Sequence[Tokens | TokenizedExample | DataError]
+"""What the tokenizer made of a row; several where each answer is one."""
 
 
 class Renderer:
@@ -299,25 +303,26 @@ class Renderer:
         Raises:
             TemplateStopped: the template does not end.
         """
-        return self.tokenize(examples, self.texts(examples))
+        return self.finish(self.tokenize(examples))
 
-    def texts(self, examples: Sequence[Example]) -> list[list[Text] | DataError]:
-        """The texts of rows that are not ids already; the first half of `encode_each`, which waits
-        for the template's process."""
-        return self._texts([e for e in examples if e.input_ids is None])
+    def tokenize(self, examples: Sequence[Example]) -> list[Tokenized]:
+        """What the tokenizer makes of each row, or of each answer of one; the first half of
+        `encode_each`, which waits for the template's process and the tokenizer's threads."""
+        texts = iter(self._texts([e for e in examples if e.input_ids is None]))
+        rows = [_ready(e) if e.input_ids is not None else next(texts) for e in examples]
+        tokens = iter(
+            self._encoder.tokenize([t for row in rows if isinstance(row, list) for t in row])
+        )
+        return [[next(tokens) for _ in row] if isinstance(row, list) else [row] for row in rows]
 
-    def tokenize(
-        self, examples: Sequence[Example], texts: list[list[Text] | DataError]
+    def finish(
+        self, tokenized: Iterable[Tokenized]
     ) -> tuple[list[TokenizedExample], list[DataError]]:
-        """Ids and masks of texts (the second half)."""
-        made = iter(texts)
-        rows = [_ready(e) if e.input_ids is not None else next(made) for e in examples]
-        whole = [text for row in rows if isinstance(row, list) for text in row]
-        encoded = iter(self._encoder.encode(whole))
+        """Ids and masks of rows (the second half)."""
         good: list[TokenizedExample] = []
         bad: list[DataError] = []
-        for row in rows:
-            parts = [next(encoded) for _ in row] if isinstance(row, list) else [row]
+        for row in tokenized:
+            parts = [self._encoder.row(p) if isinstance(p, Tokens) else p for p in row]
             wrong = [part for part in parts if isinstance(part, DataError)]
             bad += wrong[:1]
             if not wrong:

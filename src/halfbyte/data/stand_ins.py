@@ -47,7 +47,7 @@ class StandIns:
         self._tokenizer, self._special = tokenizer, special
         self._pattern = pattern_of(list(special))
         self._numbers = {text: n for n, text in enumerate(special)}
-        self._made: dict[int, tuple[Tokenizer, dict[int, int]]] = {}
+        self._made: dict[int, tuple[Tokenizer, list[int]]] = {}
         self.backend(BASES[0])
 
     def show(self, text: str, data: list[Span]) -> Shown:
@@ -69,9 +69,7 @@ class StandIns:
 
     def ids(self, shown: Shown, result: Any) -> list[int]:
         """Of what the tokenizer made of it, stand-ins taken back."""
-        original = self._made[shown.base][1]
-        ids: list[int] = result.ids
-        return [original.get(index, index) for index in ids]
+        return list(map(self._made[shown.base][1].__getitem__, result.ids))
 
     def backend(self, base: int) -> Tokenizer:
         """The tokenizer of a range."""
@@ -90,7 +88,8 @@ class StandIns:
                 return base
         raise DataError("the row holds characters of all private and unassigned planes")
 
-    def _make(self, base: int) -> tuple[Tokenizer, dict[int, int]]:
+    def _make(self, base: int) -> tuple[Tokenizer, list[int]]:
+        """A tokenizer, and for each of its ids the model's."""
         backend = Tokenizer.from_str(_untrimmed(self._tokenizer.backend_tokenizer.to_str()))
         backend.no_padding()
         backend.no_truncation()
@@ -113,7 +112,8 @@ class StandIns:
             assert index is not None
             original[index] = self._special[token.content]
         backend.encode_special_tokens = True
-        return backend, original
+        count = 1 + max(backend.get_vocab().values())
+        return backend, [original.get(index, index) for index in range(count)]
 
 
 def _untrimmed(serialized: str) -> str:

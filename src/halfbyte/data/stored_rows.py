@@ -155,6 +155,7 @@ class StoredRows(Rows):
 
     def extend(self, rows: Iterable[TokenizedExample]) -> None:
         ids, sources = bytearray(), bytearray()
+        written = self._places[-1]
         for row in rows:
             marked = numpy.array(row.input_ids, numpy.uint32)
             self.highest = max(self.highest, int(marked.max(initial=0)))
@@ -162,10 +163,11 @@ class StoredRows(Rows):
             ids += marked.tobytes()
             sources += marshal.dumps((row.where, _values(row)))
             self._starts.append(self._starts[-1] + len(marked))
-            self._places.append(self._sources.tell() + len(sources))
+            self._places.append(written + len(sources))
             self._note(row)
             if len(ids) + len(sources) > _BUFFER_BYTES:
                 self._write(ids, sources)
+                written = self._places[-1]
         self._write(ids, sources)
 
     def _note(self, row: TokenizedExample) -> None:

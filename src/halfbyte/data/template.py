@@ -10,7 +10,6 @@ Where there is no fork (Windows, macOS), the child starts anew and the memory li
 """
 
 import contextlib
-import copy
 import ctypes
 import json
 import marshal
@@ -29,7 +28,7 @@ from typing import Any
 
 from ..errors import DataError
 from .cells import plain
-from .origins import TEMPLATE, Origin, Tracker
+from .origins import TEMPLATE, Origin, Sandbox, Tracker, settled
 
 SECONDS = 7.0
 """Longest rendering of one conversation, in processor time; a template that takes longer is not
@@ -340,19 +339,20 @@ class _Program:  # pragma: no cover
     def __init__(self, template: str, variables: dict[str, Any], clock: datetime) -> None:
         from transformers.utils import chat_template_utils as theirs
 
-        # what later releases of transformers do to a conversation before they render it
-        self.prepare: Any = getattr(theirs, "_plain_template_data", copy.deepcopy)
+        # what later releases of transformers do to a conversation before they render it; that they
+        # take its values apart first is nothing here: what comes through the pipe is plain
         self.aliased: Any = getattr(theirs, "_alias_reasoning_fields", lambda chat: chat)
         compiled = theirs._compile_jinja_template
         self.plain: Any = compiled(template)
-        self.plain.globals["strftime_now"] = clock.strftime
+        self.plain.globals = settled(self.plain.globals, clock)
+        self.plain.environment.__class__ = Sandbox
         self.tracker: Tracker | None = None
         self._track = lambda: Tracker(template, compiled, clock)
-        self.variables = self.prepare(variables)
+        self.variables = variables
 
     def render(self, request: Request) -> Rendering:
         """The rendering of the first variant that the template takes."""
-        forms = variants(self.prepare(request.messages))
+        forms = variants(request.messages)
         first: Exception | None = None
         for number, messages in enumerate(forms):
             try:
@@ -362,12 +362,12 @@ class _Program:  # pragma: no cover
             except Exception as error:
                 first = first or error
                 continue
-            return replace(found, variant=number)
+            return replace(found, variant=number) if number else found
         assert first is not None
         raise first
 
     def _render(self, messages: list[dict[str, Any]], request: Request) -> Rendering:
-        tools = self.prepare(request.tools)
+        tools = request.tools
         variables = {**self.variables, "add_generation_prompt": request.ask}
         text = self.plain.render(
             messages=self.aliased(messages), tools=tools, documents=None, **variables

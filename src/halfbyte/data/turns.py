@@ -145,8 +145,8 @@ class TurnWriter:
         answers: list[Rendering | DataError],
         alone: bool,
     ) -> Text:
-        messages = variants(example.messages or [])[whole.variant]
-        example = replace(example, messages=messages)
+        example = as_taken(example, whole.variant)
+        messages = example.messages or []
         owners = _owners(example)
         turns = trained_turns(example)
         if self.marked and self._is_trained_by_turn(example):
@@ -377,6 +377,13 @@ def trained_turns(example: Example) -> list[int]:
         and i >= example.supervised_from
         and i not in example.untrained
     ]
+
+
+def as_taken(example: Example, variant: int) -> Example:
+    """A conversation in the form that its template takes (`variants`)."""
+    if not variant:
+        return example
+    return replace(example, messages=variants(example.messages or [])[variant])
 
 
 def _up_to(example: Example, turn: int, named: bool) -> Example:

@@ -2,14 +2,12 @@
 answer, an instruction or a call is lost, named and counted where it is not."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError
 from .formats import Example
 from .origins import KEY, Path, places
-from .template import variants
-from .turns import Text, trained_turns
+from .turns import Text, as_taken, trained_turns
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -41,11 +39,14 @@ def named_unread(example: Example, texts: Sequence[Text]) -> set[str]:
     Raises:
         DataError: an answer, an instruction or a call is in no token.
     """
-    messages, found = variants(example.messages or [])[texts[0].variant], set[str]()
-    example = replace(example, messages=messages)
+    example, found = as_taken(example, texts[0].variant), set[str]()
+    left_out = unread(example, texts)
+    if not left_out:
+        return found
+    messages = example.messages or []
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     trained = {turn for text in texts for turn in trained_turns(text.example)}
-    for path, value, partly in unread(example, texts):
+    for path, value, partly in left_out:
         keys = [key for key in path if isinstance(key, str)]
         if path[0] == "tools":
             if path[2:] in (("function", "name"), ("name",)):
