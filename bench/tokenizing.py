@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.dataset import encode
 from halfbyte.data.formats import ExampleReader
 from halfbyte.data.renderer import Renderer
+from halfbyte.data.tokenizing import encode
 from halfbyte.files.hub import load_tokenizer
 
 

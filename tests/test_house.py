@@ -51,6 +51,7 @@ TESTED_ELSEWHERE = {
     "data.json_rows": "data/test_readers.py",
     "data.packed": "data/test_readers.py",
     "data.tables": "data/test_readers.py",
+    "data.tracked": "data/test_origins.py",
     "integrations.checkpointing": "integrations/test_optimize.py",
     "integrations.layers": "integrations/test_optimize.py",
     "cli.__init__": "cli/test_cli.py",

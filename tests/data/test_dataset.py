@@ -9,13 +9,13 @@ import pytest
 from halfbyte.config.options import DataOptions
 from halfbyte.data.dataset import (
     data_lines,
-    encode,
     examples_of,
     read_data,
 )
 from halfbyte.data.formats import Example
 from halfbyte.data.held_out import hold_out, row_digests
 from halfbyte.data.renderer import Renderer
+from halfbyte.data.tokenizing import encode
 from halfbyte.errors import DataError
 from halfbyte.files import hub
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import trl
 
-from halfbyte.data.origins import TEMPLATE, Tracked, joined, origins_of, places, tojson
+from halfbyte.data.origins import places
 from halfbyte.data.template import Rendering, Request, TemplateProcess, variants
+from halfbyte.data.tracked import TEMPLATE, Tracked, joined, origins_of, tojson
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": "1", "b": [1, None]}}}

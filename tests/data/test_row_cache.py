@@ -80,7 +80,7 @@ def test_rows_that_cannot_be_kept_are_used(
     else:
         monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "other"))
         full = OSError(28, "No space left on device")
-        monkeypatch.setattr(StoredRows, "save_index", lambda rows: raised(full))
+        monkeypatch.setattr(StoredRows, "arrays", lambda rows: raised(full))
     alike(first, read_data(source, DataOptions(skip_bad=1), stories, say=said.append))
     assert any("are not kept" in line for line in said)
     assert not list((tmp_path / "other").glob("rows/*.json")), "nothing is left behind"

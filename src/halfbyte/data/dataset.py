@@ -6,14 +6,11 @@ same ids and masks. Nothing is changed in silence: every row left out, cut or he
 counts (`Data.counts`).
 """
 
-import contextlib
-import gc
 import hashlib
 import itertools
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -34,14 +31,11 @@ from .encoder import TokenizedExample
 from .formats import MIXED, Example, ExampleReader
 from .held_out import count_distinct, held_by_default, hold_out, row_digests
 from .readers import files_of, sources
-from .renderer import PARTS, SPLIT, Renderer, Tokenized
-from .row_cache import TokenizedData, kept_or_made
+from .renderer import PARTS, SPLIT, Renderer
+from .row_cache import Making, TokenizedData, kept_or_made
 from .stored_rows import TRAINED, Rows, StoredRows
+from .tokenizing import encode_into
 
-BATCH, BATCH_CHARACTERS = 256, 1 << 20
-"""Most rows that are tokenized at once, and most characters but for one row's."""
-AHEAD = 2
-"""So many times these are rendered and tokenized before their masks are made."""
 BY_LINE = (".jsonl", ".ndjson", ".csv", ".tsv")
 """Files that hold about a row a line."""
 
@@ -182,11 +176,12 @@ def _encoded(
 ) -> TokenizedData:
     """All rows of a source, as they are now or as an earlier command made them."""
 
-    def make(rows: StoredRows) -> TokenizedData:
+    def make(making: Making) -> TokenizedData:
         found = examples_of(source, options)
-        refused = encode_into(rows, found, renderer, progress, rows_expected(source))
-        bad, count = found.bad + refused, found.count + len(found.bad)
-        return TokenizedData(rows, found.format, count, bad, found.unread, renderer.noticed)
+        renderer.noticed.update(making.noticed)
+        encode_into(making, found, renderer, progress, rows_expected(source))
+        bad, count = found.bad + making.refused, found.count + len(found.bad)
+        return TokenizedData(making.rows, found.format, count, bad, found.unread, renderer.noticed)
 
     read = (options.dataset_config, options.dataset_train_split, options.drop_roles)
     return kept_or_made(source, {"read": read, **renderer.identity()}, make, say)
@@ -251,74 +246,6 @@ def _unread_columns(unread: Counter[str]) -> Counter[str]:
     )
 
 
-def encode(examples: Iterable[Example], renderer: Renderer) -> tuple[StoredRows, list[DataError]]:
-    """Ids and masks of all rows, and an error for each that the template refuses."""
-    rows = StoredRows()
-    return rows, encode_into(rows, examples, renderer)
-
-
-def encode_into(
-    rows: StoredRows,
-    examples: Iterable[Example],
-    renderer: Renderer,
-    progress: Progress = no_progress,
-    expected: int = 0,
-) -> list[DataError]:
-    """Add ids and masks of all rows; returns an error for each that the template refuses.
-
-    Args:
-        expected: how many rows there are, about; 0 where nobody knows.
-
-    Raises:
-        TemplateStopped: the template does not end.
-    """
-    bad: list[DataError] = []
-    # what is made here stays or is free at once, so that looking for garbage finds none
-    with _no_collection(), ThreadPoolExecutor(AHEAD) as ahead:
-        batches = _tokenized(examples, renderer, ahead)
-        for tokenized in progress(batches, -(-expected // BATCH), "tokenizing"):
-            good, refused = renderer.finish(tokenized)
-            rows.extend(good)
-            bad += (error.with_traceback(None) for error in refused)
-    return bad
-
-
-def _tokenized(
-    examples: Iterable[Example], renderer: Renderer, ahead: ThreadPoolExecutor
-) -> Iterator[list[Tokenized]]:
-    """Some rows at a time. The template's process renders the next rows while what it wrote of
-    others is tokenized, and the masks of others again are made."""
-    batches = _batches(examples)
-    coming: deque[Future[list[Tokenized]]] = deque()
-    yield renderer.tokenize(next(batches, []))  # here: the process is this thread's
-    for batch in batches:
-        coming.append(ahead.submit(renderer.tokenize, batch))
-        if len(coming) > AHEAD:
-            yield coming.popleft().result()
-    for future in coming:
-        yield future.result()
-
-
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    size = 0
-    for example in examples:
-        batch.append(example)
-        size += _characters(example)
-        if len(batch) == BATCH or size > BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _characters(example: Example) -> int:
-    """Of a row, about: without what its tools and calls hold."""
-    contents = [message.get("content") for message in example.messages or ()]
-    said = sum(len(content) for content in contents if isinstance(content, str))
-    return said + len(example.prompt) + len(example.completion)
-
-
 def rows_expected(source: str) -> int:
     """How many rows a source holds, as far as that is seen at once: lines of its files. 0 where it
     is not."""
@@ -329,18 +256,6 @@ def rows_expected(source: str) -> int:
             return 0
         lines += times * sum(map(atomic.lines_in, files))
     return lines
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Within this block the garbage collector rests, as far as it was at work."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def refuse_unknown_ids(rows: StoredRows, vocabulary: int) -> None:

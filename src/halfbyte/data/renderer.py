@@ -23,8 +23,9 @@ from ..errors import DataError
 from .chat_template import builtin_template, refuse_unread, template_digest, templates_of
 from .encoder import Encoder, TokenizedExample, Tokens
 from .formats import Example
-from .origins import TEMPLATE, places
+from .origins import places
 from .template import Rendering, Request, TemplateProcess, variants
+from .tracked import TEMPLATE
 from .turns import Text, Turns, TurnWriter, pattern_of, trained_turns, written
 from .unread import named_unread, unread
 

@@ -1,20 +1,25 @@
 """The tokenized rows of a large file, kept for the next command that reads it: a plan, a training
-and its resume tokenize it once.
+and its resume tokenize it once, and a command that is interrupted is gone on from.
 
 An entry is named by everything its rows are made of (the file's bytes, tokenizer, templates,
 options, the code itself), is there whole or not at all, and is hashed before it is used.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy
 
 from ..errors import DataError, HalfbyteError, StorageError, first_line
 from ..files import atomic
@@ -26,7 +31,7 @@ KEPT_FROM = 64 << 20
 """Bytes of a source from which its rows are kept."""
 ENTRIES = 3
 """So many are kept; the one that was used longest ago goes."""
-FACTS = "rows.json"
+FACTS, INDEX, SO_FAR = "rows.json", "index.npz", "so_far.npz"
 
 
 @dataclass
@@ -42,21 +47,67 @@ class TokenizedData:
     noticed: Counter[str]
 
 
+@dataclass
+class Making:
+    """Rows that are being made, and how far that is. place: where that is noted now and then, so
+    that a command that was interrupted is gone on from; None: nowhere. read: examples of the source
+    that rows were made of, or refused. noticed: what people should be told of them."""
+
+    rows: StoredRows
+    place: Path | None = None
+    read: int = 0
+    refused: list[DataError] = field(default_factory=list)
+    noticed: Counter[str] = field(default_factory=Counter)
+
+    def note(self) -> None:
+        """Note how far it is."""
+        if self.place is None:
+            return
+        facts = {
+            "highest": self.rows.highest,
+            "read": self.read,
+            "refused": list(map(_values, self.refused)),
+            "noticed": dict(self.noticed),
+            "digests": _digests(self.place, self.rows.sizes()),
+        }
+        raw = numpy.frombuffer(json.dumps(facts).encode(), numpy.uint8)
+        building = self.place / f".{SO_FAR}"
+        with contextlib.suppress(OSError), building.open("wb") as file:  # it costs nothing but time
+            numpy.savez(file, facts=raw, **self.rows.arrays())
+            building.replace(self.place / SO_FAR)
+
+    @classmethod
+    def going_on(cls, place: Path) -> "Making":
+        """From where an earlier command was, if what it left is as it was noted."""
+        try:
+            with (place / SO_FAR).open("rb") as file, numpy.load(file) as index:
+                facts = json.loads(index["facts"].tobytes())
+                rows = StoredRows.opened(place, index, facts["highest"])
+            if facts["digests"] == _digests(place, rows.sizes()):
+                rows.go_on()
+                refused = list(map(_error, facts["refused"]))
+                return cls(rows, place, facts["read"], refused, Counter(facts["noticed"]))
+        except (HalfbyteError, OSError, KeyError, TypeError, ValueError, EOFError, BadZipFile):
+            pass  # none, or damaged
+        shutil.rmtree(place, ignore_errors=True)
+        return cls(StoredRows(place), place)
+
+
 def kept_or_made(
     source: str,
     identity: dict[str, Any],
-    make: Callable[[StoredRows], TokenizedData],
+    make: Callable[[Making], TokenizedData],
     say: Callable[[str], None],
 ) -> TokenizedData:
     """The rows of a source: those of an earlier command, else made anew, and kept if it is large.
 
     Args:
         identity: what they are made of beside the source's bytes.
-        make: fills the rows it is given.
+        make: makes the rows, from where it is.
     """
     files = [file for name, _ in sources(source) for file in files_of(name)]
     if sum(file.stat().st_size for file in files) < KEPT_FROM:
-        return make(StoredRows())
+        return make(Making(StoredRows()))
     digests = [atomic.sha256_file(file) for file in files]
     key = hashlib.sha256(
         json.dumps([source, digests, identity, _code()], sort_keys=True, default=str).encode()
@@ -66,25 +117,30 @@ def kept_or_made(
         atomic.check_writable(home)
     except StorageError as error:
         say(f"the tokenized rows are not kept: {error.what}")
-        return make(StoredRows())
-    with atomic.locked_file(home / f"{key}.lock"):
+        return make(Making(StoredRows()))
+    waiting = functools.partial(say, "another command tokenizes these rows: waiting for it")
+    with atomic.locked_file(home / f"{key}.lock", waiting):
         if (found := _opened(home / key)) is not None:
             say(f"{len(found.rows):,} rows as they were tokenized before (kept in {home})")
             return found
         building = home / f".{key}.tmp"  # of a dead process, as its lock is ours
-        shutil.rmtree(building, ignore_errors=True)
+        making = Making.going_on(building)
+        if making.read:
+            say(f"going on after the {making.read:,} rows that an interrupted command tokenized")
         try:
-            found = make(StoredRows(building))
-            try:
-                size = _keep(found, building)
-                shutil.rmtree(home / key, ignore_errors=True)
-                building.rename(home / key)
-                atomic.sync(home)
-            except (OSError, StorageError) as error:  # they are open, and go with the process
-                say(f"the tokenized rows are not kept: {first_line(error)}")
-                return found
-        finally:
+            found = make(making)
+        except Exception:
             shutil.rmtree(building, ignore_errors=True)
+            raise
+        try:
+            size = _keep(found, building)
+            shutil.rmtree(home / key, ignore_errors=True)
+            building.rename(home / key)
+            atomic.sync(home)
+        except (OSError, StorageError) as error:  # they are open, and go with the process
+            say(f"the tokenized rows are not kept: {first_line(error)}")
+            shutil.rmtree(building, ignore_errors=True)
+            return found
     _remove_oldest(home)
     say(f"the tokenized rows are kept for other commands: {size / 1e9:.1f} GB in {home}")
     return found
@@ -101,7 +157,8 @@ def _code() -> dict[str, str]:
 
 def _keep(found: TokenizedData, place: Path) -> int:
     """Write what is not in the rows' own files yet, and a record of all; returns their bytes."""
-    found.rows.save_index()
+    (place / SO_FAR).unlink(missing_ok=True)
+    numpy.savez(place / INDEX, **found.rows.arrays())
     facts = {
         "files": {
             file.name: [file.stat().st_size, atomic.sha256_file(file)]
@@ -110,7 +167,7 @@ def _keep(found: TokenizedData, place: Path) -> int:
         "highest": found.rows.highest,
         "format": found.format,
         "count": found.count,
-        "bad": [[e.what, e.where, e.found, e.expected, e.ways_out] for e in found.bad],
+        "bad": list(map(_values, found.bad)),
         "unread": dict(found.unread),
         "noticed": dict(found.noticed),
     }
@@ -118,6 +175,28 @@ def _keep(found: TokenizedData, place: Path) -> int:
         atomic.sync(file)
     atomic.write_json(place / FACTS, {**facts, "digest": _digest(facts)})
     return sum(file.stat().st_size for file in place.iterdir())
+
+
+def _values(error: DataError) -> list[Any]:
+    return [error.what, error.where, error.found, error.expected, error.ways_out]
+
+
+def _error(values: list[Any]) -> DataError:
+    what, where, found, expected, ways_out = values
+    return DataError(what, where=where, found=found, expected=expected, ways_out=ways_out)
+
+
+def _digests(place: Path, sizes: dict[str, int]) -> dict[str, str]:
+    """sha256 of the beginnings of some files."""
+    found = {}
+    for name, size in sizes.items():
+        digest = hashlib.sha256()
+        with (place / name).open("rb") as file:
+            while part := file.read(min(size, 1 << 20)):
+                digest.update(part)
+                size -= len(part)
+        found[name] = digest.hexdigest() if not size else ""
+    return found
 
 
 def _digest(facts: dict[str, Any]) -> str:
@@ -134,17 +213,15 @@ def _opened(place: Path) -> TokenizedData | None:
             file = place / name
             if file.stat().st_size != size or atomic.sha256_file(file) != sha256:
                 return None
-        rows = StoredRows.opened(place, facts["highest"])
+        with (place / INDEX).open("rb") as file, numpy.load(file) as index:
+            rows = StoredRows.opened(place, index, facts["highest"])
         with contextlib.suppress(OSError):
             (place / FACTS).touch()  # it was used now
         return TokenizedData(
             rows,
             facts["format"],
             facts["count"],
-            [
-                DataError(what, where=where, found=found, expected=expected, ways_out=ways)
-                for what, where, found, expected, ways in facts["bad"]
-            ],
+            list(map(_error, facts["bad"])),
             Counter(facts["unread"]),
             Counter(facts["noticed"]),
         )
@@ -159,3 +236,8 @@ def _remove_oldest(home: Path) -> None:
         with contextlib.suppress(OSError):
             atomic.remove_directory(place)
             (home / f"{place.name}.lock").unlink(missing_ok=True)
+    week = time.time() - 7 * 24 * 3600
+    for place in home.glob(".*.tmp"):  # of commands that nobody came back to
+        with contextlib.suppress(OSError):
+            if place.stat().st_mtime < week:
+                atomic.remove_directory(place)

@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO, Any, overload
@@ -32,7 +32,7 @@ CHUNK_TOKENS = 1 << 18
 """Tokens that a pass over all rows reads at once."""
 _BUFFER_BYTES = 1 << 20
 _FIELDS = tuple(field.name for field in fields(Example))
-INDEX = "index.npz"
+Array = numpy.ndarray[Any, Any]
 
 
 class Rows(Sequence[TokenizedExample]):
@@ -131,27 +131,35 @@ class StoredRows(Rows):
             self.extend(rows)
 
     @classmethod
-    def opened(cls, place: Path, highest: int) -> "StoredRows":
-        """The rows of a directory, which no more are added to."""
+    def opened(cls, place: Path, index: Mapping[str, Array], highest: int) -> "StoredRows":
+        """The rows of a directory. index: what was in memory (`arrays`)."""
         rows = cls(place)
-        with numpy.load(place / INDEX, allow_pickle=False) as index:
-            rows._starts, rows._places, rows._wholes = (
-                array("q", index[name].tobytes()) for name in ("starts", "places", "wholes")
-            )
-            rows._texts = bytearray(index["texts"].tobytes())
+        rows._starts, rows._places, rows._wholes = (
+            array("q", index[name].tobytes()) for name in ("starts", "places", "wholes")
+        )
+        rows._texts = bytearray(index["texts"].tobytes())
         rows.highest = highest
         return rows
 
-    def save_index(self) -> None:
-        """Write what is in memory beside the files of the directory."""
-        assert self._place is not None
-        numpy.savez(
-            self._place / INDEX,
-            starts=numpy.array(self._starts),
-            places=numpy.array(self._places),
-            wholes=numpy.array(self._wholes),
-            texts=numpy.frombuffer(bytes(self._texts), numpy.uint8),
-        )
+    def arrays(self) -> dict[str, Any]:
+        """What is in memory only."""
+        return {
+            "starts": numpy.array(self._starts),
+            "places": numpy.array(self._places),
+            "wholes": numpy.array(self._wholes),
+            "texts": numpy.frombuffer(bytes(self._texts), numpy.uint8),
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the rows in each file."""
+        return {"ids": 4 * self._starts[-1], "sources": self._places[-1]}
+
+    def go_on(self) -> None:
+        """Be ready for more rows after `opened`: what a process that died wrote behind the last one
+        is taken off."""
+        for file, size in zip((self._ids, self._sources), self.sizes().values(), strict=True):
+            file.truncate(size)
+            file.seek(size)
 
     def extend(self, rows: Iterable[TokenizedExample]) -> None:
         ids, sources = bytearray(), bytearray()

@@ -28,7 +28,8 @@ from typing import Any
 
 from ..errors import DataError
 from .cells import plain
-from .origins import TEMPLATE, Origin, Sandbox, Tracker, settled
+from .origins import Sandbox, Tracker, settled
+from .tracked import TEMPLATE, Origin
 
 SECONDS = 7.0
 """Longest rendering of one conversation, in processor time; a template that takes longer is not

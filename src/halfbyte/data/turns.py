@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from ..errors import DataError
 from .formats import Example
-from .origins import TEMPLATE, places
+from .origins import places
 from .template import Rendering, Request, variants
+from .tracked import TEMPLATE
 
 Span = tuple[int, int]
 Turns = Literal["whole", "each", "last"]

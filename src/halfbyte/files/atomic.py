@@ -266,12 +266,17 @@ except ImportError:  # Windows: the lock file is written but two trainers are no
 
 
 @contextlib.contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for whoever holds it (on Windows nobody waits)."""
+def locked_file(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a file's lock, waiting for whoever holds it (on Windows nobody waits). waiting: called
+    before."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
