@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any, Literal
 
 from ..errors import DataError
@@ -222,7 +223,7 @@ class TurnWriter:
         bare, asking = self._render([Request(QUESTION), Request(QUESTION, ask=True)])
         if isinstance(bare, DataError) or isinstance(asking, DataError):
             return ""
-        return asking.text.removeprefix(_common(bare.text, asking.text))
+        return asking.text.removeprefix(commonprefix((bare.text, asking.text)))
 
     def _continued(
         self,
@@ -235,7 +236,7 @@ class TurnWriter:
         """An answer after a prompt that the template does not write again (it opens a thinking
         block): the answer as the row has it goes on from the prompt; without such a block in it,
         the text is the template's."""
-        common = _common(before.text, whole.text)
+        common = commonprefix((before.text, whole.text))
         opened = before.text[len(common) :].strip()
         content = (example.messages or [])[turn]["content"] or ""
         first = _starts(whole, owners).get(turn)
@@ -355,14 +356,6 @@ class TurnWriter:
 
 
 # --- places ---------------------------------------------------------------------------------------
-
-
-def _common(one: str, other: str) -> str:
-    """What two texts begin with."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return one[:i]
-    return min(one, other, key=len)
 
 
 def pattern_of(tokens: Sequence[str]) -> re.Pattern[str]:
