@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import Any, Literal
 
 from ..errors import DataError
@@ -167,18 +166,18 @@ class TurnWriter:
             before = answers[number]
             after = answers[number + 1] if turn + 1 < len(messages) else whole
             if isinstance(after, DataError):
-                raise self._rewrites(turn)
+                raise _rewrites(turn)
             if isinstance(before, DataError) or not after.text.startswith(before.text):
                 start = self._opened(turn, whole, owners)
                 if start is None and alone and isinstance(before, Rendering):
                     return self._continued(example, turn, before, whole, owners)
                 if start is None or not whole.text.startswith(after.text[:start]):
-                    raise self._rewrites(turn)
+                    raise _rewrites(turn)
             else:
                 start = len(before.text)
             text, end = self._end(after.text, start, whole.text, turn + 1 == len(messages))
             if end is None:
-                raise self._rewrites(turn)
+                raise _rewrites(turn)
             whole = _longer(whole, text)
             spans.append((start, end[1]))
             answer = (start, end[0])
@@ -223,7 +222,7 @@ class TurnWriter:
         bare, asking = self._render([Request(QUESTION), Request(QUESTION, ask=True)])
         if isinstance(bare, DataError) or isinstance(asking, DataError):
             return ""
-        return asking.text.removeprefix(commonprefix((bare.text, asking.text)))
+        return asking.text.removeprefix(_common(bare.text, asking.text))
 
     def _continued(
         self,
@@ -236,15 +235,15 @@ class TurnWriter:
         """An answer after a prompt that the template does not write again (it opens a thinking
         block): the answer as the row has it goes on from the prompt; without such a block in it,
         the text is the template's."""
-        common = commonprefix((before.text, whole.text))
+        common = _common(before.text, whole.text)
         opened = before.text[len(common) :].strip()
         content = (example.messages or [])[turn]["content"] or ""
         first = _starts(whole, owners).get(turn)
         if self._special.search(before.text, len(common)) or first is None:
-            raise self._rewrites(turn)
+            raise _rewrites(turn)
         text, end = self._end(whole.text, len(common), whole.text, True)
         if end is None:
-            raise self._rewrites(turn)
+            raise _rewrites(turn)
         last = max(
             at + count
             for at, count, place, _ in _runs(whole)
@@ -343,19 +342,22 @@ class TurnWriter:
         match = self._added.match(going_on.text, len(answered.text))
         return match.group() if match else ""
 
-    @staticmethod
-    def _rewrites(turn: int) -> Rewrites:
-        return Rewrites(
-            f"what the chat template writes of turn {turn} is not what it asks for: the prompt for "
-            "an answer is no beginning of it, so what to train cannot be told from its output",
-            ways_out=[
-                "use a template with {% generation %} around the assistant's text "
-                "(--chat_template)",
-            ],
-        )
+
+def _rewrites(turn: int) -> Rewrites:
+    return Rewrites(
+        f"what the chat template writes of turn {turn} is not what it asks for: the prompt for an "
+        "answer is no beginning of it, so what to train cannot be told from its output",
+        ways_out=["--chat_template: one with {% generation %} around the assistant's text"],
+    )
 
 
 # --- places ---------------------------------------------------------------------------------------
+
+
+def _common(one: str, other: str) -> str:
+    """What two texts begin with."""
+    at = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(at, min(len(one), len(other)))]
 
 
 def pattern_of(tokens: Sequence[str]) -> re.Pattern[str]:
@@ -375,9 +377,8 @@ def trained_turns(example: Example) -> list[int]:
 
 def as_taken(example: Example, variant: int) -> Example:
     """A conversation in the form that its template takes (`variants`)."""
-    if not variant:
-        return example
-    return replace(example, messages=variants(example.messages or [])[variant])
+    forms = variants(example.messages or []) if variant else []
+    return replace(example, messages=forms[variant]) if variant else example
 
 
 def _up_to(example: Example, turn: int, named: bool) -> Example:
