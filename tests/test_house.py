@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -247,3 +248,14 @@ def test_nothing_cites_what_is_not_here(word: str):
         if path != Path(__file__) and word in path.read_text()
     ]
     assert not cited, cited
+
+
+def test_tests_that_documents_name_are_there():
+    there = set[str]()
+    for path in TESTS.rglob("test_*.py"):
+        names = (node for node in ast.walk(ast.parse(path.read_text())))
+        there |= {node.name for node in names if isinstance(node, ast.FunctionDef)}
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        if path.name != "log.md":  # which says what was
+            named = set(re.findall(r"`(test_[a-z0-9_]+)`", path.read_text()))
+            assert named <= there, (path.name, sorted(named - there))

@@ -1,5 +1,6 @@
 """Which template writes a conversation, and what identifies it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -57,5 +58,7 @@ def test_a_variable_that_no_template_names_is_refused():
 def test_a_template_file_that_cannot_be_read_is_named(tmp_path: Path):
     (tmp_path / "t.jinja").write_text("\ufeff" + CHAT)
     assert read_template(str(tmp_path / "t.jinja")) == CHAT
-    with pytest.raises(DataError, match="chat template"):
-        read_template(str(tmp_path / "none.jinja"))
+    os.mkfifo(tmp_path / "pipe.jinja")
+    for place in (tmp_path / "none.jinja", tmp_path / "pipe.jinja", Path("/dev/zero"), tmp_path):
+        with pytest.raises(DataError, match="chat template"):
+            read_template(str(place))

@@ -1,6 +1,8 @@
 """Tests of `data.row_cache`."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from halfbyte.config.options import DataOptions
 from halfbyte.data import dataset, row_cache
 from halfbyte.data.dataset import Data, read_data
 from halfbyte.data.stored_rows import StoredRows
+from halfbyte.files import atomic
 
 from ..helpers import A, Q
 
@@ -118,3 +121,17 @@ def test_a_template_that_asks_for_the_time_is_asked_each_time(
     for _ in range(2):
         read_data(rows(tmp_path / "r.jsonl"), options, stories)
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 2
+
+
+def test_who_waits_for_rows_is_told_so(tmp_path: Path, stories: Path, cache: Path):
+    source, said = rows(tmp_path / "r.jsonl"), list[str]()
+    options = DataOptions(skip_bad=1)
+    first = read_data(source, options, stories)
+    (entry,) = (p for p in cache.iterdir() if p.is_dir())
+    with ThreadPoolExecutor(1) as other:
+        with atomic.locked_file(cache / f"{entry.name}.lock"):
+            second = other.submit(read_data, source, options, stories, say=said.append)
+            while not said:
+                time.sleep(0.01)
+        alike(first, second.result())
+    assert "another command" in said[0]
