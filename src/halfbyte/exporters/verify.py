@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from ..config.options import DataOptions
 from ..data.dataset import (
-    encode,
     examples_of,
     length_of_rows,
     make_renderer,
@@ -26,6 +25,7 @@ from ..data.encoder import TokenizedExample
 from ..data.formats import Example
 from ..data.held_out import hold_out, row_digests
 from ..data.renderer import Renderer
+from ..data.tokenizing import encode
 from ..engine.evaluate import RowLosses
 from ..engine.judge import POSITIONS, difference, first_rows, neutral_passages
 from ..engine.loss import chunk_rows, hidden_states, output_head
