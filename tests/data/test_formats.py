@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.formats import Example, read_examples
+from halfbyte.data.formats import Example, format_of, read_examples
 from halfbyte.data.renderer import Renderer
 from halfbyte.errors import DataError
 from halfbyte.files import hub
@@ -285,3 +285,10 @@ def test_rows_of_several_forms_are_each_taken_for_what_they_are(tmp_path: Path):
     assert found.format == "mixed" and found.rows[1].messages == [Q, A]
     assert [row.completion for row in found.rows[::2]] == ["b", "c"]
     assert "'completion' must be a string" in found.bad[0].what, "the form of the first"
+
+
+@pytest.mark.parametrize("row", [{"role": "user", "content": "hi"}, {"from": "gpt", "value": "ho"}])
+def test_a_message_is_no_row(row: dict[str, str]):
+    with pytest.raises(DataError, match="this is a message") as caught:
+        format_of(row, "file:1")
+    assert "a list of its own" in str(caught.value)

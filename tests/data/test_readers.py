@@ -14,6 +14,7 @@ from pyarrow import parquet
 from halfbyte.config.options import DataOptions
 from halfbyte.data.dataset import read_data
 from halfbyte.data.formats import read_examples
+from halfbyte.data.readers import read_rows
 from halfbyte.errors import DataError
 
 from ..helpers import A, Q
@@ -348,3 +349,25 @@ def test_what_json_has_no_word_for_is_text(tmp_path: Path, stories: Path):
     assert turn["at"] == "2026-01-02T03:04:00+00:00" and turn["day"] == "2026-01-02"
     assert turn["cost"] == 1.5 and turn["raw"] == "<bytes>"
     assert "yo" in data.renderer.tokenizer.decode(data.train.rows[0].input_ids)
+
+
+def test_a_row_may_be_nothing_but_its_messages(tmp_path: Path):
+    ours, theirs = [Q, A], [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    file = tmp_path / "r.json"
+    for text in (
+        json.dumps([ours, theirs]),
+        json.dumps([ours, theirs], indent=1),
+        f"{json.dumps(ours)}\n{json.dumps(theirs)}\n",
+        f"\n{json.dumps(ours)}\n\n{json.dumps(theirs)}",
+    ):
+        file.write_text(text)
+        rows = [row for _, row in read_rows(file)]
+        assert rows == [{"messages": ours}, {"conversations": theirs}]
+    file.write_text(json.dumps([[1, 2], [], ["a"], [{"a": 1}]]))
+    refused: list[DataError] = []
+    assert not list(read_rows(file, refuse=refused.append)) and len(refused) == 4
+
+
+def test_an_array_on_one_line_is_an_array(tmp_path: Path):
+    (tmp_path / "r.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}]) + "\n\n")
+    assert [row["text"] for _, row in read_rows(tmp_path / "r.json")] == ["a", "b"]

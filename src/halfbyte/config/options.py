@@ -347,7 +347,9 @@ class DataOptions(Options):
         resume="free",
     )
     dataset_config: str | None = option(None, "configuration of a Hub data set", resume="named")
-    dataset_train_split: str = option("train", "split of a Hub data set", resume="named")
+    dataset_train_split: str = option(
+        "train", "split of a Hub data set, or of a folder of files named for theirs", resume="named"
+    )
     seed: int = option(
         42, "everything random is a function of it", ge=0, lt=2**63, resume="named", in_trainer=True
     )

@@ -30,7 +30,7 @@ from .chat_template import read_template
 from .encoder import TokenizedExample
 from .formats import MIXED, Example, ExampleReader
 from .held_out import count_distinct, held_by_default, hold_out, row_digests
-from .readers import files_of, sources
+from .readers import files_left_out
 from .renderer import PARTS, SPLIT, Renderer
 from .row_cache import Making, TokenizedData, kept_or_made
 from .stored_rows import TRAINED, Rows, StoredRows
@@ -155,7 +155,9 @@ def read_data(
         ends=_rows_with_supervised_end(train.rows, renderer),
         share_held_out=share,
         rows_cut=int((rows.lengths > max_length).sum()),
-        noticed=found.noticed + _unread_columns(found.unread),
+        noticed=found.noticed
+        + _unread_columns(found.unread)
+        + _other_parts(source, options.dataset_train_split),
     )
     if training and data.ends == 0 and data.format != "input_ids":
         raise DataError(
@@ -179,12 +181,13 @@ def _encoded(
     def make(making: Making) -> TokenizedData:
         found = examples_of(source, options)
         renderer.noticed.update(making.noticed)
-        encode_into(making, found, renderer, progress, rows_expected(source))
+        encode_into(making, found, renderer, progress, rows_expected(found))
         bad, count = found.bad + making.refused, found.count + len(found.bad)
         return TokenizedData(making.rows, found.format, count, bad, found.unread, renderer.noticed)
 
     read = (options.dataset_config, options.dataset_train_split, options.drop_roles)
-    return kept_or_made(source, {"read": read, **renderer.identity()}, make, say)
+    files = [file for file, _ in examples_of(source, options).files()]
+    return kept_or_made(source, files, {"read": read, **renderer.identity()}, make, say)
 
 
 def examples_of(source: str, options: DataOptions) -> ExampleReader:
@@ -246,16 +249,21 @@ def _unread_columns(unread: Counter[str]) -> Counter[str]:
     )
 
 
-def rows_expected(source: str) -> int:
+def _other_parts(source: str, split: str) -> Counter[str]:
+    if not (names := files_left_out(source, split)):
+        return Counter()
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    what = f"files of other parts of the data set are not read: {shown} (--dataset_train_split)"
+    return Counter({what: len(names)})
+
+
+def rows_expected(examples: ExampleReader) -> int:
     """How many rows a source holds, as far as that is seen at once: lines of its files. 0 where it
     is not."""
-    lines = 0
-    for name, times in sources(source):
-        files = files_of(name)
-        if not files or any(file.suffix.lower() not in BY_LINE for file in files):
-            return 0
-        lines += times * sum(map(atomic.lines_in, files))
-    return lines
+    files = examples.files()
+    if any(file.suffix.lower() not in BY_LINE for file, _ in files):
+        return 0
+    return sum(times * atomic.lines_in(file) for file, times in files)
 
 
 def refuse_unknown_ids(rows: StoredRows, vocabulary: int) -> None:
@@ -283,9 +291,9 @@ def _rows_with_supervised_end(rows: Rows, renderer: Renderer) -> int:
     return count
 
 
-def source_digest(source: str, examples: Iterable[Example]) -> str:
+def source_digest(examples: ExampleReader) -> str:
     """sha256 of the data: a file's bytes, those of all its files, or the rows of a Hub data set."""
-    named = [(file, times) for name, times in sources(source) for file in files_of(name)]
+    named = examples.files()
     if len(named) == 1 and named[0][1] == 1:
         return atomic.sha256_file(named[0][0])
     digest = hashlib.sha256()

@@ -19,7 +19,7 @@ from ..errors import DataError
 from .bad_rows import refuse_bad
 from .cells import integers, is_missing, loaded, string
 from .messages import read_messages, read_tools, refuse_media, role_of
-from .readers import read_rows
+from .readers import files_of, read_rows, sources
 
 FORMATS = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}',
@@ -106,6 +106,11 @@ class ExampleReader:
         self._data, self._config, self._split = data, config, split
         self._dropped = frozenset(role.strip() for role in drop_roles.split(",") if role.strip())
         self._first, self._forms = "", set[str]()
+
+    def files(self) -> list[tuple[Path, int]]:
+        """The files that are read, and how often; none of a Hub data set."""
+        named = sources(self._data)
+        return [(file, times) for name, times in named for file in files_of(name, self._split)]
 
     @property
     def format(self) -> str:
@@ -197,6 +202,14 @@ def format_of(row: dict[str, Any], where: str) -> str:
         for format, columns in COLUMNS.items():
             if set(columns) <= has:
                 return "turns" if format == "prompt" and _is_turns(row["prompt"]) else format
+    if {"role", "content"} <= full or {"from", "value"} == full:
+        raise DataError(
+            "this is a message, and a row is a whole conversation",
+            where=where,
+            found=", ".join(map(str, row))[:400],
+            expected='{"messages": [{"role": "user", "content": ...}, ...]}',
+            ways_out=["put the messages of each conversation into a list of its own"],
+        )
     raise DataError(
         "the columns fit no known form",
         where=where,

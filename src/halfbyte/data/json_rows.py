@@ -137,9 +137,9 @@ def json_rows(
         first: its first byte that is no space.
         split: the key of the rows, where an object holds several lists of them.
     """
-    if first == b"[":
+    if first == b"[" and not _is_line(whole, list):
         yield from _objects(_array_items(Window(str(path), whole)), refuse)
-    elif first == b"{" and not _is_line(whole):
+    elif first == b"{" and not _is_line(whole, dict):
         yield from _objects(_values(name, Window(str(path), whole), split), refuse)
     else:
         yield from _objects(_lines(name, whole, split, refuse), refuse)
@@ -187,10 +187,22 @@ def _objects(pairs: Iterator[tuple[str, Any]], refuse: Refuse) -> Iterator[Row]:
     for where, value in pairs:
         if isinstance(value, dict):
             yield where, value
+        elif column := _column_of(value):
+            yield where, {column: value}
         else:
             refuse(
                 DataError(f"a row must be a JSON object, not a {type(value).__name__}", where=where)
             )
+
+
+def _column_of(value: Any) -> str:
+    """Under which column a row that is nothing but the list of its messages would have them."""
+    if not isinstance(value, list) or not value:
+        return ""
+    for column, keys in (("messages", {"role"}), ("conversations", {"from", "value"})):
+        if all(isinstance(item, dict) and keys <= item.keys() for item in value):
+            return column
+    return ""
 
 
 def _bad_json(where: str, error: ValueError | RecursionError) -> DataError:
@@ -202,9 +214,10 @@ def _bad_json(where: str, error: ValueError | RecursionError) -> DataError:
     )
 
 
-def _is_line(stream: Begun) -> bool:
-    """Whether rows stand on a line each: the first one is a value by itself, or is damaged and not
-    the beginning of an object over several lines (which goes on, and whose next line is no row)."""
+def _is_line(stream: Begun, kind: type) -> bool:
+    """Whether rows of a kind stand on a line each: the first one is a value by itself, or is
+    damaged and not the beginning of one over several lines (which goes on, and whose next line is
+    no row). Of lists a second line must say that the first is not all of them."""
     read: list[bytes] = []
     lines: list[bytes] = []
     while len(lines) < 2 and (line := stream.readline()):
@@ -213,13 +226,16 @@ def _is_line(stream: Begun) -> bool:
             lines.append(text)
     stream.unread(b"".join(read))
     first, second = (*lines, b"", b"")[:2]
-    return _is_value(first) or first[-1:] not in (b"{", b"[", b",") or _is_value(second)
+    if kind is list:
+        return second[:1] == b"[" and _is_value(first, list)
+    return _is_value(first, dict) or first[-1:] not in (b"{", b"[", b",") or _is_value(second, dict)
 
 
-def _is_value(line: bytes) -> bool:
-    """Whether a line is a whole object."""
+def _is_value(line: bytes, kind: type) -> bool:
+    """Whether a line is a whole object, or a list of messages."""
     try:
-        return isinstance(json.loads(line), dict)
+        value = json.loads(line)
+        return isinstance(value, dict) if kind is dict else bool(_column_of(value))
     except UnicodeDecodeError:
         return True  # refused where it is read
     except (ValueError, RecursionError):

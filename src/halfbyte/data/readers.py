@@ -10,6 +10,7 @@ means is not decided here (`data.formats`).
 
 import glob
 import io
+import os
 import re
 import zipfile
 from collections import Counter
@@ -23,6 +24,7 @@ from ..files.inside import refuse_leaving
 from .cells import Refuse, Row, raise_it
 from .json_rows import Begun, json_rows, text_lines, text_of
 from .packed import PACKED, Capped, unpacker
+from .parts import TRAIN, of_part
 from .tables import columnar_rows, columns_of, table
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
@@ -41,24 +43,17 @@ def sources(data: str | Path) -> list[tuple[str, int]]:
     return found
 
 
-def files_of(source: str) -> list[Path]:
-    """The files of a source: itself, those of a folder, or those that fit a pattern; none for a Hub
-    id.
+def files_of(source: str, split: str = TRAIN) -> list[Path]:
+    """The files of a source: itself, or those of a folder or that fit a pattern, of one part of the
+    data set (`data.parts`); none for a Hub id.
 
     Raises:
         DataError: nothing is there, or no regular file.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if _is_data(file)]
-        if not found:
-            raise DataError(
-                f"{path} is a directory without data files",
-                expected=f"files that end with {', '.join(SUFFIXES[:6])}",
-            )
-        for file in found:
-            _refuse_leaving(file, path)
-        return found
+        files, names = _in_folder(path)
+        return [files[i] for i in of_part(names, split, f"the folder {path}")]
     if path.exists():
         if not path.is_file():  # nobody waits for a pipe
             raise DataError(
@@ -66,11 +61,58 @@ def files_of(source: str) -> list[Path]:
             )
         return [path]
     if any(character in source for character in "*?["):
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-        if not found:
-            raise DataError(f"no file fits the pattern {source}")
-        return [file for file in found if file.is_file()]
+        files, names = _fitting(source)
+        return [files[i] for i in of_part(names, split, f"the pattern {source}")]
     return []
+
+
+def _fitting(pattern: str) -> tuple[list[Path], list[str]]:
+    """All files that fit a pattern, and their names from where it begins."""
+    place = str(Path(pattern).expanduser())
+    fixed = re.split(r"[*?\[]", place)[0]
+    files = [Path(name) for name in sorted(glob.glob(place, recursive=True))]  # noqa: PTH207
+    if not files:
+        raise DataError(f"no file fits the pattern {pattern}")
+    files = [file for file in files if file.is_file()]
+    folder = fixed[: max(fixed.rfind(mark) for mark in (os.sep, "/")) + 1]
+    return files, [str(file).removeprefix(folder) for file in files]
+
+
+def _in_folder(path: Path) -> tuple[list[Path], list[str]]:
+    """All data files of a folder, and their names in it."""
+    found = [file for file in sorted(path.rglob("*")) if _is_data(file)]
+    if not found:
+        raise DataError(
+            f"{path} is a directory without data files",
+            expected=f"files that end with {', '.join(SUFFIXES[:6])}",
+        )
+    for file in found:
+        _refuse_leaving(file, path)
+    return found, [file.relative_to(path).as_posix() for file in found]
+
+
+def files_left_out(data: str | Path, split: str) -> list[str]:
+    """Files of folders and archives that are of other parts than the one that is read."""
+    found: list[str] = []
+    for source, _ in sources(data):
+        path = Path(source).expanduser()
+        several = path.is_dir() and not _is_saved(path)
+        if several or (not path.exists() and any(character in source for character in "*?[")):
+            names = (_in_folder(path) if several else _fitting(source))[1]
+            chosen = of_part(names, split, source)
+            found += [names[i] for i in range(len(names)) if i not in chosen]
+        for file in files_of(source, split):
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    names = _members(archive)
+                chosen = of_part(names, split, str(file))
+                found += [f"{file.name}/{names[i]}" for i in range(len(names)) if i not in chosen]
+    return found
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether ``save_to_disk`` wrote a folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _refuse_leaving(file: Path, folder: Path) -> None:
@@ -96,7 +138,8 @@ def read_rows(
 
     Args:
         data: paths, folders, patterns, or a Hub id (``owner/name``), as `sources` reads them.
-        config, split: of a Hub data set; which part of a saved one, or of a file with several.
+        config, split: of a Hub data set; which part of a saved one, of a folder or archive with
+            files of several, or of a file with several.
         refuse: called with the error of each bad row; raises it by default.
 
     Raises:
@@ -114,13 +157,12 @@ def _read_source(
     """read: how often each file was, so that its rows have places of their own each time."""
     path = Path(source).expanduser()
     named, there = re.fullmatch(r"[\w.-]+/[\w.-]+", source), path.exists()
-    saved = ("state.json", "dataset_dict.json")
     if not there and named and not source.endswith((*SUFFIXES, *PACKED)):
         parts = [(source, _hub(source, config, split))]
-    elif path.is_dir() and any((path / name).is_file() for name in saved):
+    elif path.is_dir() and _is_saved(path):
         parts = [(source, _saved(path, split))]
     else:
-        files = files_of(source) or [path]
+        files = files_of(source, split) or [path]
         parts = [(str(file), _read_file(file, split, refuse)) for file in files]
     for name, rows in parts:
         again = f" again {read[name]}" if read[name] else ""
@@ -189,17 +231,12 @@ def _open(path: Path) -> IO[bytes]:
 def _zipped(path: Path, split: str, refuse: Refuse) -> Iterator[Row]:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [
-                info.filename
-                for info in archive.infolist()
-                if Path(info.filename).suffix.lower() in SUFFIXES
-                and not info.filename.startswith(("__MACOSX/", "."))
-            ]
+            names = _members(archive)
             if not names:
                 raise DataError(
                     f"the zip file {path} holds no data file", expected=", ".join(SUFFIXES[:6])
                 )
-            for name in names:
+            for name in [names[i] for i in of_part(names, split, f"the zip file {path}")]:
                 with archive.open(name) as member:
                     capped: Any = io.BufferedReader(Capped(path, member))
                     place = f"{path}/{name}"
@@ -208,6 +245,16 @@ def _zipped(path: Path, split: str, refuse: Refuse) -> Iterator[Row]:
         raise DataError(
             f"the zip file {path} cannot be unpacked", found=first_line(error)
         ) from error
+
+
+def _members(archive: zipfile.ZipFile) -> list[str]:
+    """The data files of an archive."""
+    return [
+        info.filename
+        for info in archive.infolist()
+        if Path(info.filename).suffix.lower() in SUFFIXES
+        and not info.filename.startswith(("__MACOSX/", "."))
+    ]
 
 
 def _saved(path: Path, split: str) -> Iterator[Row]:

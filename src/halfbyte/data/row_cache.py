@@ -24,7 +24,6 @@ import numpy
 from ..errors import DataError, HalfbyteError, StorageError, first_line
 from ..files import atomic
 from ..files.places import cache_directory
-from .readers import files_of, sources
 from .stored_rows import StoredRows
 
 KEPT_FROM = 64 << 20
@@ -95,6 +94,7 @@ class Making:
 
 def kept_or_made(
     source: str,
+    files: list[Path],
     identity: dict[str, Any],
     make: Callable[[Making], TokenizedData],
     say: Callable[[str], None],
@@ -102,10 +102,10 @@ def kept_or_made(
     """The rows of a source: those of an earlier command, else made anew, and kept if it is large.
 
     Args:
-        identity: what they are made of beside the source's bytes.
+        files: of the source, that are read.
+        identity: what they are made of beside their bytes.
         make: makes the rows, from where it is.
     """
-    files = [file for name, _ in sources(source) for file in files_of(name)]
     if sum(file.stat().st_size for file in files) < KEPT_FROM:
         return make(Making(StoredRows()))
     digests = [atomic.sha256_file(file) for file in files]

@@ -83,7 +83,7 @@ def probes(source: Source, say: Callable[[str], None]) -> tuple[list[TokenizedEx
     renderer = run_renderer(run, config)
     try:
         found = examples_of(info["data"]["source"], config)
-        same = source_digest(info["data"]["source"], found) == info["data"]["sha256"]
+        same = source_digest(found) == info["data"]["sha256"]
         if not same:
             say("the data has changed since the training: the rows compared on may be others")
         # which rows were held out is a function of all of them

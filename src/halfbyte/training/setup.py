@@ -301,7 +301,7 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
         "compute_dtype": str(choose_dtype(config.dtype, device)).removeprefix("torch."),
         "data": {
             "source": _absolute(config.data),
-            "sha256": source_digest(config.data, examples_of(config.data, config)),
+            "sha256": source_digest(examples_of(config.data, config)),
             "form": data.format,
             "rows_cut": data.rows_cut,
             **data.counts(),
