@@ -8,10 +8,12 @@ import pytest
 
 from halfbyte.errors import ModelError, StorageError
 from halfbyte.run.directory import (
+    ADAPTER_FACTS,
     METRICS,
     RUN_COPY,
     RUN_JSON,
     Run,
+    adapter_facts,
     files_of_result,
     refuse_changed_result,
 )
@@ -96,3 +98,25 @@ def test_a_result_that_changed_is_named(trained_run: Run, tmp_path: Path):
     assert "adapter_model.safetensors is not the file" in caught.value.found
     assert "adapter_config.json is missing" in caught.value.found
     assert "README.md" not in files_of_result(copy)
+
+
+def test_any_flip_of_what_a_result_says_of_itself_is_found(trained_run: Run, tmp_path: Path):
+    copy = shutil.copytree(trained_run.adapter, tmp_path / "adapter")
+    file = copy / ADAPTER_FACTS
+    before, raw = adapter_facts(copy), file.read_bytes()
+    unseen = 0
+    for place in range(len(raw)):
+        for bit in (1, 4, 32):
+            data = bytearray(raw)
+            data[place] ^= bit
+            file.write_bytes(bytes(data))
+            try:
+                refuse_changed_result(copy)
+            except ModelError:
+                continue
+            after = adapter_facts(copy)
+            assert after["files"] == before["files"]
+            # the base and the template are held against these by those who read them
+            assert after.keys() == before.keys() or after == before
+            unseen += after == before
+    assert unseen < len(raw) / 2, "white space"

@@ -72,13 +72,42 @@ def files_of_result(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def adapter_facts(directory: Path) -> dict[str, Any]:
+    """What a result says of itself: ``base_digest``, ``template_sha256``, and ``files`` as
+    `files_of_result` (none, of releases that did not write them). {} of an adapter of PEFT.
+
+    Raises:
+        ModelError: it says what no release writes.
+    """
+    file = directory / ADAPTER_FACTS
+    if not file.is_file():
+        return {}
+    facts = read_json(file)
+    files: Any = facts.get("files", {}) if isinstance(facts, dict) else None
+    whole = isinstance(files, dict) and facts.keys() <= {"base_digest", "template_sha256", "files"}
+    if not whole or not all(
+        isinstance(each, dict)
+        and each.keys() == {"bytes", "sha256"}
+        and type(each["bytes"]) is int
+        and isinstance(each["sha256"], str)
+        for each in files.values()
+    ):
+        raise ModelError(f"{file} is damaged", ways_out=AS_IT_WAS_WRITTEN)
+    return {**facts, "files": files}
+
+
+AS_IT_WAS_WRITTEN = [
+    "bring it back from a copy",
+    "move it away and repeat the command with --resume_from_checkpoint auto: it is written again "
+    "from the last checkpoint",
+]
+
+
 def refuse_changed_result(directory: Path) -> None:
     """Raise ModelError, naming all of them, if files of a result are not those that were
     written."""
-    if not (directory / ADAPTER_FACTS).is_file():
-        return  # PEFT's
     wrong = []
-    for name, facts in read_json(directory / ADAPTER_FACTS).get("files", {}).items():
+    for name, facts in adapter_facts(directory).get("files", {}).items():
         file = directory / name
         if not file.is_file():
             wrong.append(f"{file} is missing")
@@ -91,9 +120,7 @@ def refuse_changed_result(directory: Path) -> None:
             "the result of this training has changed since it was written",
             found="; ".join(wrong),
             ways_out=[
-                "bring it back from a copy",
-                "move it away and repeat the command with --resume_from_checkpoint auto: it is "
-                "written again from the last checkpoint",
+                *AS_IT_WAS_WRITTEN,
                 f"if you changed it yourself: take its name out of {directory / ADAPTER_FACTS}",
             ],
         )

@@ -19,7 +19,7 @@ from ..model.defaults import with_plain_defaults
 from ..progress import Progress, no_progress
 from ..quantization.hf_quantizer import make_saveable
 from ..quantization.load import load_base, with_stored_form
-from .directory import ADAPTER_FACTS, TEMPLATES_AS_TRAINED, Run, refuse_changed_result
+from .directory import TEMPLATES_AS_TRAINED, Run, adapter_facts, refuse_changed_result
 from .source import (
     as_stored,
     base_of_adapter,
@@ -147,9 +147,8 @@ def _load_adapter(
 def refuse_foreign_adapter(path: Path, digest: str, base: str) -> None:
     """Raise ModelError if an adapter says that it was trained on another base than the one of this
     digest."""
-    facts = path / ADAPTER_FACTS
-    if facts.is_file():
-        before = atomic.read_json(facts).get("base_digest", digest)
+    if facts := adapter_facts(path):
+        before = facts.get("base_digest", digest)
         refuse_other_base(digest, before, base, "--allow_other_base true")
 
 
@@ -163,7 +162,7 @@ def run_tokenizer(run: Run) -> Any:
     if (kept := run.path / TEMPLATES_AS_TRAINED).is_file():
         named = atomic.read_json(kept)
         tokenizer.chat_template = named["default"] if set(named) == {"default"} else named
-    expected = atomic.read_json(run.adapter / ADAPTER_FACTS).get("template_sha256")
+    expected = adapter_facts(run.adapter).get("template_sha256")
     if template_digest(tokenizer.chat_template) != expected:
         raise ModelError(
             f"the chat template in {run.adapter} is not the one this adapter was trained with",
