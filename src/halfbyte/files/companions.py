@@ -38,13 +38,20 @@ def companions(directory: Path) -> Iterator[Path]:
 
 
 def copy_companions(
-    source: Path, target: Path, *, tokenizer: bool = True, templates: bool = True
+    source: Path,
+    target: Path,
+    *,
+    tokenizer: bool = True,
+    templates: bool = True,
+    misread: bool | None = None,
 ) -> None:
     """Copy them, whatever they are stored as (links into a Hub cache among it).
 
     Args:
         tokenizer: its files, and the chat templates, too; else licences alone.
         templates: the chat templates, too.
+        misread: whether the class that the tokenizer's settings name makes something else of its
+            file (`files.as_written`); None: it is loaded to see.
 
     Raises:
         StorageError: the disk said no.
@@ -62,12 +69,12 @@ def copy_companions(
                     atomic.write_json(target / place, settings)
                     continue
             shutil.copyfile(source / place, target / place)
-        if tokenizer and (target / SETTINGS).is_file() and _is_misread(source):
+        named = tokenizer and (target / SETTINGS).is_file()
+        if named and (_is_misread(source) if misread is None else misread):
             # a class that reads the file as it is, in every release
             settings = atomic.read_json(target / SETTINGS)
-            atomic.write_json(
-                target / SETTINGS, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
-            )
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            atomic.write_json(target / SETTINGS, settings)
     except OSError as error:
         raise StorageError(f"cannot write to {target}: {error.strerror}") from error
 

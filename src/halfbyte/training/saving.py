@@ -101,7 +101,8 @@ def save_result(
         else:
             _save_masters(learner, target, base)
         own = renderer.has_own_template and config.chat_template is None
-        copy_companions(base, target, templates=own)
+        misread = getattr(renderer.tokenizer, "misread", None)
+        copy_companions(base, target, templates=own, misread=misread)
         if not own:
             write_templates(target, renderer.chat_template)
             atomic.write_json(run.path / TEMPLATES_AS_TRAINED, renderer.templates)
