@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from halfbyte.errors import BusyError, ModelError, UsageError
+from halfbyte.data.dataset import make_renderer
+from halfbyte.errors import BusyError, DataError, ModelError, UsageError
+from halfbyte.files import hub
 from halfbyte.run import checkpoint
 from halfbyte.run.directory import Run
+from halfbyte.run.fingerprint import tokenizer_digest
 from halfbyte.training.resume import Resume, exactness, find_checkpoint
 
 from .fakes import promise_for
@@ -130,3 +133,22 @@ def test_a_checkpoint_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(checkpoint, "check", damaged)
     with pytest.raises(ModelError, match="step-00000002 is damaged"):
         find_checkpoint(run, str(run.checkpoints / "step-00000002"), said.append)
+
+
+def test_rows_that_fail_under_another_template_are_told_so(
+    tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch
+):
+    resume, config = found(tmp_path, monkeypatch), promise_for(tmp_path).config
+    renderer = make_renderer(hub.load_tokenizer(stories), config)
+    info = {
+        "template_sha256": renderer.template_sha256,
+        "tokenizer_sha256": tokenizer_digest(renderer),
+    }
+    monkeypatch.setattr(Run, "info", lambda self: info)
+    error = DataError("no row can be rendered", ways_out=["mend them"])
+    resume.explain(error, config, stories)
+    assert error.ways_out == ("mend them",)
+    info |= {"template_sha256": "another"}
+    resume.explain(error, config, stories)
+    assert error.ways_out[0].startswith(f"bring back the chat template in {stories}")
+    resume.explain(error, config, tmp_path / "gone")  # what cannot be read explains nothing

@@ -1,6 +1,7 @@
 """What a resumed run must share with the run it goes on from, and what may change."""
 
 import difflib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +129,11 @@ def fingerprint(info: dict[str, Any]) -> dict[str, Any]:
         **{name: info["versions"][name] for name in ("torch", "transformers")},
         **rules_of(info),
     }
+
+
+def tokenizer_digest(renderer: Any) -> str:
+    """sha256 of the tokenizer of a `data.renderer.Renderer`, whole."""
+    return hashlib.sha256(renderer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def rendered(info: dict[str, Any]) -> list[int | None]:

@@ -1,15 +1,18 @@
 """A run that goes on: the checkpoint it is taken up from, what may differ, and what is promised."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from ..config.options import FITTED, FREE_ON_RESUME, OF_ADAPTER, REORDERING, TrainConfig
+from ..data.dataset import make_renderer
 from ..engine.learner import Learner
-from ..errors import BusyError, ModelError, UsageError
+from ..errors import BusyError, DataError, HalfbyteError, ModelError, UsageError
+from ..files import hub
 from ..progress import Say
 from ..run import checkpoint
 from ..run.directory import Run
-from ..run.fingerprint import RESHAPING, changes_since, rendered
+from ..run.fingerprint import RESHAPING, changes_since, rendered, tokenizer_digest
 from ..run.load import refuse_other_base
 from .promise import Promise
 
@@ -110,6 +113,20 @@ class Resume:
                 name: getattr(before, name) for name in FITTED if name not in FREE_ON_RESUME
             }
         return options
+
+    def explain(self, error: DataError, config: TrainConfig, base: Path) -> None:
+        """Add to an error over rows what decides what they become and has changed since."""
+        info = self.run.info()
+        with contextlib.suppress(HalfbyteError):
+            renderer = make_renderer(hub.load_tokenizer(base), config)
+            now = {
+                "chat template": (renderer.template_sha256, info["template_sha256"]),
+                "tokenizer": (tokenizer_digest(renderer), info["tokenizer_sha256"]),
+            }
+            changed = [name for name, (is_now, was) in now.items() if is_now != was]
+            if changed:
+                way = f"bring back the {' and the '.join(changed)} in {base}: changed since"
+                error.ways_out = (f"{way} the run began", *error.ways_out)
 
     def compare(self, info: dict[str, Any], config: TrainConfig) -> None:
         """Note what differs from the checkpoint's training.

@@ -4,7 +4,6 @@ What can fail for a reason outside the model (options, output directory, data, t
 checked before the weights are read.
 """
 
-import hashlib
 import math
 import platform
 import shutil
@@ -35,7 +34,7 @@ from ..data.dataset import (
 from ..engine.learner import Learner
 from ..engine.lr_schedule import warmup_steps
 from ..engine.selftest import self_test
-from ..errors import UsageError
+from ..errors import DataError, UsageError
 from ..files import atomic, hub
 from ..files.model_config import computed_by, read_config
 from ..files.publish import reserve
@@ -59,7 +58,7 @@ from ..quantization.load import load_base, with_stored_form
 from ..quantization.weights import QuantReport
 from ..run import checkpoint
 from ..run.directory import EVALS, MEMORY, METRICS, NONFINITE, QUANT_JSON, SAMPLES, Run
-from ..run.fingerprint import rules_of
+from ..run.fingerprint import rules_of, tokenizer_digest
 from ..run.load import refuse_foreign_adapter
 from .promise import Promise
 from .rehearsal import DIRECTORY
@@ -126,9 +125,13 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         promise.change(resume.options_of_data(promise.config))
     # a template that asks for the time sees the run's, so that a resumed run has the same ids
     clock = run.clock() if resume else datetime.now()
-    data = _make_plan(
-        promise, base, read_rows(promise.config, base, reporter, clock), resume, clock
-    )
+    try:
+        data = read_rows(promise.config, base, reporter, clock)
+    except DataError as error:
+        if resume is not None:
+            resume.explain(error, promise.config, base)
+        raise
+    data = _make_plan(promise, base, data, resume, clock)
     # as it was decided: a resumed run holds out the same rows
     promise.change({"eval_split": data.share_held_out})
     config = promise.config
@@ -286,7 +289,6 @@ def _promise(promise: Promise, planner: Planner, plan: MemoryPlan) -> None:
 def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> dict[str, Any]:
     """What `run.json` says of a training before it is loaded."""
     device = choose_device(config.device)
-    tokenizer = data.renderer.tokenizer.backend_tokenizer.to_str()
     named = ("halfbyte", "torch", "transformers", "safetensors")
     on_gpu = device.type == "cuda"
     capability = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -309,7 +311,7 @@ def record_of(config: TrainConfig, base: Path, data: Data, total_steps: int) -> 
         "passes_apart": rotated_apart(base, data),
         "warmup_steps": warmup_steps(config, total_steps),
         "template_sha256": data.renderer.template_sha256,
-        "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
+        "tokenizer_sha256": tokenizer_digest(data.renderer),
         "total_steps": total_steps,
         "clock": data.renderer.clock.isoformat(),
         "changes": [],
