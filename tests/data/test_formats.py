@@ -292,3 +292,12 @@ def test_a_message_is_no_row(row: dict[str, str]):
     with pytest.raises(DataError, match="this is a message") as caught:
         format_of(row, "file:1")
     assert "a list of its own" in str(caught.value)
+
+
+def test_a_row_without_the_column_of_those_before_it_says_which_it_has(tmp_path: Path):
+    (tmp_path / "r.jsonl").write_text(
+        json.dumps({"messages": [Q, A]}) + "\n" + json.dumps({"question": "a", "truth": "b"}) + "\n"
+    )
+    with pytest.raises(DataError, match="a row without 'messages'") as caught:
+        read_examples(tmp_path / "r.jsonl")
+    assert "question, truth" in caught.value.found

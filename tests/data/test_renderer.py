@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.data.formats import Example, read_examples
-from halfbyte.data.renderer import Renderer
+from halfbyte.data.renderer import EMPTY_REASONING, Renderer
 from halfbyte.errors import DataError
 from halfbyte.files import hub
 
@@ -187,3 +187,26 @@ def test_pieces_show_the_whole_row_once(stories: Path):
     pieces = renderer.pieces(row)
     assert "".join(text for text, _ in pieces) == renderer.tokenizer.decode(row.input_ids)
     assert [(t, k) for t, k in pieces if k != "read"] == [("yo", "trained"), ("</s>", "end")]
+
+
+def test_an_empty_thinking_block_that_is_trained_is_said(tmp_path: Path, stories: Path):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A: "
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+        "{% elif '<think>' not in m.content %}<think>\n\n</think>{% endif %}{{ m.content }}</s>"
+        "{% else %}Q: {{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A: {% if plain is defined and plain %}<think>\n\n</think>"
+        "{% endif %}{% endif %}"
+    )
+    tokenizer = hub.load_tokenizer(stories)
+    bare = Example("1", [Q, A])
+    for row, kwargs, said in (
+        (bare, {}, 1),
+        (bare, {"plain": True}, 0),  # it is asked with it
+        (Example("2", [Q, {**A, "reasoning_content": "so"}]), {}, 0),
+        (Example("3", [Q, {**A, "content": "<think></think>ho"}]), {}, 0),  # the row's own
+    ):
+        renderer = Renderer(tokenizer, template, template_kwargs=kwargs)
+        rows = [renderer.encode([row])[0] for _ in range(3)]
+        renderer.learn_ends(rows)
+        assert renderer.noticed[EMPTY_REASONING] == 3 * said, "our own example is no row"

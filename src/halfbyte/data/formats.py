@@ -249,12 +249,23 @@ def _conversation(
     return Example(where, messages, tools=read_tools(row, where), untrained=untrained)
 
 
+def _turns_of(row: dict[str, Any], column: str, where: str) -> Any:
+    if column not in row:
+        raise DataError(
+            f"a row without {column!r}, which the rows before it have",
+            where=where,
+            found=", ".join(map(str, row))[:400] or "no columns",
+        )
+    return row[column]
+
+
 def _from_messages(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
-    return _conversation(row, row.get("messages"), where, "messages", dropped)
+    return _conversation(row, _turns_of(row, "messages", where), where, "messages", dropped)
 
 
 def _from_sharegpt(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:
-    return _conversation(row, row.get("conversations"), where, "conversations", dropped)
+    turns = _turns_of(row, "conversations", where)
+    return _conversation(row, turns, where, "conversations", dropped)
 
 
 def _from_alpaca(row: dict[str, Any], where: str, dropped: frozenset[str]) -> Example:

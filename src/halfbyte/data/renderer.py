@@ -12,6 +12,7 @@ against and what ends it are one conversation seen four times, and are only righ
 
 import functools
 import itertools
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -229,6 +230,8 @@ class Renderer:
             return error
         for what in unread:
             self._notice(f"rows hold what the template does not write: {what}")
+        if any(map(_trains_empty_reasoning, texts)):
+            self._notice(EMPTY_REASONING)
         if len(texts) > 1:
             self._notice(SPLIT)
             self._notice(PARTS, len(texts))
@@ -463,11 +466,15 @@ class Renderer:
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": "answer"},
         ]
+        noticed = Counter(self.noticed)
         try:
             (row,) = self.encode([Example("the template's own example", turns)])
         # texts are trained without a template: one that cannot be used then ends nothing
         except DataError:
             return set()
+        finally:  # it is no row of theirs
+            self.noticed.clear()
+            self.noticed.update(noticed)
         return self._ends_of(row)
 
     def learn_ends(self, rows: Iterable[TokenizedExample]) -> None:
@@ -492,6 +499,24 @@ class Renderer:
 
 ASKED_FOR_ENDS = 64
 """Rows."""
+
+
+EMPTY_REASONING = (
+    "rows train an empty thinking block, which the template writes into answers without reasoning: "
+    "the model learns to think nothing where it is not told so "
+    "(--chat_template_kwargs '{\"enable_thinking\": false}', where the template reads that, asks "
+    "without thinking and leaves the block untrained)"
+)
+_EMPTY_BLOCK = re.compile(r"<(?P<name>(?:seed:)?think(?:ing)?)>\s*</(?P=name)>")
+
+
+def _trains_empty_reasoning(text: Text) -> bool:
+    """Whether a thinking block with nothing in it is trained that the row does not hold."""
+    return any(
+        not any(start < match.end() and match.start() < stop for start, stop in text.data)
+        for begin, end in text.trained
+        for match in _EMPTY_BLOCK.finditer(text.text, begin, end)
+    )
 
 
 SPLIT = "conversations became"
