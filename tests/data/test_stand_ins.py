@@ -1,14 +1,16 @@
 """A row's text never becomes a control token, whatever characters it holds."""
 
+import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from halfbyte.data.formats import Example
 from halfbyte.data.renderer import Renderer
 from halfbyte.data.stand_ins import BASES, StandIns
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, ModelError
 from halfbyte.files import hub
 
 from ..helpers import A
@@ -54,3 +56,17 @@ def test_a_row_of_all_planes_is_refused(stories: Path):
     stand_ins = StandIns(tokenizer, special)
     with pytest.raises(DataError, match="all private"):
         stand_ins.show("".join(chr(base) for base in BASES), [])
+
+
+def test_a_tokenizer_that_cannot_be_read_again_is_damaged(stories: Path):
+    tokenizer = hub.load_tokenizer(stories)
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = whole["model"]["vocab"]
+    whole["model"]["merges"] = [["q", "qqqq"]] if isinstance(vocabulary, dict) else None
+    broken = SimpleNamespace(
+        backend_tokenizer=SimpleNamespace(to_str=lambda: json.dumps(whole)),
+        name_or_path="here",
+        added_tokens_decoder={},
+    )
+    with pytest.raises(ModelError, match="the tokenizer in here is damaged"):
+        StandIns(broken, {})

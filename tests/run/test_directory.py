@@ -17,6 +17,7 @@ from halfbyte.run.directory import (
     files_of_result,
     refuse_changed_result,
 )
+from halfbyte.run.load import run_tokenizer
 
 RECORD = {
     "config": {"a": 0.1},
@@ -120,3 +121,13 @@ def test_any_flip_of_what_a_result_says_of_itself_is_found(trained_run: Run, tmp
             assert after.keys() == before.keys() or after == before
             unseen += after == before
     assert unseen < len(raw) / 2, "white space"
+
+
+def test_a_tokenizer_that_changed_is_named_before_it_is_read(trained_run: Run, tmp_path: Path):
+    run = Run(Path(shutil.copytree(trained_run.path, tmp_path / "run")))
+    run_tokenizer(run)
+    file = run.adapter / "tokenizer.json"
+    file.write_text(file.read_text().replace('"merges"', '"mergez"'))
+    with pytest.raises(ModelError, match="has changed") as caught:
+        run_tokenizer(run)
+    assert "tokenizer.json" in caught.value.found

@@ -238,11 +238,12 @@ def trial(
 
 
 def again(world: World, use: str, file: Path, expected: str) -> str:
-    """What is wrong where the damage is taken back."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(world.kept / file.relative_to(world.home), file)
+    """What is wrong where the damage is taken back; where the command removed what it belongs to,
+    so that it is made anew, that is enough."""
+    if file.parent.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+        shutil.copy2(world.kept / file.relative_to(world.home), file)
     line, outcome = USES[use](world.home)
     code = world.run(line)
     if code:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import DataError
+from ..errors import DataError, ModelError, first_line
 from .turns import Span, pattern_of
 
 BASES = (0xF0000, 0x100000, 0x40000, 0x50000, 0x60000, 0x70000, 0x80000, 0x90000)
@@ -90,7 +90,14 @@ class StandIns:
 
     def _make(self, base: int) -> tuple[Tokenizer, list[int]]:
         """A tokenizer, and for each of its ids the model's."""
-        backend = Tokenizer.from_str(_untrimmed(self._tokenizer.backend_tokenizer.to_str()))
+        written = self._tokenizer.backend_tokenizer.to_str()
+        try:
+            backend = Tokenizer.from_str(_untrimmed(written))
+        except Exception as error:  # the library raises nothing else
+            raise ModelError(
+                f"the tokenizer in {self._tokenizer.name_or_path} is damaged",
+                found=first_line(error)[:300],
+            ) from error
         backend.no_padding()
         backend.no_truncation()
         original: dict[int, int] = {}

@@ -156,8 +156,9 @@ def run_tokenizer(run: Run) -> Any:
     """The tokenizer of a run, with the chat template it was trained with.
 
     Raises:
-        ModelError: the template beside the adapter is another one.
+        ModelError: the template beside the adapter is another one, or the result has changed.
     """
+    refuse_changed_result(run.adapter, weights=False)
     tokenizer = hub.load_tokenizer(run.adapter)
     if (kept := run.path / TEMPLATES_AS_TRAINED).is_file():
         named = atomic.read_json(kept)
