@@ -1,6 +1,7 @@
 """A real chat model end to end beside the article's script, on the same rows, in one run.
 
     python bench/real.py --model SMOLLM2 --data ROWS.jsonl [--rounds 3] [--seeds 3] [--steps 30]
+        [--only halfbyte bitsandbytes_peft_trl]
 
 ``step``: tokens a second and peak memory of a step at 512 tokens: halfbyte, the article's script
 (bitsandbytes + PEFT) and LoRA on bf16, alternating, medians.
@@ -11,12 +12,14 @@ first step can begin, tokens a second of a step, peak anonymous memory of the wh
 second of an answer, and the loss per supervised token of held-out rows before and after, each in
 the form the contestant has (4 or 16 bits). A tenth of the rows is held out of all of it. Of
 halfbyte beside these its own last word, what transformers says in fp32 of the untouched model and
-of the merged one on the held-out rows, and the merges' receipt.
+of the merged one on the held-out rows (the last word is right where it says the same, or "no
+better" of a difference that may be luck), and the merges' receipt.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import sys
@@ -93,17 +96,24 @@ def divide(model: Path, data: Path, place: Path) -> None:
 
 def loss(model: Any, rows: list[tuple[list[int], list[bool]]]) -> float:
     """transformers' loss per supervised token."""
+    sums, counts = row_sums(model, rows)
+    return sum(sums) / sum(counts)
+
+
+def row_sums(model: Any, rows: list[tuple[list[int], list[bool]]]) -> tuple[list[float], list[int]]:
+    """transformers' loss of each row, and its supervised tokens."""
     import torch
 
-    total, count = 0.0, 0
+    sums: list[float] = []
+    counts: list[int] = []
     model.eval()
     for ids, mask in rows:
         labels = torch.tensor([[i if m else -100 for i, m in zip(ids, mask, strict=True)]])
         kept = int((labels[:, 1:] != -100).sum())
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=_in_bf16(model)):
-            total += float(model(input_ids=torch.tensor([ids]), labels=labels).loss) * kept
-        count += kept
-    return total / count
+            sums.append(float(model(input_ids=torch.tensor([ids]), labels=labels).loss) * kept)
+        counts.append(kept)
+    return sums, counts
 
 
 def _in_bf16(model: Any) -> bool:
@@ -172,22 +182,35 @@ def by_halfbyte(model: Path, place: Path, seed: int, steps: int) -> dict[str, An
         "after": after,
         "said": said,
         "neutral_kl": info["judged"]["neutral"]["kl"],
+        "difference": info["judged"]["difference"],
         "transformers": judged,
-        "right": (said == "better") == (judged["onto trained"] < judged["start"]),
+        "right": said == judged["verdict"] or (said, judged["luck"]) == ("no better", True),
         "recommended": receipt.recommended,
         "merges": {name: each.loss for name, each in receipt.comparisons.items()},
     }
 
 
-def transformers_say(start: Path, merged: Path, rows: Any) -> dict[str, float]:
-    """The loss of the untouched model and of the merged one, in fp32."""
+def transformers_say(start: Path, merged: Path, rows: Any) -> dict[str, Any]:
+    """The loss of the untouched model and of the merged one, in fp32; which is better (whatever
+    the interval), and whether their difference may be luck: the 95 % interval of the mean over
+    rows holds zero."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    found = {}
+    sums, counts = {}, [1]
     for name, path in (("start", start), ("onto trained", merged)):
-        found[name] = loss(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), rows)
-    return found
+        net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        sums[name], counts = row_sums(net, rows)
+    gaps = [after - before for before, after in zip(*sums.values(), strict=True)]
+    mean = sum(gaps) / sum(counts)
+    spread = sum((gap - mean * n) ** 2 for gap, n in zip(gaps, counts, strict=True))
+    half = 2.05 * math.sqrt(spread * len(gaps) / (len(gaps) - 1)) / sum(counts)  # Student's, 28
+    return {
+        **{name: sum(each) / sum(counts) for name, each in sums.items()},
+        "difference": [mean, half],
+        "verdict": "better" if mean < 0 else "worse",
+        "luck": abs(mean) < half,
+    }
 
 
 def by_peer(who: str, model: Path, place: Path, seed: int, steps: int) -> dict[str, Any]:
@@ -283,6 +306,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--child")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -302,9 +326,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             divide(given.model, given.data, Path(place))
             more = [*where, "--data", place, "--steps", str(given.steps)]
-            runs = in_turns(TRAINERS, given.seeds, lambda who, turn: [*more, "--seed", str(turn)])
+            trainers = tuple(given.only)
+            runs = in_turns(trainers, given.seeds, lambda who, turn: [*more, "--seed", str(turn)])
         report["train"] = medians(runs)
-        report["train times"] = compare(report["train"])
+        if "halfbyte" in runs:
+            report["train times"] = compare(report["train"])
         report["runs"] = runs
     print(json.dumps(report, indent=1))
 

@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
+from halfbyte.data.encoder import SHARED as ENCODED_APART
 from halfbyte.data.formats import Example, read_examples
 from halfbyte.data.renderer import EMPTY_REASONING, Renderer
 from halfbyte.errors import DataError
@@ -210,3 +214,45 @@ def test_an_empty_thinking_block_that_is_trained_is_said(tmp_path: Path, stories
         rows = [renderer.encode([row])[0] for _ in range(3)]
         renderer.learn_ends(rows)
         assert renderer.noticed[EMPTY_REASONING] == 3 * said, "our own example is no row"
+
+
+def test_characters_that_the_tokenizer_drops_are_refused_by_name():
+    """A BPE without bytes and without an unknown token leaves them out, and offsets go on."""
+    letters = {letter: number for number, letter in enumerate("abcdefgh ")}
+    backend = Tokenizer(BPE(vocab={**letters, "</s>": len(letters)}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    renderer = Renderer(tokenizer)
+    (row,) = renderer.encode([Example("1", prompt="ab ", completion="cd")])
+    assert row.loss_mask == [False, False, False, True, True, True]
+    rows, bad = renderer.encode_each(
+        [Example("1", prompt="ab", completion="c"), Example("2", prompt="aéb§", completion="c")]
+    )
+    assert len(rows) == 1 and [error.where for error in bad] == ["2"]
+    assert "no token for 2" in str(bad[0]) and "é (U+00E9)" in str(bad[0])
+
+
+def test_a_prompt_is_trained_as_it_is_asked(stories: Path):
+    """Where one token would hold its end and the beginning of the answer they are cut apart."""
+    renderer = Renderer(hub.load_tokenizer(stories))
+    found = 0
+    whole = "Once upon a time there was a little girl who liked to play outside"
+    for place in range(1, len(whole)):
+        prompt, completion = whole[:place], whole[place:]
+        (row,) = renderer.encode([Example("1", prompt=prompt, completion=completion)])
+        asked = renderer.prompt_ids(prompt)
+        assert row.input_ids[: len(asked)] == asked, (prompt, completion)
+        assert not any(row.loss_mask[: len(asked)]) and all(row.loss_mask[len(asked) :])
+        found += row.input_ids[:-1] != renderer.prompt_ids(whole)
+    assert found and renderer.noticed[ENCODED_APART] == found
+
+
+def test_rows_with_tools_are_written_by_the_template_for_tools(stories: Path):
+    tokenizer = hub.load_tokenizer(stories)
+    plain = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    tokenizer.chat_template = {"default": plain, "tool_use": "T{{ tools[0].name }}:" + plain}
+    renderer = Renderer(tokenizer, assistant_only=False)
+    assert renderer.render([Q, A]) == f"{Q['content']}</s>{A['content']}</s>"
+    with_tools = Example("1", [Q, A], tools=[{"name": "clock"}])
+    assert "".join(piece.text for piece in renderer.segments(with_tools)).startswith("Tclock:")
+    (row,) = renderer.encode([with_tools])
+    assert tokenizer.decode(row.input_ids).lstrip("<s> ").startswith("Tclock:")
