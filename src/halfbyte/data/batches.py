@@ -84,6 +84,8 @@ def prepare(
             where=rows.where(first),
             ways_out=["raise --max_length", "or choose --over_length truncate or drop"],
         )
+    if not long.any():
+        return _uncut(rows, lengths, max_length)
     limit = min(max_length, int(lengths.max(initial=1)))  # which 32 bits hold
     divided = long & rows.texts if over_length == "truncate" else numpy.zeros_like(long)
     pieces = numpy.where(divided, -(-lengths // limit), 1).astype(numpy.int32)
@@ -102,13 +104,7 @@ def prepare(
     unsupervised = [cut.where(int(i)) for i in numpy.flatnonzero(trained == 0)]
     kept = numpy.flatnonzero(trained)
     if not len(kept):
-        raise DataError(
-            f"none of {len(rows)} rows is left",
-            found=f"{len(left_out)} too long, {len(unsupervised)} without a trained token "
-            f"within max_length {max_length}",
-            where=(left_out + unsupervised)[0] if len(rows) else "",
-            ways_out=["raise --max_length", "or look at the rows: the answer must lie within it"],
-        )
+        raise _none_left(len(rows), left_out, unsupervised, max_length)
     truncated = (trained > 0) & long[chosen] & ~divided[chosen]
     return Prepared(
         cut if len(kept) == len(cut) else cut.chosen(kept),
@@ -121,6 +117,35 @@ def prepare(
         parts=int(pieces[divided].sum()),
         dropped_long=left_out,
         dropped_unsupervised=unsupervised,
+    )
+
+
+def _uncut(rows: Rows, lengths: Array, max_length: int) -> Prepared:
+    """Rows of which none is too long, each with something to learn."""
+    every = numpy.arange(len(rows), dtype=numpy.int32)
+    trained, _ = _trained_tokens(
+        rows, every, numpy.broadcast_to(every[:1] * 0, lengths.shape), lengths
+    )
+    unsupervised = [rows.where(int(i)) for i in numpy.flatnonzero(trained == 0)]
+    if len(unsupervised) == len(rows):
+        raise _none_left(len(rows), [], unsupervised, max_length)
+    return Prepared(
+        rows.chosen(numpy.flatnonzero(trained)) if unsupervised else rows,
+        given=len(rows),
+        supervised=int(trained.sum()),
+        dropped_unsupervised=unsupervised,
+    )
+
+
+def _none_left(
+    count: int, left_out: list[str], unsupervised: list[str], max_length: int
+) -> DataError:
+    return DataError(
+        f"none of {count} rows is left",
+        found=f"{len(left_out)} too long, {len(unsupervised)} without a trained token within "
+        f"max_length {max_length}",
+        where=(left_out + unsupervised)[0] if count else "",
+        ways_out=["raise --max_length", "or look at the rows: the answer must lie within it"],
     )
 
 

@@ -1,6 +1,7 @@
 """Which rows are held out: a function of what they hold and a seed, whatever their order."""
 
 import hashlib
+import struct
 from typing import Any
 
 import numpy
@@ -17,28 +18,38 @@ def held_by_default(rows: int) -> int:
 
 def row_digests(rows: Rows, salt: str, length: int | None) -> numpy.ndarray[Any, Any]:
     """The first 16 bytes of each row's sha256: of a salt, and of its first ``length`` ids (None:
-    all). Big-endian uint64 [rows, 2], the higher half first."""
-    found, at = bytearray(16 * len(rows)), 0
+    all). uint64 [rows, 2], the higher half first; each half lies in one piece."""
+    found, at = numpy.empty((len(rows), 2), numpy.uint64, order="F"), 0
     for of, begins, marked in rows.chunks():
         ids = (marked & (TRAINED - 1)).astype("<i8")
         for index in range(of.stop - of.start):
             row = ids[begins[index] : begins[index + 1]][:length]
-            found[at : at + 16] = hashlib.sha256(salt.encode() + row.tobytes()).digest()[:16]
-            at += 16
-    return numpy.frombuffer(found, ">u8").reshape(-1, 2)
+            digest = hashlib.sha256(salt.encode() + row.tobytes()).digest()
+            found[at] = struct.unpack(">QQ", digest[:16])
+            at += 1
+    return found
 
 
 def count_distinct(digests: numpy.ndarray[Any, Any]) -> int:
     """How many different ones there are."""
-    order, differ = _order(digests), numpy.zeros(max(len(digests) - 1, 0), bool)
-    for half in (0, 1):
-        ordered = digests[:, half][order]
-        differ |= ordered[1:] != ordered[:-1]
+    differ = _steps(digests[:, 0], order := _order(digests))
+    differ |= _steps(digests[:, 1], order)
     return len(digests[:1]) + int(differ.sum())
 
 
 def _order(digests: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
-    return numpy.lexsort((digests[:, 1], digests[:, 0]))
+    """By the digest, equal ones by their place."""
+    order = numpy.argsort(digests[:, 0], kind="stable")
+    same = ~_steps(digests[:, 0], order)
+    same &= _steps(digests[:, 1], order)
+    # 64 bits that are equal by chance are not to be expected of any data
+    return numpy.lexsort((digests[:, 1], digests[:, 0])) if same.any() else order
+
+
+def _steps(half: numpy.ndarray[Any, Any], order: numpy.ndarray[Any, Any]) -> Any:
+    """Whether each differs from the one before it in an order, but for the first."""
+    ordered = half[order]
+    return ordered[1:] != ordered[:-1]
 
 
 def hold_out(
@@ -56,12 +67,13 @@ def hold_out(
     count = len(rows)
     wanted = max(share > 0, round(share * count)) if share < 1 else int(share)
     wholes = rows.wholes
-    last = numpy.searchsorted(wholes, wholes, "right") - 1  # of the same conversation
+    if (wholes[1:] == wholes[:-1]).any():  # answers of one conversation go by the last
+        digests = digests[numpy.searchsorted(wholes, wholes, "right") - 1]
     del wholes
-    order = _order(digests[last]) if (last != numpy.arange(count)).any() else _order(digests)
+    order = _order(digests)
 
     def judged(place: int) -> list[int]:
-        return digests[last[order[place]]].tolist()
+        return digests[order[place]].tolist()
 
     while 0 < wanted < count and judged(wanted) == judged(wanted - 1):
         wanted += 1

@@ -52,7 +52,7 @@ class Rows(Sequence[TokenizedExample]):
     @abstractmethod
     def wholes(self) -> numpy.ndarray[Any, Any]:
         """For each row the number of the conversation it is an answer of, equal for all answers of
-        one, in the order of the rows: int64 [rows]."""
+        one, in the order of the rows: int32 [rows]."""
 
     @abstractmethod
     def marked(self, index: int) -> numpy.ndarray[Any, Any]:
@@ -83,7 +83,7 @@ class Rows(Sequence[TokenizedExample]):
     def chosen(self, indices: "numpy.ndarray[Any, Any] | Sequence[int]") -> "Selection":
         """Some of the rows, whole."""
         chosen = numpy.asarray(indices, numpy.int32)
-        return Selection(self, chosen, numpy.zeros_like(chosen), self.lengths[chosen])
+        return Selection(self, chosen, _zeros(chosen), self.lengths[chosen])
 
     def chunks(self) -> Iterator[tuple[slice, numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]]:
         """All rows, some at a time: which, where each begins in their ids (and the end of the
@@ -123,7 +123,7 @@ class StoredRows(Rows):
         for file in (self._ids, self._sources):
             weakref.finalize(self, file.close)
         self._starts, self._places = array("q", [0]), array("q", [0])
-        self._texts, self._wholes = bytearray(), array("q")
+        self._texts, self._wholes = bytearray(), array("i")
         self._part_of = ""
         self.highest = 0
         """The highest id of all."""
@@ -135,7 +135,8 @@ class StoredRows(Rows):
         """The rows of a directory. index: what was in memory (`arrays`)."""
         rows = cls(place)
         rows._starts, rows._places, rows._wholes = (
-            array("q", index[name].tobytes()) for name in ("starts", "places", "wholes")
+            array(kind, index[name].tobytes())
+            for kind, name in (("q", "starts"), ("q", "places"), ("i", "wholes"))
         )
         rows._texts = bytearray(index["texts"].tobytes())
         rows.highest = highest
@@ -219,7 +220,7 @@ class StoredRows(Rows):
 
     @property
     def wholes(self) -> numpy.ndarray[Any, Any]:
-        return numpy.array(self._wholes, numpy.int64)
+        return numpy.array(self._wholes, numpy.int32)
 
     def marked(self, index: int) -> numpy.ndarray[Any, Any]:
         return self._read(index, index + 1)
@@ -263,7 +264,7 @@ class Selection(Rows):
         stops: numpy.ndarray[Any, Any],
         parts: numpy.ndarray[Any, Any] | None = None,
     ) -> None:
-        parts = numpy.zeros_like(chosen) if parts is None else parts
+        parts = _zeros(chosen) if parts is None else parts
         if isinstance(rows, Selection):
             starts, stops = starts + rows._starts[chosen], stops + rows._starts[chosen]
             parts = numpy.where(parts, parts, rows._parts[chosen])
@@ -301,6 +302,11 @@ class Selection(Rows):
         if part := self._parts[index]:  # it was made of none
             return TokenizedExample(f"{whole.where} part {part}", ids, mask)
         return replace(whole, input_ids=ids, loss_mask=mask)
+
+
+def _zeros(like: Array) -> Array:
+    """As many zeros, which take no memory."""
+    return numpy.broadcast_to(numpy.int32(0), like.shape)
 
 
 def as_rows(rows: Sequence[TokenizedExample]) -> Rows:
