@@ -125,13 +125,7 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
         promise.change(resume.options_of_data(promise.config))
     # a template that asks for the time sees the run's, so that a resumed run has the same ids
     clock = run.clock() if resume else datetime.now()
-    try:
-        data = read_rows(promise.config, base, reporter, clock)
-    except DataError as error:
-        if resume is not None:
-            resume.explain(error, promise.config, base)
-        raise
-    data = _make_plan(promise, base, data, resume, clock)
+    data = _make_plan(promise, base, _rows(promise, base, resume, clock), resume, clock)
     # as it was decided: a resumed run holds out the same rows
     promise.change({"eval_split": data.share_held_out})
     config = promise.config
@@ -183,6 +177,15 @@ def set_up(promise: Promise, trackers: Trackers) -> Setup:
 
 
 # --- rows and plan --------------------------------------------------------------------------------
+
+
+def _rows(promise: Promise, base: Path, resume: Resume | None, clock: datetime) -> Data:
+    try:
+        return read_rows(promise.config, base, promise.reporter, clock)
+    except DataError as error:
+        if resume is not None:
+            resume.explain(error, promise.config, base)
+        raise
 
 
 def read_rows(
