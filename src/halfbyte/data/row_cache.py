@@ -50,29 +50,35 @@ class TokenizedData:
 class Making:
     """Rows that are being made, and how far that is. place: where that is noted now and then, so
     that a command that was interrupted is gone on from; None: nowhere. read: examples of the source
-    that rows were made of, or refused. noticed: what people should be told of them."""
+    that rows were made of, or refused. noticed: what people should be told of them. hashed: sha256
+    of the beginning of each file of the rows, and how much of it that is."""
 
     rows: StoredRows
     place: Path | None = None
     read: int = 0
     refused: list[DataError] = field(default_factory=list)
     noticed: Counter[str] = field(default_factory=Counter)
+    hashed: "dict[str, tuple[hashlib._Hash, int]]" = field(default_factory=dict)
 
     def note(self) -> None:
         """Note how far it is."""
         if self.place is None:
             return
+        for name, size in self.rows.sizes().items():
+            digest, before = self.hashed.get(name, (hashlib.sha256(), 0))
+            self.hashed[name] = _hashed_on(digest, self.place / name, before, size), size
         facts = {
             "highest": self.rows.highest,
             "read": self.read,
             "refused": list(map(_values, self.refused)),
             "noticed": dict(self.noticed),
-            "digests": _digests(self.place, self.rows.sizes()),
+            "digests": _hexdigests(self.hashed),
         }
         raw = numpy.frombuffer(json.dumps(facts).encode(), numpy.uint8)
         building = self.place / f".{SO_FAR}"
-        with contextlib.suppress(OSError), building.open("wb") as file:  # it costs nothing but time
-            numpy.savez(file, facts=raw, **self.rows.arrays())
+        with contextlib.suppress(OSError):  # it costs nothing but time
+            with building.open("wb") as file:
+                numpy.savez(file, facts=raw, **self.rows.arrays())
             building.replace(self.place / SO_FAR)
 
     @classmethod
@@ -82,10 +88,15 @@ class Making:
             with (place / SO_FAR).open("rb") as file, numpy.load(file) as index:
                 facts = json.loads(index["facts"].tobytes())
                 rows = StoredRows.opened(place, index, facts["highest"])
-            if facts["digests"] == _digests(place, rows.sizes()):
+            hashed = {
+                name: (_hashed_on(hashlib.sha256(), place / name, 0, size), size)
+                for name, size in rows.sizes().items()
+            }
+            if facts["digests"] == _hexdigests(hashed):
                 rows.go_on()
                 refused = list(map(_error, facts["refused"]))
-                return cls(rows, place, facts["read"], refused, Counter(facts["noticed"]))
+                noticed = Counter[str](facts["noticed"])
+                return cls(rows, place, facts["read"], refused, noticed, hashed)
         except (HalfbyteError, OSError, KeyError, TypeError, ValueError, EOFError, BadZipFile):
             pass  # none, or damaged
         shutil.rmtree(place, ignore_errors=True)
@@ -186,17 +197,18 @@ def _error(values: list[Any]) -> DataError:
     return DataError(what, where=where, found=found, expected=expected, ways_out=ways_out)
 
 
-def _digests(place: Path, sizes: dict[str, int]) -> dict[str, str]:
-    """sha256 of the beginnings of some files."""
-    found = {}
-    for name, size in sizes.items():
-        digest = hashlib.sha256()
-        with (place / name).open("rb") as file:
-            while part := file.read(min(size, 1 << 20)):
-                digest.update(part)
-                size -= len(part)
-        found[name] = digest.hexdigest() if not size else ""
-    return found
+def _hashed_on(digest: "hashlib._Hash", file: Path, start: int, stop: int) -> "hashlib._Hash":
+    """A digest with a part of a file, as far as it is there."""
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while part := stream.read(min(stop - start, 1 << 20)):
+            digest.update(part)
+            start += len(part)
+    return digest
+
+
+def _hexdigests(hashed: "dict[str, tuple[hashlib._Hash, int]]") -> dict[str, str]:
+    return {name: digest.hexdigest() for name, (digest, _) in hashed.items()}
 
 
 def _digest(facts: dict[str, Any]) -> str:
