@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from halfbyte.config.options import DataOptions
 from halfbyte.data.dataset import data_lines, examples_of, read_data, source_digest
@@ -46,6 +47,22 @@ def test_files_of_one_part_are_taken():
     assert "--dataset_train_split test" in str(caught.value)
     with pytest.raises(DataError, match="no part 'train'"):
         of_part(names[1:3], "train", "the folder x")
+
+
+def test_parts_may_have_names_of_their_own():
+    names = ["train_sft.jsonl", "train_gen.jsonl", "test_sft-00000-of-00001.jsonl"]
+    assert of_part(names, "train_sft", "x") == [0] and of_part(names, "test_sft", "x") == [2]
+    assert of_part(names, "train", "x") == [0, 1]
+
+
+def test_a_saved_set_is_read_by_its_own_names(tmp_path: Path, stories: Path):
+    rows = Dataset.from_list([{"messages": [Q, A]}])
+    saved = DatasetDict({"train_sft": rows, "test_sft": rows, "dev": rows})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    options = DataOptions(dataset_train_split="train_sft")
+    assert len(read_data(str(tmp_path / "saved"), options, stories).train.rows) == 1
+    assert not files_left_out(str(tmp_path / "saved"), "train_sft")
+    assert source_digest(examples_of(str(tmp_path / "saved"), options))
 
 
 def talk(answer: str) -> str:

@@ -113,3 +113,11 @@ def test_a_process_that_was_stopped_with_its_parent_is_waited_for(monkeypatch: p
     threading.Timer(1.5, os.kill, (template._child, signal.SIGCONT)).start()
     (answer,) = template.render(request)
     assert isinstance(answer, Rendering) and answer.text == "a"
+
+
+def test_what_a_script_gives_a_template_is_plain_values():
+    given = {"given": Path("/"), "kind": 1}
+    process = TemplateProcess("{{ given.name is defined }} {{ kind }}", given, datetime(2001, 2, 3))
+    (found,) = process.render([Request([])])
+    process.close()
+    assert isinstance(found, Rendering) and found.text == "False 1"

@@ -123,9 +123,8 @@ def prepare(
 def _uncut(rows: Rows, lengths: Array, max_length: int) -> Prepared:
     """Rows of which none is too long, each with something to learn."""
     every = numpy.arange(len(rows), dtype=numpy.int32)
-    trained, _ = _trained_tokens(
-        rows, every, numpy.broadcast_to(every[:1] * 0, lengths.shape), lengths
-    )
+    none = numpy.broadcast_to(numpy.int32(0), lengths.shape)
+    trained, _ = _trained_tokens(rows, every, none, lengths)
     unsupervised = [rows.where(int(i)) for i in numpy.flatnonzero(trained == 0)]
     if len(unsupervised) == len(rows):
         raise _none_left(len(rows), [], unsupervised, max_length)

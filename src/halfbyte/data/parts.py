@@ -18,9 +18,12 @@ PARTS = {
 def part_of(name: str) -> str:
     """The part that a file's name (its path in the folder) says it is; "" where it says none, or
     several."""
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    found = {PARTS[word] for word in words if word in PARTS}
+    found = {PARTS[word] for word in _words(name) if word in PARTS}
     return found.pop() if len(found) == 1 else ""
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower())
 
 
 def of_part(names: Sequence[str], part: str, where: str) -> list[int]:
@@ -37,6 +40,9 @@ def of_part(names: Sequence[str], part: str, where: str) -> list[int]:
     chosen = [
         i for i, found in enumerate(parts) if found == wanted or (not found and wanted == TRAIN)
     ]
+    if wanted not in PARTS.values():  # a name of their own, such as train_sft
+        own = f" {' '.join(_words(part))} "
+        chosen = [i for i, name in enumerate(names) if own in f" {' '.join(_words(name))} "]
     if not chosen:
         raise DataError(
             f"{where} has no part {part!r}",

@@ -53,6 +53,8 @@ def files_of(source: str, split: str = TRAIN) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         files, names = _in_folder(path)
+        if _is_saved(path):  # which has its own names for its parts
+            return files
         return [files[i] for i in of_part(names, split, f"the folder {path}")]
     if path.exists():
         if not path.is_file():  # nobody waits for a pipe
@@ -99,13 +101,13 @@ def files_left_out(data: str | Path, split: str) -> list[str]:
         several = path.is_dir() and not _is_saved(path)
         if several or (not path.exists() and any(character in source for character in "*?[")):
             names = (_in_folder(path) if several else _fitting(source))[1]
-            chosen = of_part(names, split, source)
+            chosen = set(of_part(names, split, source))
             found += [names[i] for i in range(len(names)) if i not in chosen]
         for file in files_of(source, split):
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
                     names = _members(archive)
-                chosen = of_part(names, split, str(file))
+                chosen = set(of_part(names, split, str(file)))
                 found += [f"{file.name}/{names[i]}" for i in range(len(names)) if i not in chosen]
     return found
 

@@ -349,7 +349,7 @@ class _Program:  # pragma: no cover
         self.plain.environment.__class__ = Sandbox
         self.tracker: Tracker | None = None
         self._track = lambda: Tracker(template, compiled, clock)
-        self.variables = variables
+        self.variables = plain(variables)  # which came with the fork, from a script perhaps
 
     def render(self, request: Request) -> Rendering:
         """The rendering of the first variant that the template takes."""
