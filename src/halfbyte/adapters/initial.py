@@ -10,6 +10,7 @@ from ..files.model_config import read_config
 from ..model.architecture import build_empty
 from ..model.targets import targets
 from .converted import plain_lora
+from .experts import fused_of
 from .lora import target_names
 from .peft_files import (
     adapted_layers,
@@ -58,7 +59,10 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
             ],
         )
     wanted["tie_word_embeddings"] = not trained_apart(model, path)
-    wanted["target_modules"] = ",".join(shortest_targets(model, adapted))
+    of_experts = [name for name in adapted if fused_of(model, [name])]
+    wanted["target_experts"] = bool(of_experts)
+    others = sorted(set(adapted) - set(of_experts))
+    wanted["target_modules"] = ",".join(shortest_targets(model, others))
     for name, value in wanted.items():
         if name in config.model_fields_set and not _is_same(
             name, getattr(config, name), value, model

@@ -40,7 +40,8 @@ from torch.nn import functional
 from .. import ops
 from ..errors import UsageError
 from ..memory import recompute
-from ..model.targets import adaptable, targets
+from ..model.experts import Expert, fused_parameter
+from ..model.targets import adaptable, experts, targets
 from ..ops.library import first_order
 from ..quantization.tensor import NF4Tensor
 
@@ -320,16 +321,24 @@ def has_adapter(model: nn.Module) -> bool:
     return next(lora_layers(model), None) is not None
 
 
-def target_names(model: Any, target_modules: str) -> list[str]:
+def target_names(model: Any, target_modules: str, target_experts: bool = False) -> list[str]:
     """Paths of the linear layers that ``target_modules`` selects (all but the output embedding).
 
     Args:
         target_modules: "all-linear", last names separated by commas, or a regular expression
             matching whole paths.
+        target_experts: those of a mixture's experts, too.
 
     Raises:
         UsageError: nothing matches, or a name in the list matches nothing; tells what there is.
     """
+    if target_experts:
+        if not (more := experts(model)):
+            raise UsageError(
+                f"{type(model).__name__} has no experts to adapt",
+                ways_out=["leave --target_experts out"],
+            )
+        return [*target_names(model, target_modules), *more]
     linear = adaptable(model)
     if target_modules == "all-linear":
         chosen, unmatched = linear, []
@@ -401,5 +410,19 @@ def attach_lora(
     for index, name in enumerate(names):
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        LoraLinear.from_linear(model.get_submodule(name), adapter.of(name), index, clock, generator)
+        fused = fused_parameter(model, name)
+        # PEFT adapts experts as parameters, which it gives no dropout
+        own = adapter.of(name) if fused is None else replace(adapter.of(fused), dropout=0.0)
+        LoraLinear.from_linear(model.get_submodule(name), own, index, clock, generator)
+    share_inputs(model)
     return names
+
+
+def share_inputs(model: Any) -> None:
+    """Let gate and up of an expert have one A, in place: PEFT adapts both as one matrix."""
+    for expert in model.modules():
+        if isinstance(expert, Expert):
+            layers = dict(expert.named_children())
+            gate, up = layers.get("gate_proj"), layers.get("up_proj")
+            if isinstance(gate, LoraLinear) and isinstance(up, LoraLinear):
+                up.lora_A = gate.lora_A

@@ -21,8 +21,10 @@ from ..config.peft_settings import undone_in_file
 from ..errors import ModelError, UsageError
 from ..files.atomic import read_json, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
+from ..model.experts import DividedExperts, fused_parameter
 from ..model.targets import targets, tied_head
 from ..quantization.tensor import NF4Tensor
+from .experts import adapted_experts, fused_of, joined_layers, wrapped
 from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
 from .modules_to_save import make_modules_trainable, trainable_modules
 
@@ -40,19 +42,31 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         # tied modules are written twice, as PEFT reads them
         found[name] = p.detach().cpu().clone() if id(p) in seen else p.detach().cpu()
         seen.add(id(p))
+    for each in adapted_experts(model):
+        found.update({f"{_PREFIX}{name}": t for name, t in each.tensors().items()})
     return found
 
 
 def adapter_bytes(model: nn.Module) -> int:
     """Of what `adapter_tensors` gives."""
-    return sum(p.nbytes for p in _parameters(model).values())
+    of_experts = (shape for each in adapted_experts(model) for shape in each.shapes().values())
+    return sum(p.nbytes for p in _parameters(model).values()) + 4 * sum(map(math.prod, of_experts))
+
+
+def bytes_of_copies(model: nn.Module) -> int:
+    """Of what `adapter_tensors` copies: a module that is tied to another is written twice."""
+    once = {id(p): p.nbytes for p in _parameters(model).values()}
+    # the experts' are joined
+    return adapter_bytes(model) - sum(once.values())
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What an adapter consists of, by the names in PEFT's files."""
+    """What an adapter consists of beside that of experts (`adapted_experts`), by the names in
+    PEFT's files."""
     found = {
         f"{_PREFIX}{name}.{key}": p
         for name, layer in lora_layers(model)
+        if fused_parameter(model, name) is None
         for key, p in layer.trained().items()
     }
     for name, module in trainable_modules(model):
@@ -90,11 +104,20 @@ def lora_off(model: nn.Module) -> Iterator[None]:
 
 def adapter_config(model: Any, base_model: str, revision: str | None = None) -> dict[str, Any]:
     """adapter_config.json for the model's adapter. revision: of the base, on the Hub."""
-    layers = dict(lora_layers(model))
+    every = dict(lora_layers(model))
+    layers = {name: layer for name, layer in every.items() if not fused_of(model, [name])}
     adapter = next(iter(layers.values())).adapter
     ranks = Counter(layer.adapter.r for layer in layers.values())
     alphas = Counter(layer.adapter.alpha for layer in layers.values())
     r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    named, parameters = named_in_peft(model, list(layers))
+    own = {name: [name, f"{name}.weight"] if name in parameters else [name] for name in layers}
+    parameters = [f"{name}.weight" for name in parameters]
+    # experts by what they are called in every layer
+    for each in adapted_experts(model):
+        end = re.sub(r"^.*?\.\d+\.", "", each.parameter)
+        layers[end], own[end] = each.layers[0][0], [end]
+        parameters = [*parameters, end] if end not in parameters else parameters
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -102,9 +125,11 @@ def adapter_config(model: Any, base_model: str, revision: str | None = None) -> 
         "revision": revision,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": adapter.dropout,
+        # PEFT has no dropout of parameters
+        "lora_dropout": 0.0 if parameters else adapter.dropout,
         "use_rslora": adapter.use_rslora,
-        "target_modules": shortest_targets(model, list(layers)),
+        "target_modules": shortest_targets(model, named),
+        "target_parameters": parameters or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -112,15 +137,34 @@ def adapter_config(model: Any, base_model: str, revision: str | None = None) -> 
         "modules_to_save": sorted({module.requested_as for _, module in trainable_modules(model)})
         or None,
         "rank_pattern": {
-            name: layer.adapter.r for name, layer in layers.items() if layer.adapter.r != r
+            pattern: layer.adapter.r
+            for name, layer in layers.items()
+            if layer.adapter.r != r
+            for pattern in own[name]
         },
         "alpha_pattern": {
-            name: layer.adapter.alpha
+            pattern: layer.adapter.alpha
             for name, layer in layers.items()
             if layer.adapter.alpha != alpha
+            for pattern in own[name]
         },
         "use_dora": adapter.use_dora,
     }
+
+
+RENAMED = frozenset(("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"))
+"""Names of layers that PEFT takes for those of experts, wherever they are, in a model whose experts
+transformers fuses."""
+
+
+def named_in_peft(model: Any, names: list[str]) -> tuple[list[str], list[str]]:
+    """Adapted layers that PEFT finds as modules, and those it finds as parameters alone
+    (``target_parameters``): a mixture's dense layers and shared experts. Their tensors in the
+    file have the same names and shapes either way."""
+    if not getattr(model, "fused_experts", None):
+        return names, []
+    parameters = [name for name in names if name.rpartition(".")[2] in RENAMED]
+    return [name for name in names if name not in parameters], parameters
 
 
 def shortest_targets(model: Any, names: list[str]) -> list[str]:
@@ -262,7 +306,15 @@ def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
         ModelError: none, or something that is no linear layer of the model.
     """
     entries = read_header(directory / WEIGHTS)
-    names = sorted({match.group(1) for name in entries if (match := ADAPTED.fullmatch(name))})
+    found = {match.group(1) for name in entries if (match := ADAPTED.fullmatch(name))}
+    for path, module in model.named_modules():
+        if isinstance(module, DividedExperts):
+            for place, layers in enumerate(joined_layers(module).values()):
+                if (key := path + wrapped(place, len(module.fused))) in found:
+                    found.discard(key)
+                    numbers = range(module.num_experts)
+                    found |= {f"{path}.{i}.{layer}" for i in numbers for layer in layers}
+    names = sorted(found)
     linear = {target.path for target in targets(model)}
     unknown = [name for name in names if name not in linear]
     if not names or unknown:
@@ -322,16 +374,20 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
     """
     file = directory / WEIGHTS
     wanted, found = _parameters(model), _entries(file)
-    problems = [f"missing: {name}" for name in wanted.keys() - found.keys()]
+    joined = list(adapted_experts(model))
+    shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
+    for each in joined:
+        shapes |= {f"{_PREFIX}{name}": shape for name, shape in each.shapes().items()}
+    problems = [f"missing: {name}" for name in shapes.keys() - found.keys()]
     problems += [
         f"unexpected: {name}"
-        for name in found.keys() - wanted.keys()
+        for name in found.keys() - shapes.keys()
         if not _is_copy(model, name, found)
     ]
     problems += [
-        f"{name}: {list(found[name].shape)} in the file, {list(parameter.shape)} in the model"
-        for name, parameter in wanted.items()
-        if name in found and found[name].shape != tuple(parameter.shape)
+        f"{name}: {list(found[name].shape)} in the file, {list(shape)} in the model"
+        for name, shape in shapes.items()
+        if name in found and found[name].shape != shape
     ]
     if problems:
         listed = "; ".join(sorted(problems)[:10]) + (
@@ -354,6 +410,9 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
                     ways_out=["--tie_word_embeddings false takes the tie off"],
                 )
             parameter.copy_(value)
+    for each in joined:
+        names = (f"{_PREFIX}{name}" for name in each.shapes())
+        each.fill(*(read_tensor(found[name], name).float() for name in names))
 
 
 def _resized(model: Any, found: dict[str, Any]) -> list[str]:

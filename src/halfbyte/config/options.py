@@ -221,6 +221,13 @@ class LoraOptions(Options):
         of_adapter=True,
         added_later=False,
     )
+    target_experts: bool = option(
+        False,
+        "adapt the experts of a mixture, too, each with rank lora_r / experts per token",
+        resume="never",
+        of_adapter=True,
+        added_later=False,
+    )
     modules_to_save: str = option(
         "",
         "modules trained whole beside the adapter (lm_head,embed_tokens): ends of paths, "

@@ -70,6 +70,12 @@ _ON_DISK: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _of_a_layer(parameter: Any) -> bool:
+    """Whether a parameter that PEFT adapts is a layer's weight, or that of a mixture's experts."""
+    names = ("weight", "gate_up_proj", "up_proj", "down_proj")
+    return isinstance(parameter, str) and parameter.rpartition(".")[2] in names
+
+
 def undone_in_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an ``adapter_config.json`` that make another model of its tensors than LoRA does.
 
@@ -79,6 +85,8 @@ def undone_in_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     wrong = {}
     for name, value in settings.items():
         if name in _ANYTHING or value in EMPTY:
+            continue
+        if name == "target_parameters" and all(map(_of_a_layer, value)):
             continue
         if name in _ON_DISK:
             fine = value in _ON_DISK[name] if _ON_DISK[name] else True

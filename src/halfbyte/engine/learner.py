@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.experts import fused_of, of_experts
 from ..adapters.lora import AdapterConfig, DropoutClock, LoraLinear, attach_lora, target_names
 from ..adapters.modules_to_save import make_modules_trainable, train_every_parameter
 from ..config.options import TrainConfig
@@ -175,13 +176,16 @@ class Learner:
         )
         adapter = AdapterConfig(*numbers)
         whole = [name.strip() for name in c.modules_to_save.split(",") if name.strip()]
-        names = target_names(self.model, c.target_modules)
+        names = target_names(self.model, c.target_modules, c.target_experts)
+        if c.target_experts:
+            adapter = of_experts(adapter, self.model)
         if c.target_modules == "all-linear":
             names = [name for name in names if not any(name.endswith(each) for each in whole)]
         attach_lora(self.model, adapter, names, seed=c.seed)
         make_modules_trainable(self.model, whole)
+        fused = fused_of(self.model, names)
         for pattern in (*c.rank_pattern, *c.alpha_pattern):
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*names, *fused)):
                 raise UsageError(
                     f"rank_pattern or alpha_pattern has {pattern!r}, which matches no adapted "
                     "layer",

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.experts import joined_layers, wrapped
 from ..adapters.peft_files import CONFIG, WEIGHTS
 from ..config.options import ModelOptions
 from ..errors import VerificationError
 from ..files.atomic import read_json
 from ..files.safetensors import Checkpoint, read_header, read_tensor
-from ..model.targets import checkpoint_names, name_untied, quantizable, tied_names
+from ..model.experts import DividedExperts
+from ..model.targets import checkpoint_names, name_entries, quantizable, tied_names
 from ..ops.fourbit import absmax_values
 from ..progress import Progress
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
@@ -55,6 +57,18 @@ class Recomputed:
     surviving: tuple[float, float, float]
 
 
+@dataclass(frozen=True)
+class _OfExpert:
+    """Which part of joined tensors is a layer's: that of an expert of so many, and of the layers
+    joined in it."""
+
+    parameter: str
+    number: int
+    experts: int
+    part: int
+    parts: int
+
+
 class AdapterFile:
     """An adapter as its files say, read without the code that trains or merges it."""
 
@@ -68,9 +82,30 @@ class AdapterFile:
                 self.layers.setdefault(match.group(1), {})[match.group(2)] = key
             else:
                 self.whole[key.removeprefix("base_model.model.")] = key
+        self.of_experts: dict[str, _OfExpert] = {}
+        self._kept: dict[str, Tensor] = {}
+
+    def divide(self, model: Any) -> None:
+        """Give layers of experts, whose tensors are joined in the file, each its part of them."""
+        for path, module in model.named_modules():
+            if not isinstance(module, DividedExperts):
+                continue
+            for place, (parameter, names) in enumerate(joined_layers(module).items()):
+                keys = self.layers.pop(path + wrapped(place, len(module.fused)), None)
+                for number in range(module.num_experts if keys else 0):
+                    for part, name in enumerate(names):
+                        layer = f"{path}.{number}.{name}"
+                        self.layers[layer] = keys or {}
+                        self.of_experts[layer] = _OfExpert(
+                            f"{path}.{parameter}", number, module.num_experts, part, len(names)
+                        )
 
     def read(self, key: str) -> Tensor:
-        return read_tensor(self.entries[key], key)
+        if key not in self._kept:  # A and B of experts once for all of them
+            if len(self._kept) > 1:
+                self._kept.clear()
+            self._kept[key] = read_tensor(self.entries[key], key)
+        return self._kept[key]
 
     def scale(self, path: str, rank: int) -> float:
         """alpha / r, or with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
@@ -85,6 +120,10 @@ class AdapterFile:
         """(W, W + s B A), fp64, some rows at a time; with DoRA rows of the trained norms."""
         keys = self.layers[path]
         a, b = (self.read(keys[name]).double() for name in ("lora_A", "lora_B"))
+        if (own := self.of_experts.get(path)) is not None:
+            path = own.parameter
+            a = a.unflatten(0, (own.experts, -1))[own.number]
+            b = b.unflatten(1, (-1, own.experts))[:, :, own.number].chunk(own.parts)[own.part]
         scale = self.scale(path, a.shape[0])
         norms = (
             self.read(keys["lora_magnitude_vector"]).double()
@@ -136,7 +175,9 @@ class _Checker:
     ) -> None:
         self.merged, self.base, self.adapter = Checkpoint(merged), Checkpoint(base), adapter
         self.options, self.onto = options, onto
-        name_untied(model, self.base.entries)
+        adapter.divide(model)
+        name_entries(model, self.base.entries)
+        name_entries(model, self.merged.entries)
         self.stored = quantized_names(set(self.base.entries))
         names = weight_names(self.base, self.stored)
         self.targets = checkpoint_names(model, names)

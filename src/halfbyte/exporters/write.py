@@ -15,7 +15,8 @@ from ..files import atomic
 from ..files.companions import SETTINGS, copy_companions
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
 from ..model.architecture import TIES
-from ..model.targets import checkpoint_names, name_untied, untied_names
+from ..model.experts import joined_experts
+from ..model.targets import checkpoint_names, name_entries, untied_names
 from ..progress import Progress
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
 from ..quantization.tensor import NF4Tensor
@@ -24,7 +25,7 @@ from ..quantization.tensor import NF4Tensor
 def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Progress) -> None:
     """The base's shards with the adapter added; one shard in memory at a time."""
     checkpoint = Checkpoint(base)
-    name_untied(model, checkpoint.entries)
+    name_entries(model, checkpoint.entries)
     stored = quantized_names(set(checkpoint.entries))
     if stored and onto == "original":
         raise ModelError(
@@ -46,6 +47,7 @@ def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Prog
             else _merged(checkpoint, name, targets[name], model, onto, name in stored)
             for name in shards[file]
         }
+        tensors = joined_experts(tensors)
         write_safetensors(target / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(t.nbytes for t in tensors.values())

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..files.model_config import refused_by_transformers
+from .experts import divide_experts
 from .rope import forget_longer_passes
 from .targets import tied_head
 
@@ -84,6 +85,7 @@ def build_empty(config: Any, *, tied: bool = True) -> Any:
     refused = refused_by_transformers("transformers cannot build the model of this config.json")
     with _building, refused, _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    divide_experts(model)
     forget_longer_passes(model)
     if untie:
         model.untied = tied_head(model, dict(model._tied_weights_keys or {}))

@@ -1,8 +1,7 @@
 """Which weights of a model can be held in 4 bits or adapted, and what they are made of on disk.
 
 A target is a weight that a layer multiplies by. Loading, planning, adapters and merging ask here,
-so that a new kind of target (the experts of a mixture, which are many tensors on disk and one in
-the model) is added in this file.
+so that a new kind of target is added in this file.
 """
 
 from collections.abc import Iterable
@@ -12,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
+from ..files.safetensors import Entry
+from .experts import WITHIN, Expert, expert_parameter, parts_of_experts
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Target:
         path: the module's, from the model on.
         attribute: the weight's name in it.
         is_head: whether it is the output head, which is neither quantized nor adapted by default.
+        is_expert: whether it is one of a mixture's experts, which are quantized and not adapted.
     """
 
     path: str
     attribute: str
     is_head: bool
+    is_expert: bool
 
     @property
     def name(self) -> str:
@@ -35,15 +38,20 @@ class Target:
 
 
 def is_target(module: nn.Module, attribute: str) -> bool:
-    """Return True if a module multiplies by its parameter of that name."""
-    return isinstance(module, nn.Linear) and attribute == "weight"
+    """Return True if a module multiplies by its parameter of that name; a router's weight, by which
+    tokens are sent to experts, is none."""
+    linear = isinstance(module, nn.Linear) and attribute == "weight"
+    return linear and not getattr(module, "is_router", False)
 
 
 def targets(model: Any) -> list[Target]:
     """Return every target of a model, in the model's order."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    experts = {
+        layer for part in model.modules() if isinstance(part, Expert) for layer in part.children()
+    }
     return [
-        Target(path, attribute, module is head)
+        Target(path, attribute, module is head, module in experts)
         for path, module in model.named_modules()
         for attribute in ("weight",)
         if is_target(module, attribute)
@@ -56,8 +64,14 @@ def quantizable(model: Any) -> set[str]:
 
 
 def adaptable(model: Any) -> list[str]:
-    """Return the paths of the layers that take an adapter: all targets' but the output head."""
-    return [target.path for target in targets(model) if not target.is_head]
+    """Return the paths of the layers that take an adapter: all targets' but the output head and
+    experts."""
+    return [target.path for target in targets(model) if not target.is_head and not target.is_expert]
+
+
+def experts(model: Any) -> list[str]:
+    """Return the paths of the layers of a mixture's experts."""
+    return [target.path for target in targets(model) if target.is_expert]
 
 
 def tied_names(model: Any) -> dict[str, str]:
@@ -79,13 +93,29 @@ def untied_names(model: Any) -> dict[str, str]:
     return dict(getattr(model, "untied", None) or {})
 
 
-def name_untied(model: Any, entries: dict[str, Any]) -> None:
-    """Give what a file holds once each of the names it has in a model whose ties were taken off:
-    the beginning of both.
+def name_entries(model: Any, entries: dict[str, Entry]) -> set[str]:
+    """Give what a file holds the names that a model asks for, in place: experts that lie in one
+    tensor each their own, and a tensor whose ties were taken off both of its names, of which it is
+    the beginning.
 
     Args:
-        entries: of the file, by name; added to in place.
+        entries: of the file, by name.
+
+    Returns:
+        Names that are another one's tensor once more.
     """
+    fused: set[str] = getattr(model, "fused_experts", set())
+    if fused:
+        ends = tuple(f".{name.rpartition('.')[2]}" for name in fused)
+        # what is named for one expert is not fused
+        whole = [name for name in entries if name.removesuffix(".weight").endswith(ends)]
+        for source, target in _stored_as(model, whole).items():
+            if target in fused:
+                parts = parts_of_experts(entries[source], target.rpartition(".")[2])
+                if parts:
+                    del entries[source]
+                    entries |= {f"{source}{WITHIN}{part}": entry for part, entry in parts.items()}
+    again: set[str] = set()
     for pair in untied_names(model).items():
         ends = tuple(".".join(name.split(".")[-2:]) for name in pair)
         named = checkpoint_names(model, [name for name in entries if name.endswith(ends)])
@@ -94,34 +124,53 @@ def name_untied(model: Any, entries: dict[str, Any]) -> None:
             ((target, source),) = there.items()
             (other,) = set(pair) - {target}
             entries[other] = entries[source]
+            again.add(other)
+    return again
 
 
 def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Names on disk to the model's names, by transformers' own renamings; of a tied tensor, its own
-    name, whichever of them is on disk.
+    """Names on disk (as `name_entries` leaves them) to the model's names, by transformers' own
+    renamings; of a tied tensor, its own name, whichever of them is on disk.
 
     Raises:
-        ModelError: the model's layout on disk needs tensors to be joined or split
-            (mixture-of-experts models).
+        ModelError: the model's layout on disk needs tensors to be joined or split, other than
+            those of experts.
     """
+    ties = tied_names(model)
+    return {
+        name: ties.get(target, target) for name, target in _stored_as(model, list(names)).items()
+    }
+
+
+def _stored_as(model: Any, names: list[str]) -> dict[str, str]:
+    """Names on disk to what they are of a model, before its ties; a tensor of all experts is what
+    transformers makes of it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parts = {p: part for c in converters for part, p in enumerate(c.source_patterns)}
+    fused: set[str] = getattr(model, "fused_experts", set())
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    ties = tied_names(model)
+    state |= dict.fromkeys(fused, True)
     result = {}
     for name in names:
+        source, within, part = name.partition(WITHIN)
         target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
+            source, renamings, converters, model.base_model_prefix, state
         )
-        if pattern is not None:
+        if target in fused and pattern is not None:
+            gated = f"{target.rpartition('.')[0]}.gate_up_proj" in fused
+            target = expert_parameter(target, name, parts[pattern], gated)
+        elif pattern is not None:
             raise ModelError(
                 f"{type(model).__name__} stores {name!r} in another layout than it computes with: "
                 "not read yet",
                 ways_out=["use a dense model"],
             )
-        result[name] = ties.get(target, target)
+        elif within:
+            target = f"{target.rpartition('.')[0]}.{part}.weight"
+        result[name] = target
     return result

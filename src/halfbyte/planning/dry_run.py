@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..adapters.modules_to_save import trainable_modules
+from ..adapters.peft_files import bytes_of_copies
 from ..config.options import PlanConfig, TrainConfig
 from ..data.batches import collate
 from ..data.encoder import TokenizedExample
@@ -352,6 +353,7 @@ def _run(
                     learner.loss(collate([row], [0]))
                 note(phase)
     found |= _beside(learner, work, found["save"], found.pop("a pass"), beside)
+    found["save"] = _more(found["save"], bytes_of_copies(learner.model))
     return found, flop, calls
 
 
@@ -424,8 +426,9 @@ def _reading_bytes(stored: Checkpoint | None, largest_linear: int, dtype: torch.
 
 def _file_bytes(stored: Checkpoint | None, parameters: int, dtype: torch.dtype) -> int:
     """Of the base's files: as they are, else its parameters in the type its configuration names."""
-    if stored:
-        return sum(entry.nbytes for entry in stored.entries.values())
+    if stored:  # a tensor of two names once
+        places = {(e.file, e.start): e.nbytes for e in stored.entries.values()}
+        return sum(places.values())
     return parameters * dtype.itemsize
 
 

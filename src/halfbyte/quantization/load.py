@@ -18,7 +18,7 @@ from ..files.model_config import read_config, refused_by_transformers
 from ..files.safetensors import Checkpoint
 from ..memory.streaming import LayerStreamer
 from ..model.architecture import build_empty, choose_device, choose_dtype
-from ..model.targets import checkpoint_names, quantizable
+from ..model.targets import checkpoint_names, name_entries, quantizable
 from ..ops import cpu
 from ..progress import Progress, no_progress
 from .bnb_format import check_quantization, quantized_names, stored_form
@@ -184,12 +184,15 @@ def empty_base(
     no weights.
 
     Args:
-        checkpoint: the weights' headers; what they hold in 4 bits is held as it is stored.
+        checkpoint: the weights' headers, which are given the model's names (`name_entries`); what
+            they hold in 4 bits is held as it is stored.
 
     Raises:
         ModelError: transformers cannot build it.
     """
     model = build_empty(config, tied=options.tie_word_embeddings)
+    if checkpoint is not None:
+        name_entries(model, checkpoint.entries)
     forms: dict[str, dict[str, Any]] = {}
     if options.load_in_4bit:
         forms = {name: {} for name in quantizable(model)}

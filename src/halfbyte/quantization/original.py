@@ -14,7 +14,7 @@ from torch import nn
 
 from ..files.safetensors import Checkpoint
 from ..model.fp32 import around_calls
-from ..model.targets import checkpoint_names, name_untied
+from ..model.targets import checkpoint_names, name_entries
 from .bnb_format import quantized_names
 from .tensor import NF4Tensor
 
@@ -34,7 +34,7 @@ class OriginalWeights:
 
     def __init__(self, model: Any, path: Path, whole: Iterable[nn.Module] = ()) -> None:
         self.model, self.checkpoint, self.whole = model, Checkpoint(path), set(whole)
-        name_untied(model, self.checkpoint.entries)
+        name_entries(model, self.checkpoint.entries)
         stored = quantized_names(set(self.checkpoint.entries))
         self.available = not stored
         names = {} if stored else checkpoint_names(model, self.checkpoint.entries)

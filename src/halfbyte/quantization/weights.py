@@ -22,7 +22,7 @@ from ..config.options import ModelOptions
 from ..errors import ModelError
 from ..files.safetensors import Checkpoint
 from ..memory.streaming import LayerStreamer
-from ..model.targets import checkpoint_names, name_untied, quantizable, tied_names
+from ..model.targets import checkpoint_names, name_entries, quantizable, tied_names
 from .bnb_format import quantized_names, read_stored, weight_names
 from .tensor import NF4Tensor, quantize
 
@@ -64,9 +64,7 @@ class WeightLoader:
         self.streamer = streamer
         self.model, self.checkpoint, self.options = model, checkpoint, options
         self.dtype, self.device = dtype, device
-        in_file = set(checkpoint.entries)
-        name_untied(model, checkpoint.entries)
-        self.twice = checkpoint.entries.keys() - in_file
+        self.twice = name_entries(model, checkpoint.entries)
         self.stored_4bit = quantized_names(set(checkpoint.entries))
         plain = weight_names(checkpoint, self.stored_4bit)
         self.sources = plain

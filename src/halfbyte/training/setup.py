@@ -201,7 +201,7 @@ def read_rows(
         DataError, UsageError: as `data.dataset.read_data`, and for targets that match no layer.
     """
     if not config.full:  # raises now rather than after loading
-        target_names(build_empty(read_config(base)), config.target_modules)
+        target_names(build_empty(read_config(base)), config.target_modules, config.target_experts)
     data = read_data(
         config.data, config, base, say=reporter.say, progress=reporter.progress, clock=clock
     )

@@ -1,0 +1,262 @@
+"""Mixtures of experts: each expert's matrices as linear layers of their own.
+
+transformers holds all experts of a layer in two three-dimensional parameters, which nothing can
+quantize or adapt as it does a layer; most files hold each expert's matrices apart. So does a model
+here, whichever the file does: ``experts.3.gate_proj``, ``up_proj`` and ``down_proj`` are
+`torch.nn.Linear`, quantized, read, hashed and merged as every other. The tokens of a pass are
+sorted by expert, each expert that is chosen runs once on all of its own, and the results return to
+their tokens by the inverse permutation: sums have one order, whatever the threads.
+
+Routers choose by small differences, so they stay in 16 bits and take no adapter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files.safetensors import Entry
+from .class_swap import swap_class
+
+GATED, PLAIN = ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj")
+"""An expert's matrices, where it has a gate and where it has none."""
+ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
+"""What routers that are linear layers are called."""
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the experts of a layer (transformers' ``use_experts_implementation``
+    made its class)."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
+class Expert(nn.Module):
+    """One expert's matrices. Made by `divide_experts`."""
+
+
+class DividedExperts(nn.Module):
+    """The experts of a layer, each by itself: children "0", "1", ... are `Expert`."""
+
+    has_gate: bool
+    num_experts: int
+    act_fn: Any
+    fused: list[str]
+    """The parameters that were divided, in their order."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of the experts each token goes to, [tokens, width].
+
+        Args:
+            hidden_states: [tokens, width].
+            top_k_index, top_k_weights: [tokens, k], as the router gives them.
+        """
+        chosen = top_k_index.reshape(-1)
+        order = torch.argsort(chosen, stable=True)
+        counts = self._counts(chosen)
+        # a router of several machines names experts that are elsewhere by a number too high
+        order = order[: sum(counts)]
+        k = top_k_index.shape[1]
+        gathered = _Gather.apply(hidden_states, order, k)
+        results = [
+            self._run(getattr(self, str(number)), part)
+            for number, part in enumerate(gathered.split(counts))
+            if len(part)
+        ]
+        weights = top_k_weights.reshape(-1)[order].unsqueeze(1)
+        weighted = torch.cat(results) * weights
+        return _Return.apply(weighted, order, len(hidden_states), k).to(hidden_states.dtype)
+
+    def _counts(self, chosen: Tensor) -> list[int]:
+        """How many times each expert is chosen; of shapes alone, all as often as another."""
+        if chosen.is_meta:
+            each, more = divmod(len(chosen), self.num_experts)
+            return [each + (number < more) for number in range(self.num_experts)]
+        return torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
+
+    def _run(self, expert: Any, x: Tensor) -> Tensor:
+        up = expert.up_proj(x)
+        if not self.has_gate:
+            return expert.down_proj(self.act_fn(up))
+        both = torch.cat((expert.gate_proj(x), up), dim=-1)
+        own: Any = self
+        return expert.down_proj(own._apply_gate(both))
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of [tokens, width] in the order of the experts they go to, each k times; gradients of a
+    token are summed in the order of its experts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.shape, ctx.k = x.shape, k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (order,), (dy,) = ctx.saved_tensors, grads
+        return _back(dy, order, ctx.shape[0], ctx.k), None, None
+
+
+class _Return(torch.autograd.Function):
+    """[chosen, width] in the order of the experts to [tokens, width], summed over a token's k."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, tokens: int, k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.k = k
+        return _back(y, order, tokens, k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (order,), (dy,) = ctx.saved_tensors, grads
+        return dy[order // ctx.k], None, None, None
+
+
+def _back(y: Tensor, order: Tensor, tokens: int, k: int) -> Tensor:
+    """Sums over each token's k places; one that no expert here was chosen for counts nothing."""
+    whole = len(order) == tokens * k
+    places = y.new_empty(tokens * k, y.shape[1]) if whole else y.new_zeros(tokens * k, y.shape[1])
+    places[order] = y
+    return places.view(tokens, k, -1).sum(1)
+
+
+def divide_experts(model: Any) -> None:
+    """Give each expert of an empty model its own linear layers, in place. What transformers fuses
+    is kept by name in the model's ``fused_experts``: parameters there are no more."""
+    fused: set[str] = set()
+    for path, module in list(model.named_modules()):
+        if is_experts(module) and _is_plain(module):
+            fused |= {f"{path}.{name}" for name in _divide(module)}
+    if fused:
+        model.fused_experts = fused
+    for router in routers(model):
+        router.is_router = True  # pyright: ignore[reportArgumentType]
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether experts are matrices [out, in] and nothing else."""
+    return not (module.is_transposed or module.has_bias or module.has_post_expert_norm) and (
+        module.is_concatenated and module.down_proj.dim() == 3
+    )
+
+
+def _divide(module: Any) -> list[str]:
+    """The parameters of experts as layers, in place; returns the names they had."""
+    names = GATED if module.has_gate else PLAIN
+    width, inner = module.down_proj.shape[1:]
+    like = module.down_proj
+    for number in range(module.num_experts):
+        expert = Expert()
+        for name in names:
+            sizes = (inner, width) if name == "down_proj" else (width, inner)
+            with torch.device("meta"):
+                layer = nn.Linear(*sizes, bias=False, dtype=like.dtype)
+            expert.add_module(name, layer)
+        module.add_module(str(number), expert)
+    gone = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
+    for name in gone:
+        del module._parameters[name]
+    swap_class(module, DividedExperts)
+    module.fused = gone
+    return gone
+
+
+def expert_parameter(fused: str, source: str, part: int, gated: bool) -> str:
+    """The name in the model of an expert's matrix.
+
+    Args:
+        fused: the parameter that transformers makes of it and of others.
+        source: its name on disk, whose last number is the expert's.
+        part: which of the tensors of an expert that are joined it is.
+        gated: whether experts have a gate, whose matrix is then joined with another.
+    """
+    path, _, attribute = fused.rpartition(".")
+    number = next(piece for piece in reversed(source.split(".")) if piece.isdigit())
+    layer = GATED[part] if attribute == "gate_up_proj" and gated else attribute
+    return f"{path}.{number}.{layer}.weight"
+
+
+def fused_parameter(model: Any, path: str) -> str | None:
+    """The parameter that transformers makes of an expert's layer and of others, by the layer's
+    path; None of a layer that is no expert's."""
+    names: set[str] = getattr(model, "fused_experts", set())
+    stack, _, layer = path.rpartition(".")
+    stack, _, number = stack.rpartition(".")
+    if not names or not number.isdigit():
+        return None
+    found = (f"{stack}.{layer}", f"{stack}.gate_up_proj" if layer != "down_proj" else "")
+    return next((name for name in found if name in names), None)
+
+
+def experts_per_token(config: Any) -> int:
+    """How many experts each token goes to, by a model's configuration."""
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+    found = (getattr(text, name, None) for name in names)
+    return next((n for n in found if isinstance(n, int) and n > 0), 1)
+
+
+WITHIN = "::"
+"""Between the name of a tensor that holds all experts of a layer and that of a part of it."""
+
+
+def parts_of_experts(entry: Entry, attribute: str) -> dict[str, Entry]:
+    """Where each expert's matrices lie in a tensor that holds those of all, [experts, out, in], by
+    ``number.layer``; nothing where it has another shape."""
+    if len(entry.shape) != 3 or not entry.shape[0]:
+        return {}
+    count, rows, width = entry.shape
+    layers = GATED[:2] if attribute == "gate_up_proj" else (attribute,)
+    each, left = divmod(rows, len(layers))
+    if left:
+        return {}
+    size = each * width * entry.dtype.itemsize
+    return {
+        f"{number}.{layer}": replace(
+            entry,
+            shape=(each, width),
+            start=entry.start + (number * len(layers) + place) * size,
+            nbytes=size,
+        )
+        for number in range(count)
+        for place, layer in enumerate(layers)
+    }
+
+
+def joined_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parts that `parts_of_experts` divided as the tensors they lie in, in the order they have
+    there; emptied as they are joined."""
+    whole: dict[str, list[str]] = {}
+    for name in tensors:
+        whole.setdefault(name.partition(WITHIN)[0], []).append(name)
+    found = {}
+    for source, names in whole.items():
+        if names == [source]:
+            found[source] = tensors[source]
+            continue
+        first = tensors[names[0]]
+        layers = len({name.rpartition(".")[2] for name in names})
+        place = first.new_empty(len(names), *first.shape)
+        for name in names:
+            number, _, layer = name.partition(WITHIN)[2].partition(".")
+            place[int(number) * layers + GATED.index(layer) % layers] = tensors.pop(name)
+        found[source] = place.view(len(names) // layers, layers * first.shape[0], first.shape[1])
+    return found
+
+
+def routers(model: Any) -> Iterator[nn.Module]:
+    """The linear layers by which tokens are sent to experts, which are no layers to quantize or
+    adapt."""
+    for block in model.modules():
+        counts = {child.num_experts for child in block.children() if is_experts(child)}
+        if not counts:
+            continue
+        for path, module in block.named_modules():
+            last = path.split(".")
+            if isinstance(module, nn.Linear) and not last[0].startswith("experts"):
+                small = module.out_features in {1, *counts}
+                if small and not set(ROUTERS).isdisjoint(last):
+                    yield module
