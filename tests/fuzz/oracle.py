@@ -1,0 +1,282 @@
+"""What a program must come to, by tools that share no code with halfbyte: transformers, PEFT,
+bitsandbytes and torch.
+
+A training is done twice, in fp32 and in fp64: what lies between the two is what rounding does, and
+how far anything else may be from the second.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    get_scheduler,
+)
+from transformers.pytorch_utils import Conv1D
+
+from .program import Adapter, Model, Program, Row
+
+
+@dataclass(frozen=True)
+class Ids:
+    """A row's ids, and which of them are trained."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+    def cut(self, length: int) -> "Ids":
+        return Ids(self.ids[:length], self.trained[:length])
+
+    @property
+    def supervised(self) -> int:
+        return sum(self.trained[1:])
+
+
+class Unclear(Exception):
+    """The program is none that an oracle can judge."""
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _within(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> tuple[bool, ...]:
+    return tuple(
+        any(start >= first and stop <= last and stop > start for first, last in spans)
+        for start, stop in offsets
+    )
+
+
+def _conversation(tokenizer: Any, turns: list[dict[str, str]], every: bool) -> list[Ids]:
+    """A conversation turn by turn: what each answer adds, up to its end. Where a template writes
+    earlier turns anew, a row of each answer."""
+
+    def shown(count: int, asking: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            turns[:count], tokenize=False, add_generation_prompt=asking
+        )
+
+    def row(text: str, spans: list[tuple[int, int]]) -> Ids:
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        trained = _within(coded["offset_mapping"], spans)
+        return Ids(tuple(coded["input_ids"]), tuple(True for _ in trained) if every else trained)
+
+    spans, whole = [], shown(len(turns))
+    apart: list[Ids] = []
+    for place, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            before, after = shown(place, True), shown(place + 1)
+            if not after.startswith(before):
+                raise Unclear("an answer does not begin with what asks for it")
+            end = after.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
+            spans.append((len(before), end))
+            apart.append(row(after, [(len(before), end)]))
+    follows = all(whole.startswith(shown(place + 1)) for place in range(len(turns)))
+    return [row(whole, spans)] if follows else apart
+
+
+def rows_of(row: Row, tokenizer: Any, program: Program) -> list[Ids]:
+    """The ids of a row, or of the rows that it makes."""
+    match row.form:
+        case "text":
+            ids = [*tokenizer(row.turns[0][1])["input_ids"], tokenizer.eos_token_id]
+            return [Ids(tuple(ids), (True,) * len(ids))]
+        case "prompt":
+            asked, said = row.turns[0][1], row.turns[1][1]
+            ids = [*tokenizer(asked + said)["input_ids"], tokenizer.eos_token_id]
+            before = tokenizer(asked)["input_ids"]
+            if ids[: len(before)] != before:
+                raise Unclear("prompt and answer share a token")
+            return [Ids(tuple(ids), tuple(i >= len(before) for i in range(len(ids))))]
+        case "ids":
+            return [ready(row, tokenizer)]
+        case _:
+            turns = [{"role": role, "content": text} for role, text in row.turns]
+            return _conversation(tokenizer, turns, not program.assistant_only)
+
+
+def ready(row: Row, tokenizer: Any) -> Ids:
+    """Ids as somebody's own script makes them: prompt masked, answer and end trained."""
+    asked, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in row.turns)
+    ids = [*asked, *said, tokenizer.eos_token_id]
+    return Ids(tuple(ids), tuple(i >= len(asked) for i in range(len(ids))))
+
+
+# --- model and adapter ----------------------------------------------------------------------------
+
+
+def in_4bit(weight: Tensor, model: Model) -> Tensor:
+    """A weight as bitsandbytes holds it. Scales of scales are its own table's nearest levels: its
+    CPU code looks them up in steps of 2^-16, so that near ties go another way than on its GPUs."""
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(),
+        blocksize=model.blocksize,
+        compress_statistics=False,
+        quant_type=model.quant_type,
+    )
+    if model.double_quant:
+        table = bnb.create_dynamic_map().double()
+        offset = state.absmax.mean()
+        groups = (state.absmax - offset).split(256)
+        largest = [group.abs().max() for group in groups]
+        codes = [
+            ((group / most).double().unsqueeze(1) - table).abs().argmin(1)
+            for group, most in zip(groups, largest, strict=True)
+        ]
+        parts = [
+            table[code].float() * most + offset for code, most in zip(codes, largest, strict=True)
+        ]
+        state.absmax = torch.cat(parts)
+    return bnb.dequantize_4bit(packed, state)
+
+
+def base(path: Path, model: Model, whole: tuple[str, ...] = ()) -> Any:
+    """The model in fp32, its linear layers but the head as 4 bits hold them."""
+    made: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    head = made.get_output_embeddings()
+    if model.bits == 4:
+        for name, part in made.named_modules():
+            if name.rpartition(".")[2] in whole or part is head:
+                continue
+            if isinstance(part, Conv1D):  # stored the other way around
+                part.weight.data = in_4bit(part.weight.data.T, model).T.contiguous()
+            elif isinstance(part, nn.Linear):
+                part.weight.data = in_4bit(part.weight.data, model)
+    return made.eval()
+
+
+def lora_config(adapter: Adapter) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        target_modules=list(adapter.targets) or "all-linear",
+        rank_pattern=dict([adapter.rank]) if adapter.rank else {},
+        alpha_pattern=dict([adapter.alpha_of]) if adapter.alpha_of else {},
+        modules_to_save=list(adapter.whole) or None,
+        lora_dropout=0.0,
+    )
+
+
+def adapted(path: Path, program: Program) -> Any:
+    """The base with an adapter of random values."""
+    made = base(path, program.model, program.adapter.whole)
+    torch.manual_seed(1)
+    made = peft.get_peft_model(made, lora_config(program.adapter))
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+        elif "magnitude" in name:
+            p.data *= 1 + 0.05 * torch.randn_like(p)
+    return made
+
+
+def with_adapter(path: Path, program: Program, saved: Path) -> Any:
+    """The base with an adapter that somebody saved, to be trained on."""
+    made = base(path, program.model, program.adapter.whole)
+    return peft.PeftModel.from_pretrained(made, str(saved), is_trainable=True)
+
+
+# --- a training -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step said of itself: supervised tokens, mean loss, norm of the gradients before it is
+    clipped, learning rate."""
+
+    supervised: int
+    loss: float
+    norm: float
+    rate: float
+
+
+def row_loss(model: Any, row: Ids) -> Tensor:
+    """The sum over a row's trained tokens."""
+    logits = model(input_ids=torch.tensor([row.ids])).logits[0, :-1]
+    wanted = torch.tensor(
+        [i if flag else -100 for i, flag in zip(row.ids, row.trained, strict=True)]
+    )[1:]
+    return nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
+
+
+class Training:
+    """A training by torch's AdamW, whose steps take the rows that another took."""
+
+    def __init__(self, model: Any, program: Program, total: int) -> None:
+        self.model, self.program = model.train(), program
+        kept = set(Trainer.get_decay_parameter_names(Any, model))  # type: ignore[arg-type]
+        groups = ([], [])
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                groups[name not in kept].append(p)
+        self.trained = [p for group in groups for p in group]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[0], "weight_decay": program.weight_decay},
+                {"params": groups[1], "weight_decay": 0.0},
+            ],
+            lr=program.learning_rate,
+            betas=(0.9, program.beta2),
+            eps=program.epsilon,
+        )
+        self.schedule = get_scheduler(
+            program.schedule,
+            self.optimizer,
+            num_warmup_steps=program.warmup,
+            num_training_steps=total,
+        )
+
+    def losses(self, rows: list[Ids]) -> list[float]:
+        with torch.no_grad():
+            return [float(row_loss(self.model, row)) for row in rows]
+
+    def step(self, rows: list[Ids]) -> Seen:
+        """A step over rows: the mean over all their trained tokens."""
+        supervised = sum(row.supervised for row in rows)
+        self.optimizer.zero_grad()
+        total = 0.0
+        for row in rows:
+            loss = row_loss(self.model, row) / supervised
+            loss.backward()
+            total += float(loss)
+        limit = self.program.max_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.trained, limit))
+        rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        return Seen(supervised, total, norm, rate)
+
+
+def chosen(losses: list[float], rows: list[Ids], seen: Seen, count: int | None) -> tuple[int, ...]:
+    """The rows a step took, by what it said of them: of those with as many trained tokens the ones
+    whose loss is nearest.
+
+    Args:
+        count: how many rows it must have taken, where that is known.
+    """
+    best: tuple[float, tuple[int, ...]] | None = None
+    for size in range(1, len(rows) + 1) if count is None else [count]:
+        for places in itertools.combinations(range(len(rows)), size):
+            tokens = sum(rows[i].supervised for i in places)
+            if tokens == seen.supervised:
+                far = abs(sum(losses[i] for i in places) / tokens - seen.loss)
+                if best is None or far < best[0]:
+                    best = far, places
+    if best is None:
+        raise LookupError(f"no rows have {seen.supervised} trained tokens")
+    return best[1]
+
+
+def tokenizer_of(path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(path)
