@@ -1,7 +1,7 @@
 """A real chat model end to end beside the article's script, on the same rows, in one run.
 
-    python bench/real.py --model SMOLLM2 --data ROWS.jsonl [--rounds 3] [--seeds 3] [--steps 30]
-        [--only halfbyte bitsandbytes_peft_trl]
+    python bench/real.py --model SMOLLM2 --data ROWS.jsonl [--rounds 3] [--seeds 3] [--seed 0]
+        [--steps 30] [--only halfbyte bitsandbytes_peft_trl]
 
 ``step``: tokens a second and peak memory of a step at 512 tokens: halfbyte, the article's script
 (bitsandbytes + PEFT) and LoRA on bf16, alternating, medians.
@@ -308,8 +308,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--only", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--child")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
     given = parser.parse_args()
+    if given.data and not given.data.exists():
+        parser.error(f"there is no {given.data}")
     if given.child in STEPPERS and not given.data:
         print(json.dumps(step_of(given.model, 1, LENGTH, given.child)))
         return
@@ -327,7 +329,11 @@ def main() -> None:
             divide(given.model, given.data, Path(place))
             more = [*where, "--data", place, "--steps", str(given.steps)]
             trainers = tuple(given.only)
-            runs = in_turns(trainers, given.seeds, lambda who, turn: [*more, "--seed", str(turn)])
+            runs = in_turns(
+                trainers,
+                given.seeds,
+                lambda who, turn: [*more, "--seed", str(given.seed + turn)],
+            )
         report["train"] = medians(runs)
         if "halfbyte" in runs:
             report["train times"] = compare(report["train"])
