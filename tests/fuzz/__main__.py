@@ -10,6 +10,7 @@ the next seed. Ends with 1 where something was found.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -92,6 +93,7 @@ def main() -> int:
     parser.add_argument("--again", type=Path, nargs="+", help="programs that were written")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not looked through again and again
     with tempfile.TemporaryDirectory() as scratch:
         home = options.home or Path(scratch)
         if options.again:

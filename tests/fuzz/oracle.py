@@ -114,8 +114,9 @@ def ready(row: Row, tokenizer: Any) -> Ids:
 
 
 def in_4bit(weight: Tensor, model: Model) -> Tensor:
-    """A weight as bitsandbytes holds it. Scales of scales are its own table's nearest levels: its
-    CPU code looks them up in steps of 2^-16, so that near ties go another way than on its GPUs."""
+    """A weight as bitsandbytes holds it: its codes, scales and tables, put together by torch. Its
+    CPU code looks scales of scales up in steps of 2^-16, so that near ties go another way than on
+    its GPUs, and takes the wrong scales where a block is longer than a row."""
     packed, state = bnb.quantize_4bit(
         weight.contiguous(),
         blocksize=model.blocksize,
@@ -127,15 +128,18 @@ def in_4bit(weight: Tensor, model: Model) -> Tensor:
         offset = state.absmax.mean()
         groups = (state.absmax - offset).split(256)
         largest = [group.abs().max() for group in groups]
-        codes = [
+        nearest = [
             ((group / most).double().unsqueeze(1) - table).abs().argmin(1)
             for group, most in zip(groups, largest, strict=True)
         ]
         parts = [
-            table[code].float() * most + offset for code, most in zip(codes, largest, strict=True)
+            table[code].float() * most + offset for code, most in zip(nearest, largest, strict=True)
         ]
         state.absmax = torch.cat(parts)
-    return bnb.dequantize_4bit(packed, state)
+    codes = packed.view(-1)
+    values = state.code[torch.stack((codes >> 4, codes & 15), 1).view(-1).long()]
+    scales = state.absmax.repeat_interleave(model.blocksize)[: values.numel()]
+    return (values * scales)[: weight.numel()].view(weight.shape)
 
 
 def base(path: Path, model: Model, whole: tuple[str, ...] = ()) -> Any:
@@ -153,7 +157,7 @@ def base(path: Path, model: Model, whole: tuple[str, ...] = ()) -> Any:
     return made.eval()
 
 
-def lora_config(adapter: Adapter) -> peft.LoraConfig:
+def lora_config(adapter: Adapter, tied: bool) -> peft.LoraConfig:
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
@@ -164,6 +168,7 @@ def lora_config(adapter: Adapter) -> peft.LoraConfig:
         rank_pattern=dict([adapter.rank]) if adapter.rank else {},
         alpha_pattern=dict([adapter.alpha_of]) if adapter.alpha_of else {},
         modules_to_save=list(adapter.whole) or None,
+        ensure_weight_tying=tied and bool(adapter.whole),
         lora_dropout=0.0,
     )
 
@@ -172,7 +177,7 @@ def adapted(path: Path, program: Program) -> Any:
     """The base with an adapter of random values."""
     made = base(path, program.model, program.adapter.whole)
     torch.manual_seed(1)
-    made = peft.get_peft_model(made, lora_config(program.adapter))
+    made = peft.get_peft_model(made, lora_config(program.adapter, program.model.tied))
     for name, p in made.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.05)

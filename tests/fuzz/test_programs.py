@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from .__main__ import Tally, search
+from .judge import judge
 from .program import Program, from_json, programs
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.json"))
@@ -41,6 +42,11 @@ def test_a_sample_of_programs_is_equal_or_refused(tmp_path_factory: pytest.TempP
     found = search(20, 10, home, tally, float("inf"))
     assert found is None, found.to_json()
     assert tally.ends["equal"] >= 6, tally.report()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
+def test_what_once_differed_does_not(case: Path, tmp_path: Path):
+    assert judge(from_json(case.read_text()), tmp_path).how == "equal"
 
 
 @pytest.mark.slow

@@ -110,6 +110,7 @@ def adapter_config(model: Any, base_model: str, revision: str | None = None) -> 
     ranks = Counter(layer.adapter.r for layer in layers.values())
     alphas = Counter(layer.adapter.alpha for layer in layers.values())
     r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    tied = {"ensure_weight_tying": True} if bytes_of_copies(model) else {}
     named, parameters = named_in_peft(model, list(layers))
     own = {name: [name, f"{name}.weight"] if name in parameters else [name] for name in layers}
     parameters = [f"{name}.weight" for name in parameters]
@@ -136,6 +137,7 @@ def adapter_config(model: Any, base_model: str, revision: str | None = None) -> 
         "init_lora_weights": True,
         "modules_to_save": sorted({module.requested_as for _, module in trainable_modules(model)})
         or None,
+        **tied,  # whoever trains on trains them as one
         "rank_pattern": {
             pattern: layer.adapter.r
             for name, layer in layers.items()

@@ -39,6 +39,7 @@ from ..files.safetensors import Checkpoint
 from ..memory.process import return_freed
 from ..model.architecture import FP32_LIMIT
 from ..model.defaults import with_plain_defaults
+from ..model.experts import is_experts
 from ..model.fp32 import model_in_fp32
 from ..progress import Progress, no_progress
 from ..quantization.bnb_format import quantized_names, read_stored
@@ -54,6 +55,7 @@ from .exact import Recomputed, recompute
 from .receipt import Receipt
 from .verify import (
     HELD_OUT,
+    MIXTURE_FACTOR,
     NOISE_FACTOR,
     NOISE_FLOOR,
     Behaviour,
@@ -85,7 +87,8 @@ def merge(
     Args:
         run: a run directory, or an adapter that PEFT wrote.
         onto: "trained" or "original".
-        max_noise: how many times the KL divergence that rounding alone causes is accepted.
+        max_noise: how many times the KL divergence that rounding alone causes is accepted; of a
+            mixture of experts `MIXTURE_FACTOR` times that.
         min_agreement: share of positions at which the merged model has to predict the same token.
         base: the base's directory or Hub id, where it is not where the run says.
         requantize: write the merged weights in 4 bits.
@@ -173,6 +176,8 @@ class _Merger:
         running, _ = self._load()
         recomputed = self._build(onto, running)
         original = OriginalWeights(running, self.base)
+        if any(map(is_experts, running.modules())):
+            max_noise *= MIXTURE_FACTOR
         self.rows, rows_are = probes(self.source, self.say)
         losses, wanted, noise = self._before(running, original, onto)
         for other in self.others:

@@ -41,6 +41,9 @@ JUDGED_TOKENS, LONGEST = 4096, 1024
 
 NOISE_FACTOR = 4.0
 """Times the KL divergence that rounding alone causes, beyond which a model is another one."""
+MIXTURE_FACTOR = 4.0
+"""Times that again where experts are chosen: a rounding that changes which, changes much, and there
+are few of them on the rows compared."""
 NOISE_FLOOR = 1e-6
 """KL divergence, nats, that is taken for rounding in any case: where all is computed in fp32."""
 

@@ -1,5 +1,5 @@
-"""Dropout that a base model has of its own (``attention_dropout``, ``resid_pdrop``, ...), which its
-configuration asks for in training.
+"""Dropout that a base model has of its own (``attention_dropout``, ``resid_pdrop``, ...), and noise
+on what its routers read (``router_jitter_noise``), which its configuration asks for in training.
 
 Its masks are PyTorch's to draw, wherever a model does so. A training seeds PyTorch's generator
 anew, by counters, for every micro-batch, so they are a function of these as an adapter's are: a
@@ -37,7 +37,8 @@ def _probabilities(module: nn.Module) -> Iterator[tuple[str, float]]:
             yield "dropout", module.p
         return
     for name, value in vars(module).items():
-        if "drop" in name and type(value) is float and 0 < value <= 1:
+        random = "drop" in name or "jitter" in name  # of routers
+        if random and type(value) is float and 0 < value <= 1:
             yield name, value
 
 

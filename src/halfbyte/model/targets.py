@@ -106,9 +106,7 @@ def name_entries(model: Any, entries: dict[str, Entry]) -> set[str]:
     """
     fused: set[str] = getattr(model, "fused_experts", set())
     if fused:
-        ends = tuple(f".{name.rpartition('.')[2]}" for name in fused)
-        # what is named for one expert is not fused
-        whole = [name for name in entries if name.removesuffix(".weight").endswith(ends)]
+        whole = [name for name, entry in entries.items() if len(entry.shape) == 3]
         for source, target in _stored_as(model, whole).items():
             if target in fused:
                 parts = parts_of_experts(entries[source], target.rpartition(".")[2])

@@ -168,8 +168,18 @@ def _layout(loader: WeightLoader, source: str) -> dict[str, tuple[torch.dtype, t
 
 def _refuse_foreign_layers(path: Path) -> None:
     """Raise ModelError for a model whose layers transformers does not hold in 4 bits with
-    bitsandbytes: subclasses of ``torch.nn.Linear``, which it leaves as they are."""
+    bitsandbytes: subclasses of ``torch.nn.Linear`` and experts, which it leaves as they are."""
     model = build_empty(read_config(path))
+    if getattr(model, "fused_experts", None):
+        raise ModelError(
+            f"{path} is a mixture of experts, and no other tool would hold them in 4 bits",
+            found=f"{type(model).__name__}: transformers with bitsandbytes keeps experts in 16 "
+            "bits",
+            ways_out=[
+                "use the model in 16 bits",
+                "here experts are quantized whenever it is loaded: halfbyte train, chat, eval",
+            ],
+        )
     held = (model.get_submodule(name.rpartition(".")[0]) for name in quantizable(model))
     if foreign := sorted({type(layer).__name__ for layer in held if type(layer) is not nn.Linear}):
         raise ModelError(
