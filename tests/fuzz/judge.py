@@ -31,7 +31,7 @@ from .checkpoints import checkpoint
 from .oracle import Ids, Seen, Training, Unclear
 from .program import Program, write_rows, written
 
-FLOOR = 3e-6
+FLOOR = 1e-5
 """Of a figure's size: fp32, over two layers."""
 TIMES = 30
 """The oracle's own distance: products in another order, in another form."""

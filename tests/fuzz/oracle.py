@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
+    PreTrainedTokenizerFast,
     Trainer,
     get_scheduler,
 )
@@ -80,7 +80,7 @@ def _conversation(tokenizer: Any, turns: list[dict[str, str]], every: bool) -> l
             spans.append((len(before), end))
             apart.append(row(after, [(len(before), end)]))
     follows = all(whole.startswith(shown(place + 1)) for place in range(len(turns)))
-    return [row(whole, spans)] if follows else apart
+    return [row(whole, spans)] if follows or every else apart
 
 
 def rows_of(row: Row, tokenizer: Any, program: Program) -> list[Ids]:
@@ -284,4 +284,5 @@ def chosen(losses: list[float], rows: list[Ids], seen: Seen, count: int | None) 
 
 
 def tokenizer_of(path: Path) -> Any:
-    return AutoTokenizer.from_pretrained(path)
+    # as its file is: an automatic class would be another one's for some model types
+    return PreTrainedTokenizerFast.from_pretrained(path)

@@ -32,7 +32,20 @@ until bench/gpu.py has measured it)."""
 
 
 class _HiddenStates(nn.Module):
-    """Stands for the base model: returns what it is given as ``inputs_embeds``."""
+    """Stands for the base model, and for the part of it that holds the layers: returns what it is
+    given as ``inputs_embeds``. Whatever else a head asks of the base is the base's."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self._base = (base,)  # not one of its modules
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = getattr(self.__dict__["_base"][0], name)
+            parts = found.children() if isinstance(found, nn.Module) else ()
+            return self if any(isinstance(part, nn.ModuleList) for part in parts) else found
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
         return _outputs()(last_hidden_state=inputs_embeds)
@@ -55,7 +68,7 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     """Hidden states [n, d] to logits [n, vocabulary], exactly as the model computes them."""
     head = copy.copy(model)
     head._modules = dict(model._modules)
-    head._modules[model.base_model_prefix] = _HiddenStates()
+    head._modules[model.base_model_prefix] = _HiddenStates(model.base_model)
 
     def logits(hidden: Tensor) -> Tensor:
         return head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits.squeeze(0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import HalfbyteError, is_exhaustion
+from ..errors import HalfbyteError, ModelError, is_exhaustion
 from ..memory.recompute import Keep, Recompute, recompute_layers
 from ..model.attention import packed
 from ..model.fp32 import as_near, distance, model_in_fp32, typical_distance
@@ -38,6 +38,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative difference (norm over norm) above which rounding alone is not believed: about eight
 units of the last place, times the growth over a deep network. Tokens that leak between rows change
 the logits by several times as much."""
+LEAK = 0.01
+"""Of hidden states, what another token behind them may move: nothing but roundings, where the rows
+of a batch share a kernel; a model that looks ahead moves by several times as much."""
 SLACK = 4
 """Times the tolerance that rounding may cause in fp32, where nothing finer tells how much it
 does."""
@@ -109,11 +112,26 @@ def _largest(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 def _apart(model: Any, start: int) -> tuple[Tensor, ...]:
     """Hidden states [n, d] of two rows that share a pass as a batch, where nothing is packed: a
-    model that lies in files is read once for both."""
+    model that lies in files is read once for both, and for the first row with another end.
+
+    Raises:
+        ModelError: that end changes what comes before it.
+    """
     ids, position, length = _tokens(model, start)
     given: dict[str, Any] = {"position_ids": position[:length][None]} if start else {}
-    rows = ids.view(2, length)
-    return model.base_model(input_ids=rows, use_cache=False, **given).last_hidden_state.unbind()
+    rows = torch.cat((ids.view(2, length), ids[None, :length]))
+    rows[2, -1] = rows[1, -1]
+    found = model.base_model(input_ids=rows, use_cache=False, **given).last_hidden_state
+    one, two, other = found.unbind()
+    moved = distance(other[:-1], one[:-1])
+    if moved > LEAK:
+        raise ModelError(
+            f"{type(model).__name__} reads the tokens that come after one, too: it is no causal "
+            "language model, and would learn to copy what it is to predict",
+            found=f"another last token moves what comes before it by {moved:.1%}",
+            ways_out=["use a model that is causal"],
+        )
+    return one, two
 
 
 def _packed(model: Any, ids: Tensor, position: Tensor, length: int) -> Tensor:

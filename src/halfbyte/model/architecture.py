@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..files.model_config import refused_by_transformers
 from .experts import divide_experts
 from .rope import forget_longer_passes
-from .targets import tied_head
+from .targets import mark_kept, tied_head
 
 ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
 """What configurations of mixtures of experts call the weights of losses beside the tokens' own."""
@@ -86,6 +86,7 @@ def build_empty(config: Any, *, tied: bool = True) -> Any:
     with _building, refused, _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     divide_experts(model)
+    mark_kept(model)
     forget_longer_passes(model)
     if untie:
         model.untied = tied_head(model, dict(model._tied_weights_keys or {}))

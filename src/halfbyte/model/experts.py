@@ -132,8 +132,6 @@ def divide_experts(model: Any) -> None:
             fused |= {f"{path}.{name}" for name in _divide(module)}
     if fused:
         model.fused_experts = fused
-    for router in routers(model):
-        router.is_router = True  # pyright: ignore[reportArgumentType]
 
 
 def _is_plain(module: Any) -> bool:

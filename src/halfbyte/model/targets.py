@@ -4,15 +4,18 @@ A target is a weight that a layer multiplies by. Loading, planning, adapters and
 so that a new kind of target is added in this file.
 """
 
+import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from ..errors import ModelError
 from ..files.safetensors import Entry
-from .experts import WITHIN, Expert, expert_parameter, parts_of_experts
+from .experts import WITHIN, Expert, expert_parameter, parts_of_experts, routers
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,38 @@ class Target:
 
 
 def is_target(module: nn.Module, attribute: str) -> bool:
-    """Return True if a module multiplies by its parameter of that name; a router's weight, by which
-    tokens are sent to experts, is none."""
+    """Return True if a module multiplies by its parameter of that name, and is not one of those
+    that stay as they are (`mark_kept`)."""
     linear = isinstance(module, nn.Linear) and attribute == "weight"
-    return linear and not getattr(module, "is_router", False)
+    return linear and not getattr(module, KEPT, False)
+
+
+KEPT = "kept_as_it_is"
+"""The attribute of linear layers that are neither quantized nor adapted."""
+_MULTIPLIED = re.compile(r"self\.(\w+)\.weight\s*@")
+"""In a module's code, a weight that it multiplies by itself, past the layer."""
+
+
+def mark_kept(model: Any) -> None:
+    """Mark linear layers that stay as they are: routers, which choose by small differences, and
+    those whose weight the module around them multiplies by itself (Mamba's ``dt_proj``)."""
+    for router in routers(model):
+        setattr(router, KEPT, True)
+    for module in model.modules():
+        for name in _multiplied(type(module)):
+            if isinstance(layer := module._modules.get(name), nn.Linear):
+                setattr(layer, KEPT, True)
+
+
+@cache
+def _multiplied(kind: type) -> frozenset[str]:
+    """The layers whose weights a class of transformers multiplies by itself."""
+    if not kind.__module__.startswith("transformers."):
+        return frozenset()
+    try:
+        return frozenset(_MULTIPLIED.findall(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return frozenset()
 
 
 def targets(model: Any) -> list[Target]:
@@ -64,9 +95,19 @@ def quantizable(model: Any) -> set[str]:
 
 
 def adaptable(model: Any) -> list[str]:
-    """Return the paths of the layers that take an adapter: all targets' but the output head and
-    experts."""
-    return [target.path for target in targets(model) if not target.is_head and not target.is_expert]
+    """Return the paths of the layers that take an adapter: all targets' but the output head,
+    experts, and the last layer of a Mamba block, whose weight fast kernels read past an adapter
+    (PEFT refuses it)."""
+    return [
+        target.path
+        for target in targets(model)
+        if not (target.is_head or target.is_expert or _ends_mamba(model, target.path))
+    ]
+
+
+def _ends_mamba(model: Any, path: str) -> bool:
+    block, _, name = path.rpartition(".")
+    return name == "out_proj" and hasattr(model.get_submodule(block), "conv1d")
 
 
 def experts(model: Any) -> list[str]:

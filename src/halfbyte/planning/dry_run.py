@@ -84,22 +84,26 @@ def plan_memory(
         ModelError: it cannot be trained like this.
     """
     given = _Given(config, work, device, dtype, stored, runtime_bytes)
-    try:
-        return _counted(model_config, given).plan(budget_bytes)
-    except (
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as error:
-        if is_exhaustion(error):
-            raise
-        message = first_line(error)
-        raise CannotPlan(
-            "the memory of this model cannot be planned", found=message[:200]
-        ) from error
+    failed: list[Exception] = []
+    # what cannot keep rows apart in a pass (recurrent layers) is trained row by row
+    for packing in (True, False):
+        try:
+            return _counted(model_config, given, packing).plan(budget_bytes)
+        except (
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+        ) as error:
+            if is_exhaustion(error):
+                raise
+            failed.append(error)
+    message = first_line(failed[0])
+    raise CannotPlan("the memory of this model cannot be planned", found=message[:200]) from failed[
+        0
+    ]
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class _Given:
         return self.device == "cuda"
 
 
-def _counted(model_config: Any, given: _Given) -> "_Counts":
+def _counted(model_config: Any, given: _Given, packing: bool) -> "_Counts":
     """Build the model without numbers, make it trainable, and count a step of it."""
     config = given.config
     with planning_for(given.device):
@@ -139,13 +143,13 @@ def _counted(model_config: Any, given: _Given) -> "_Counts":
             given.stored, sum(p.numel() for p in model.parameters()), stored_in
         )
         fuse(model)
-        abilities = Abilities(True, True, 0.0, 0.0)
+        abilities = Abilities(packing, True, 0.0, 0.0)
         learner = Learner(model, config, abilities, lambda what, line: None)
         parts, streamed = on_device(learner), 0
         if config.weight_streaming == "always" and given.device == "cpu":
             streamed = sum(base.pop(part) for part in STREAMED)
             parts = {part: [] if part in STREAMED else tensors for part, tensors in parts.items()}
-        with attention.packed(model):
+        with attention.packed(model, packing):
             peaks, flop, calls = _run(learner, given.work, parts)
         held = sizes({**on_device(learner), **{part: [] for part in STREAMED if streamed}})
     return _Counts(
