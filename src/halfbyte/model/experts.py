@@ -22,6 +22,8 @@ from .class_swap import swap_class
 
 GATED, PLAIN = ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj")
 """An expert's matrices, where it has a gate and where it has none."""
+IMAGINED = 16
+"""Experts that stand for all where nothing but shapes is computed."""
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
 """What routers that are linear layers are called."""
 
@@ -33,7 +35,16 @@ def is_experts(module: nn.Module) -> bool:
 
 
 class Expert(nn.Module):
-    """One expert's matrices. Made by `divide_experts`."""
+    """One expert, of the form most have: what is fused of a dense model's MLP is fused of it. Made
+    by `divide_experts`."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DividedExperts(nn.Module):
@@ -44,6 +55,8 @@ class DividedExperts(nn.Module):
     act_fn: Any
     fused: list[str]
     """The parameters that were divided, in their order."""
+    own_gate: bool
+    """Whether it joins gate and up in its own way."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the experts each token goes to, [tokens, width].
@@ -69,13 +82,18 @@ class DividedExperts(nn.Module):
         return _Return.apply(weighted, order, len(hidden_states), k).to(hidden_states.dtype)
 
     def _counts(self, chosen: Tensor) -> list[int]:
-        """How many times each expert is chosen; of shapes alone, all as often as another."""
+        """How many times each expert is chosen; of shapes alone, some stand for all: that takes as
+        much memory, and hundreds less time."""
         if chosen.is_meta:
-            each, more = divmod(len(chosen), self.num_experts)
-            return [each + (number < more) for number in range(self.num_experts)]
+            some = min(self.num_experts, IMAGINED)
+            each, more = divmod(len(chosen), some)
+            counts = [each + (number < more) for number in range(some)]
+            return counts + [0] * (self.num_experts - some)
         return torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
 
     def _run(self, expert: Any, x: Tensor) -> Tensor:
+        if self.has_gate and not self.own_gate:
+            return expert(x)
         up = expert.up_proj(x)
         if not self.has_gate:
             return expert.down_proj(self.act_fn(up))
@@ -143,6 +161,8 @@ def _is_plain(module: Any) -> bool:
 
 def _divide(module: Any) -> list[str]:
     """The parameters of experts as layers, in place; returns the names they had."""
+    from transformers.integrations.moe import _default_apply_gate
+
     names = GATED if module.has_gate else PLAIN
     width, inner = module.down_proj.shape[1:]
     like = module.down_proj
@@ -153,10 +173,12 @@ def _divide(module: Any) -> list[str]:
             with torch.device("meta"):
                 layer = nn.Linear(*sizes, bias=False, dtype=like.dtype)
             expert.add_module(name, layer)
+        expert.act_fn = module.act_fn
         module.add_module(str(number), expert)
     gone = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
     for name in gone:
         del module._parameters[name]
+    module.own_gate = type(module)._apply_gate is not _default_apply_gate
     swap_class(module, DividedExperts)
     module.fused = gone
     return gone
