@@ -42,7 +42,7 @@ _tiny = False
 
 
 def device() -> torch.device:
-    return torch.device("cpu" if _tiny else "cuda")
+    return torch.device("cpu" if _tiny or not torch.cuda.is_available() else "cuda")
 
 
 def wait() -> None:
@@ -356,7 +356,11 @@ def random_model(name: str, options: Any) -> Any:
     """A frozen model of the true geometry on the device, 4-bit weights random bytes, in seconds."""
     from halfbyte.quantization.load import empty_base
 
-    model = empty_base(configuration(name), options, torch.bfloat16)
+    return filled(empty_base(configuration(name), options, torch.bfloat16))
+
+
+def filled(model: Any) -> Any:
+    """An empty model with random weights, in place, on the device."""
     generator = torch.Generator(device()).manual_seed(0)
     for module in model.modules():
         for key, p in module._parameters.items():

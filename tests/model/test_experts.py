@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.config.options import ModelOptions
+from halfbyte.engine import selftest
+from halfbyte.engine.selftest import self_test
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import hub
 from halfbyte.model.experts import DividedExperts, Expert, routers
@@ -186,3 +188,19 @@ def test_a_missing_expert_is_named(tmp_path: Path):
     with pytest.raises(HalfbyteError) as error:
         loaded(path)
     assert f"missing: {gone}" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_rows_of_a_mixture_keep_apart_and_a_leak_is_seen(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = mixture("qwen3_moe", tmp_path / "model")
+    model, _ = load_base(path, ModelOptions(dtype=dtype, device="cpu"))  # pyright: ignore[reportArgumentType]
+    assert self_test(model).packing
+
+    def leaking(model: Any, ids: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
+        found = model.base_model(input_ids=ids[None], use_cache=False)
+        return found.last_hidden_state[0]
+
+    monkeypatch.setattr(selftest, "_packed", leaking)
+    assert not self_test(model).packing

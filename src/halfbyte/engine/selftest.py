@@ -148,14 +148,18 @@ def _packed(model: Any, ids: Tensor, position: Tensor, length: int) -> Tensor:
 
 
 def _see_only_themselves(model: Any, found: Tensor, start: int) -> bool:
-    """Whether each of two rows has the same bits whatever the other one holds."""
+    """Whether each of two rows has the same bits whatever the other one holds (of a mixture of
+    experts: up to roundings)."""
     ids, position, length = _tokens(model, start)
     one, two = ids.split(length)
     other_first = _packed(model, torch.cat((one.flip(0), two)), position, length)
     other_second = _packed(model, torch.cat((one, two.flip(0))), position, length)
-    return torch.equal(other_first[length:], found[length:]) and torch.equal(
-        other_second[:length], found[:length]
-    )
+    pairs = ((other_first[length:], found[length:]), (other_second[:length], found[:length]))
+    if getattr(model, "fused_experts", None):
+        # how many tokens an expert has may round its results otherwise, and a token may go to
+        # another for that: most stay where they are
+        return all(typical_distance(*pair) <= LEAK for pair in pairs)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 def _pass_on(error: Exception) -> None:
