@@ -36,6 +36,9 @@ OTHER: dict[str, dict[str, Any]] = {
     "glm4": {"partial_rotary_factor": 0.5},
     "phi3": {"sliding_window": 32},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 
 # Each but the first follows the form of a family people use, in our own words.

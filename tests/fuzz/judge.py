@@ -210,6 +210,7 @@ def _options(path: Path, program: Program, place: Path, start: Path | None) -> d
         "lora_dropout": 0.0,
         "use_rslora": adapter.rslora,
         "use_dora": adapter.dora,
+        "target_experts": adapter.experts,
         "target_modules": ",".join(adapter.targets) or "all-linear",
         "rank_pattern": dict([adapter.rank]) if adapter.rank else {},
         "alpha_pattern": dict([adapter.alpha_of]) if adapter.alpha_of else {},
@@ -326,7 +327,9 @@ def _result(
     """The result as other tools open it, as we do, and merged."""
     expected, other = (_logits(each.model.eval(), rows) for each in trained)
     if program.adapter.kind == "full":
-        theirs: Any = AutoModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
+        theirs: Any = oracle.eager(
+            AutoModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
+        )
     else:
         theirs = oracle.with_adapter(path, program, run / "adapter")
     opened = _logits(theirs.eval().double(), rows)

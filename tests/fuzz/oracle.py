@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from .program import Adapter, Model, Program, Row
+from .program import LLAMA, MIXTURES, Adapter, Model, Program, Row
 
 
 @dataclass(frozen=True)
@@ -154,19 +154,38 @@ def base(path: Path, model: Model, whole: tuple[str, ...] = ()) -> Any:
                 part.weight.data = in_4bit(part.weight.data.T, model).T.contiguous()
             elif isinstance(part, nn.Linear):
                 part.weight.data = in_4bit(part.weight.data, model)
-    return made.eval()
+            elif hasattr(
+                part, "is_transposed"
+            ):  # a mixture's experts, each of their matrices alone
+                for name, p in part.named_parameters(recurse=False):
+                    each = 2 if name == "gate_up_proj" else 1
+                    matrices = [m for expert in p.data for m in expert.chunk(each)]
+                    p.data = torch.cat([in_4bit(m, model) for m in matrices]).view(p.shape)
+    return eager(made)
 
 
-def lora_config(adapter: Adapter, tied: bool) -> peft.LoraConfig:
+def eager(model: Any) -> Any:
+    """A model whose experts, if it has any, are run one by one: grouped products have no fp64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def lora_config(adapter: Adapter, tied: bool, linear: tuple[str, ...] | None) -> peft.LoraConfig:
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
         lora_alpha=adapter.alpha,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
-        target_modules=list(adapter.targets) or "all-linear",
+        # PEFT's "all-linear" takes the experts of some families as well
+        target_modules=list(adapter.targets or linear or ()) or "all-linear",
         rank_pattern=dict([adapter.rank]) if adapter.rank else {},
         alpha_pattern=dict([adapter.alpha_of]) if adapter.alpha_of else {},
+        target_parameters=list(EXPERTS) if adapter.experts else None,
         modules_to_save=list(adapter.whole) or None,
         ensure_weight_tying=tied and bool(adapter.whole),
         lora_dropout=0.0,
@@ -177,7 +196,9 @@ def adapted(path: Path, program: Program) -> Any:
     """The base with an adapter of random values."""
     made = base(path, program.model, program.adapter.whole)
     torch.manual_seed(1)
-    made = peft.get_peft_model(made, lora_config(program.adapter, program.model.tied))
+    family = program.model.family
+    linear = LLAMA[:4] if family in MIXTURES else None
+    made = peft.get_peft_model(made, lora_config(program.adapter, program.model.tied, linear))
     for name, p in made.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.05)

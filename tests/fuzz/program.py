@@ -34,6 +34,8 @@ LINEAR = {
     "starcoder2": ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
 }
 """Layers by their last name; of families that are not here as of llama."""
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe")
+"""Families with experts, of which a token goes to two of four."""
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -53,8 +55,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Adapter:
-    """kind: lora or full. targets: names, or none for all linear layers. rank, alpha: of one of the
-    targets, apart. fresh: ours, else PEFT's with random values."""
+    """kind: lora or full. targets: names, or none for all linear layers. rank, alpha_of: of one of
+    the targets, apart. fresh: ours, else PEFT's with random values. experts: a mixture's, too."""
 
     kind: str = "lora"
     r: int = 4
@@ -66,6 +68,7 @@ class Adapter:
     alpha_of: tuple[str, int] | None = None
     whole: tuple[str, ...] = ()
     fresh: bool = False
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def conversations(draw: st.DrawFn, form: str, template: str) -> tuple[Turn, ...]
 def models(draw: st.DrawFn) -> Model:
     bits = draw(st.sampled_from((4, 4, 4, 16)))
     return Model(
-        draw(st.sampled_from(FAMILIES)),
+        draw(st.sampled_from((*FAMILIES, *MIXTURES))),
         draw(st.sampled_from(TEMPLATES)),
         tied=draw(st.booleans()),
         stored=draw(st.sampled_from(("float32", "bfloat16"))),
@@ -212,7 +215,7 @@ def models(draw: st.DrawFn) -> Model:
 def adapters(draw: st.DrawFn, model: Model) -> Adapter:
     if model.bits == 16 and draw(st.integers(0, 2)) == 0:
         return Adapter(kind="full")
-    names = LINEAR.get(model.family, LLAMA)
+    names = LLAMA[:4] if model.family in MIXTURES else LINEAR.get(model.family, LLAMA)
     targets = draw(
         st.just(())
         | st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True).map(tuple)
@@ -220,16 +223,18 @@ def adapters(draw: st.DrawFn, model: Model) -> Adapter:
     apart = st.none() | st.tuples(st.sampled_from(targets or names), st.sampled_from((2, 6)))
     whole = st.sampled_from(((), (), (), ("lm_head",), ("lm_head", "embed_tokens")))
     named = model.family not in ("gpt2", "gpt_neox")  # where these names are others
+    dora = draw(st.integers(0, 4)) == 0
     return Adapter(
         r=draw(st.sampled_from((1, 4, 8))),
         alpha=draw(st.sampled_from((4, 8, 16))),
         rslora=draw(st.booleans()),
-        dora=draw(st.integers(0, 4)) == 0,
+        dora=dora,
         targets=targets,
         rank=draw(apart),
         alpha_of=draw(apart),
         whole=draw(whole) if named else (),
         fresh=draw(st.booleans()),
+        experts=model.family in MIXTURES and not dora and draw(st.booleans()),
     )
 
 
@@ -238,7 +243,8 @@ def programs(draw: st.DrawFn) -> Program:
     model = draw(models())
     adapter = draw(adapters(model))
     way = draw(st.sampled_from(("train", "train", "train", "optimize")))
-    if adapter.kind == "full":
+    # in somebody's own loop experts stay in 16 bits
+    if adapter.kind == "full" or model.family in MIXTURES:
         way = "train"
     forms = draw(st.lists(st.sampled_from(FORMS), min_size=1, max_size=2))
     rows = tuple(

@@ -6,9 +6,9 @@ each expert's layers have their own A and B, of which gate and up share A, so th
 hold the same numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from ..model.experts import (
     fused_parameter,
 )
 from .lora import AdapterConfig, LoraLinear
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,22 @@ def of_experts(adapter: AdapterConfig, model: Any) -> AdapterConfig:
     rank = max(1, adapter.r // experts_per_token(model.config))
     power = 0.5 if adapter.use_rslora else 1.0
     alpha = adapter.alpha * (rank / adapter.r) ** power  # the same scale
-    ends = {".".join(name.split(".")[-2:]) for name in model.fused_experts}
+    ends = sorted({ending(name) for name in model.fused_experts})
+    # the first pattern that fits is taken: one that was asked for
     return replace(
         adapter,
-        rank_pattern={**adapter.rank_pattern, **dict.fromkeys(sorted(ends), rank)},
-        alpha_pattern={**adapter.alpha_pattern, **dict.fromkeys(sorted(ends), alpha)},
+        rank_pattern={**adapter.rank_pattern, **_beside(adapter.rank_pattern, ends, rank)},
+        alpha_pattern={**adapter.alpha_pattern, **_beside(adapter.alpha_pattern, ends, alpha)},
     )
+
+
+def ending(fused: str) -> str:
+    """What a parameter of experts is called in every layer, as short as a pattern may be."""
+    return ".".join(fused.split(".")[-2:])
+
+
+def _beside(given: Mapping[str, Number], ends: list[str], value: Number) -> dict[str, Number]:
+    return {end: value for end in ends if end not in given}
 
 
 def fused_of(model: Any, names: list[str]) -> set[str]:

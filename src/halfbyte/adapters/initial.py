@@ -10,7 +10,7 @@ from ..files.model_config import read_config
 from ..model.architecture import build_empty
 from ..model.targets import targets
 from .converted import plain_lora
-from .experts import fused_of
+from .experts import ending, fused_of
 from .lora import target_names
 from .peft_files import (
     adapted_layers,
@@ -61,6 +61,10 @@ def begin_with_adapter(config: ConfigT, base: Path) -> ConfigT:
     wanted["tie_word_embeddings"] = not trained_apart(model, path)
     of_experts = [name for name in adapted if fused_of(model, [name])]
     wanted["target_experts"] = bool(of_experts)
+    for fused in sorted(fused_of(model, of_experts)):
+        # the adapter's own rank, and not what a new one would have
+        wanted["rank_pattern"].setdefault(ending(fused), adapter.of(fused).r)
+        wanted["alpha_pattern"].setdefault(ending(fused), adapter.of(fused).alpha)
     others = sorted(set(adapted) - set(of_experts))
     wanted["target_modules"] = ",".join(shortest_targets(model, others))
     for name, value in wanted.items():

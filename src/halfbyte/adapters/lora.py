@@ -40,7 +40,7 @@ from torch.nn import functional
 from .. import ops
 from ..errors import UsageError
 from ..memory import recompute
-from ..model.experts import Expert, fused_parameter
+from ..model.experts import Expert, OtherExpert, fused_parameter
 from ..model.targets import adaptable, experts, targets
 from ..ops.library import first_order
 from ..quantization.tensor import NF4Tensor
@@ -421,7 +421,7 @@ def attach_lora(
 def share_inputs(model: Any) -> None:
     """Let gate and up of an expert have one A, in place: PEFT adapts both as one matrix."""
     for expert in model.modules():
-        if isinstance(expert, Expert):
+        if isinstance(expert, Expert | OtherExpert):
             layers = dict(expert.named_children())
             gate, up = layers.get("gate_proj"), layers.get("up_proj")
             if isinstance(gate, LoraLinear) and isinstance(up, LoraLinear):

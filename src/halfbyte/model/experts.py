@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..files.safetensors import Entry
 from .class_swap import swap_class
@@ -47,16 +48,19 @@ class Expert(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class OtherExpert(nn.Module):
+    """One expert of another form, whose matrices `DividedExperts` multiplies by."""
+
+
 class DividedExperts(nn.Module):
-    """The experts of a layer, each by itself: children "0", "1", ... are `Expert`."""
+    """The experts of a layer, each by itself: children "0", "1", ... are `Expert` or
+    `OtherExpert`."""
 
     has_gate: bool
     num_experts: int
     act_fn: Any
     fused: list[str]
     """The parameters that were divided, in their order."""
-    own_gate: bool
-    """Whether it joins gate and up in its own way."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the experts each token goes to, [tokens, width].
@@ -92,7 +96,7 @@ class DividedExperts(nn.Module):
         return torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
 
     def _run(self, expert: Any, x: Tensor) -> Tensor:
-        if self.has_gate and not self.own_gate:
+        if isinstance(expert, Expert):
             return expert(x)
         up = expert.up_proj(x)
         if not self.has_gate:
@@ -166,19 +170,22 @@ def _divide(module: Any) -> list[str]:
     names = GATED if module.has_gate else PLAIN
     width, inner = module.down_proj.shape[1:]
     like = module.down_proj
+    activation = nn.SiLU() if module.act_fn is functional.silu else module.act_fn
+    own_gate = type(module)._apply_gate is not _default_apply_gate
+    usual = module.has_gate and not own_gate and isinstance(activation, nn.Module)
     for number in range(module.num_experts):
-        expert = Expert()
+        expert = Expert() if usual else OtherExpert()
         for name in names:
             sizes = (inner, width) if name == "down_proj" else (width, inner)
             with torch.device("meta"):
                 layer = nn.Linear(*sizes, bias=False, dtype=like.dtype)
             expert.add_module(name, layer)
-        expert.act_fn = module.act_fn
+        if usual:
+            expert.act_fn = activation
         module.add_module(str(number), expert)
     gone = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
     for name in gone:
         del module._parameters[name]
-    module.own_gate = type(module)._apply_gate is not _default_apply_gate
     swap_class(module, DividedExperts)
     module.fused = gone
     return gone

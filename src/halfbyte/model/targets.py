@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..files.safetensors import Entry
-from .experts import WITHIN, Expert, expert_parameter, parts_of_experts, routers
+from .experts import WITHIN, Expert, OtherExpert, expert_parameter, parts_of_experts, routers
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ def targets(model: Any) -> list[Target]:
     """Return every target of a model, in the model's order."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     experts = {
-        layer for part in model.modules() if isinstance(part, Expert) for layer in part.children()
+        layer
+        for part in model.modules()
+        if isinstance(part, Expert | OtherExpert)
+        for layer in part.children()
     }
     return [
         Target(path, attribute, module is head, module in experts)
