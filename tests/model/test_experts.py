@@ -163,6 +163,8 @@ def test_a_mixture_is_trained_opened_by_peft_and_merged(
         eval_split=0,
         target_experts=target_experts,
     )
+    said = run.info()["found"]
+    assert ("experts" in said) is not target_experts
     model, _ = halfbyte.load(run.path, dtype="float32", device="cpu")
     expected = model(input_ids=IDS).logits
     base = twin(path, model)

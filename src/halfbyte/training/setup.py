@@ -47,6 +47,7 @@ from ..memory.process import (
 from ..model.architecture import build_empty, choose_device, choose_dtype, router_losses
 from ..model.fusion import fuse
 from ..model.rope import pass_kind
+from ..model.targets import experts
 from ..ops import cpu, gpu
 from ..planning.budget import gib
 from ..planning.dry_run import CannotPlan
@@ -412,6 +413,12 @@ def build_learner(
         )
     if line := router_losses(model.config):
         note("router losses", line)
+    if not config.full and not config.target_experts and (count := len(experts(model))):
+        note(
+            "experts",
+            f"the experts' {count:,} matrices are frozen and take no adapter: --target_experts "
+            "true adapts them, too",
+        )
     learner = Learner(model, config, abilities, note)
     if adapter is not None:
         restore_adapter(model, adapter)
