@@ -68,3 +68,11 @@ def test_dora_of_experts_is_refused(tmp_path: Path):
 def test_a_dense_model_has_no_experts_to_adapt(stories: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="has no experts"):
         learner(stories)
+
+
+def test_names_of_experts_lead_to_the_option(tmp_path: Path):
+    """The list that most scripts have (mlx-lm 571)."""
+    path = mixture("qwen3_moe", tmp_path)
+    with pytest.raises(UsageError) as error:
+        learner(path, target_modules="q_proj,gate_proj,up_proj,down_proj", target_experts=False)
+    assert "--target_experts true" in str(error.value)

@@ -369,9 +369,13 @@ def target_names(model: Any, target_modules: str, target_experts: bool = False) 
         )
     if unmatched or not chosen:
         there = sorted({name.rpartition(".")[2] for name in linear})
+        of_experts = any(ends_with(name, suffix) for name in experts(model) for suffix in unmatched)
+        ways = ["leave them out: --target_experts true adapts the experts of every layer"]
         raise UsageError(
             f"target_modules matches no linear layer: {', '.join(unmatched) or target_modules}",
+            found="they are those of experts" if of_experts else "",
             expected=f"all-linear, or some of {', '.join(there)}, or a regular expression",
+            ways_out=ways if of_experts else [],
         )
     return chosen
 
