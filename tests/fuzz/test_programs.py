@@ -37,11 +37,11 @@ def test_the_oracle_shares_no_code_with_what_it_judges():
 
 
 def test_a_sample_of_programs_is_equal_or_refused(tmp_path_factory: pytest.TempPathFactory):
-    """Ten programs of one seed; at least six are compared to the end."""
+    """Six programs of one seed; at least four are compared to the end."""
     tally, home = Tally(), tmp_path_factory.mktemp("fuzz")
-    found = search(20, 10, home, tally, float("inf"))
+    found = search(20, 6, home, tally, float("inf"))
     assert found is None, found.to_json()
-    assert tally.ends["equal"] >= 6, tally.report()
+    assert tally.ends["equal"] >= 4, tally.report()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
