@@ -39,6 +39,8 @@ SIZES: dict[str, Any] = {
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 6},
     "mixtral": {"num_local_experts": 4},
+    # its files hold the experts of a layer in one tensor
+    "granitemoe": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 64},
     "deepseek_v3": {
@@ -146,7 +148,10 @@ def test_gradients_pass_through_experts_and_routers(family: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "family",
     ["qwen3_moe", "deepseek_v3"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "olmoe", "qwen2_moe")],
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("mixtral", "olmoe", "qwen2_moe", "granitemoe")
+    ],
 )
 def test_a_mixture_is_trained_opened_by_peft_and_merged(
     family: str, target_experts: bool, tmp_path: Path
@@ -210,3 +215,27 @@ def test_packed_rows_of_a_mixture_keep_apart_and_a_leak_is_seen(
 
     monkeypatch.setattr(selftest, "_packed", leaking)
     assert not self_test(model).packing
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe"])
+def test_experts_that_stay_in_a_file_train_the_same_bytes(
+    family: str, tmp_path: Path, own_cache: Path
+):
+    path = mixture(family, tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "say it", "output": "it is said"}) + "\n")
+    adapters = []
+    for streaming in ("never", "always"):
+        run = halfbyte.train(
+            model=str(path),
+            data=str(rows),
+            output_dir=str(tmp_path / streaming),
+            dtype="float32",
+            max_steps=2,
+            num_samples=0,
+            eval_split=0,
+            rehearse=False,
+            weight_streaming=streaming,
+        )
+        adapters.append((run.path / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
