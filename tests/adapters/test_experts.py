@@ -37,6 +37,7 @@ def test_what_is_saved_comes_back(tmp_path: Path):
     perturb_zeros(model)
     save_adapter(model, tmp_path, "base")
     written = read_json(tmp_path / "adapter_config.json")
+    assert "ensure_weight_tying" not in written  # nothing is tied
     assert written["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     other, _ = loaded(path)
     load_adapter(other, tmp_path)

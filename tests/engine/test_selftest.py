@@ -21,6 +21,7 @@ from transformers import (
 
 from halfbyte.engine import selftest
 from halfbyte.engine.selftest import self_test
+from halfbyte.errors import ModelError
 from halfbyte.model import attention
 
 SMALL = {
@@ -124,3 +125,17 @@ def test_in_16_bits_packed_rows_are_held_against_fp32(monkeypatch: pytest.Monkey
 def _shaken(hidden: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
     return (hidden.float() * (1 + 0.1 * torch.randn(hidden.shape))).to(hidden.dtype)
+
+
+def test_a_model_that_looks_ahead_is_refused(tiny_llama: LlamaForCausalLM):
+    """As bert does: it would learn to copy what it is to predict."""
+    tiny_llama.config.dtype = torch.float32
+    assert self_test(tiny_llama).packing
+    forward = tiny_llama.model.norm.forward
+
+    def looking_ahead(hidden: torch.Tensor) -> torch.Tensor:
+        return forward(hidden + 0.1 * hidden.roll(-1, dims=1))
+
+    tiny_llama.model.norm.forward = looking_ahead  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ModelError, match="no causal language model"):
+        self_test(tiny_llama)

@@ -6,13 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from halfbyte.config.options import TrainConfig
 from halfbyte.data.batches import collate
 from halfbyte.engine.learner import Learner
 from halfbyte.engine.selftest import Abilities
-from halfbyte.model.base_dropout import base_dropout
+from halfbyte.model.architecture import build_empty
+from halfbyte.model.base_dropout import base_dropout, silence
 
 from ..helpers import tiny_rows
 
@@ -83,3 +90,14 @@ def test_off_is_none(tiny_config: LlamaConfig, tmp_path: Path, make: Any):
     assert any("left out" in line for line in notes)
     (expected,) = gradients(make(tiny_config, 0.0), tmp_path, [1], notes)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_noise_on_routers_is_found_and_left_out():
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, router_jitter_noise=0.1,
+    )  # fmt: skip
+    model = build_empty(config)
+    assert base_dropout(model) == {"jitter_noise": 0.1}
+    silence(model)
+    assert base_dropout(model) == {}

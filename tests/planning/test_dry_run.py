@@ -213,3 +213,16 @@ def test_counts_and_bytes_are_those_of_transformers_and_peft(name: str):
     small = [n for n in trained if n < 4096]
     states = sum(2 * n + 2 * 4 * (n // 256) for n in large) + sum(8 * n for n in small)
     assert plan.bytes_of("optimizer states") == states
+
+
+def test_a_model_that_cannot_pack_is_planned_row_by_row():
+    """Recurrent layers, whose rows would run into each other."""
+    config = AutoConfig.for_model(
+        "qwen3_next", vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    made = outline(config, 32, device="cpu")
+    assert made.phases["step"] > 0 and made.parameters > 0

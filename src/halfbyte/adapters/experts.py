@@ -18,6 +18,7 @@ from ..model.experts import (
     GATED,
     DividedExperts,
     experts_per_token,
+    fused_experts,
     fused_parameter,
 )
 from .lora import AdapterConfig, LoraLinear
@@ -113,7 +114,7 @@ def of_experts(adapter: AdapterConfig, model: Any) -> AdapterConfig:
     rank = max(1, adapter.r // experts_per_token(model.config))
     power = 0.5 if adapter.use_rslora else 1.0
     alpha = adapter.alpha * (rank / adapter.r) ** power  # the same scale
-    ends = sorted({ending(name) for name in model.fused_experts})
+    ends = sorted({ending(name) for name in fused_experts(model)})
     # the first pattern that fits is taken: one that was asked for
     return replace(
         adapter,

@@ -21,7 +21,7 @@ from ..config.peft_settings import undone_in_file
 from ..errors import ModelError, UsageError
 from ..files.atomic import read_json, write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
-from ..model.experts import DividedExperts, fused_parameter
+from ..model.experts import DividedExperts, fused_experts, fused_parameter
 from ..model.targets import targets, tied_head
 from ..quantization.tensor import NF4Tensor
 from .experts import adapted_experts, fused_of, joined_layers, wrapped
@@ -110,14 +110,16 @@ def adapter_config(model: Any, base_model: str, revision: str | None = None) -> 
     ranks = Counter(layer.adapter.r for layer in layers.values())
     alphas = Counter(layer.adapter.alpha for layer in layers.values())
     r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-    tied = {"ensure_weight_tying": True} if bytes_of_copies(model) else {}
+    own = _parameters(model)
+    shared = len({id(p) for p in own.values()}) < len(own)
+    tied = {"ensure_weight_tying": True} if shared else {}
     named, parameters = named_in_peft(model, list(layers))
-    own = {name: [name, f"{name}.weight"] if name in parameters else [name] for name in layers}
+    patterns = {name: [name, f"{name}.weight"] if name in parameters else [name] for name in layers}
     parameters = [f"{name}.weight" for name in parameters]
     # experts by what they are called in every layer
     for each in adapted_experts(model):
         end = re.sub(r"^.*?\.\d+\.", "", each.parameter)
-        layers[end], own[end] = each.layers[0][0], [end]
+        layers[end], patterns[end] = each.layers[0][0], [end]
         parameters = [*parameters, end] if end not in parameters else parameters
     return {
         "peft_type": "LORA",
@@ -142,13 +144,13 @@ def adapter_config(model: Any, base_model: str, revision: str | None = None) -> 
             pattern: layer.adapter.r
             for name, layer in layers.items()
             if layer.adapter.r != r
-            for pattern in own[name]
+            for pattern in patterns[name]
         },
         "alpha_pattern": {
             pattern: layer.adapter.alpha
             for name, layer in layers.items()
             if layer.adapter.alpha != alpha
-            for pattern in own[name]
+            for pattern in patterns[name]
         },
         "use_dora": adapter.use_dora,
     }
@@ -163,7 +165,7 @@ def named_in_peft(model: Any, names: list[str]) -> tuple[list[str], list[str]]:
     """Adapted layers that PEFT finds as modules, and those it finds as parameters alone
     (``target_parameters``): a mixture's dense layers and shared experts. Their tensors in the
     file have the same names and shapes either way."""
-    if not getattr(model, "fused_experts", None):
+    if not fused_experts(model):
         return names, []
     parameters = [name for name in names if name.rpartition(".")[2] in RENAMED]
     return [name for name in names if name not in parameters], parameters

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import HalfbyteError, ModelError, is_exhaustion
 from ..memory.recompute import Keep, Recompute, recompute_layers
 from ..model.attention import packed
+from ..model.experts import fused_experts
 from ..model.fp32 import as_near, distance, model_in_fp32, typical_distance
 from ..model.rope import border
 from .loss import output_head
@@ -95,7 +96,7 @@ def _try_packing(model: Any, start: int, *apart: Tensor) -> tuple[bool, float]:
             exact = _apart(model, start)
     packed = _packed(model, ids, position, length)
     error = _largest(packed.split(length), exact)
-    if getattr(model, "fused_experts", None):  # rounding may choose other experts
+    if fused_experts(model):  # rounding may choose other experts
         return _see_only_themselves(model, packed, start), error
     near = (
         error <= SLACK * TOLERANCE[dtype]
@@ -155,7 +156,7 @@ def _see_only_themselves(model: Any, found: Tensor, start: int) -> bool:
     other_first = _packed(model, torch.cat((one.flip(0), two)), position, length)
     other_second = _packed(model, torch.cat((one, two.flip(0))), position, length)
     pairs = ((other_first[length:], found[length:]), (other_second[:length], found[:length]))
-    if getattr(model, "fused_experts", None):
+    if fused_experts(model):
         # how many tokens an expert has may round its results otherwise, and a token may go to
         # another for that: most stay where they are
         return all(typical_distance(*pair) <= LEAK for pair in pairs)

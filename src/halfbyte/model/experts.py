@@ -156,6 +156,11 @@ def divide_experts(model: Any) -> None:
         model.fused_experts = fused
 
 
+def fused_experts(model: Any) -> set[str]:
+    """The parameters of a model that `divide_experts` divided."""
+    return getattr(model, "fused_experts", set())
+
+
 def _is_plain(module: Any) -> bool:
     """Whether experts are matrices [out, in] and nothing else."""
     return not (module.is_transposed or module.has_bias or module.has_post_expert_norm) and (
@@ -209,7 +214,7 @@ def expert_parameter(fused: str, source: str, part: int, gated: bool) -> str:
 def fused_parameter(model: Any, path: str) -> str | None:
     """The parameter that transformers makes of an expert's layer and of others, by the layer's
     path; None of a layer that is no expert's."""
-    names: set[str] = getattr(model, "fused_experts", set())
+    names = fused_experts(model)
     stack, _, layer = path.rpartition(".")
     stack, _, number = stack.rpartition(".")
     if not names or not number.isdigit():

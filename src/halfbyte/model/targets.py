@@ -15,7 +15,15 @@ from torch import nn
 
 from ..errors import ModelError
 from ..files.safetensors import Entry
-from .experts import WITHIN, Expert, OtherExpert, expert_parameter, parts_of_experts, routers
+from .experts import (
+    WITHIN,
+    Expert,
+    OtherExpert,
+    expert_parameter,
+    fused_experts,
+    parts_of_experts,
+    routers,
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ def name_entries(model: Any, entries: dict[str, Entry]) -> set[str]:
     Returns:
         Names that are another one's tensor once more.
     """
-    fused: set[str] = getattr(model, "fused_experts", set())
+    fused = fused_experts(model)
     if fused:
         whole = [name for name, entry in entries.items() if len(entry.shape) == 3]
         for source, target in _stored_as(model, whole).items():
@@ -194,7 +202,7 @@ def _stored_as(model: Any, names: list[str]) -> dict[str, str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     parts = {p: part for c in converters for part, p in enumerate(c.source_patterns)}
-    fused: set[str] = getattr(model, "fused_experts", set())
+    fused = fused_experts(model)
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     state |= dict.fromkeys(fused, True)
     result = {}

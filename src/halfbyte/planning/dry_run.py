@@ -100,10 +100,9 @@ def plan_memory(
             if is_exhaustion(error):
                 raise
             failed.append(error)
-    message = first_line(failed[0])
-    raise CannotPlan("the memory of this model cannot be planned", found=message[:200]) from failed[
-        0
-    ]
+    found = first_line(failed[0])[:200]
+    unplanned = CannotPlan("the memory of this model cannot be planned", found=found)
+    raise unplanned from failed[0]
 
 
 @dataclass(frozen=True)

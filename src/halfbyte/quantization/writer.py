@@ -13,6 +13,7 @@ from ..files import atomic, hub
 from ..files.model_config import read_config
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, TensorFile
 from ..model.architecture import build_empty
+from ..model.experts import fused_experts
 from ..model.targets import quantizable
 from ..progress import Progress
 from .bnb_format import STATE_KEY, check_quantization, components, quantized_names, stored_keys
@@ -170,7 +171,7 @@ def _refuse_foreign_layers(path: Path) -> None:
     """Raise ModelError for a model whose layers transformers does not hold in 4 bits with
     bitsandbytes: subclasses of ``torch.nn.Linear`` and experts, which it leaves as they are."""
     model = build_empty(read_config(path))
-    if getattr(model, "fused_experts", None):
+    if fused_experts(model):
         raise ModelError(
             f"{path} is a mixture of experts, and no other tool would hold them in 4 bits",
             found=f"{type(model).__name__}: transformers with bitsandbytes keeps experts in 16 "
