@@ -151,7 +151,7 @@ def make_packed(size: str, home: Path) -> Path:
                     out.write(key, value)
                     weight_map[key] = file
     atomic.write_json(path / INDEX, {"metadata": {}, "weight_map": weight_map})
-    quantization = quantized._quantization(options)
+    quantization = quantized._quantization(options, None)
     atomic.write_json(
         path / "config.json", {**atomic.read_json(path / "config.json"), **quantization}
     )

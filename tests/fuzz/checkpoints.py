@@ -1,6 +1,7 @@
 """Small random models of many families, each with a tokenizer and a chat template."""
 
 import json
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 import halfbyte
 
-from .program import WORDS, Model
+from .program import REAL, WORDS, Model
 
 BUILTIN = Path(halfbyte.__file__).parent / "builtin"
 SIZES: dict[str, Any] = {
@@ -44,8 +46,10 @@ OTHER: dict[str, dict[str, Any]] = {
 # Each but the first follows the form of a family people use, in our own words.
 TEMPLATE = {
     "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
-        "'<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+        "{{ '<|im_end|>' + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "headers": (
@@ -111,6 +115,18 @@ def _tokenizer(template: str) -> PreTrainedTokenizerFast:
     return wrapped
 
 
+def _cut(real: Path, path: Path) -> None:
+    """The first four layers of a model, with its tokenizer."""
+    config = AutoConfig.from_pretrained(real, num_hidden_layers=4)
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # of weights that find no layer
+    made = AutoModelForCausalLM.from_pretrained(real, config=config, dtype="auto")
+    logging.set_verbosity(loud)
+    made.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(real / name, path / name)
+
+
 def checkpoint(model: Model, home: Path) -> Path:
     """The model's directory below ``home``, made where it is not there yet. In 4 bits and 16 the
     same files serve."""
@@ -118,6 +134,9 @@ def checkpoint(model: Model, home: Path) -> Path:
     if (path / "config.json").exists():
         return path
     shutil.rmtree(path, ignore_errors=True)
+    if model.family == REAL[0]:
+        _cut(Path(os.environ[REAL[1]]), path)
+        return path
     if model.template == "builtin":
         tokens, eos, pad, bos = 3072, 1, 0, None
     else:

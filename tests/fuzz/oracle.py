@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import datasets
 import peft
 import torch
+import trl
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from .program import LLAMA, MIXTURES, Adapter, Model, Program, Row
+from .program import LLAMA, MIXTURES, TOOL, Adapter, Model, Program, Row, messages_of
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ def _within(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> tup
     )
 
 
-def _conversation(tokenizer: Any, turns: list[dict[str, str]], every: bool) -> list[Ids]:
+def _conversation(
+    tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | None, every: bool
+) -> list[Ids]:
     """A conversation turn by turn: what each answer adds, up to its end. Where a template writes
     earlier turns anew, a row of each answer."""
 
     def shown(count: int, asking: bool = False) -> str:
         return tokenizer.apply_chat_template(
-            turns[:count], tokenize=False, add_generation_prompt=asking
+            turns[:count], tools=tools, tokenize=False, add_generation_prompt=asking
         )
 
     def row(text: str, spans: list[tuple[int, int]]) -> Ids:
@@ -99,8 +104,8 @@ def rows_of(row: Row, tokenizer: Any, program: Program) -> list[Ids]:
         case "ids":
             return [ready(row, tokenizer)]
         case _:
-            turns = [{"role": role, "content": text} for role, text in row.turns]
-            return _conversation(tokenizer, turns, not program.assistant_only)
+            tools = [TOOL] if row.tools else None
+            return _conversation(tokenizer, messages_of(row), tools, not program.assistant_only)
 
 
 def ready(row: Row, tokenizer: Any) -> Ids:
@@ -136,10 +141,18 @@ def in_4bit(weight: Tensor, model: Model) -> Tensor:
             table[code].float() * most + offset for code, most in zip(nearest, largest, strict=True)
         ]
         state.absmax = torch.cat(parts)
+    return _values(packed, state)[: weight.numel()].view(weight.shape)
+
+
+def _values(packed: Tensor, state: Any) -> Tensor:
+    absmax = state.absmax
+    if state.nested:
+        inner = state.state2
+        scales = inner.absmax.repeat_interleave(inner.blocksize)[: absmax.numel()]
+        absmax = inner.code[absmax.long()] * scales + state.offset
     codes = packed.view(-1)
     values = state.code[torch.stack((codes >> 4, codes & 15), 1).view(-1).long()]
-    scales = state.absmax.repeat_interleave(model.blocksize)[: values.numel()]
-    return (values * scales)[: weight.numel()].view(weight.shape)
+    return values * absmax.repeat_interleave(state.blocksize)[: values.numel()]
 
 
 def base(path: Path, model: Model, whole: tuple[str, ...] = ()) -> Any:
@@ -169,6 +182,21 @@ def eager(model: Any) -> Any:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval()
+
+
+def dequantized(model: Any) -> Any:
+    """A model that bitsandbytes holds, its layers made ordinary ones: in its own bytes, which its
+    CPU code reads wrong where a block is longer than a row."""
+    for parent in list(model.modules()):
+        for name, part in parent.named_children():
+            if isinstance(part, Linear4bit):
+                plain = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None)
+                state: Any = part.weight.quant_state
+                plain.weight.data = _values(part.weight.data, state).view(state.shape)
+                if part.bias is not None:
+                    plain.bias.data = part.bias.data.float()
+                setattr(parent, name, plain)
+    return eager(model)
 
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -213,6 +241,14 @@ def with_adapter(path: Path, program: Program, saved: Path) -> Any:
     return peft.PeftModel.from_pretrained(made, str(saved), is_trainable=True)
 
 
+def in_bf16(model: Any) -> Any:
+    """What is not trained in bf16, as scripts hold it."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.bfloat16()
+    return model
+
+
 # --- a training -----------------------------------------------------------------------------------
 
 
@@ -239,8 +275,8 @@ def row_loss(model: Any, row: Ids) -> Tensor:
 class Training:
     """A training by torch's AdamW, whose steps take the rows that another took."""
 
-    def __init__(self, model: Any, program: Program, total: int) -> None:
-        self.model, self.program = model.train(), program
+    def __init__(self, model: Any, program: Program, total: int, in_bf16: bool = False) -> None:
+        self.model, self.program, self.in_bf16 = model.train(), program, in_bf16
         kept = set(Trainer.get_decay_parameter_names(Any, model))  # type: ignore[arg-type]
         groups = ([], [])
         for name, p in model.named_parameters():
@@ -263,9 +299,19 @@ class Training:
             num_training_steps=total,
         )
 
+    def precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.in_bf16)
+
     def losses(self, rows: list[Ids]) -> list[float]:
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
             return [float(row_loss(self.model, row)) for row in rows]
+
+    def mean_loss(self, rows: list[Ids]) -> float:
+        """Per trained token, as held-out rows are judged."""
+        self.model.eval()
+        found = sum(self.losses(rows)) / sum(row.supervised for row in rows)
+        self.model.train()
+        return found
 
     def step(self, rows: list[Ids]) -> Seen:
         """A step over rows: the mean over all their trained tokens."""
@@ -273,7 +319,8 @@ class Training:
         self.optimizer.zero_grad()
         total = 0.0
         for row in rows:
-            loss = row_loss(self.model, row) / supervised
+            with self.precision():
+                loss = row_loss(self.model, row) / supervised
             loss.backward()
             total += float(loss)
         limit = self.program.max_norm or math.inf
@@ -282,6 +329,54 @@ class Training:
         self.optimizer.step()
         self.schedule.step()
         return Seen(supervised, total, norm, rate)
+
+
+def by_trl(
+    model: Any, program: Program, rows: list[Ids], path: Path, place: Path, in_bf16: bool
+) -> list[Seen]:
+    """What TRL's trainer tells of a training, step by step."""
+    data = datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": list(row.ids),
+                "labels": [i if t else -100 for i, t in zip(row.ids, row.trained, strict=True)],
+            }
+            for row in rows
+        ]
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(
+            output_dir=str(place),
+            per_device_train_batch_size=program.batch,
+            gradient_accumulation_steps=program.accumulation,
+            max_steps=program.steps,
+            learning_rate=program.learning_rate,
+            lr_scheduler_type=program.schedule,
+            warmup_steps=program.warmup,
+            weight_decay=program.weight_decay,
+            adam_beta2=program.beta2,
+            adam_epsilon=program.epsilon,
+            max_grad_norm=program.max_norm,
+            optim="adamw_torch",
+            max_length=program.max_length,
+            gradient_checkpointing=program.checkpointing,
+            bf16=in_bf16,
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=data,
+        processing_class=tokenizer_of(path),
+    )
+    trainer.train()
+    return [
+        Seen(0, line["loss"], line["grad_norm"], line["learning_rate"])
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
 
 
 def chosen(losses: list[float], rows: list[Ids], seen: Seen, count: int | None) -> tuple[int, ...]:

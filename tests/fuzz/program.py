@@ -7,6 +7,7 @@ never has to read a form.
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ LINEAR = {
 """Layers by their last name; of families that are not here as of llama."""
 MIXTURES = ("qwen3_moe", "mixtral", "olmoe")
 """Families with experts, of which a token goes to two of four."""
+REAL = ("smollm2", "HALFBYTE_SMOLLM2")
+"""Four layers of a real model, where the variable says in which directory it is."""
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -73,16 +76,48 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Row:
-    """turns: what it means; of ids, what is encoded."""
+    """turns: what it means; of ids, what is encoded. Of a row with tools a turn of the role "call"
+    is an assistant's call of `TOOL` with its content, one of the role "tool" the answer."""
 
     form: str
     turns: tuple[Turn, ...]
+
+    @property
+    def tools(self) -> bool:
+        return any(role == "call" for role, _ in self.turns)
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks it up.",
+        "parameters": {"type": "object", "properties": {"what": {"type": "string"}}},
+    },
+}
+"""The one tool that rows may call."""
+
+
+def messages_of(row: Row) -> list[dict[str, Any]]:
+    """The row as a chat template takes it."""
+
+    def message(role: str, text: str) -> dict[str, Any]:
+        if role == "call":
+            call = {"name": TOOL["function"]["name"], "arguments": {"what": text}}
+            calls = [{"type": "function", "function": call}]
+            return {"role": "assistant", "content": "", "tool_calls": calls}
+        return {"role": role, "content": text}
+
+    return [message(role, text) for role, text in row.turns]
 
 
 @dataclass(frozen=True)
 class Program:
     """way: train (our loop), optimize (PEFT's model in a plain loop), trl. resume_at: the step a
-    second command goes on from. after: what is made of the result."""
+    second command goes on from. after: what is made of the result. dtype: that of computing.
+    held_out: so many rows of the file
+    are only evaluated, after every step. second: PEFT's model holds another
+    adapter, too."""
 
     model: Model
     adapter: Adapter
@@ -107,6 +142,9 @@ class Program:
     tokens_per_pass: int = 0
     resume_at: int = 0
     after: str = "reload"
+    dtype: str = "float32"
+    held_out: int = 0
+    second: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
@@ -139,7 +177,7 @@ def written(row: Row) -> dict[str, Any]:
     own = {} if system is None else {"system": system}
     match row.form:
         case "messages":
-            return {"messages": [{"role": role, "content": text} for role, text in row.turns]}
+            return {"messages": messages_of(row), **({"tools": [TOOL]} if row.tools else {})}
         case "sharegpt":
             return {
                 "conversations": [{"from": SHAREGPT[role], "value": text} for role, text in turns],
@@ -186,6 +224,8 @@ def conversations(draw: st.DrawFn, form: str, template: str) -> tuple[Turn, ...]
         said = draw(texts)
         if template == "thinking" and draw(st.booleans()):
             said = f"<think>\n{draw(texts).strip()}\n</think>\n\n{said.strip()}"
+        if form == "messages" and template == "chatml" and draw(st.integers(0, 3)) == 0:
+            turns += [("call", draw(texts)), ("tool", draw(texts))]
         turns.append(("assistant", said))
     return tuple(turns)
 
@@ -193,11 +233,15 @@ def conversations(draw: st.DrawFn, form: str, template: str) -> tuple[Turn, ...]
 @st.composite
 def models(draw: st.DrawFn) -> Model:
     bits = draw(st.sampled_from((4, 4, 4, 16)))
+    family = draw(
+        st.sampled_from((*FAMILIES, *MIXTURES, *REAL[:1] * bool(os.environ.get(REAL[1]))))
+    )
+    real = family == REAL[0]
     return Model(
-        draw(st.sampled_from((*FAMILIES, *MIXTURES))),
-        draw(st.sampled_from(TEMPLATES)),
-        tied=draw(st.booleans()),
-        stored=draw(st.sampled_from(("float32", "bfloat16"))),
+        family,
+        "own" if real else draw(st.sampled_from(TEMPLATES)),
+        tied=real or draw(st.booleans()),
+        stored="bfloat16" if real else draw(st.sampled_from(("float32", "bfloat16"))),
         bits=bits,
         **(
             {
@@ -242,7 +286,7 @@ def adapters(draw: st.DrawFn, model: Model) -> Adapter:
 def programs(draw: st.DrawFn) -> Program:
     model = draw(models())
     adapter = draw(adapters(model))
-    way = draw(st.sampled_from(("train", "train", "train", "optimize")))
+    way = draw(st.sampled_from(("train", "train", "train", "optimize", "trl")))
     # in somebody's own loop experts stay in 16 bits
     if adapter.kind == "full" or model.family in MIXTURES:
         way = "train"
@@ -275,5 +319,8 @@ def programs(draw: st.DrawFn) -> Program:
         checkpointing=draw(st.booleans()),
         tokens_per_pass=draw(st.sampled_from((0, 0, 40))),
         resume_at=draw(st.integers(0, steps - 1)) if draw(st.booleans()) else 0,
-        after=draw(st.sampled_from(("reload", "onto trained", "onto original"))),
+        after=draw(st.sampled_from(("reload", "onto trained", "onto original", "bnb-4bit"))),
+        dtype=draw(st.sampled_from(("float32", "float32", "bfloat16"))),
+        held_out=draw(st.sampled_from((0, 0, 1))),
+        second=draw(st.booleans()),
     )

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import GraniteMoeConfig, LlamaConfig
 
 import halfbyte
-from halfbyte.model.architecture import _parameters_on_meta, build_empty, router_losses
+from halfbyte.model.architecture import build_empty, router_losses
+from halfbyte.model.meta import _parameters_on_meta
 
 
 def test_parameters_are_empty_and_buffers_are_not(tiny_config: LlamaConfig):

@@ -25,7 +25,8 @@ from ..model.architecture import build_empty
 from ..model.targets import checkpoint_names
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
 from .lora import AdapterConfig
-from .peft_files import ADAPTED, CONFIG, WEIGHTS, read_settings
+from .peft_config import CONFIG, read_settings
+from .peft_files import ADAPTED, WEIGHTS
 
 BEGINNINGS = ("pissa", "olora")
 """Those that are a function of the weight alone ("pissa_niter_4" draws numbers)."""

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.options import LARGEST_RANK
-from ..config.peft_settings import undone_in_file
 from ..errors import ModelError, UsageError
-from ..files.atomic import read_json, write_json
+from ..files.atomic import write_json
 from ..files.safetensors import read_header, read_tensor, write_safetensors
 from ..model.experts import DividedExperts, fused_experts, fused_parameter
 from ..model.targets import targets, tied_head
+from ..model.wrappers import OtherClass, other_class, unread
 from ..quantization.tensor import NF4Tensor
 from .experts import adapted_experts, fused_of, joined_layers, wrapped
-from .lora import AdapterConfig, LoraLinear, attach_lora, ends_with, lora_layers
+from .lora import LoraLinear, attach_lora, ends_with, lora_layers
 from .modules_to_save import make_modules_trainable, trainable_modules
+from .peft_config import CONFIG, read_adapter_config
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 ADAPTED = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB](\.default)?\.weight")
 """Of a tensor's name in PEFT's files: the path of the layer."""
@@ -44,13 +44,33 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         seen.add(id(p))
     for each in adapted_experts(model):
         found.update({f"{_PREFIX}{name}": t for name, t in each.tensors().items()})
+    other = other_class(model)
+    if other is not None and other.chosen:  # the file fits both classes
+        found |= {_there(other, name): t.clone() for name, t in found.items()}
     return found
+
+
+def _there(other: OtherClass, name: str) -> str:
+    """A name in PEFT's file for another class."""
+    return _PREFIX + other.name_there(name.removeprefix(_PREFIX))
+
+
+def _here(other: OtherClass | None, name: str) -> str:
+    """A name in PEFT's file for our class, by one for that or for another class."""
+    if other is None or not name.startswith(_PREFIX):
+        return name
+    return _PREFIX + other.name_here(name.removeprefix(_PREFIX))
 
 
 def adapter_bytes(model: nn.Module) -> int:
     """Of what `adapter_tensors` gives."""
     of_experts = (shape for each in adapted_experts(model) for shape in each.shapes().values())
-    return sum(p.nbytes for p in _parameters(model).values()) + 4 * sum(map(math.prod, of_experts))
+    own = _parameters(model)
+    size = sum(p.nbytes for p in own.values()) + 4 * sum(map(math.prod, of_experts))
+    other = other_class(model)
+    if other is not None and other.chosen:
+        size += sum(p.nbytes for name, p in own.items() if _there(other, name) != name)
+    return size
 
 
 def bytes_of_copies(model: nn.Module) -> int:
@@ -114,7 +134,13 @@ def adapter_config(model: Any, base_model: str, revision: str | None = None) -> 
     shared = len({id(p) for p in own.values()}) < len(own)
     tied = {"ensure_weight_tying": True} if shared else {}
     named, parameters = named_in_peft(model, list(layers))
-    patterns = {name: [name, f"{name}.weight"] if name in parameters else [name] for name in layers}
+    other = other_class(model)
+    # by names that fit each class which holds this text model
+    called = {n: n.removeprefix(other.own) if other is not None else n for n in layers}
+    patterns = {
+        name: [called[name], f"{name}.weight"] if name in parameters else [called[name]]
+        for name in layers
+    }
     parameters = [f"{name}.weight" for name in parameters]
     # experts by what they are called in every layer
     for each in adapted_experts(model):
@@ -175,7 +201,14 @@ def shortest_targets(model: Any, names: list[str]) -> list[str]:
     """Last names where they select exactly these layers in PEFT (which matches by suffix), else
     whole paths."""
     last = sorted({name.rpartition(".")[2] for name in names})
-    everything = [target.path for target in targets(model)]
+    everything = {target.path for target in targets(model)}
+    other = other_class(model)
+    # what PEFT finds beside them in the classes that people load
+    everything |= {f"{path}.{name}" for path, part in unread(model).items() for name in part.holds}
+    if other is not None and other.chosen:
+        everything |= {name for name in other.modules if other.name_here(name) == name}
+        names = [name.removeprefix(other.own) for name in names]
+        everything = {path.removeprefix(other.own) for path in everything}
     matched = {name for name in everything if any(ends_with(name, suffix) for suffix in last)}
     return last if matched == set(names) else sorted(names)
 
@@ -205,111 +238,13 @@ def load_adapter(model: Any, directory: Path, *, seed: int = 0) -> dict[str, Any
     return config
 
 
-def read_adapter_config(directory: Path) -> tuple[dict[str, Any], AdapterConfig]:
-    """adapter_config.json, as it is and as we hold it.
-
-    Raises:
-        ModelError: no LoRA adapter, or a feature we do not have.
-    """
-    config = read_json(directory / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise ModelError(
-            f"{directory} is not a LoRA adapter", found=f"peft_type {config.get('peft_type')!r}"
-        )
-    if undone := undone_in_file(config):
-        raise ModelError(
-            f"the adapter in {directory} is no plain LoRA, and would be another model here",
-            found=", ".join(f"{name}={value!r}"[:100] for name, value in undone.items()),
-            ways_out=[
-                "convert it to plain LoRA with PEFT (save_pretrained with "
-                "path_initial_model_for_weight_conversion), where it changed the base",
-                "or merge it into its base with PEFT, and train on that",
-            ],
-        )
-    adapter = read_settings(config, directory / CONFIG)
-    whole = config.get("modules_to_save") or []
-    if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
-        raise ModelError(
-            f"{directory / CONFIG} has values that are not taken",
-            found=f"modules_to_save = {whole!r}"[:200],
-            expected="a list of names",
-        )
-    return config, adapter
-
-
-def read_settings(config: dict[str, Any], file: Path) -> AdapterConfig:
-    """What an adapter_config.json says of rank, alpha and kind.
-
-    Raises:
-        ModelError: a number that none can be.
-    """
-    adapter = AdapterConfig(
-        _whole(config.get("r", 8)),
-        _whole(config.get("lora_alpha", 8)),
-        config.get("lora_dropout") or 0.0,
-        bool(config.get("use_rslora")),
-        _whole_each(config.get("rank_pattern") or {}),
-        _whole_each(config.get("alpha_pattern") or {}),
-        bool(config.get("use_dora")),
-    )
-    _check_numbers(adapter, file)
-    return adapter
-
-
-def _check_numbers(adapter: AdapterConfig, file: Path) -> None:
-    """Raise ModelError, naming the key, if a number of an adapter is none that PEFT writes."""
-    wrong = {}
-    if not _is_number(adapter.r, int):
-        wrong["r"] = adapter.r
-    if not _is_number(adapter.alpha, int | float):
-        wrong["lora_alpha"] = adapter.alpha
-    if isinstance(adapter.r, int) and adapter.r > LARGEST_RANK:
-        wrong["r"] = adapter.r
-    if not isinstance(adapter.dropout, int | float) or not 0 <= adapter.dropout < 1:
-        wrong["lora_dropout"] = adapter.dropout
-    for name, patterns, kind in (
-        ("rank_pattern", adapter.rank_pattern, int),
-        ("alpha_pattern", adapter.alpha_pattern, int | float),
-    ):
-        for pattern, value in (
-            patterns.items() if isinstance(patterns, dict) else [(str(patterns), 0)]
-        ):
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError):
-                value = 0
-            if not _is_number(value, kind) or (name == "rank_pattern" and value > LARGEST_RANK):
-                wrong[f"{name}[{pattern!r}]"] = value
-    if wrong:
-        found = ", ".join(f"{name} = {value!r}"[:100] for name, value in wrong.items())
-        raise ModelError(
-            f"{file} has values that are not taken",
-            found=found,
-            expected=f"ranks from 1 to {LARGEST_RANK}, alphas above 0, a dropout below 1",
-        )
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    """Whether a rank or an alpha is of a kind, finite and above 0."""
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _whole(value: Any) -> Any:
-    """A number as a whole one where it is one: some trainers write alphas as floats."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _whole_each(values: Any) -> Any:
-    return {key: _whole(v) for key, v in values.items()} if isinstance(values, dict) else values
-
-
 def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
     """Paths of the model's layers that an adapter adapts.
 
     Raises:
         ModelError: none, or something that is no linear layer of the model.
     """
-    entries = read_header(directory / WEIGHTS)
+    entries = _entries(model, directory / WEIGHTS)
     found = {match.group(1) for name in entries if (match := ADAPTED.fullmatch(name))}
     for path, module in model.named_modules():
         if isinstance(module, DividedExperts):
@@ -330,10 +265,14 @@ def adapted_layers(model: nn.Module, directory: Path) -> list[str]:
     return names
 
 
-def _entries(file: Path) -> dict[str, Any]:
-    """The tensors of a file of PEFT's, without the adapter's name that some releases write."""
-    entries = read_header(file)
-    return {name.replace(".default.weight", ".weight"): entry for name, entry in entries.items()}
+def _entries(model: nn.Module, file: Path) -> dict[str, Any]:
+    """The tensors of a file of PEFT's by their names for our class, without the adapter's name that
+    some releases write."""
+    entries, other = read_header(file), other_class(model)
+    return {
+        _here(other, name.replace(".default.weight", ".weight")): entry
+        for name, entry in entries.items()
+    }
 
 
 def whole_modules(config: dict[str, Any], model: nn.Module) -> list[str]:
@@ -356,7 +295,7 @@ def trained_apart(model: nn.Module, directory: Path) -> bool:
     Args:
         model: as the base's configuration has it.
     """
-    entries = _entries(directory / WEIGHTS)
+    entries = _entries(model, directory / WEIGHTS)
     whole = tuple(whole_modules(read_adapter_config(directory)[0], model))
     for pair in tied_head(model).items():
         paths = [name.removesuffix(".weight") for name in pair]
@@ -377,7 +316,7 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
         ModelError: missing, unexpected or misshapen tensors, all in one message.
     """
     file = directory / WEIGHTS
-    wanted, found = _parameters(model), _entries(file)
+    wanted, found = _parameters(model), _entries(model, file)
     joined = list(adapted_experts(model))
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     for each in joined:

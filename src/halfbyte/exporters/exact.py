@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from ..adapters.experts import joined_layers, wrapped
-from ..adapters.peft_files import CONFIG, WEIGHTS
+from ..adapters.peft_config import CONFIG
+from ..adapters.peft_files import WEIGHTS
 from ..config.options import ModelOptions
 from ..errors import VerificationError
 from ..files.atomic import read_json
 from ..files.safetensors import Checkpoint, read_header, read_tensor
 from ..model.experts import DividedExperts
 from ..model.targets import checkpoint_names, name_entries, quantizable, tied_names
+from ..model.wrappers import other_class
 from ..ops.fourbit import absmax_values
 from ..progress import Progress
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
@@ -86,7 +88,11 @@ class AdapterFile:
         self._kept: dict[str, Tensor] = {}
 
     def divide(self, model: Any) -> None:
-        """Give layers of experts, whose tensors are joined in the file, each its part of them."""
+        """Name what the file holds as the model does, and give layers of experts, whose tensors are
+        joined in the file, each its part of them."""
+        if (other := other_class(model)) is not None:
+            self.layers = {other.name_here(path): keys for path, keys in self.layers.items()}
+            self.whole = {other.name_here(name): key for name, key in self.whole.items()}
         for path, module in model.named_modules():
             if not isinstance(module, DividedExperts):
                 continue

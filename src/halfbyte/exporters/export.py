@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..adapters.peft_files import CONFIG
+from ..adapters.peft_config import CONFIG
 from ..config.options import ModelOptions
 from ..errors import ModelError, UsageError
 from ..files import atomic, hub

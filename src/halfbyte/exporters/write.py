@@ -84,7 +84,7 @@ def _merged(
         module = model.get_submodule(module_name)
     except AttributeError:  # older checkpoints hold buffers that models compute today
         return checkpoint.read(name)
-    weight = module.weight if attribute == "weight" else None
+    weight = getattr(module, "weight", None) if attribute == "weight" else None
     kept = read_stored(checkpoint, name) if stored else None
     dtype = checkpoint.entries[name].dtype if kept is None else kept.dtype
     rounded = weight if isinstance(weight, NF4Tensor) and onto == "trained" else kept

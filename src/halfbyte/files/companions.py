@@ -22,13 +22,15 @@ TOKENIZER = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
 )
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What prepares pictures and sound for a wrapper's towers."""
 _GENERATION = re.compile(r"(\{%[-+]?)\s*(end)?generation\s*([-+]?%\})")
 
 
 def companions(directory: Path) -> Iterator[Path]:
     """Those of a model's directory, as paths in it."""
     names = {file.name for pattern in LEGAL for file in directory.glob(pattern)}
-    for name in sorted({*TOKENIZER, TEMPLATE, "chat_template.json", *names}):
+    for name in sorted({*TOKENIZER, *PROCESSORS, TEMPLATE, "chat_template.json", *names}):
         if (directory / name).is_file():
             yield Path(name)
     if (directory / TEMPLATES).is_dir():
@@ -48,7 +50,8 @@ def copy_companions(
     """Copy them, whatever they are stored as (links into a Hub cache among it).
 
     Args:
-        tokenizer: its files, and the chat templates, too; else licences alone.
+        tokenizer: its files, and the chat templates, too; else licences and what prepares pictures
+            and sound.
         templates: the chat templates, too.
         misread: whether the class that the tokenizer's settings name makes something else of its
             file (`files.as_written`); None: it is loaded to see.
@@ -59,8 +62,8 @@ def copy_companions(
     try:
         for place in companions(source):
             of_template = place.name.startswith("chat_template") or place.parts[0] == TEMPLATES
-            legal = any(place.match(pattern) for pattern in LEGAL)
-            if (of_template and not templates) or (not legal and not tokenizer):
+            always = any(place.match(pattern) for pattern in (*LEGAL, *PROCESSORS))
+            if (of_template and not templates) or (not always and not tokenizer):
                 continue
             (target / place).parent.mkdir(exist_ok=True)
             if place.name == SETTINGS and not templates:

@@ -18,11 +18,15 @@ def read_config(path: Path) -> Any:
         ModelError: damaged, not a causal language model, or code of its own would be needed.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
 
     raw = atomic.read_json(path / "config.json")
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    if not isinstance(model_type, str) or model_type not in known:
         own = "auto_map" in raw
         raise ModelError(
             f"{path} is not a causal language model that transformers knows",
@@ -34,7 +38,12 @@ def read_config(path: Path) -> Any:
     with refused_by_transformers(f"{path}/config.json is refused by transformers"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         _choose_code(config)
-        return config
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder:
+        raise ModelError(
+            f"{path} is no causal language model: it writes what an encoder has read",
+            found=f"model_type {model_type!r}",
+        )
+    return config
 
 
 CHOOSING = ("_attn_implementation", "_experts_implementation")

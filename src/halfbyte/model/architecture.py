@@ -1,20 +1,17 @@
 """A model's empty shape: transformers' own class, on the ``meta`` device; and where and in what it
 computes."""
 
-import contextlib
 import copy
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import UsageError
-from ..files.model_config import refused_by_transformers
 from .experts import divide_experts
+from .meta import from_config
 from .rope import forget_longer_passes
 from .targets import mark_kept, tied_head
+from .wrappers import leave_towers
 
 ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
 """What configurations of mixtures of experts call the weights of losses beside the tokens' own."""
@@ -74,17 +71,16 @@ def build_empty(config: Any, *, tied: bool = True) -> Any:
     Raises:
         ModelError: transformers cannot build it; its message is quoted.
     """
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     untie = not tied and getattr(config.get_text_config(), TIES, False)
     if untie:
         untied(config)
-    refused = refused_by_transformers("transformers cannot build the model of this config.json")
-    with _building, refused, _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = from_config(config)
+    leave_towers(model)
+    if type(model.config) is not type(config):
+        model.config_of_wrapper = config
     divide_experts(model)
     mark_kept(model)
     forget_longer_passes(model)
@@ -100,31 +96,6 @@ def untied(config: Any) -> None:
     """Have a configuration tie nothing, in place."""
     for each in {id(part): part for part in (config, config.get_text_config())}.values():
         setattr(each, TIES, False)
-
-
-_building = threading.RLock()
-"""One model at a time: transformers sets PyTorch's default dtype meanwhile, which is every
-thread's."""
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within this block parameters that this thread's modules are given go to the meta device;
-    modules of other threads are theirs. Held by one thread at a time."""
-    own, here = nn.Module.register_parameter, threading.get_ident()
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        own(self, name, param)
-        made = self._parameters.get(name)
-        if made is not None and threading.get_ident() == here:
-            empty: Any = type(made)
-            self._parameters[name] = empty(made.to("meta"), requires_grad=made.requires_grad)
-
-    nn.Module.register_parameter = register
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = own
 
 
 FP32_LIMIT = 3_000_000_000

@@ -256,6 +256,14 @@ def register() -> None:
     AttentionMaskInterface.register(CAUSAL, sdpa_mask)
 
 
+def _choose(model: Any, name: str) -> None:
+    """Have the attention of this name computed in a model; of a wrapper, in its text model."""
+    config = model.config
+    text = config.get_text_config()
+    inside = [key for key in config.sub_configs or {} if getattr(config, key, None) is text]
+    model.set_attn_implementation({"": name, inside[0]: name} if inside else name)
+
+
 @contextmanager
 def packed(model: Any, enabled: bool = True) -> Iterator[None]:
     """Within this block rows that lie end to end do not see each other; after it, attention is as
@@ -269,8 +277,8 @@ def packed(model: Any, enabled: bool = True) -> Iterator[None]:
         return
     register()
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    _choose(model, NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        _choose(model, before)

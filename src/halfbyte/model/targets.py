@@ -24,6 +24,7 @@ from .experts import (
     parts_of_experts,
     routers,
 )
+from .wrappers import beside_the_text, not_read
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,11 @@ _MULTIPLIED = re.compile(r"self\.(\w+)\.weight\s*@")
 
 
 def mark_kept(model: Any) -> None:
-    """Mark linear layers that stay as they are: routers, which choose by small differences, and
-    those whose weight the module around them multiplies by itself (Mamba's ``dt_proj``)."""
-    for router in routers(model):
-        setattr(router, KEPT, True)
+    """Mark linear layers that stay as they are: routers, which choose by small differences, those
+    whose weight the module around them multiplies by itself (Mamba's ``dt_proj``), and what stands
+    beside a wrapper's text model."""
+    for layer in (*routers(model), *beside_the_text(model)):
+        setattr(layer, KEPT, True)
     for module in model.modules():
         for name in _multiplied(type(module)):
             if isinstance(layer := module._modules.get(name), nn.Linear):
@@ -202,7 +204,7 @@ def _stored_as(model: Any, names: list[str]) -> dict[str, str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     parts = {p: part for c in converters for part, p in enumerate(c.source_patterns)}
-    fused = fused_experts(model)
+    fused, unread = fused_experts(model), not_read(model)
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     state |= dict.fromkeys(fused, True)
     result = {}
@@ -214,7 +216,7 @@ def _stored_as(model: Any, names: list[str]) -> dict[str, str]:
         if target in fused and pattern is not None:
             gated = f"{target.rpartition('.')[0]}.gate_up_proj" in fused
             target = expert_parameter(target, name, parts[pattern], gated)
-        elif pattern is not None:
+        elif pattern is not None and not unread(target):
             raise ModelError(
                 f"{type(model).__name__} stores {name!r} in another layout than it computes with: "
                 "not read yet",

@@ -23,6 +23,7 @@ from ..errors import ModelError
 from ..files.safetensors import Checkpoint
 from ..memory.streaming import LayerStreamer
 from ..model.targets import checkpoint_names, name_entries, quantizable, tied_names
+from ..model.wrappers import not_read
 from .bnb_format import quantized_names, read_stored, weight_names
 from .tensor import NF4Tensor, quantize
 
@@ -66,13 +67,16 @@ class WeightLoader:
         self.dtype, self.device = dtype, device
         self.twice = name_entries(model, checkpoint.entries)
         self.stored_4bit = quantized_names(set(checkpoint.entries))
-        plain = weight_names(checkpoint, self.stored_4bit)
+        every, left = weight_names(checkpoint, self.stored_4bit), not_read(model)
+        self.targets = checkpoint_names(model, every)
+        self.unread = [name for name in every if left(self.targets[name])]
+        plain = [name for name in every if not left(self.targets[name])]
         self.sources = plain
-        self.targets = checkpoint_names(model, plain)
         head = model.get_output_embeddings()
         # what a 4-bit checkpoint keeps in 16 bits was kept so for a reason
         self.linear = set() if self.stored_4bit else quantizable(model)
-        embeddings = {id(m.weight) for m in (model.get_input_embeddings(), head) if m is not None}
+        tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+        embeddings = {id(m.weight) for m in (model.get_input_embeddings(), head, *tables) if m}
         self.in_layers = {
             name: p.numel()
             for name, p in model.named_parameters()
@@ -98,9 +102,10 @@ class WeightLoader:
         buffers = dict(self.model.named_buffers())
         tied = tied_names(self.model).keys()
         ignored = list(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or [])
-        found = set(self.targets.values())
+        found = {self.targets[source] for source in self.sources}
         problems = [f"missing: {name}" for name in parameters.keys() - found - tied]
-        for source, target in self.targets.items():
+        for source in self.sources:
+            target = self.targets[source]
             expected = parameters.get(target, buffers.get(target))
             if expected is None:
                 if not _matches(target, ignored) and "rotary_emb.inv_freq" not in target:

@@ -15,6 +15,7 @@ from ..files.safetensors import INDEX, SINGLE, Checkpoint, TensorFile
 from ..model.architecture import build_empty
 from ..model.experts import fused_experts
 from ..model.targets import quantizable
+from ..model.wrappers import unread
 from ..progress import Progress
 from .bnb_format import STATE_KEY, check_quantization, components, quantized_names, stored_keys
 from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
@@ -28,7 +29,12 @@ _STATE_ROOM = 512
 
 
 def write_quantized(
-    path: Path, options: ModelOptions, directory: Path, progress: Progress
+    path: Path,
+    options: ModelOptions,
+    directory: Path,
+    progress: Progress,
+    *,
+    whole: bool = False,
 ) -> QuantReport:
     """The weights of a model directory in 4 bits, with its configuration, into a directory; and
     their digest.
@@ -36,6 +42,7 @@ def write_quantized(
     Args:
         options: quant_type, block size, double quantization. What is not held in 4 bits is written
             as it is.
+        whole: with what is not read of a wrapper, its towers, for others to read.
 
     Raises:
         ModelError: as `quantization.load.load_base`.
@@ -48,8 +55,9 @@ def write_quantized(
         build_empty(config), checkpoint, options, torch.bfloat16, torch.device("cpu")
     )
     loader.check_names()
-    shards, weight_map, size = list(_shards(loader)), {}, 0
-    waiting = iter(progress(loader.sources, len(loader.sources), "quantizing"))
+    written_out = [*loader.sources, *(loader.unread if whole else ())]
+    shards, weight_map, size = list(_shards(loader, written_out)), {}, 0
+    waiting = iter(progress(written_out, len(written_out), "quantizing"))
     for number, sources in enumerate(shards):
         name = (
             SINGLE
@@ -65,7 +73,8 @@ def write_quantized(
         with TensorFile(directory / name, known, late) as file:
             for _ in sources:
                 source = next(waiting)
-                value = loader.read(source)
+                unread = source in loader.unread
+                value = checkpoint.read(source) if unread else loader.read(source)
                 written = (
                     components(source, value) if isinstance(value, NF4Tensor) else {source: value}
                 )
@@ -82,7 +91,7 @@ def write_quantized(
     said = atomic.read_json(path / "config.json")  # of stored 4-bit weights it says what they are
     atomic.write_json(
         directory / "config.json",
-        said if loader.stored_4bit else {**said, **_quantization(options)},
+        said if loader.stored_4bit else {**said, **_quantization(options, _kept(loader.model))},
     )
     report = QuantReport(
         options.bnb_4bit_quant_type, loader.coverage(), loader.records, loader.digest()
@@ -91,7 +100,18 @@ def write_quantized(
     return report
 
 
-def _quantization(options: ModelOptions) -> dict[str, Any]:
+def _kept(model: Any) -> list[str] | None:
+    """The linear layers that others are to leave in 16 bits, and what is not read here; None where
+    it is the output head alone, as they do by themselves."""
+    held = quantizable(model)
+    layers = [path for path, part in model.named_modules() if isinstance(part, nn.Linear)]
+    kept = [path for path in layers if f"{path}.weight" not in held]
+    head = [path for path in kept if model.get_submodule(path) is model.get_output_embeddings()]
+    kept += unread(model)
+    return None if kept == head else sorted(kept)
+
+
+def _quantization(options: ModelOptions, kept: list[str] | None) -> dict[str, Any]:
     """What config.json says of the weights, by the names that other tools read."""
     settings = {
         "quant_method": "bitsandbytes",
@@ -105,17 +125,17 @@ def _quantization(options: ModelOptions) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": kept,
         "llm_int8_threshold": 6.0,
     }
     return {"quantization_config": settings}
 
 
-def _shards(loader: WeightLoader) -> Iterator[list[str]]:
+def _shards(loader: WeightLoader, sources: list[str]) -> Iterator[list[str]]:
     """Sources in the order they lie on disk, in files of about `SHARD` bytes."""
     part: list[str] = []
     size = 0
-    for source in loader.sources:
+    for source in sources:
         part.append(source)
         size += sum(
             torch.Size(shape).numel() * dtype.itemsize
@@ -209,7 +229,7 @@ def quantize(
             ways_out=["use it as it is"],
         )
     with atomic.new_directory(target) as building:
-        report = write_quantized(path, options, building, progress)
+        report = write_quantized(path, options, building, progress, whole=True)
         for pattern in hub.HUB_PATTERNS:
             for file in path.glob(pattern):
                 there = (

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..adapters.converted import plain_lora
-from ..adapters.peft_files import CONFIG, WEIGHTS, trained_apart
+from ..adapters.peft_config import CONFIG
+from ..adapters.peft_files import WEIGHTS, trained_apart
 from ..config.options import ModelOptions, TrainConfig
 from ..errors import ModelError
 from ..files import atomic, hub

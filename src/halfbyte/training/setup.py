@@ -48,6 +48,7 @@ from ..model.architecture import build_empty, choose_device, choose_dtype, route
 from ..model.fusion import fuse
 from ..model.rope import pass_kind
 from ..model.targets import experts
+from ..model.wrappers import left_out
 from ..ops import cpu, gpu
 from ..planning.budget import gib
 from ..planning.dry_run import CannotPlan
@@ -413,6 +414,8 @@ def build_learner(
         )
     if line := router_losses(model.config):
         note("router losses", line)
+    if line := left_out(model):
+        note("text alone", line)
     if not config.full and not config.target_experts and (count := len(experts(model))):
         note(
             "experts",
