@@ -11,7 +11,6 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,9 @@ import torch
 
 from ..errors import ModelError, StorageError
 from .atomic import _write_then_rename, read_json, sync, ways_around
+from .entries import Entry as Entry
+from .entries import join_scales
+from .entries import read_tensor as read_tensor
 from .hub import INDEX as INDEX
 from .hub import SINGLE as SINGLE
 
@@ -40,17 +42,6 @@ DTYPES = {
 HEADER_LIMIT = 25_000_000
 """Longest header read, bytes. The format allows 100 MB, which takes half a gigabyte to parse; real
 ones have five."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: file, dtype, shape, first byte and length in the file."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -129,6 +120,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+DEQUANTIZED = ("fp8", "compressed-tensors")
+"""Methods of quantization whose weights are read as what they stand for, if they are FP8."""
+
+
 class Checkpoint:
     """The weights of a model directory: names to entries, and `read` for one tensor at a time.
 
@@ -149,6 +144,7 @@ class Checkpoint:
                     )
                 self.entries[name] = entry
         self._check_index()
+        self._join_scales()
 
     def _files(self) -> list[Path]:
         index = self.directory / INDEX
@@ -205,6 +201,24 @@ class Checkpoint:
                 found=", ".join(sorted(absent)[:5]),
             )
 
+    def _join_scales(self) -> None:
+        """Have weights that are stored in FP8 read as what they stand for, in the dtype that
+        config.json names."""
+        file = self.directory / "config.json"
+        said = read_json(file) if file.is_file() else {}
+        quantization = said.get("quantization_config")
+        if (
+            not isinstance(quantization, dict)
+            or quantization.get("quant_method") not in DEQUANTIZED
+        ):
+            return
+        text = said.get("text_config")
+        inner = text if isinstance(text, dict) else {}
+        named = [each.get(key) for each in (said, inner) for key in ("dtype", "torch_dtype")]
+        dtype = {"float32": torch.float32, "float16": torch.float16}
+        chosen = [dtype[name] for name in named if isinstance(name, str) and name in dtype]
+        join_scales(self.entries, quantization, chosen[0] if chosen else torch.bfloat16)
+
     def _file_of(self, name: str) -> str | None:
         entry = self.entries.get(name)
         return None if entry is None else entry.file.name
@@ -221,41 +235,6 @@ class Checkpoint:
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """One tensor, in memory of its own or in ``into`` (`read_tensor`)."""
         return read_tensor(self.entries[name], name, into)
-
-
-def read_tensor(entry: Entry, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-    """The tensor at an entry, by ``pread`` into fresh memory.
-
-    Args:
-        into: uint8, at least as large: the tensor is read into it instead, and valid until its next
-            use.
-
-    Raises:
-        ModelError: the file ends early.
-        StorageError: the system cannot read it.
-    """
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into[: entry.nbytes]
-    view, done = memoryview(raw.numpy()), 0  # pyright: ignore[reportArgumentType]
-    try:
-        with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            while done < entry.nbytes:
-                count = file.readinto(view[done : done + (1 << 30)])
-                if not count:
-                    raise ModelError(
-                        f"{entry.file} ended inside tensor {name!r}",
-                        ways_out=["copy the file again"],
-                    )
-                done += count
-    except OSError as error:
-        raise StorageError(
-            f"cannot read tensor {name!r} of {entry.file}: {error.strerror}"
-        ) from error
-    return (
-        raw.view(entry.dtype).view(entry.shape)
-        if entry.nbytes
-        else torch.empty(entry.shape, dtype=entry.dtype)
-    )
 
 
 def write_safetensors(

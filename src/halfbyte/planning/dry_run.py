@@ -25,6 +25,7 @@ from ..engine.loss import chunk_rows
 from ..engine.paged_optimizers import is_paged
 from ..engine.selftest import Abilities
 from ..errors import ModelError, first_line, is_exhaustion
+from ..files.entries import ScaledEntry
 from ..files.safetensors import Checkpoint
 from ..ledger import Part
 from ..memory.process import held_now
@@ -423,14 +424,16 @@ def _reading_bytes(stored: Checkpoint | None, largest_linear: int, dtype: torch.
         return READ_ROOM + 2 * largest_linear
     # read, then cast
     whole = max((e.nbytes for e in stored.entries.values() if e.dtype != dtype), default=0)
+    scaled = [e.stored_bytes for e in stored.entries.values() if isinstance(e, ScaledEntry)]
     linear = stored.entries[max(stored.entries, key=lambda name: stored.entries[name].nbytes)]
-    return READ_ROOM + max(whole, min(linear.nbytes, largest_linear * linear.dtype.itemsize))
+    read = max(whole, min(linear.nbytes, largest_linear * linear.dtype.itemsize))
+    return READ_ROOM + read + max(scaled, default=0)
 
 
 def _file_bytes(stored: Checkpoint | None, parameters: int, dtype: torch.dtype) -> int:
     """Of the base's files: as they are, else its parameters in the type its configuration names."""
     if stored:  # a tensor of two names once
-        places = {(e.file, e.start): e.nbytes for e in stored.entries.values()}
+        places = {(e.file, e.start): e.stored_bytes for e in stored.entries.values()}
         return sum(places.values())
     return parameters * dtype.itemsize
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import codebooks, ops
 from ..errors import ModelError
-from ..files.safetensors import Checkpoint, write_safetensors
+from ..files.safetensors import DEQUANTIZED, Checkpoint, write_safetensors
 from ..memory.streaming import LayerStreamer
 from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
 
@@ -194,9 +194,42 @@ def check_quantization(path: Path, config: Any) -> None:
     if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
         method = "bitsandbytes"  # as transformers takes a configuration of older releases
     eight = method == "bitsandbytes" and values.get("load_in_8bit")
+    if method in DEQUANTIZED:
+        if unread := _not_fp8(values):
+            raise ModelError(
+                f"{path} is quantized in a format that is not read here",
+                found=f"quant_method {method!r}, {unread}",
+                expected="an unquantized checkpoint, bitsandbytes 4-bit, or FP8",
+                ways_out=["use a 16-bit version of the model"],
+            )
+        return
     if method != "bitsandbytes" or eight:
         raise ModelError(
             f"{path} is quantized in a format that is not read here",
             found="bitsandbytes in 8 bits" if eight else f"quant_method {method!r}",
-            expected="an unquantized checkpoint, or bitsandbytes 4-bit",
+            expected="an unquantized checkpoint, bitsandbytes 4-bit, or FP8",
         )
+
+
+def _not_fp8(values: dict[str, Any]) -> str:
+    """What a configuration of FP8 says that is not read here, else ""."""
+    if (experts := values.get("expert_dtype", "fp8")) != "fp8":
+        return f"expert_dtype {experts!r}"
+    form = values.get("format", "float-quantized")
+    groups = values.get("config_groups")
+    forms = {each.get("format") or form for each in groups.values()} if groups else {form}
+    other = sorted(str(form) for form in forms - {"float-quantized", "naive-quantized"})
+    return f"format {other[0]!r}" if other else ""
+
+
+def dequantized_line(config: Any) -> str:
+    """A line where a base is stored in FP8, else ""."""
+    values = config if isinstance(config, dict) else config.to_dict() if config else {}
+    if values.get("quant_method") not in DEQUANTIZED:
+        return ""
+    scheme = values.get("activation_scheme")
+    static = ", and activations are not quantized as it does" if scheme else ""
+    return (
+        "the base is stored in FP8: each weight is multiplied out to 16 bits as it is read, and "
+        f"held as those of a 16-bit base{static}; what is merged is stored in 16 bits"
+    )
