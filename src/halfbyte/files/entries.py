@@ -88,7 +88,8 @@ def join_scales(
     Raises:
         ModelError: scales that do not belong to their weight; all in one message.
     """
-    block = quantization.get("weight_block_size") or (128, 128)
+    rows, columns = quantization.get("weight_block_size") or (128, 128)
+    block = (int(rows), int(columns))
     problems = []
     for name in [name for name, entry in entries.items() if entry.dtype in FP8]:
         path = name.removesuffix("weight")
@@ -102,7 +103,7 @@ def join_scales(
         scale = entries.pop(scales[0])
         size = math.prod(values.shape) * dtype.itemsize
         joined = ScaledEntry(
-            values.file, dtype, values.shape, values.start, size, values, scale, tuple(block)
+            values.file, dtype, values.shape, values.start, size, values, scale, block
         )
         out, width = values.shape
         grid = (-(-out // joined.block[0]), -(-width // joined.block[1]))
