@@ -15,6 +15,7 @@ from ..files import atomic
 from ..files.companions import SETTINGS, copy_companions
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
 from ..model.architecture import TIES
+from ..model.conv1d import as_on_disk
 from ..model.experts import joined_experts
 from ..model.targets import checkpoint_names, name_entries, untied_names
 from ..progress import Progress
@@ -47,6 +48,8 @@ def write_merged(base: Path, target: Path, model: Any, onto: str, progress: Prog
             else _merged(checkpoint, name, targets[name], model, onto, name in stored)
             for name in shards[file]
         }
+        entries = checkpoint.entries
+        tensors = {name: as_on_disk(entries[name], value) for name, value in tensors.items()}
         tensors = joined_experts(tensors)
         write_safetensors(target / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))

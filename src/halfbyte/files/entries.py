@@ -68,6 +68,28 @@ class ScaledEntry(Entry):
         return (1, width) if grid.shape == (out, 1) else self.block
 
 
+@dataclass(frozen=True)
+class TransposedEntry(Entry):
+    """A matrix that is to be read the other way round. ``shape`` is that of what is read.
+
+    Attributes:
+        stored: what lies in the file.
+    """
+
+    stored: Entry
+
+    @classmethod
+    def of(cls, entry: Entry) -> "TransposedEntry":
+        shape = tuple(reversed(entry.shape))
+        return cls(entry.file, entry.dtype, shape, entry.start, entry.nbytes, entry)
+
+    def turned(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        found = read_tensor(self.stored, name).t()
+        if into is None:
+            return found.contiguous()
+        return into[: self.nbytes].view(self.dtype).view(self.shape).copy_(found)
+
+
 SCALES = ("weight_scale_inv", "weight_scale")
 """What the scales of a weight are called beside it: what it is multiplied by."""
 OF_ACTIVATIONS = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
@@ -135,6 +157,8 @@ def read_tensor(entry: Entry, name: str, into: torch.Tensor | None = None) -> to
     """
     if isinstance(entry, ScaledEntry):
         return entry.dequantized(name, into)
+    if isinstance(entry, TransposedEntry):
+        return entry.turned(name, into)
     raw = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into[: entry.nbytes]
     view, done = memoryview(raw.numpy()), 0  # pyright: ignore[reportArgumentType]
     try:

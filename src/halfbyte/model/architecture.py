@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from .conv1d import replace_conv1d
 from .experts import divide_experts
 from .meta import from_config
 from .rope import forget_longer_passes
@@ -79,6 +80,7 @@ def build_empty(config: Any, *, tied: bool = True) -> Any:
         untied(config)
     model = from_config(config)
     leave_towers(model)
+    replace_conv1d(model)
     if type(model.config) is not type(config):
         model.config_of_wrapper = config
     divide_experts(model)

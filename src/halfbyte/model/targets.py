@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..files.safetensors import Entry
+from .conv1d import transposed_on_disk, turn_entries
 from .experts import (
     WITHIN,
     Expert,
@@ -148,9 +149,10 @@ def untied_names(model: Any) -> dict[str, str]:
 
 
 def name_entries(model: Any, entries: dict[str, Entry]) -> set[str]:
-    """Give what a file holds the names that a model asks for, in place: experts that lie in one
-    tensor each their own, and a tensor whose ties were taken off both of its names, of which it is
-    the beginning.
+    """Give what a file holds the names and shapes that a model asks for, in place: experts that lie
+    in one tensor each their own, matrices that lie the other way round (`model.conv1d`) as the
+    model has them, and a tensor whose ties were taken off both of its names, of which it is the
+    beginning.
 
     Args:
         entries: of the file, by name.
@@ -167,6 +169,11 @@ def name_entries(model: Any, entries: dict[str, Entry]) -> set[str]:
                 if parts:
                     del entries[source]
                     entries |= {f"{source}{WITHIN}{part}": entry for part, entry in parts.items()}
+    if turned := transposed_on_disk(model):
+        whole = _stored_as(
+            model, [name for name, entry in entries.items() if len(entry.shape) == 2]
+        )
+        turn_entries(entries, [source for source, target in whole.items() if target in turned])
     again: set[str] = set()
     for pair in untied_names(model).items():
         ends = tuple(".".join(name.split(".")[-2:]) for name in pair)
