@@ -15,8 +15,8 @@ from ..files import atomic
 from ..files.companions import SETTINGS, copy_companions
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, write_safetensors
 from ..model.architecture import TIES
-from ..model.conv1d import as_on_disk
 from ..model.experts import joined_experts
+from ..model.linear import as_on_disk
 from ..model.targets import checkpoint_names, name_entries, untied_names
 from ..progress import Progress
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from .conv1d import replace_conv1d
 from .experts import divide_experts
+from .linear import replace_conv1d
 from .meta import from_config
 from .rope import forget_longer_passes
 from .targets import mark_kept, tied_head

@@ -15,7 +15,6 @@ from torch import nn
 
 from ..errors import ModelError
 from ..files.safetensors import Entry
-from .conv1d import transposed_on_disk, turn_entries
 from .experts import (
     WITHIN,
     Expert,
@@ -25,6 +24,7 @@ from .experts import (
     parts_of_experts,
     routers,
 )
+from .linear import name_linear, transposed_on_disk, turn_entries
 from .wrappers import beside_the_text, not_read
 
 
@@ -65,9 +65,9 @@ _MULTIPLIED = re.compile(r"self\.(\w+)\.weight\s*@")
 
 def mark_kept(model: Any) -> None:
     """Mark linear layers that stay as they are: routers, which choose by small differences, those
-    whose weight the module around them multiplies by itself (Mamba's ``dt_proj``), and what stands
-    beside a wrapper's text model."""
-    for layer in (*routers(model), *beside_the_text(model)):
+    whose weight the module around them multiplies by itself (Mamba's ``dt_proj``), what computes
+    something else than a linear layer, and what stands beside a wrapper's text model."""
+    for layer in (*routers(model), *name_linear(model), *beside_the_text(model)):
         setattr(layer, KEPT, True)
     for module in model.modules():
         for name in _multiplied(type(module)):
@@ -150,7 +150,7 @@ def untied_names(model: Any) -> dict[str, str]:
 
 def name_entries(model: Any, entries: dict[str, Entry]) -> set[str]:
     """Give what a file holds the names and shapes that a model asks for, in place: experts that lie
-    in one tensor each their own, matrices that lie the other way round (`model.conv1d`) as the
+    in one tensor each their own, matrices that lie the other way round (`model.linear`) as the
     model has them, and a tensor whose ties were taken off both of its names, of which it is the
     beginning.
 

@@ -140,7 +140,7 @@ def _load(
     for source in progress(loader.sources, len(loader.sources), "loading"):
         loader.load(source)
     model.tie_weights()
-    _place_buffers(model, device)
+    _place_buffers(model, device, dtype)
     if left := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ModelError(
             f"{len(left)} parameters of the model are in no file", found=", ".join(left[:5])
@@ -170,11 +170,16 @@ def _load_generation_config(model: Any, path: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(path)
 
 
-def _place_buffers(model: nn.Module, device: torch.device) -> None:
+def _place_buffers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put them where the weights are; tables of positions that are added to embeddings in their
+    dtype, as transformers does where it makes the model in it. (Others, such as rotary
+    frequencies, are fp32 in every dtype.)"""
     for module in model.modules():
+        added = "SinusoidalPositionalEmbedding" in type(module).__name__
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+                own = dtype if added and buffer.is_floating_point() else buffer.dtype
+                module._buffers[name] = buffer.to(device, own)
 
 
 def empty_base(

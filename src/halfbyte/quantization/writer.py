@@ -14,6 +14,7 @@ from ..files.model_config import read_config
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, TensorFile
 from ..model.architecture import build_empty
 from ..model.experts import fused_experts
+from ..model.linear import STOOD_AS
 from ..model.targets import quantizable
 from ..model.wrappers import unread
 from ..progress import Progress
@@ -202,7 +203,8 @@ def _refuse_foreign_layers(path: Path) -> None:
             ],
         )
     held = (model.get_submodule(name.rpartition(".")[0]) for name in quantizable(model))
-    if foreign := sorted({type(layer).__name__ for layer in held if type(layer) is not nn.Linear}):
+    named = {getattr(layer, STOOD_AS, type(layer).__name__) for layer in held}
+    if foreign := sorted(named - {nn.Linear.__name__}):
         raise ModelError(
             f"{path} has layers that no other tool would hold in 4 bits: {', '.join(foreign)}",
             found=f"{type(model).__name__}, whose layers are no plain torch.nn.Linear",

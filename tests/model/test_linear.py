@@ -14,7 +14,7 @@ import halfbyte
 from halfbyte.config.options import ModelOptions
 from halfbyte.files.model_config import read_config
 from halfbyte.model.architecture import build_empty
-from halfbyte.model.conv1d import transposed_on_disk
+from halfbyte.model.linear import transposed_on_disk
 from halfbyte.quantization.load import load_base
 from halfbyte.quantization.tensor import NF4Tensor
 from halfbyte.run.load import load
