@@ -1,25 +1,31 @@
-"""GPT-2's linear layers: beside transformers' and PEFT's on the weights as its files hold them."""
+"""Linear layers under other names: beside transformers' and PEFT's, on the weights as files hold
+them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config
 
 import halfbyte
 from halfbyte.config.options import ModelOptions
 from halfbyte.files.model_config import read_config
 from halfbyte.model.architecture import build_empty
-from halfbyte.model.linear import transposed_on_disk
+from halfbyte.model.linear import STOOD_AS, name_linear, transposed_on_disk
+from halfbyte.model.targets import adaptable
 from halfbyte.quantization.load import load_base
 from halfbyte.quantization.tensor import NF4Tensor
 from halfbyte.run.load import load
 
 IDS = torch.arange(40, 70)[None]
+FALCON = FalconConfig(
+    vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, ffn_hidden_size=128
+)
 
 
 def _checkpoint(path: Path) -> Path:
@@ -83,3 +89,23 @@ def test_it_trains_in_4_bits_and_peft_and_transformers_open_what_comes_out(tmp_p
         for place in (path, tmp_path / "merged")
     ]
     assert shapes[0] == shapes[1]
+
+
+class _Adds(nn.Linear):
+    """Another thing than a linear layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def test_subclasses_that_compute_the_same_are_plain_and_others_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model = build_empty(FALCON)
+    layer = model.transformer.h[0].self_attention.dense
+    assert type(layer) is nn.Linear and getattr(layer, STOOD_AS) == "FalconLinear"
+    assert "transformer.h.0.self_attention.dense" in adaptable(model)
+    monkeypatch.setattr(_Adds, "__module__", "transformers.models.made_up")
+    holder = nn.ModuleDict({"other": _Adds(8, 4), "plain": nn.Linear(8, 4)})
+    assert name_linear(holder) == [holder["other"]]
+    assert type(holder["other"]) is _Adds
