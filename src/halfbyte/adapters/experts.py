@@ -85,12 +85,10 @@ def adapted_experts(model: nn.Module) -> Iterator[AdaptedExperts]:
 
 
 def joined_layers(module: DividedExperts) -> dict[str, tuple[str, ...]]:
-    """The parameters that experts had, in the order they had, and the layers each was divided
+    """The matrices that experts had, in the order they had, and the layers each was divided
     into."""
-    return {
-        parameter: GATED[:2] if parameter == "gate_up_proj" else (parameter,)
-        for parameter in module.fused
-    }
+    split = () if module.is_joined else ("gate_up_proj",)
+    return {name: GATED[:2] if name in split else (name,) for name in module.fused}
 
 
 def wrapped(place: int, count: int) -> str:

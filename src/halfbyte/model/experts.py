@@ -10,6 +10,7 @@ their tokens by the inverse permutation: sums have one order, whatever the threa
 Routers choose by small differences, so they stay in 16 bits and take no adapter.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..files.safetensors import Entry
+from ..files.entries import Entry, TransposedEntry
 from .class_swap import swap_class
 
 GATED, PLAIN = ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj")
 """An expert's matrices, where it has a gate and where it has none."""
+JOINED = ("gate_up_proj", "down_proj")
+"""An expert's matrices, where gate and up are one."""
 IMAGINED = 16
 """Experts that stand for all where nothing but shapes is computed."""
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
@@ -49,7 +52,8 @@ class Expert(nn.Module):
 
 
 class OtherExpert(nn.Module):
-    """One expert of another form, whose matrices `DividedExperts` multiplies by."""
+    """One expert of another form, whose matrices `DividedExperts` multiplies by: with a gate of its
+    own, without one, or (gpt-oss) with gate and up interleaved in one matrix, ``gate_up_proj``."""
 
 
 class DividedExperts(nn.Module):
@@ -60,7 +64,9 @@ class DividedExperts(nn.Module):
     num_experts: int
     act_fn: Any
     fused: list[str]
-    """The parameters that were divided, in their order."""
+    """The matrices that were divided, in their order."""
+    is_joined: bool
+    """Whether gate and up are one matrix of an expert."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the experts each token goes to, [tokens, width].
@@ -98,11 +104,13 @@ class DividedExperts(nn.Module):
     def _run(self, expert: Any, x: Tensor) -> Tensor:
         if isinstance(expert, Expert):
             return expert(x)
+        own: Any = self
+        if self.is_joined:
+            return expert.down_proj(own._apply_gate(expert.gate_up_proj(x)))
         up = expert.up_proj(x)
         if not self.has_gate:
             return expert.down_proj(self.act_fn(up))
         both = torch.cat((expert.gate_proj(x), up), dim=-1)
-        own: Any = self
         return expert.down_proj(own._apply_gate(both))
 
 
@@ -147,53 +155,65 @@ def _back(y: Tensor, order: Tensor, tokens: int, k: int) -> Tensor:
 
 def divide_experts(model: Any) -> None:
     """Give each expert of an empty model its own linear layers, in place. What transformers fuses
-    is kept by name in the model's ``fused_experts``: parameters there are no more."""
+    is kept by name in the model's ``fused_experts``, and biases in ``fused_biases``: parameters
+    there are no more."""
     fused: set[str] = set()
+    biases: set[str] = set()
     for path, module in list(model.named_modules()):
-        if is_experts(module) and _is_plain(module):
-            fused |= {f"{path}.{name}" for name in _divide(module)}
+        if is_experts(module) and not module.has_post_expert_norm and module.down_proj.dim() == 3:
+            gone = _divide(module)
+            fused |= {f"{path}.{name}" for name in module.fused}
+            biases |= {f"{path}.{name}" for name in gone if name not in module.fused}
     if fused:
-        model.fused_experts = fused
+        model.fused_experts, model.fused_biases = fused, biases
 
 
 def fused_experts(model: Any) -> set[str]:
-    """The parameters of a model that `divide_experts` divided."""
+    """The matrices of a model that `divide_experts` divided."""
     return getattr(model, "fused_experts", set())
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether experts are matrices [out, in] and nothing else."""
-    return not (module.is_transposed or module.has_bias or module.has_post_expert_norm) and (
-        module.is_concatenated and module.down_proj.dim() == 3
-    )
+def fused_biases(model: Any) -> set[str]:
+    """The biases of all experts of a layer that `divide_experts` divided."""
+    return getattr(model, "fused_biases", set())
 
 
 def _divide(module: Any) -> list[str]:
     """The parameters of experts as layers, in place; returns the names they had."""
     from transformers.integrations.moe import _default_apply_gate
 
-    names = GATED if module.has_gate else PLAIN
-    width, inner = module.down_proj.shape[1:]
+    joined = module.is_transposed or module.has_bias or not module.is_concatenated
+    names = (JOINED if joined else GATED) if module.has_gate else PLAIN
+    sizes = module.down_proj.shape[1:]
+    width, inner = reversed(sizes) if module.is_transposed else sizes
     like = module.down_proj
-    activation = nn.SiLU() if module.act_fn is functional.silu else module.act_fn
-    own_gate = type(module)._apply_gate is not _default_apply_gate
+    activation: Any = getattr(module, "act_fn", None)
+    activation = nn.SiLU() if activation is functional.silu else activation
+    own_gate = joined or type(module)._apply_gate is not _default_apply_gate
     usual = module.has_gate and not own_gate and isinstance(activation, nn.Module)
     for number in range(module.num_experts):
         expert = Expert() if usual else OtherExpert()
         for name in names:
-            sizes = (inner, width) if name == "down_proj" else (width, inner)
+            out = 2 * inner if name == JOINED[0] else inner
+            size = (inner, width) if name == "down_proj" else (width, out)
             with torch.device("meta"):
-                layer = nn.Linear(*sizes, bias=False, dtype=like.dtype)
+                layer = nn.Linear(*size, bias=module.has_bias, dtype=like.dtype)
             expert.add_module(name, layer)
         if usual:
             expert.act_fn = activation
         module.add_module(str(number), expert)
-    gone = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
+    module.fused = [name for name, p in module._parameters.items() if p is not None and p.dim() > 2]
+    module.is_joined = joined and module.has_gate
+    gone = [name for name, p in module._parameters.items() if p is not None and _of_each(module, p)]
     for name in gone:
         del module._parameters[name]
     swap_class(module, DividedExperts)
-    module.fused = gone
     return gone
+
+
+def _of_each(module: Any, parameter: Tensor) -> bool:
+    """Whether a parameter of experts holds something of each, and no more."""
+    return parameter.dim() > 2 or (module.has_bias and parameter.shape[0] == module.num_experts)
 
 
 def expert_parameter(fused: str, source: str, part: int, gated: bool) -> str:
@@ -235,27 +255,38 @@ WITHIN = "::"
 """Between the name of a tensor that holds all experts of a layer and that of a part of it."""
 
 
-def parts_of_experts(entry: Entry, attribute: str) -> dict[str, Entry]:
-    """Where each expert's matrices lie in a tensor that holds those of all, [experts, out, in], by
-    ``number.layer``; nothing where it has another shape."""
-    if len(entry.shape) != 3 or not entry.shape[0]:
+def parts_of_experts(entry: Entry, model: Any, fused: str) -> dict[str, Entry]:
+    """Where each expert's part lies in a tensor that holds those of all, [experts, out, in] (or
+    [experts, in, out], or of biases [experts, out]), by ``number.layer.weight``; nothing where it
+    has another shape.
+
+    Args:
+        fused: the parameter it is in transformers.
+    """
+    path, _, attribute = fused.rpartition(".")
+    module = model.get_submodule(path)
+    kind = "bias" if fused in fused_biases(model) else "weight"
+    if len(entry.shape) != (2 if kind == "bias" else 3) or not entry.shape[0]:
         return {}
-    count, rows, width = entry.shape
-    layers = GATED[:2] if attribute == "gate_up_proj" else (attribute,)
+    count, rows, *width = entry.shape
+    split = attribute == "gate_up_proj" and not module.is_joined
+    layers = GATED[:2] if split else (attribute.removesuffix("_bias"),)
     each, left = divmod(rows, len(layers))
     if left:
         return {}
-    size = each * width * entry.dtype.itemsize
-    return {
-        f"{number}.{layer}": replace(
+    size = each * math.prod(width) * entry.dtype.itemsize
+    found = {
+        f"{number}.{layer}.{kind}": replace(
             entry,
-            shape=(each, width),
+            shape=(each, *width),
             start=entry.start + (number * len(layers) + place) * size,
             nbytes=size,
         )
         for number in range(count)
         for place, layer in enumerate(layers)
     }
+    turned = module.is_transposed and kind == "weight"
+    return {key: TransposedEntry.of(e) for key, e in found.items()} if turned else found
 
 
 def joined_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -270,12 +301,13 @@ def joined_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             found[source] = tensors[source]
             continue
         first = tensors[names[0]]
-        layers = len({name.rpartition(".")[2] for name in names})
+        parts = {name: name.partition(WITHIN)[2].split(".") for name in names}
+        layers = sorted({layer for _, layer, _ in parts.values()}, key=(*GATED, *JOINED).index)
         place = first.new_empty(len(names), *first.shape)
-        for name in names:
-            number, _, layer = name.partition(WITHIN)[2].partition(".")
-            place[int(number) * layers + GATED.index(layer) % layers] = tensors.pop(name)
-        found[source] = place.view(len(names) // layers, layers * first.shape[0], first.shape[1])
+        for name, (number, layer, _) in parts.items():
+            place[int(number) * len(layers) + layers.index(layer)] = tensors.pop(name)
+        rows = len(layers) * first.shape[0]
+        found[source] = place.view(len(names) // len(layers), rows, *first.shape[1:])
     return found
 
 

@@ -20,6 +20,7 @@ from .experts import (
     Expert,
     OtherExpert,
     expert_parameter,
+    fused_biases,
     fused_experts,
     parts_of_experts,
     routers,
@@ -162,10 +163,12 @@ def name_entries(model: Any, entries: dict[str, Entry]) -> set[str]:
     """
     fused = fused_experts(model)
     if fused:
-        whole = [name for name, entry in entries.items() if len(entry.shape) == 3]
+        biases = fused_biases(model)
+        ends = tuple({name.rpartition(".")[2] for name in biases})
+        whole = [n for n, e in entries.items() if len(e.shape) == 3 or (ends and n.endswith(ends))]
         for source, target in _stored_as(model, whole).items():
-            if target in fused:
-                parts = parts_of_experts(entries[source], target.rpartition(".")[2])
+            if target in fused or target in biases:
+                parts = parts_of_experts(entries[source], model, target)
                 if parts:
                     del entries[source]
                     entries |= {f"{source}{WITHIN}{part}": entry for part, entry in parts.items()}
@@ -211,7 +214,7 @@ def _stored_as(model: Any, names: list[str]) -> dict[str, str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     parts = {p: part for c in converters for part, p in enumerate(c.source_patterns)}
-    fused, unread = fused_experts(model), not_read(model)
+    fused, unread = fused_experts(model) | fused_biases(model), not_read(model)
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     state |= dict.fromkeys(fused, True)
     result = {}
@@ -230,6 +233,6 @@ def _stored_as(model: Any, names: list[str]) -> dict[str, str]:
                 ways_out=["use a dense model"],
             )
         elif within:
-            target = f"{target.rpartition('.')[0]}.{part}.weight"
+            target = f"{target.rpartition('.')[0]}.{part}"
         result[name] = target
     return result
