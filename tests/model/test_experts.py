@@ -42,6 +42,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     # its files hold the experts of a layer in one tensor
     "granitemoe": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4},
+    # and these hold them the other way round, gate and up interleaved, with biases
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 16},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 64},
     "deepseek_v3": {
         "n_routed_experts": 8,
@@ -81,6 +83,12 @@ def twin(path: Path, model: Any) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, DividedExperts):
                 experts = [getattr(module, str(i)) for i in range(module.num_experts)]
+                if module.is_joined:
+                    for part in ("gate_up_proj", "down_proj"):
+                        layers = [getattr(e, part) for e in experts]
+                        stacked = torch.stack([whole(layer.weight).t() for layer in layers])
+                        theirs[f"{name}.{part}"].copy_(stacked)
+                    continue
                 gates = [
                     torch.cat([whole(e.gate_proj.weight), whole(e.up_proj.weight)]) for e in experts
                 ]
