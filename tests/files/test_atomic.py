@@ -161,3 +161,14 @@ def test_a_file_system_that_does_not_say_is_not_full(
     assert (atomic.free_bytes(tmp_path) or 0) > 0
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda place: SimpleNamespace(total=0, free=0))
     assert atomic.free_bytes(tmp_path) is None
+
+
+def test_what_killed_processes_wrote_aside_is_removed_and_nothing_else(tmp_path: Path):
+    gone = [".run.json.13808.tmp", ".adapter.77.old.tmp", ".memory.jsonl.5.tmp"]
+    kept = ["run.json", ".run.json", ".notes.tmp", "mine.12.tmp"]
+    for name in (*gone, *kept):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".adapter.41.tmp").mkdir()
+    (tmp_path / ".adapter.41.tmp" / "half").write_text("x")
+    atomic.remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)

@@ -22,9 +22,10 @@ from halfbyte.ops import cpu, cpu_calls
 from halfbyte.ops.cpu_library import call, open_library
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
-SOURCES = HERE.parent / "src/halfbyte/ops/csrc"
+SOURCES = ROOT / "src/halfbyte/ops/csrc"
 
 
 needs_library = pytest.mark.skipif(cpu.active() is None, reason=f"no C++ library here: {cpu.why()}")
@@ -132,7 +133,7 @@ def test_installs_without_a_compiler(tmp_path: Path):
         "--no-deps",
         "-w",
         str(tmp_path),
-        str(HERE.parent),
+        str(ROOT),
     ]
     for name, compiler in (
         ("with", {}),

@@ -229,6 +229,7 @@ def kill(home: Path, count: int, seed: int) -> dict[str, Any]:
     expected, seconds, points = undisturbed(home)
     rng = random.Random(seed)
     kills = at_points = equal = runs = worst = 0
+    differ: list[str] = []
     while kills < count:
         out = home / f"run{runs}"
         runs += 1
@@ -251,13 +252,20 @@ def kill(home: Path, count: int, seed: int) -> dict[str, Any]:
         assert wait(forked(lambda out=out: cli(arguments(home, out)), home / "log")) == 0, (
             home / "log"
         ).read_text()
-        same = digest(out) == expected and not leftovers(out)
         steps = [
             json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()
         ]
-        equal += same and steps == list(range(1, STEPS + 1))
-        shutil.rmtree(out)
+        wrong = [f"left over: {name}" for name in leftovers(out)]
+        wrong += ["other bytes"] if digest(out) != expected else []
+        wrong += [f"steps {steps}"] if steps != list(range(1, STEPS + 1)) else []
+        differ += [f"run {runs - 1}: {each}" for each in wrong]
+        equal += not wrong
+        if wrong:
+            shutil.move(out, home / f"differs{runs - 1}")
+        else:
+            shutil.rmtree(out)
     return {
+        "differ": differ,
         "kills": kills,
         "of_them_inside_a_save": at_points,
         "points_inside_the_saves_of_a_run": points,

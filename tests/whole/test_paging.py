@@ -55,7 +55,7 @@ def test_a_quantized_model_trains_as_the_one_it_was_made_from(
         train(tmp_path / "b", orders, model=str(tmp_path / "q"), weight_streaming="always")
         == unpaged
     )
-    assert not own_cache.exists(), "it is streamed from where it lies"
+    assert not any(own_cache.glob("*")), "it is streamed from where it lies"
     assert run(["quantize", "demo", "-o", str(tmp_path / "q")]) == 2, "never over something"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

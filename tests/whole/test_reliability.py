@@ -181,7 +181,7 @@ def faults(fault: str, count: int, home: Path, timeout: int) -> dict[str, Any]:
 
 def check_kills(found: dict[str, Any], count: int) -> None:
     assert found["kills"] >= count and found["of_them_inside_a_save"] >= count // 4
-    assert found["runs_equal_to_the_unbroken_one"] == found["runs"]
+    assert found["runs_equal_to_the_unbroken_one"] == found["runs"], found["differ"]
     assert found["most_steps_redone"] <= found["save_steps"]
 
 

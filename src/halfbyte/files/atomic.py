@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,6 +85,22 @@ def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
             f"cannot write {path}: {reason}",
             ways_out=ways_around(error, "choose another place"),
         ) from error
+
+
+_UNFINISHED = re.compile(r"\..+\.\d+(\.old)?\.tmp")
+"""What the functions here write aside is called: the name, the process."""
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what processes that were killed wrote aside in a directory that nobody else writes to
+    (its lock is held)."""
+    for place in directory.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(place.name):
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    place.unlink()
 
 
 @contextlib.contextmanager

@@ -360,8 +360,8 @@ def _begin_files(run: Run, info: dict[str, Any], report: QuantReport, steps: int
                 f"{file}.damaged"
             )
     checkpoint.remove_unfinished(run.checkpoints)
-    for leftover in (*run.path.glob(".adapter.*.tmp"), run.path / DIRECTORY):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(run.path / DIRECTORY, ignore_errors=True)
+    atomic.remove_unfinished(run.path)
 
 
 # --- the model ------------------------------------------------------------------------------------
