@@ -33,7 +33,7 @@ from .program import Program, write_rows, written
 
 FLOOR = {"float32": 1e-5, "bfloat16": 2.0**-7}
 """Of a figure's size, over two layers."""
-TIMES = {"float32": 30, "bfloat16": 4}
+TIMES = {"float32": 30, "bfloat16": 8}
 """The oracle's own distance: products in another order, in another form."""
 EIGHT_BITS = 0.05
 """Of a loss, once moments in 8 bits have made a step."""

@@ -215,7 +215,8 @@ def _not_fp8(values: dict[str, Any]) -> str:
     """What a configuration of FP8 says that is not read here, else ""."""
     if (experts := values.get("expert_dtype", "fp8")) != "fp8":
         return f"expert_dtype {experts!r}"
-    form = values.get("format", "float-quantized")
+    fp8 = values.get("quant_method") == "fp8"
+    form = values.get("format", "float-quantized" if fp8 else None)
     groups = values.get("config_groups")
     forms = {each.get("format") or form for each in groups.values()} if groups else {form}
     other = sorted(str(form) for form in forms - {"float-quantized", "naive-quantized"})
