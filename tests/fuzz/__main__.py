@@ -53,8 +53,11 @@ class Tally:
         return "\n".join(lines)
 
 
-def search(number: int, count: int, home: Path, tally: Tally, until: float) -> Program | None:
-    """The programs of a seed: the smallest that differs, or None."""
+def search(
+    number: int, count: int, home: Path, tally: Tally, until: float, *, shrink: bool = True
+) -> Program | None:
+    """The programs of a seed: the smallest that differs (or, unless it is shrunk, the first), or
+    None."""
     smallest: list[Program] = []
 
     @seed(number)
@@ -62,7 +65,7 @@ def search(number: int, count: int, home: Path, tally: Tally, until: float) -> P
         max_examples=count,
         database=None,
         deadline=None,
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )
@@ -72,8 +75,9 @@ def search(number: int, count: int, home: Path, tally: Tally, until: float) -> P
             return
         try:
             tally.add(judge(program, home))
-        except Finding:
+        except Finding as finding:
             smallest[:] = [program]  # the last that is tried is the smallest
+            tally.reasons[f"finding: {finding}"] += 1
             raise
 
     try:

@@ -31,7 +31,7 @@ from .checkpoints import checkpoint
 from .oracle import Ids, Seen, Training, Unclear
 from .program import Program, write_rows, written
 
-FLOOR = {"float32": 1e-5, "bfloat16": 2.0**-7}
+FLOOR = {"float32": 1e-5, "bfloat16": 2.0**-5}
 """Of a figure's size, over two layers."""
 TIMES = {"float32": 30, "bfloat16": 8}
 """The oracle's own distance: products in another order, in another form."""

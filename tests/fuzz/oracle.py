@@ -207,6 +207,8 @@ def dequantized(model: Any) -> Any:
                 if part.bias is not None:
                     plain.bias.data = part.bias.data.float()
                 setattr(parent, name, plain)
+    for p in model.parameters():
+        p.data = p.data.float()
     return eager(model)
 
 
