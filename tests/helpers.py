@@ -20,6 +20,7 @@ from halfbyte.config.options import TrainConfig
 from halfbyte.data.encoder import TokenizedExample
 from halfbyte.engine.learner import Learner
 from halfbyte.engine.selftest import Abilities
+from halfbyte.files import hub
 from halfbyte.model import attention
 from halfbyte.model.fusion import fuse
 from halfbyte.ops import cpu
@@ -81,6 +82,35 @@ def train_adapter(stories: Path, home: Path, name: str, **options: Any) -> halfb
     return halfbyte.train(
         str(stories), data, output_dir=str(home / name), **{**settings, **options}
     )
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 3072,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+"""Of a small random model with the built-in tokenizer (`give_tokenizer`)."""
+
+
+def give_tokenizer(path: Path) -> None:
+    """Put the built-in tokenizer and chat template into a model's directory."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / name).write_bytes((hub.resolve("demo") / name).read_bytes())
+
+
+def logits(model: Any) -> Tensor:
+    """Of one row, [positions, vocabulary], without a cache."""
+    with torch.no_grad():
+        ids = torch.arange(40, 70)[None]
+        return model.eval()(input_ids=ids, use_cache=False).logits[0]
 
 
 Q, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}

@@ -17,6 +17,8 @@ from halfbyte.files.entries import ScaledEntry
 from halfbyte.files.safetensors import Checkpoint
 from halfbyte.quantization.load import load_base
 
+from ..helpers import SIZES, give_tokenizer, train_adapter
+
 FP8 = torch.float8_e4m3fn
 
 
@@ -36,19 +38,8 @@ def _in_fp8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def _checkpoint(path: Path, block: tuple[int, int] = (32, 32), **sizes: Any) -> Path:
     """A small Llama in bf16 whose linear layers are stored as on the Hub: FP8, scales a block."""
-    known: dict[str, Any] = {
-        "vocab_size": 3072,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-        "pad_token_id": 0,
-    }
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**{**known, **sizes}))
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, **sizes}))
     model.to(torch.bfloat16).save_pretrained(path)
     tensors = load_file(path / "model.safetensors")
     linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -57,9 +48,7 @@ def _checkpoint(path: Path, block: tuple[int, int] = (32, 32), **sizes: Any) -> 
         tensors[f"{name}_scale_inv"] = scales
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     _say(path, {"quant_method": "fp8", "weight_block_size": list(block)})
-    builtin = Path(halfbyte.__file__).parent / "builtin"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (path / name).write_bytes((builtin / name).read_bytes())
+    give_tokenizer(path)
     return path
 
 
@@ -109,14 +98,9 @@ def test_scales_of_a_tensor_of_rows_and_of_blocks_that_are_cut(
     assert torch.equal(checkpoint.read("a.weight", buffer), found)
 
 
-def test_a_base_in_fp8_is_trained_merged_and_said(tmp_path: Path, capsys: Any):
+def test_a_base_in_fp8_is_trained_merged_and_said(tmp_path: Path):
     path = _checkpoint(tmp_path / "fp8", hidden_size=48, block=(32, 32))
-    rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = halfbyte.train(
-        model=str(path), data=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "run"),
-        max_steps=2, num_samples=0, judge=False, rehearse=False,
-    )  # fmt: skip
+    run = train_adapter(path, tmp_path, "run", max_steps=2, judge=False, rehearse=False)
     found = json.loads((run.path / "run.json").read_text())["found"]
     assert "stored in FP8" in found["FP8"]
     receipt = halfbyte.merge(run.path, tmp_path / "merged", onto="original")
@@ -139,6 +123,29 @@ def test_scales_that_do_not_belong_are_refused_at_once(tmp_path: Path):
     with pytest.raises(ModelError, match="do not belong together") as refused:
         Checkpoint(path)
     assert "q_proj.weight" in str(refused.value) and "k_proj.weight_scale_inv" in str(refused.value)
+
+
+def test_scales_that_are_exponents_are_powers_of_two(tmp_path: Path):
+    """E8M0, as such and as the bytes that other tools write it as."""
+    path = _checkpoint(tmp_path / "fp8")
+    stored = load_file(path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    exponents = torch.tensor([[120, 121], [122, 123]], dtype=torch.uint8)
+    powers = torch.tensor([[2.0**-7, 2.0**-6], [2.0**-5, 2.0**-4]])
+    whole = powers.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    expected = (stored[name].float() * whole).bfloat16()
+    for scales in (exponents, exponents.view(torch.float8_e8m0fnu)):
+        tensors = {**stored, f"{name}_scale_inv": scales}
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        assert torch.equal(Checkpoint(path).read(name), expected)
+
+
+@pytest.mark.parametrize("size", [[0, 128], [128], "128", [128, -1], {"a": 1}])
+def test_a_block_that_has_no_size_is_refused_by_name(size: Any, tmp_path: Path):
+    path = _checkpoint(tmp_path / "fp8")
+    _say(path, {"quant_method": "fp8", "weight_block_size": size})
+    with pytest.raises(ModelError, match="a value no model has"):
+        Checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_gradients_pass_through_experts_and_routers(family: str, tmp_path: Path)
 @pytest.mark.parametrize("target_experts", [False, True])
 @pytest.mark.parametrize(
     "family",
-    ["qwen3_moe", "deepseek_v3"]
+    ["qwen3_moe", "deepseek_v3", "gpt_oss"]
     + [
         pytest.param(name, marks=pytest.mark.slow)
         for name in ("mixtral", "olmoe", "qwen2_moe", "granitemoe")

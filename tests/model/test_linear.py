@@ -1,7 +1,6 @@
 """Linear layers under other names: beside transformers' and PEFT's, on the weights as files hold
 them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from halfbyte.quantization.load import load_base
 from halfbyte.quantization.tensor import NF4Tensor
 from halfbyte.run.load import load
 
-IDS = torch.arange(40, 70)[None]
+from ..helpers import give_tokenizer, logits, train_adapter
+
 FALCON = FalconConfig(
     vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, ffn_hidden_size=128
 )
@@ -38,15 +38,8 @@ def _checkpoint(path: Path) -> Path:
     for p in model.parameters():
         nn.init.normal_(p, std=0.08)
     model.save_pretrained(path)
-    builtin = Path(halfbyte.__file__).parent / "builtin"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (path / name).write_bytes((builtin / name).read_bytes())
+    give_tokenizer(path)
     return path
-
-
-def _logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS, use_cache=False).logits[0]
 
 
 def test_every_conv1d_is_a_linear_layer_that_says_how_it_lies_on_disk(tmp_path: Path):
@@ -57,33 +50,29 @@ def test_every_conv1d_is_a_linear_layer_that_says_how_it_lies_on_disk(tmp_path: 
     assert type(layer) is nn.Linear and layer.weight.shape == (256, 64)
     loaded, _ = load_base(path, ModelOptions(dtype="float32", load_in_4bit=False))
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    assert torch.allclose(_logits(loaded), _logits(theirs), atol=1e-5)
+    assert torch.allclose(logits(loaded), logits(theirs), atol=1e-5)
 
 
 def test_it_trains_in_4_bits_and_peft_and_transformers_open_what_comes_out(tmp_path: Path):
     path = _checkpoint(tmp_path / "gpt2")
-    rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = halfbyte.train(
-        model=str(path), data=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "run"),
-        dtype="float32", max_steps=2, learning_rate=1e-2, num_samples=0, judge=False,
-        rehearse=False,
-    )  # fmt: skip
+    run = train_adapter(
+        path, tmp_path, "run", dtype="float32", max_steps=2, judge=False, rehearse=False
+    )
     ours, _ = load(run.path, dtype="float32")
-    expected = _logits(ours)
+    expected = logits(ours)
     theirs: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             held = ours.get_parameter(name)
             if isinstance(held.data, NF4Tensor):
                 p.copy_(held.data.dequantize(torch.float32).t())
-    before = _logits(theirs)
-    found = _logits(peft.PeftModel.from_pretrained(theirs, str(run.adapter)))
+    before = logits(theirs)
+    found = logits(peft.PeftModel.from_pretrained(theirs, str(run.adapter)))
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert (found - before).abs().max() > 100 * (found - expected).abs().max()
     halfbyte.merge(run.path, tmp_path / "merged", onto="trained")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert (_logits(merged) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (logits(merged) - expected).abs().max() <= 1e-4 * expected.abs().max()
     shapes = [
         {name: tuple(t.shape) for name, t in load_file(place / "model.safetensors").items()}
         for place in (path, tmp_path / "merged")

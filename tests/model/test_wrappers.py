@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import halfbyte
+from halfbyte.adapters.lora import target_names
 from halfbyte.config.options import ModelOptions
 from halfbyte.errors import DataError, ModelError
 from halfbyte.files import hub
@@ -20,23 +21,14 @@ from halfbyte.model.architecture import build_empty
 from halfbyte.model.targets import adaptable, quantizable
 from halfbyte.model.wrappers import left_out, unread
 from halfbyte.planning.plan import plan
+from halfbyte.progress import no_progress
 from halfbyte.quantization.load import load_base
 from halfbyte.quantization.tensor import NF4Tensor
+from halfbyte.quantization.writer import quantize
 from halfbyte.run.load import load
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 3072,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+from ..helpers import SIZES, give_tokenizer, logits, train_adapter
+
 IMAGES = {"image_token_id": 3000, "video_token_id": 3001}
 QWEN_VISION = {
     "depth": 1,
@@ -67,15 +59,15 @@ def _config(kind: str) -> Any:
     match kind:
         case "qwen3_vl":
             rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-            text = {**TEXT, "rope_parameters": {**rope, "mrope_interleaved": True}}
+            text = {**SIZES, "rope_parameters": {**rope, "mrope_interleaved": True}}
             vision = {**QWEN_VISION, "deepstack_visual_indexes": [0]}
             return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **IMAGES)
         case "qwen3_5":
-            text = {**TEXT, **LINEAR_ATTENTION}
+            text = {**SIZES, **LINEAR_ATTENTION}
             return transformers.Qwen3_5Config(text_config=text, vision_config=QWEN_VISION, **IMAGES)
         case "gemma3":
             text = {
-                **TEXT,
+                **SIZES,
                 "sliding_window": 8,
                 "layer_types": ["sliding_attention", "full_attention"],
             }
@@ -87,7 +79,7 @@ def _config(kind: str) -> Any:
             )
         case "mistral3":
             return transformers.Mistral3Config(
-                text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+                text_config=transformers.MistralConfig(**SIZES, sliding_window=None),
                 vision_config=transformers.PixtralVisionConfig(**VISION),
                 image_token_index=3000,
             )
@@ -103,29 +95,9 @@ def _checkpoint(kind: str, home: Path) -> Path:
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.08)
     model.save_pretrained(path)
-    builtin = Path(halfbyte.__file__).parent / "builtin"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (path / name).write_bytes((builtin / name).read_bytes())
+    give_tokenizer(path)
     (path / "preprocessor_config.json").write_text('{"size": 28}')
     return path
-
-
-def _trained(path: Path, home: Path, **options: Any) -> Any:
-    rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(6)]
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return halfbyte.train(
-        model=str(path), data=str(home / "rows.jsonl"), output_dir=str(home / "run"),
-        dtype="float32", max_steps=2, learning_rate=1e-2, num_samples=0, judge=False,
-        rehearse=False, **options,
-    )  # fmt: skip
-
-
-IDS = torch.arange(40, 70)[None]
-
-
-def _logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS, use_cache=False).logits[0]
 
 
 def _in_the_files_names(model: Any) -> dict[str, Tensor]:
@@ -155,6 +127,7 @@ AUTOMATIC = {
     "gemma3": (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM),
     "mistral3": (transformers.AutoModelForImageTextToText,),
 }
+QUICK = {"max_steps": 2, "judge": False, "rehearse": False}
 SLOW = ("gemma3", "mistral3")
 
 
@@ -166,19 +139,19 @@ def test_a_wrapper_trains_as_a_text_model_and_every_class_opens_what_comes_out(
     kind: str, tmp_path: Path
 ):
     path = _checkpoint(kind, tmp_path)
-    run = _trained(path, tmp_path)
+    run = train_adapter(path, tmp_path, "run", dtype="float32", **QUICK)
     ours, _ = load(run.path, dtype="float32")
-    expected = _logits(ours)
+    expected = logits(ours)
     for automatic in AUTOMATIC[kind]:
         theirs = _twin(automatic, path, ours)
-        before = _logits(theirs)
+        before = logits(theirs)
         adapted: Any = peft.PeftModel.from_pretrained(theirs, str(run.adapter))
-        found = _logits(adapted)
+        found = logits(adapted)
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
         assert (found - before).abs().max() > 100 * (found - expected).abs().max()
     halfbyte.merge(run.path, tmp_path / "merged", onto="trained")
     merged: Any = AUTOMATIC[kind][0].from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert (_logits(merged) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (logits(merged) - expected).abs().max() <= 1e-4 * expected.abs().max()
     # towers byte for byte, nothing lost, and what prepares images beside them
     with (
         safe_open(path / "model.safetensors", "pt") as base,
@@ -218,7 +191,7 @@ def test_an_adapter_that_was_trained_on_the_other_class_is_opened(tmp_path: Path
     )
     adapted.save_pretrained(tmp_path / "adapter")
     ours, _ = load(tmp_path / "adapter", base=str(path), dtype="float32", load_in_4bit=False)
-    assert (_logits(ours) - _logits(adapted)).abs().max() <= 1e-4
+    assert (logits(ours) - logits(adapted)).abs().max() <= 1e-4
 
 
 def test_rows_with_images_are_refused_by_name(tmp_path: Path):
@@ -233,10 +206,42 @@ def test_rows_with_images_are_refused_by_name(tmp_path: Path):
 
 
 def test_a_head_inside_the_text_model_is_refused_by_name():
-    text = {**TEXT, "num_local_experts": 4, "intermediate_size_mlp": 128, "no_rope_layers": [1, 0]}
+    text = {**SIZES, "num_local_experts": 4, "intermediate_size_mlp": 128, "no_rope_layers": [1, 0]}
     vision = {**VISION, "vision_output_dim": 64, "projector_input_dim": 64}
     config = transformers.Llama4Config(
         text_config=text, vision_config={**vision, "intermediate_size": 128}
     )
     with pytest.raises(ModelError, match="output head inside its text model"):
         build_empty(config)
+
+
+def test_an_adapter_of_a_tower_is_refused_by_the_name_it_has(tmp_path: Path):
+    path = _checkpoint("qwen3_vl", tmp_path)
+    theirs: Any = transformers.AutoModelForImageTextToText.from_pretrained(path)
+    adapted: Any = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["qkv", "q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"adapts model\.visual\.blocks\.0\.attn\.qkv"):
+        load(tmp_path / "adapter", base=str(path), load_in_4bit=False)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3"])
+def test_patterns_are_taken_by_the_paths_of_either_class(kind: str, tmp_path: Path):
+    model = build_empty(_config(kind))
+    found = [
+        target_names(model, pattern + r".*\.mlp\.(gate|up|down)_proj")
+        for pattern in (r"model\.language_model\.layers", r"model\.layers")
+    ]
+    assert found[0] == found[1] and len(found[0]) == 6
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_vl"])
+def test_towers_stay_in_16_bits_in_a_quantized_model_that_others_open(kind: str, tmp_path: Path):
+    path = _checkpoint(kind, tmp_path)
+    quantize(path, ModelOptions(), tmp_path / "made", no_progress)
+    theirs, before = (
+        transformers.AutoModelForImageTextToText.from_pretrained(place).model.visual
+        for place in (tmp_path / "made", path)
+    )
+    expected = dict(before.named_parameters())
+    for name, p in theirs.named_parameters():
+        assert torch.equal(p.float(), expected[name].to(p.dtype).float()), name

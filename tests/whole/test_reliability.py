@@ -74,9 +74,13 @@ def stop_and_resume(reliable_inputs: Path, out: Path, steps: list[int], **change
             )
             halfbyte.train(config, reporter=stopped_after(step))
         assert caught.value.exit_code == 143 and f"after step {step}" in str(caught.value)
-    return halfbyte.train(
+    aside = out / ".run.json.13808.tmp"  # as kill -9 inside a write leaves it
+    aside.write_text("{")
+    run = halfbyte.train(
         **reliable_options(reliable_inputs, out, resume_from_checkpoint="auto", **changes)
     )
+    assert not aside.exists()
+    return run
 
 
 @pytest.mark.parametrize("step", [1, 4, 7])

@@ -42,6 +42,7 @@ from ..errors import UsageError
 from ..memory import recompute
 from ..model.experts import Expert, OtherExpert, fused_parameter
 from ..model.targets import adaptable, experts, targets
+from ..model.wrappers import other_class
 from ..ops.library import first_order
 from ..quantization.tensor import NF4Tensor
 
@@ -355,7 +356,10 @@ def target_names(model: Any, target_modules: str, target_experts: bool = False) 
             raise UsageError(
                 f"target_modules is no valid regular expression: {error}", found=target_modules
             ) from error
-        chosen, unmatched = [name for name in linear if pattern.fullmatch(name)], []
+        other = other_class(model)  # whose paths people write as well
+        called = {n: (n, other.name_there(n)) if other is not None else (n,) for n in linear}
+        chosen = [name for name in linear if any(map(pattern.fullmatch, called[name]))]
+        unmatched = []
     if heads := [
         target.path
         for target in targets(model)

@@ -46,7 +46,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         found.update({f"{_PREFIX}{name}": t for name, t in each.tensors().items()})
     other = other_class(model)
     if other is not None and other.chosen:  # the file fits both classes
-        found |= {_there(other, name): t.clone() for name, t in found.items()}
+        there = {name: _there(other, name) for name in found}
+        found |= {there[name]: t.clone() for name, t in found.items() if there[name] != name}
     return found
 
 
@@ -64,13 +65,13 @@ def _here(other: OtherClass | None, name: str) -> str:
 
 def adapter_bytes(model: nn.Module) -> int:
     """Of what `adapter_tensors` gives."""
-    of_experts = (shape for each in adapted_experts(model) for shape in each.shapes().values())
-    own = _parameters(model)
-    size = sum(p.nbytes for p in own.values()) + 4 * sum(map(math.prod, of_experts))
+    sizes = {name: p.nbytes for name, p in _parameters(model).items()}
+    for each in adapted_experts(model):
+        sizes |= {f"{_PREFIX}{name}": 4 * math.prod(s) for name, s in each.shapes().items()}
     other = other_class(model)
     if other is not None and other.chosen:
-        size += sum(p.nbytes for name, p in own.items() if _there(other, name) != name)
-    return size
+        sizes |= {_there(other, name): size for name, size in sizes.items()}
+    return sum(sizes.values())
 
 
 def bytes_of_copies(model: nn.Module) -> int:

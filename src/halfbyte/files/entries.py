@@ -48,7 +48,7 @@ class ScaledEntry(Entry):
     def dequantized(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """The products, computed in fp32 and rounded once."""
         values = read_tensor(self.values, name)
-        scales = read_tensor(self.scales, name).float()
+        scales = _scales(read_tensor(self.scales, name))
         grid = scales.view(1, 1) if scales.numel() == 1 else scales.view(len(scales), -1)
         rows, columns = self._block(grid)
         whole = None if into is None else into[: self.nbytes].view(self.dtype).view(self.shape)
@@ -90,6 +90,13 @@ class TransposedEntry(Entry):
         return into[: self.nbytes].view(self.dtype).view(self.shape).copy_(found)
 
 
+def _scales(stored: torch.Tensor) -> torch.Tensor:
+    """In fp32; bytes are exponents (E8M0), 2^(b - 127)."""
+    if stored.dtype == torch.uint8:
+        stored = stored.view(torch.float8_e8m0fnu)
+    return stored.float()
+
+
 SCALES = ("weight_scale_inv", "weight_scale")
 """What the scales of a weight are called beside it: what it is multiplied by."""
 OF_ACTIVATIONS = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
@@ -110,8 +117,7 @@ def join_scales(
     Raises:
         ModelError: scales that do not belong to their weight; all in one message.
     """
-    rows, columns = quantization.get("weight_block_size") or (128, 128)
-    block = (int(rows), int(columns))
+    block = _block_size(quantization)
     problems = []
     for name in [name for name, entry in entries.items() if entry.dtype in FP8]:
         path = name.removesuffix("weight")
@@ -130,6 +136,8 @@ def join_scales(
         out, width = values.shape
         grid = (-(-out // joined.block[0]), -(-width // joined.block[1]))
         count = math.prod(scale.shape)
+        if not scale.dtype.is_floating_point and scale.dtype != torch.uint8:
+            problems.append(f"{scales[0]}: scales of {scale.dtype}")
         if count != 1 and scale.shape not in ((out,), (out, 1), grid):
             problems.append(f"{scales[0]}: {list(scale.shape)} for a weight of {out} x {width}")
         entries[name] = joined
@@ -142,6 +150,23 @@ def join_scales(
         )
     for name in [n for n in entries if n.rpartition(".")[2] in OF_ACTIVATIONS]:
         del entries[name]
+
+
+def _block_size(quantization: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a block of weights that share a scale.
+
+    Raises:
+        ModelError: no two sizes.
+    """
+    said = quantization.get("weight_block_size") or (128, 128)
+    sizes = [n for n in said if type(n) is int and n > 0] if isinstance(said, list | tuple) else []
+    if len(sizes) != 2 or len(said) != 2:
+        raise ModelError(
+            "config.json has a value no model has",
+            found=f"weight_block_size = {said!r}"[:200],
+            expected="two sizes, such as [128, 128]",
+        )
+    return sizes[0], sizes[1]
 
 
 def read_tensor(entry: Entry, name: str, into: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from .linear import replace_conv1d
 from .meta import from_config
 from .rope import forget_longer_passes
 from .targets import mark_kept, tied_head
-from .wrappers import leave_towers
+from .wrappers import is_wrapper, leave_towers
 
 ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
 """What configurations of mixtures of experts call the weights of losses beside the tokens' own."""
@@ -81,7 +81,7 @@ def build_empty(config: Any, *, tied: bool = True) -> Any:
     model = from_config(config)
     leave_towers(model)
     replace_conv1d(model)
-    if type(model.config) is not type(config):
+    if type(model.config) is not type(config) and is_wrapper(config):
         model.config_of_wrapper = config
     divide_experts(model)
     mark_kept(model)

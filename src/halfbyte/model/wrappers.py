@@ -91,6 +91,16 @@ def unread(model: nn.Module) -> dict[str, Unread]:
     return {path: part for path, part in model.named_modules() if isinstance(part, Unread)}
 
 
+def left_out_paths(model: Any) -> list[str]:
+    """The paths of what was left out, in the class that has it; of a text model, of what stands
+    beside it in its wrapper."""
+    if (config := getattr(model, "config_of_wrapper", None)) is None:
+        return list(unread(model))
+    wrapper = from_config(config, wrapper=True)
+    leave_towers(wrapper)
+    return list(unread(wrapper))
+
+
 def not_read(model: nn.Module) -> Callable[[str], bool]:
     """Whether a tensor, by its name in the model, belongs to what was left out of it."""
     paths = tuple(f"{path}." for path in unread(model))
@@ -100,13 +110,12 @@ def not_read(model: nn.Module) -> Callable[[str], bool]:
 def left_out(model: Any) -> str:
     """A line where a wrapper's text model is all that is read, else ""."""
     found = [f"{part.kind} ({part.weights:,} weights)" for part in unread(model).values()]
-    config = getattr(model, "config_of_wrapper", None)
-    if config is not None and is_wrapper(config):
+    if (config := getattr(model, "config_of_wrapper", None)) is not None:
         found.append(f"what {config.model_type} has beside its text model")
     if not found:
         return ""
     beside = ", ".join(found)
-    return f"trained on text alone: {beside} is not read, and stays as it is in what is merged"
+    return f"trained on text alone; not read, and merged as it is: {beside}"
 
 
 def beside_the_text(model: Any) -> list[nn.Module]:
@@ -128,6 +137,8 @@ class OtherClass:
     Attributes:
         own: what the names of the text model's tensors begin with here, ``"model."``.
         other: what they begin with there, ``"model.language_model."``.
+        holds: the parts of the text model, ``"layers"``: what else has a name like theirs, such as
+            ``"model.visual"``, is not renamed.
         modules: the paths of its modules; () of a text class by itself, which adds none.
         chosen: whether one of transformers' automatic classes opens the checkpoint as it, so that
             an adapter should fit it.
@@ -135,17 +146,25 @@ class OtherClass:
 
     own: str
     other: str
+    holds: frozenset[str]
     modules: frozenset[str]
     chosen: bool
 
     def name_here(self, name: str) -> str:
         """A tensor's or module's name in our model, by the one it has there or here."""
-        if len(self.own) > len(self.other) and name.startswith(self.own):
-            return name
-        return self.own + name[len(self.other) :] if name.startswith(self.other) else name
+        return self._moved(name, self.other, self.own)
 
     def name_there(self, name: str) -> str:
-        return self.other + name[len(self.own) :] if name.startswith(self.own) else name
+        return self._moved(name, self.own, self.other)
+
+    def _moved(self, name: str, before: str, after: str) -> str:
+        inside = name.removeprefix(before)
+        moves = name.startswith(before) and inside.partition(".")[0] in self.holds
+        return after + inside if moves else name
+
+
+def _parts(text: nn.Module) -> frozenset[str]:
+    return frozenset((*text._modules, *text._parameters))
 
 
 def other_class(model: Any) -> OtherClass | None:
@@ -155,13 +174,13 @@ def other_class(model: Any) -> OtherClass | None:
     if is_wrapper(model.config):
         text = model.get_decoder()
         own = next(path for path, part in model.named_modules() if part is text)
-        found = OtherClass(f"{own}.", "model.", frozenset(), chosen=False)
+        found = OtherClass(f"{own}.", "model.", _parts(text), frozenset(), chosen=False)
     elif (config := getattr(model, "config_of_wrapper", None)) is not None:
         wrapper = from_config(config, wrapper=True)
         text = wrapper.get_decoder()
         other = next(path for path, part in wrapper.named_modules() if part is text)
         names = frozenset(path for path, _ in wrapper.named_modules())
-        found = OtherClass("model.", f"{other}.", names, chosen=True)
+        found = OtherClass("model.", f"{other}.", _parts(text), names, chosen=True)
     else:
         return None
     model.other_class = found

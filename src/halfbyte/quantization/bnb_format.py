@@ -228,7 +228,8 @@ def dequantized_line(config: Any) -> str:
     values = config if isinstance(config, dict) else config.to_dict() if config else {}
     if values.get("quant_method") not in DEQUANTIZED:
         return ""
-    scheme = values.get("activation_scheme")
+    groups = (values.get("config_groups") or {}).values()
+    scheme = values.get("activation_scheme") or any(g.get("input_activations") for g in groups)
     static = ", and activations are not quantized as it does" if scheme else ""
     return (
         "the base is stored in FP8: each weight is multiplied out to 16 bits as it is read, and "

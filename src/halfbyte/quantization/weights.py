@@ -76,7 +76,9 @@ class WeightLoader:
         # what a 4-bit checkpoint keeps in 16 bits was kept so for a reason
         self.linear = set() if self.stored_4bit else quantizable(model)
         tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-        embeddings = {id(m.weight) for m in (model.get_input_embeddings(), head, *tables) if m}
+        embeddings = {
+            id(m.weight) for m in (model.get_input_embeddings(), head, *tables) if m is not None
+        }
         self.in_layers = {
             name: p.numel()
             for name, p in model.named_parameters()

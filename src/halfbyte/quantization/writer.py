@@ -16,7 +16,7 @@ from ..model.architecture import build_empty
 from ..model.experts import fused_experts
 from ..model.linear import STOOD_AS
 from ..model.targets import quantizable
-from ..model.wrappers import unread
+from ..model.wrappers import left_out_paths
 from ..progress import Progress
 from .bnb_format import STATE_KEY, check_quantization, components, quantized_names, stored_keys
 from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
@@ -74,8 +74,8 @@ def write_quantized(
         with TensorFile(directory / name, known, late) as file:
             for _ in sources:
                 source = next(waiting)
-                unread = source in loader.unread
-                value = checkpoint.read(source) if unread else loader.read(source)
+                read = checkpoint.read if source in loader.unread else loader.read
+                value = read(source)
                 written = (
                     components(source, value) if isinstance(value, NF4Tensor) else {source: value}
                 )
@@ -108,7 +108,7 @@ def _kept(model: Any) -> list[str] | None:
     layers = [path for path, part in model.named_modules() if isinstance(part, nn.Linear)]
     kept = [path for path in layers if f"{path}.weight" not in held]
     head = [path for path in kept if model.get_submodule(path) is model.get_output_embeddings()]
-    kept += unread(model)
+    kept += left_out_paths(model)
     return None if kept == head else sorted(kept)
 
 
