@@ -14,6 +14,9 @@ other tool.
 FP4 is bitsandbytes' own (sign, two exponent bits, one mantissa bit, scaled by 1/12), in bit-pattern
 order, so its table is not sorted and holds zero twice.
 
+MXFP4 (OCP Microscaling Formats 1.0: E2M1 under a shared power of two) is held where a checkpoint
+comes in it, and made of nothing here.
+
 The 8-bit "dynamic" maps (Dettmers 2015, arXiv:1511.04561) store scales of scales and optimizer
 moments: fewer fraction bits the smaller the number. Linear INT4 / INT8 with a zero point is here to
 be compared with, not to be stored.
@@ -46,6 +49,29 @@ NF4_LEVELS = (
     1.0,
 )
 """The fp32 values stored in every NF4 checkpoint; `derive_nf4` reproduces them within 2e-7."""
+
+
+MXFP4 = "mxfp4"
+MXFP4_BLOCK = 32
+MXFP4_LEVELS = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
+"""E2M1 in bit-pattern order: sign, two exponent bits, one mantissa bit."""
 
 
 def to_float32(value: float) -> float:
@@ -101,6 +127,8 @@ def levels(quant_type: str) -> tuple[float, ...]:
 QUANT_TYPES = ("nf4", "fp4", "nf4-article")
 BNB_QUANT_TYPES = ("nf4", "fp4")
 """The formats a bitsandbytes checkpoint can name."""
+STORED_QUANT_TYPES = (*BNB_QUANT_TYPES, MXFP4)
+"""The formats that are read from files; MXFP4 in bitsandbytes' layout from our own cache alone."""
 
 
 @cache

@@ -102,7 +102,7 @@ def test_a_base_in_fp8_is_trained_merged_and_said(tmp_path: Path):
     path = _checkpoint(tmp_path / "fp8", hidden_size=48, block=(32, 32))
     run = train_adapter(path, tmp_path, "run", max_steps=2, judge=False, rehearse=False)
     found = json.loads((run.path / "run.json").read_text())["found"]
-    assert "stored in FP8" in found["FP8"]
+    assert "stored in FP8" in found["stored form"]
     receipt = halfbyte.merge(run.path, tmp_path / "merged", onto="original")
     assert receipt.recomputed
     config = json.loads((tmp_path / "merged" / "config.json").read_text())

@@ -56,7 +56,7 @@ def test_the_bytes_of_files_are_the_bases_in_the_type_it_is_stored_in(
     assert found == [size * model.num_parameters()] * 2
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "compressed-tensors"])
 def test_foreign_formats_are_refused_by_plan_as_by_train(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ):

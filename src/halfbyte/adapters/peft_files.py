@@ -202,7 +202,8 @@ def shortest_targets(model: Any, names: list[str]) -> list[str]:
     """Last names where they select exactly these layers in PEFT (which matches by suffix), else
     whole paths."""
     last = sorted({name.rpartition(".")[2] for name in names})
-    everything = {target.path for target in targets(model)}
+    # PEFT refuses whatever else has the name: a "0" of a list is a layer of decoder blocks, too
+    everything = {path for path, _ in model.named_modules()}
     other = other_class(model)
     # what PEFT finds beside them in the classes that people load
     everything |= {f"{path}.{name}" for path, part in unread(model).items() for name in part.holds}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import HalfbyteError, ModelError, is_exhaustion
+from ..errors import HalfbyteError, ModelError, first_line, is_exhaustion
 from ..memory.recompute import Keep, Recompute, recompute_layers
 from ..model.attention import packed
 from ..model.experts import fused_experts
@@ -42,6 +42,8 @@ the logits by several times as much."""
 LEAK = 0.01
 """Of hidden states, what another token behind them may move: nothing but roundings, where the rows
 of a batch share a kernel; a model that looks ahead moves by several times as much."""
+FAILURES = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+"""What a model raises that cannot be run as it is asked to."""
 SLACK = 4
 """Times the tolerance that rounding may cause in fp32, where nothing finer tells how much it
 does."""
@@ -61,14 +63,22 @@ def self_test(model: Any) -> Abilities:
     # a long pass may be rotated otherwise than a short one
     starts = [0] if (far := border(model.config)) is None else [0, far]
     try:
-        apart = [_apart(model, start) for start in starts]
+        try:
+            apart = [_apart(model, start) for start in starts]
+        except FAILURES as error:
+            _pass_on(error)
+            raise ModelError(
+                f"{type(model).__name__} does not run here as a language model is trained",
+                found=first_line(error)[:300],
+                ways_out=["use another model", "or report this: docs/families.md lists what runs"],
+            ) from error
         try:
             found = [
                 _try_packing(model, start, *each) for start, each in zip(starts, apart, strict=True)
             ]
             packing = all(works for works, _ in found)
             packing_error = max(error for _, error in found)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except FAILURES as error:
             _pass_on(error)
             packing, packing_error = False, math.inf
         try:
@@ -76,7 +86,7 @@ def self_test(model: Any) -> Abilities:
             logits = model(input_ids=ids[None, :length], use_cache=False).logits[0]
             chunks = torch.cat([output_head(model)(part) for part in apart[0][0].split(5)])
             head_error = distance(chunks, logits)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except FAILURES as error:
             _pass_on(error)
             head_error = math.inf
     finally:

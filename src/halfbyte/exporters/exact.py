@@ -31,6 +31,7 @@ from ..model.wrappers import other_class
 from ..ops.fourbit import absmax_values
 from ..progress import Progress
 from ..quantization.bnb_format import quantized_names, read_stored, weight_names
+from ..quantization.mxfp4 import is_held
 from ..quantization.tensor import NF4Tensor
 from ..quantization.weights import quantize_as
 
@@ -189,7 +190,11 @@ class _Checker:
         self.targets = checkpoint_names(model, names)
         rounds = options.load_in_4bit and onto == "trained" and not self.stored
         in_4bit = quantizable(model) if rounds else set()
-        self.rounded = {name for name in names if self.targets[name] in in_4bit}
+        self.rounded = {
+            name
+            for name in names
+            if self.targets[name] in in_4bit and not is_held(self.base.entries[name])
+        }
         ties = tied_names(model)
         self.whole = {ties.get(path, path): key for path, key in adapter.whole.items()}
         self.shares: list[float] = []

@@ -89,6 +89,10 @@ LARGEST = {
     "max_position_embeddings": 1 << 28,
 }
 """Largest value believed of a configuration's sizes: several times what any known model has."""
+OF_EXPERTS = ("num_experts", "num_local_experts", "moe_intermediate_size")
+"""Of these, what a model without experts has none of."""
+OF_EACH_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+"""Of these, what may be a list with a size for each layer (Gemma 3n)."""
 
 
 def _check_ranges(raw: dict[str, Any], path: Path) -> None:
@@ -100,11 +104,13 @@ def _check_ranges(raw: dict[str, Any], path: Path) -> None:
     for values in (raw, raw.get("text_config")):
         for key, most in LARGEST.items():
             value = values.get(key) if isinstance(values, dict) else None
-            if value is not None and (type(value) is not int or not 1 <= value <= most):
+            each = value if isinstance(value, list) and key in OF_EACH_LAYER else [value]
+            least = 0 if key in OF_EXPERTS else 1  # a dense model of a family of mixtures has none
+            if value is not None and not all(type(n) is int and least <= n <= most for n in each):
                 raise ModelError(
                     f"{path}/config.json has a value no model has",
                     found=f"{key} = {value!r}"[:200],
-                    expected=f"1..{most}",
+                    expected=f"{least}..{most}",
                 )
 
 

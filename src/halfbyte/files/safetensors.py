@@ -20,7 +20,7 @@ import torch
 from ..errors import ModelError, StorageError
 from .atomic import _write_then_rename, read_json, sync, ways_around
 from .entries import Entry as Entry
-from .entries import join_scales
+from .entries import join_blocks, join_scales
 from .entries import read_tensor as read_tensor
 from .hub import INDEX as INDEX
 from .hub import SINGLE as SINGLE
@@ -123,6 +123,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 DEQUANTIZED = ("fp8", "compressed-tensors")
 """Methods of quantization whose weights are read as what they stand for, if they are FP8."""
+HELD = "mxfp4"
+"""The method whose weights are held in the 4 bits they are stored in."""
 
 
 class Checkpoint:
@@ -203,22 +205,25 @@ class Checkpoint:
             )
 
     def _join_scales(self) -> None:
-        """Have weights that are stored in FP8 read as what they stand for, in the dtype that
-        config.json names."""
+        """Have weights that are stored in FP8 or MXFP4 read as what they stand for, in the dtype
+        that config.json names."""
         file = self.directory / "config.json"
         said = read_json(file) if file.is_file() else {}
         quantization = said.get("quantization_config")
-        if (
-            not isinstance(quantization, dict)
-            or quantization.get("quant_method") not in DEQUANTIZED
-        ):
+        quantization = quantization if isinstance(quantization, dict) else {}
+        method = quantization.get("quant_method")
+        if method not in (*DEQUANTIZED, HELD):
             return
         text = said.get("text_config")
         inner = text if isinstance(text, dict) else {}
         named = [each.get(key) for each in (said, inner) for key in ("dtype", "torch_dtype")]
         dtype = {"float32": torch.float32, "float16": torch.float16}
         chosen = [dtype[name] for name in named if isinstance(name, str) and name in dtype]
-        join_scales(self.entries, quantization, chosen[0] if chosen else torch.bfloat16)
+        read_as = chosen[0] if chosen else torch.bfloat16
+        if method == HELD:
+            join_blocks(self.entries, read_as)
+        else:
+            join_scales(self.entries, quantization, read_as)
 
     def _file_of(self, name: str) -> str | None:
         entry = self.entries.get(name)

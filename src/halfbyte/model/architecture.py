@@ -78,6 +78,9 @@ def build_empty(config: Any, *, tied: bool = True) -> Any:
     untie = not tied and getattr(config.get_text_config(), TIES, False)
     if untie:
         untied(config)
+    if getattr(config, "rescale_every", 0):
+        # RWKV halves weights and hidden states layer by layer, in place, for fp16's range alone
+        config.rescale_every = 0
     model = from_config(config)
     leave_towers(model)
     replace_conv1d(model)

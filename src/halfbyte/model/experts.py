@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..files.entries import Entry, TransposedEntry
+from ..files.entries import Entry, MXFP4Entry, TransposedEntry
 from .class_swap import swap_class
 
 GATED, PLAIN = ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj")
@@ -257,8 +257,8 @@ WITHIN = "::"
 
 def parts_of_experts(entry: Entry, model: Any, fused: str) -> dict[str, Entry]:
     """Where each expert's part lies in a tensor that holds those of all, [experts, out, in] (or
-    [experts, in, out], or of biases [experts, out]), by ``number.layer.weight``; nothing where it
-    has another shape.
+    [experts, in, out], or of biases [experts, out]; in MXFP4 always [experts, out, in]), by
+    ``number.layer.weight``; nothing where it has another shape.
 
     Args:
         fused: the parameter it is in transformers.
@@ -275,16 +275,20 @@ def parts_of_experts(entry: Entry, model: Any, fused: str) -> dict[str, Entry]:
     if left:
         return {}
     size = each * math.prod(width) * entry.dtype.itemsize
+
+    def part(place: int) -> Entry:
+        if isinstance(entry, MXFP4Entry):
+            return entry.matrix(place * each, each, module.is_transposed)
+        start = entry.start + place * size
+        return replace(entry, shape=(each, *width), start=start, nbytes=size)
+
     found = {
-        f"{number}.{layer}.{kind}": replace(
-            entry,
-            shape=(each, *width),
-            start=entry.start + (number * len(layers) + place) * size,
-            nbytes=size,
-        )
+        f"{number}.{layer}.{kind}": part(number * len(layers) + place)
         for number in range(count)
         for place, layer in enumerate(layers)
     }
+    if isinstance(entry, MXFP4Entry):
+        return found
     turned = module.is_transposed and kind == "weight"
     return {key: TransposedEntry.of(e) for key, e in found.items()} if turned else found
 

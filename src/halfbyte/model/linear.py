@@ -85,4 +85,4 @@ def turn_entries(entries: dict[str, Entry], names: list[str]) -> None:
 
 def as_on_disk(entry: Entry, tensor: Tensor) -> Tensor:
     """A tensor as the file that an entry is of would hold it."""
-    return tensor.t().contiguous() if isinstance(entry, TransposedEntry) else tensor
+    return tensor.t().contiguous() if entry.is_turned else tensor

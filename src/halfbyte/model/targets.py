@@ -60,8 +60,8 @@ def is_target(module: nn.Module, attribute: str) -> bool:
 
 KEPT = "kept_as_it_is"
 """The attribute of linear layers that are neither quantized nor adapted."""
-_MULTIPLIED = re.compile(r"self\.(\w+)\.weight\s*@")
-"""In a module's code, a weight that it multiplies by itself, past the layer."""
+_MULTIPLIED = re.compile(r"self\.(\w+)\.weight(?:\s*@|\.data\b|\.clamp\b)")
+"""In a module's code, a weight that it multiplies by, or changes, itself, past the layer."""
 
 
 def mark_kept(model: Any) -> None:

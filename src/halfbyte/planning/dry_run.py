@@ -25,7 +25,6 @@ from ..engine.loss import chunk_rows
 from ..engine.paged_optimizers import is_paged
 from ..engine.selftest import Abilities
 from ..errors import ModelError, first_line, is_exhaustion
-from ..files.entries import ScaledEntry
 from ..files.safetensors import Checkpoint
 from ..ledger import Part
 from ..memory.process import held_now
@@ -424,7 +423,7 @@ def _reading_bytes(stored: Checkpoint | None, largest_linear: int, dtype: torch.
         return READ_ROOM + 2 * largest_linear
     # read, then cast
     whole = max((e.nbytes for e in stored.entries.values() if e.dtype != dtype), default=0)
-    scaled = [e.stored_bytes for e in stored.entries.values() if isinstance(e, ScaledEntry)]
+    scaled = [e.stored_bytes for e in stored.entries.values() if e.stored_bytes != e.nbytes]
     linear = stored.entries[max(stored.entries, key=lambda name: stored.entries[name].nbytes)]
     read = max(whole, min(linear.nbytes, largest_linear * linear.dtype.itemsize))
     return READ_ROOM + read + max(scaled, default=0)

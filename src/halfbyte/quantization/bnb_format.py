@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import codebooks, ops
 from ..errors import ModelError
-from ..files.safetensors import DEQUANTIZED, Checkpoint, write_safetensors
+from ..files.safetensors import DEQUANTIZED, HELD, Checkpoint, write_safetensors
 from ..memory.streaming import LayerStreamer
 from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
 
@@ -29,7 +29,7 @@ def components(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: the format has no name in bitsandbytes.
     """
-    if tensor.quant_type not in codebooks.BNB_QUANT_TYPES:
+    if tensor.quant_type not in codebooks.STORED_QUANT_TYPES:
         raise ValueError(f"{name}: a bitsandbytes checkpoint cannot hold {tensor.quant_type!r}")
     state: dict[str, object] = {
         "quant_type": tensor.quant_type,
@@ -82,8 +82,9 @@ def from_components(name: str, stored: dict[str, Tensor]) -> NF4Tensor:
         nested_block_size = state["nested_blocksize"] if nested else NESTED_BLOCK_SIZE
     except (KeyError, TypeError, ValueError) as error:
         raise refuse(f"its quant_state cannot be read ({error!r})") from error
-    if quant_type not in codebooks.BNB_QUANT_TYPES or not keys[0].endswith(STATE_KEY + quant_type):
-        raise refuse(f"quant_type {quant_type!r} (known: {', '.join(codebooks.BNB_QUANT_TYPES)})")
+    known = codebooks.STORED_QUANT_TYPES
+    if quant_type not in known or not keys[0].endswith(STATE_KEY + quant_type):
+        raise refuse(f"quant_type {quant_type!r} (known: {', '.join(known)})")
     wanted = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]
     if missing := [part for part in wanted if f"{name}.{part}" not in stored]:
         raise refuse(f"{', '.join(missing)} missing")
@@ -150,7 +151,8 @@ def weight_names(names: Iterable[str], quantized: set[str]) -> list[str]:
 
 def stored_keys(names: Collection[str], name: str) -> list[str]:
     """The checkpoint's tensors that make up a 4-bit weight."""
-    states = [f"{name}.{STATE_KEY}{quant_type}" for quant_type in codebooks.QUANT_TYPES]
+    known = (*codebooks.QUANT_TYPES, codebooks.MXFP4)
+    states = [f"{name}.{STATE_KEY}{quant_type}" for quant_type in known]
     return [key for key in (name, *(f"{name}.{part}" for part in _STORED), *states) if key in names]
 
 
@@ -194,12 +196,14 @@ def check_quantization(path: Path, config: Any) -> None:
     if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
         method = "bitsandbytes"  # as transformers takes a configuration of older releases
     eight = method == "bitsandbytes" and values.get("load_in_8bit")
+    if method == HELD:
+        return
     if method in DEQUANTIZED:
         if unread := _not_fp8(values):
             raise ModelError(
                 f"{path} is quantized in a format that is not read here",
                 found=f"quant_method {method!r}, {unread}",
-                expected="an unquantized checkpoint, bitsandbytes 4-bit, or FP8",
+                expected=_READ,
                 ways_out=["use a 16-bit version of the model"],
             )
         return
@@ -207,8 +211,11 @@ def check_quantization(path: Path, config: Any) -> None:
         raise ModelError(
             f"{path} is quantized in a format that is not read here",
             found="bitsandbytes in 8 bits" if eight else f"quant_method {method!r}",
-            expected="an unquantized checkpoint, bitsandbytes 4-bit, or FP8",
+            expected=_READ,
         )
+
+
+_READ = "an unquantized checkpoint, bitsandbytes 4-bit, FP8, or MXFP4"
 
 
 def _not_fp8(values: dict[str, Any]) -> str:
@@ -223,9 +230,24 @@ def _not_fp8(values: dict[str, Any]) -> str:
     return f"format {other[0]!r}" if other else ""
 
 
-def dequantized_line(config: Any) -> str:
-    """A line where a base is stored in FP8, else ""."""
-    values = config if isinstance(config, dict) else config.to_dict() if config else {}
+def is_in_mxfp4(config: Any) -> bool:
+    """Whether a model's configuration says that its files hold experts in MXFP4."""
+    return _values(getattr(config, "quantization_config", None)).get("quant_method") == HELD
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """Of a quantization's configuration."""
+    return config if isinstance(config, dict) else config.to_dict() if config else {}
+
+
+def quantized_line(model_config: Any) -> str:
+    """A line where a base is stored in FP8 or MXFP4, else ""."""
+    if is_in_mxfp4(model_config):
+        return (
+            "the base's experts are stored in MXFP4, and held so: nothing of them is quantized "
+            "again; what is merged is stored in 16 bits"
+        )
+    values = _values(getattr(model_config, "quantization_config", None))
     if values.get("quant_method") not in DEQUANTIZED:
         return ""
     groups = (values.get("config_groups") or {}).values()

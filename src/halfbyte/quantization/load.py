@@ -18,11 +18,12 @@ from ..files.model_config import read_config, refused_by_transformers
 from ..files.safetensors import Checkpoint
 from ..memory.streaming import LayerStreamer
 from ..model.architecture import build_empty, choose_device, choose_dtype
-from ..model.targets import checkpoint_names, name_entries, quantizable
+from ..model.targets import checkpoint_names, name_entries, quantizable, targets
 from ..ops import cpu
 from ..progress import Progress, no_progress
-from .bnb_format import check_quantization, quantized_names, stored_form
+from .bnb_format import check_quantization, is_in_mxfp4, quantized_names, stored_form
 from .cache import CacheEntry, cached, remove
+from .mxfp4 import empty_held, is_held
 from .weights import QuantReport, WeightLoader, quantize_as
 
 MIN_COVERAGE = 0.9
@@ -199,16 +200,26 @@ def empty_base(
     if checkpoint is not None:
         name_entries(model, checkpoint.entries)
     forms: dict[str, dict[str, Any]] = {}
+    held: set[str] = set()
     if options.load_in_4bit:
         forms = {name: {} for name in quantizable(model)}
-        if checkpoint is not None and (stored := quantized_names(set(checkpoint.entries))):
-            targets = checkpoint_names(model, stored)
-            forms = {targets[name]: stored_form(checkpoint, name) for name in stored}
+        if checkpoint is not None:
+            entries = checkpoint.entries
+            if stored := quantized_names(set(entries)):
+                names = checkpoint_names(model, stored)
+                forms = {names[name]: stored_form(checkpoint, name) for name in stored}
+            blocks = [name for name, entry in entries.items() if is_held(entry)]
+            held = set(checkpoint_names(model, blocks).values())
+        elif is_in_mxfp4(config):
+            held = {target.name for target in targets(model) if target.is_expert}
     for module_name, module in model.named_modules():
         for attribute, p in module._parameters.items():
             if p is not None:
                 value = p.data.to(dtype)
-                if (form := forms.get(f"{module_name}.{attribute}")) is not None:
+                name = f"{module_name}.{attribute}"
+                if name in held:
+                    value = empty_held(value.shape, dtype)
+                elif (form := forms.get(name)) is not None:
                     value = quantize_as(value, options, **form).with_dtype(dtype)
                 module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     model.tie_weights()

@@ -25,6 +25,7 @@ from ..memory.streaming import LayerStreamer
 from ..model.targets import checkpoint_names, name_entries, quantizable, tied_names
 from ..model.wrappers import not_read
 from .bnb_format import quantized_names, read_stored, weight_names
+from .mxfp4 import is_held, read_held
 from .tensor import NF4Tensor, quantize
 
 
@@ -92,6 +93,7 @@ class WeightLoader:
             n
             for n in plain
             if options.load_in_4bit and self.targets[n] in self.linear and n not in self.stored_4bit
+            if not is_held(checkpoint.entries[n])
         ]
         most = max((checkpoint.entries[n].nbytes for n in read), default=0)
         self.buffer = torch.empty(most, dtype=torch.uint8)
@@ -161,6 +163,8 @@ class WeightLoader:
         if source in self.stored_4bit:
             return self._stored(source, target)
         in_4bit = self.is_quantized(source)
+        if in_4bit and is_held(self.checkpoint.entries[source]):
+            return self._held(source, read_held(self.checkpoint.entries[source], source))
         tensor = self.checkpoint.read(source, self.buffer if in_4bit else None)
         if in_4bit:
             self._refuse_whole_numbers(source, tensor)
@@ -186,13 +190,18 @@ class WeightLoader:
             )
         if not self.options.load_in_4bit:
             return tensor.dequantize(self.dtype).to(self.device)
-        self.records.append(self._record(source, tensor, None))
-        self._hash(source, tensor.stored_tensors())
+        held = self._held(source, tensor)
         if self.streamer is not None:
             futures.wait(self.hashes.values())
             self.streamer.release(group)
-            return tensor.with_dtype(self.dtype)
-        return tensor.with_dtype(self.dtype)._map(lambda part: part.to(self.device))
+        return held
+
+    def _held(self, source: str, tensor: NF4Tensor) -> NF4Tensor:
+        """A tensor that is held in the 4 bits it is stored in; hashed."""
+        self.records.append(self._record(source, tensor, None))
+        self._hash(source, tensor.stored_tensors())
+        tensor = tensor.with_dtype(self.dtype)
+        return tensor if tensor.streamed else tensor._map(lambda part: part.to(self.device))
 
     def _hash(self, source: str, tensors: Iterable[Tensor]) -> None:
         """Hash beside the next tensor's reading; one at a time, so that no more than one is kept

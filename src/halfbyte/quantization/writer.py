@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..codebooks import MXFP4, MXFP4_BLOCK
 from ..config.options import ModelOptions
 from ..errors import ModelError, UsageError
 from ..files import atomic, hub
@@ -19,6 +20,7 @@ from ..model.targets import quantizable
 from ..model.wrappers import left_out_paths
 from ..progress import Progress
 from .bnb_format import STATE_KEY, check_quantization, components, quantized_names, stored_keys
+from .mxfp4 import is_held
 from .tensor import NESTED_BLOCK_SIZE, NF4Tensor
 from .weights import QuantReport, WeightLoader
 
@@ -172,19 +174,20 @@ def _layout(loader: WeightLoader, source: str) -> dict[str, tuple[torch.dtype, t
     if not loader.is_quantized(source):
         return {source: (entry.dtype, entry.shape)}
     weights = torch.Size(entry.shape).numel()
-    blocks = -(-weights // options.bnb_4bit_blocksize)
+    block_size, double_quant = options.bnb_4bit_blocksize, options.bnb_4bit_use_double_quant
+    quant_type = options.bnb_4bit_quant_type
+    if is_held(entry):
+        block_size, double_quant, quant_type = MXFP4_BLOCK, True, MXFP4
+    blocks = -(-weights // block_size)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         source: (torch.uint8, (-(-weights // 2), 1)),
-        f"{source}.absmax": (
-            torch.uint8 if options.bnb_4bit_use_double_quant else torch.float32,
-            (blocks,),
-        ),
+        f"{source}.absmax": (torch.uint8 if double_quant else torch.float32, (blocks,)),
         f"{source}.quant_map": (torch.float32, (16,)),
     }
-    if options.bnb_4bit_use_double_quant:
+    if double_quant:
         layout[f"{source}.nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),))
         layout[f"{source}.nested_quant_map"] = (torch.float32, (256,))
-    layout[f"{source}.{STATE_KEY}{options.bnb_4bit_quant_type}"] = (torch.uint8, (_STATE_ROOM,))
+    layout[f"{source}.{STATE_KEY}{quant_type}"] = (torch.uint8, (_STATE_ROOM,))
     return layout
 
 

@@ -193,11 +193,12 @@ def as_stored(path: str | Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def held_in(model: Any) -> str:
-    """What a model's linear layers are held in, for people: "4 bits (nf4)" or "bfloat16"."""
+    """What a model's linear layers are held in, for people: "4 bits (nf4)" or "bfloat16";
+    of a base that brings weights in 4 bits of another kind, "4 bits (mxfp4, nf4)"."""
     kinds = [
         getattr(p.data, "quant_type", None) or getattr(p, "quant_type", None)
         for p in model.parameters()
     ]
-    quantized = next((kind for kind in kinds if kind), None)
+    quantized = ", ".join(sorted({kind for kind in kinds if kind}))
     dtype: torch.dtype = model.config.dtype
     return f"4 bits ({quantized})" if quantized else str(dtype).removeprefix("torch.")

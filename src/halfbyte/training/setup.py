@@ -56,7 +56,7 @@ from ..planning.memory_plan import MemoryPlan, auto_in_words
 from ..planning.monitor import PeakMonitor
 from ..planning.search import Planner
 from ..progress import Reporter, Say
-from ..quantization.bnb_format import dequantized_line
+from ..quantization.bnb_format import quantized_line
 from ..quantization.load import load_base, with_stored_form
 from ..quantization.weights import QuantReport
 from ..run import checkpoint
@@ -417,8 +417,8 @@ def build_learner(
         note("router losses", line)
     if line := left_out(model):
         note("text alone", line)
-    if line := dequantized_line(getattr(read_config(base), "quantization_config", None)):
-        note("FP8", line)
+    if line := quantized_line(read_config(base)):
+        note("stored form", line)
     if not config.full and not config.target_experts and (count := len(experts(model))):
         note(
             "experts",
