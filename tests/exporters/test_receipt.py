@@ -46,3 +46,9 @@ def test_a_training_that_made_it_worse_is_told_so():
     assert "no better" in advice(replace(RECEIPT, comparisons=luck, recommended="trained"))[0]
     seen = replace(RECEIPT, rows_are="of the training data")
     assert seen.verdict == "", "rows that were trained on say nothing"
+
+
+def test_a_mixture_says_what_the_median_token_does():
+    found = lines(replace(RECEIPT, typical=(2e-7, 3e-7)))[-1]
+    assert "(2.00e-07 and 3.00e-07 in the median token)" in found
+    assert "median" not in lines(RECEIPT)[-1]

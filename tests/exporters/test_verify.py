@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import halfbyte
+from halfbyte.engine.evaluate import RowLosses
+from halfbyte.exporters.verify import Behaviour, compare
 from halfbyte.run.directory import Run
 
 from ..helpers import front_matter
@@ -59,3 +62,23 @@ def test_changed_data_is_not_called_held_out(trained_run: Run, tmp_path: Path):
     assert receipt.rows_are == "of the data as it is now" and any(
         "has changed" in line for line in said
     )
+
+
+def test_one_token_of_many_moves_the_mean_and_not_what_is_typical():
+    """As where a rounding sends one token of a mixture to another expert; a wrong merge moves
+    all."""
+    torch.manual_seed(0)
+    logits, losses = torch.randn(57, 100), RowLosses((1.0, 2.0), (3, 4))
+    tokens = [logits.argmax(-1)]
+    exact = Behaviour(tokens, logits.log_softmax(-1), losses)
+    rounded = logits + 1e-3 * torch.randn_like(logits)
+    one = rounded.clone()
+    one[20] += 0.5 * torch.randn(100)
+    wrong = logits + 2e-2 * torch.randn_like(logits)
+    near, flipped, other = (
+        compare(exact, Behaviour(tokens, each.log_softmax(-1), losses))
+        for each in (rounded, one, wrong)
+    )
+    assert flipped.kl > 100 * near.kl and other.kl > 100 * near.kl
+    assert flipped.typical_kl <= 1.2 * near.typical_kl
+    assert other.typical_kl > 100 * near.typical_kl

@@ -55,7 +55,6 @@ from .exact import Recomputed, recompute
 from .receipt import Receipt
 from .verify import (
     HELD_OUT,
-    MIXTURE_FACTOR,
     NOISE_FACTOR,
     NOISE_FLOOR,
     Behaviour,
@@ -88,7 +87,7 @@ def merge(
         run: a run directory, or an adapter that PEFT wrote.
         onto: "trained" or "original".
         max_noise: how many times the KL divergence that rounding alone causes is accepted; of a
-            mixture of experts `MIXTURE_FACTOR` times that.
+            mixture of experts, that of the median position.
         min_agreement: share of positions at which the merged model has to predict the same token.
         base: the base's directory or Hub id, where it is not where the run says.
         requantize: write the merged weights in 4 bits.
@@ -176,8 +175,7 @@ class _Merger:
         running, _ = self._load()
         recomputed = self._build(onto, running)
         original = OriginalWeights(running, self.base)
-        if any(map(is_experts, running.modules())):
-            max_noise *= MIXTURE_FACTOR
+        mixture = any(map(is_experts, running.modules()))
         self.rows, rows_are = probes(self.source, self.say)
         losses, wanted, noise = self._before(running, original, onto)
         for other in self.others:
@@ -204,22 +202,25 @@ class _Merger:
             tokens=sum(len(row.input_ids) for row in self.rows),
             recomputed=recomputed,
             rounded_to=self.narrow,
-            noise=noise,
+            noise=noise.kl,
             kl=itself.kl,
+            typical=(itself.typical_kl, noise.typical_kl) if mixture else None,
             greedy_agreement=itself.greedy_agreement,
             running_loss=losses[RUN],
             losses=losses,
             comparisons=comparisons,
             recommended=_best(comparisons, rows_are),
         )
-        limit = max_noise * max(noise, NOISE_FLOOR)
-        if not itself.kl <= limit:
+        kl, own = receipt.typical or (itself.kl, noise.kl)
+        limit = max_noise * max(own, NOISE_FLOOR)
+        if not kl <= limit:
+            per = "in the median token" if mixture else "a token"
             raise VerificationError(
                 "the merged model does not behave as the model that was trained; it was removed",
-                found=f"KL divergence {itself.kl:.2e} nats a token, {itself.greedy_agreement:.2%} "
+                found=f"KL divergence {kl:.2e} nats {per}, {itself.greedy_agreement:.2%} "
                 "of the likeliest tokens the same",
                 expected=f"at most {limit:.2e}: {max_noise:g} times what rounding to "
-                f"{self.narrow} does to it by itself ({noise:.2e})",
+                f"{self.narrow} does to it by itself ({own:.2e})",
                 ways_out=[
                     "use the adapter unmerged",
                     "or raise --max_noise if you accept the difference",
@@ -229,7 +230,7 @@ class _Merger:
 
     def _before(
         self, running: Any, original: OriginalWeights, onto: str
-    ) -> tuple[dict[str, float], Behaviour, float]:
+    ) -> tuple[dict[str, float], Behaviour, Comparison]:
         """How the run and the models it was made of behave: their losses, what the merge is to
         behave as, and how far rounding alone takes that."""
 
@@ -252,7 +253,7 @@ class _Merger:
             if onto == "original" and self.source.holding.load_in_4bit:
                 wanted = self._on_original(running, "float32")
                 rough = self._on_original(rounding, self.narrow)
-        return losses, wanted, compare(wanted, rough).kl
+        return losses, wanted, compare(wanted, rough)
 
     def _on_original(self, running: Any, dtype: str) -> Behaviour:
         """How the adapter does on the original model, in a compute dtype."""

@@ -25,7 +25,8 @@ class Receipt:
         recomputed: what `exporters.exact` found.
         noise: KL divergence, nats, that rounding to ``rounded_to`` alone causes: of what was
             merged, unmerged, from the same in fp32. kl, greedy_agreement: of the merged model from
-            it.
+            it. typical: of a mixture of experts, kl and noise of the median position, by which it
+            was judged.
         running_loss: of the run, adapter on the base as trained.
         losses: of the models it was made of: "original" (in 16 bits, where it is at hand), "base"
             (as it was held), "run".
@@ -52,6 +53,7 @@ class Receipt:
     comparisons: dict[str, Comparison]
     recommended: str
     surviving: tuple[float, float, float] | None = None
+    typical: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,13 +90,16 @@ def table(receipt: Receipt) -> list[list[str]]:
 def lines(receipt: Receipt) -> list[str]:
     """What was verified."""
     again, least = receipt.recomputed, receipt.recomputed.surviving[0]
+    median = ""
+    if receipt.typical is not None:
+        median = " ({:.2e} and {:.2e} in the median token)".format(*receipt.typical)
     return [
         f"computed again from the files: all {again.tensors:,} tensors are what they must be, "
         f"{again.adapted:,} of them with the adapter added",
         f"rounding to the stored type keeps {again.surviving[1]:.1%} of the adapter's effect in "
         f"the median layer, at least {least:.1%}",
         f"it behaves as the run does: KL divergence {receipt.kl:.2e} on {receipt.tokens:,} tokens, "
-        f"where rounding to {receipt.rounded_to} alone makes {receipt.noise:.2e}; "
+        f"where rounding to {receipt.rounded_to} alone makes {receipt.noise:.2e}{median}; "
         f"{receipt.greedy_agreement:.2%} of the likeliest tokens are the same",
     ]
 

@@ -41,9 +41,6 @@ JUDGED_TOKENS, LONGEST = 4096, 1024
 
 NOISE_FACTOR = 4.0
 """Times the KL divergence that rounding alone causes, beyond which a model is another one."""
-MIXTURE_FACTOR = 4.0
-"""Times that again where experts are chosen: a rounding that changes which, changes much, and there
-are few of them on the rows compared."""
 NOISE_FLOOR = 1e-6
 """KL divergence, nats, that is taken for rounding in any case: where all is computed in fp32."""
 
@@ -54,13 +51,16 @@ class Comparison:
 
     kl: mean over positions of KL(run || model), nats. greedy_agreement: share of positions with the
     same likeliest token. loss: nats per supervised token. gain: of that to the model the training
-    began with, with half of its 95 % interval; None where that is not at hand.
+    began with, with half of its 95 % interval; None where that is not at hand. typical_kl: as kl,
+    the median over positions: where experts are chosen, a rounding that changes which moves a token
+    by more than rounding, and which tokens that meets is luck.
     """
 
     kl: float
     greedy_agreement: float
     loss: float
     gain: tuple[float, float] | None = None
+    typical_kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,11 @@ def _positions(lengths: list[int]) -> list[list[int]]:
 
 def compare(run: Behaviour, model: Behaviour, start: RowLosses | None = None) -> Comparison:
     """A model beside the run; start: what the model the training began with loses."""
-    kl = sum(
-        float(functional.kl_div(theirs, ours, log_target=True, reduction="sum"))
-        for theirs, ours in zip(model.scores.split(16), run.scores.split(16), strict=True)
+    each = torch.cat(
+        [
+            functional.kl_div(theirs, ours, log_target=True, reduction="none").sum(-1)
+            for theirs, ours in zip(model.scores.split(16), run.scores.split(16), strict=True)
+        ]
     )
     same = sum(int((a == b).sum()) for a, b in zip(run.choices, model.choices, strict=True))
     gain = None
@@ -185,8 +187,9 @@ def compare(run: Behaviour, model: Behaviour, start: RowLosses | None = None) ->
         found = difference(model.losses, start)
         gain = (found.mean, found.half_width)
     return Comparison(
-        max(kl / len(run.scores), 0.0),
+        max(float(each.double().mean()), 0.0),
         same / sum(len(a) for a in run.choices),
         model.losses.mean,
         gain,
+        max(float(each.nan_to_num(float("inf")).median()), 0.0),
     )
