@@ -11,18 +11,26 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import halfbyte
 from halfbyte.adapters import lora, peft_files
-from halfbyte.adapters.lora import AdapterConfig
+from halfbyte.adapters.lora import AdapterConfig, ends_with
 from halfbyte.adapters.modules_to_save import trainable_modules
 from halfbyte.adapters.peft_files import adapter_off
 from halfbyte.errors import ModelError, UsageError
 from halfbyte.files import hub
 from halfbyte.files.safetensors import Checkpoint, write_safetensors
+from halfbyte.model.architecture import build_empty
+from halfbyte.model.targets import adaptable
 
-from ..helpers import perturb_zeros, train_adapter
+from ..helpers import SIZES, perturb_zeros, train_adapter
 
 
 def gradients(model: Any, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -495,3 +503,28 @@ def test_an_adapter_of_a_base_with_added_tokens(tmp_path: Path):
     torch.testing.assert_close(
         model(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_layer_of_a_list_is_no_other_that_is_numbered():
+    """Gemma 3n's projections are called 0, 1, 2, as its decoder layers are, and PEFT reads ends of
+    names; coefficients that its blocks clamp by themselves stay as they are."""
+    kinds = ["sliding_attention", "full_attention"]
+    config = AutoConfig.for_model(
+        "gemma3n_text",
+        **{**SIZES, "num_hidden_layers": 4},
+        num_kv_shared_layers=1,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64,
+        sliding_window=16,
+        activation_sparsity_pattern=[0.0] * 4,
+        layer_types=2 * kinds,
+    )
+    model = build_empty(config)
+    names = adaptable(model)
+    assert not any("coefs" in name for name in names)
+    adapted = peft_files.shortest_targets(model, names)
+    found = [n for n, _ in model.named_modules() if any(ends_with(n, name) for name in adapted)]
+    assert sorted(found) == sorted(names)
+    assert "0" not in adapted and any(name.endswith("altup_projections.0") for name in adapted)

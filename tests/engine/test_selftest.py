@@ -139,3 +139,15 @@ def test_a_model_that_looks_ahead_is_refused(tiny_llama: LlamaForCausalLM):
     tiny_llama.model.norm.forward = looking_ahead  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ModelError, match="no causal language model"):
         self_test(tiny_llama)
+
+
+def test_a_model_that_cannot_be_run_is_refused_by_name(tiny_llama: LlamaForCausalLM):
+    """As Llama 4, whose base model is its head's; without it, the training ended unforeseen."""
+
+    def without(**given: object) -> object:
+        raise AttributeError("no attribute 'last_hidden_state'")
+
+    tiny_llama.model.forward = without  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not run here") as refused:
+        self_test(tiny_llama)
+    assert "last_hidden_state" in str(refused.value)

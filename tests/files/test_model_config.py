@@ -22,6 +22,10 @@ from halfbyte.model.architecture import build_empty
         {"hidden_size": -1},
         {"vocab_size": "many"},
         {"head_dim": 10**12},
+        {"head_dim": [16, 16]},
+        {"intermediate_size": [96, 0]},
+        {"num_attention_heads": 0},
+        {"num_experts": -1},
         {"auto_map": {"AutoModel": "x.Y"}, "model_type": "mine"},
         {"model_type": ["llama"]},
     ],
@@ -55,3 +59,11 @@ def test_what_decides_what_is_computed_is_compared_by_key(tmp_path: Path):
     found = differences(before, computed_by(tmp_path))
     assert set(found) == {"rms_norm_eps", "generation.eos_token_id"}
     assert found["rms_norm_eps"][1] == 1e-3
+
+
+def test_a_size_of_each_layer_and_a_mixture_of_no_experts_are_sizes(tmp_path: Path):
+    """Gemma 3n and a dense Granite hybrid."""
+    layers = {"intermediate_size": [64, 96], "num_hidden_layers": 2}
+    for name, said in (("gemma3n_text", layers), ("granitemoehybrid", {"num_local_experts": 0})):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **said}))
+        assert read_config(tmp_path).model_type == name

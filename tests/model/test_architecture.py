@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GraniteMoeConfig, LlamaConfig
+from transformers import GraniteMoeConfig, LlamaConfig, RwkvConfig
 
 import halfbyte
 from halfbyte.model.architecture import build_empty, router_losses
@@ -68,3 +68,11 @@ def test_a_loss_of_routers_is_said_not_to_be_trained_on(tiny_config: LlamaConfig
     assert "output_router_logits" in router_losses(asked)
     assert not router_losses(GraniteMoeConfig(router_aux_loss_coef=0.0))
     assert not router_losses(tiny_config)
+
+
+def test_rwkv_changes_no_weight_for_the_range_of_fp16():
+    """It halves some of its weights every six layers, in place: not those in 4 bits."""
+    config = RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=7, context_length=64)
+    assert config.rescale_every
+    assert build_empty(config).config.rescale_every == 0
+    assert config.rescale_every, "its own configuration stays as it is"
