@@ -25,7 +25,7 @@ from ..model import attention
 from ..model.rope import PassKind, pass_kind
 from ..ops.library import device_type
 from ..progress import Progress, no_progress
-from .generate import Answer, answers
+from .generate import answers
 from .loss import chunk_rows, hidden_states, output_head
 
 
@@ -76,8 +76,7 @@ def score(
         asked = [pair for pair, _ in chosen]
         # an answer may begin with control tokens, which its text is wanted without
         sizes = [len(row.input_ids) - len(ids) for (ids, _), row in chosen]
-        answered = exact_matches(model, data.renderer, asked, progress, sizes)
-        matches = [match for match, _ in answered]
+        matches = exact_matches(model, data.renderer, asked, progress, sizes)
     end = data.renderer.tokenizer.eos_token_id
     ended = [data.format == "text" and row.input_ids[-1] == end for row in rows]
     return Score(
@@ -200,9 +199,8 @@ def exact_matches(
     asked: Sequence[tuple[list[int], str]],
     progress: Progress = no_progress,
     sizes: Sequence[int] = (),
-) -> list[tuple[bool, Answer]]:
-    """For each (ids that ask, answer wanted) whether the model answers that, and what it said (cut
-    off if longer).
+) -> list[bool]:
+    """For each (ids that ask, answer wanted) whether the model answers that.
 
     Args:
         sizes: tokens that each answer has in its row, where there are more than its text has.
@@ -210,15 +208,15 @@ def exact_matches(
     lengths = [len(ids) for ids, _ in asked]
     order = sorted(range(len(asked)), key=lambda i: lengths[i])
     groups = list(_groups(order, lengths))
-    results: list[tuple[bool, Answer]] = [(False, Answer("", False))] * len(asked)
+    results = [False] * len(asked)
     for number in progress([str(i) for i in range(len(groups))], len(groups), "answering"):
         group = groups[int(number)]
         wanted = [asked[i][1] for i in group]
         longest = max(len(renderer.tokenizer(text)["input_ids"]) for text in wanted)
         longest = max([longest, *(sizes[i] for i in group if sizes)])
-        given = answers(model, renderer, [asked[i][0] for i in group], longest + 4)
+        given = answers(model, renderer, [asked[i][0] for i in group], longest + 4, wanted=wanted)
         for i, said, right in zip(group, given, wanted, strict=True):
-            results[i] = (said.stopped and said.text.strip() == right.strip(), said)
+            results[i] = said.stopped and said.text.strip() == right.strip()
     return results
 
 

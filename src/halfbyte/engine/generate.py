@@ -174,6 +174,28 @@ class _AtText:
         return torch.tensor(found, device=input_ids.device)
 
 
+class _OtherThanWanted:
+    """Ends each answer that cannot become the one that is wanted any more, for transformers' list
+    of stopping criteria."""
+
+    def __init__(self, text: AnswerText, width: int, wanted: Sequence[str]) -> None:
+        self.text, self.width = text, width
+        self.open = {row: answer.strip() for row, answer in enumerate(wanted)}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tensor:
+        for row, answer in list(self.open.items()):
+            begun = self.text.settled(input_ids[row, self.width :].tolist()).strip()
+            if not answer.startswith(begun[:-_UNSETTLED]):
+                del self.open[row]
+        ended = [row not in self.open for row in range(len(input_ids))]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+_UNSETTLED = 8
+"""Characters at the end of a text that tokenizers may still change when more follows (spaces before
+marks)."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a model said, and whether it stopped by itself.
@@ -278,11 +300,14 @@ def answers(
     max_new_tokens: int,
     max_time: float | None = None,
     at_once: int = 0,
+    wanted: Sequence[str] | None = None,
 ) -> list[Answer]:
     """The likeliest answers to several prompts (ids), generated together.
 
     Args:
         max_time: seconds after which all answers are cut off.
+        wanted: the text that each is held against: it is cut off where it is another one, and what
+            is left of it then says no more than that.
         at_once: so many tokens of prompts go through the model together, at least one prompt; 0:
             all of them.
     """
@@ -291,6 +316,8 @@ def answers(
     kind = pass_kind(model.config)
     for group in prompts_at_once(prompts, at_once, lambda length: kind(length + max_new_tokens)):
         limits: dict[str, Any] = {}
+        if wanted is not None:
+            limits["wanted"] = wanted[len(found) : len(found) + len(group)]
         if max_time is not None:
             limits["max_time"] = max(max_time - (time.monotonic() - began), 0.0)
         found += _generate(model, renderer, group, max_new_tokens, **limits)
@@ -324,6 +351,7 @@ def _generate(
     stop: Sequence[str] = (),
     emit: Callable[[str], None] | None = None,
     before: Sequence[int] = (),
+    wanted: Sequence[str] | None = None,
     **settings: Any,
 ) -> list[Answer]:
     """Prompts are padded on the left, where nothing attends to them; a model in training is left as
@@ -338,7 +366,10 @@ def _generate(
     cached = vars(model.config).get("use_cache", _UNSET)  # composite configurations have none
     marked = AnswerText(renderer.tokenizer, before, marks=True)
     stream = _Stream(marked, emit, set(ends), stop) if emit else None
-    criteria: Any = [_AtText(marked, width, stop)] if stop else None
+    plain = AnswerText(renderer.tokenizer, before)
+    criteria: list[Any] = [_AtText(marked, width, stop)] if stop else []
+    if wanted is not None:
+        criteria.append(_OtherThanWanted(plain, width, wanted))
     model.eval()
     # in place of the base's, which fills what is not set
     model.generation_config = GenerationConfig(
@@ -350,20 +381,20 @@ def _generate(
         **settings,
     )
     try:
-        out = model.generate(ids, attention_mask=mask, streamer=stream, stopping_criteria=criteria)
+        out = model.generate(
+            ids, attention_mask=mask, streamer=stream, stopping_criteria=criteria or None
+        )
         rows = out[:, width:].tolist()
     except KeyboardInterrupt:  # of a dialogue: the answer ends, as far as it came
         if stream is None:
             raise
         stream.end()
-        plain = AnswerText(renderer.tokenizer, before)
         return [Answer(plain.of(stream.ids), False, marked.of(stream.ids), "interrupted")]
     finally:
         model.train(was_training)
         model.generation_config = own
         if cached is not _UNSET:
             model.config.use_cache = cached
-    plain = AnswerText(renderer.tokenizer, before)
     return [_answer_of(row, set(ends), stop, plain, marked) for row in rows]
 
 
