@@ -371,6 +371,7 @@ def _generate(
     if wanted is not None:
         criteria.append(_OtherThanWanted(plain, width, wanted))
     model.eval()
+    head = model.get_output_embeddings().register_forward_pre_hook(_as_rows)
     # in place of the base's, which fills what is not set
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -391,11 +392,18 @@ def _generate(
         stream.end()
         return [Answer(plain.of(stream.ids), False, marked.of(stream.ids), "interrupted")]
     finally:
+        head.remove()
         model.train(was_training)
         model.generation_config = own
         if cached is not _UNSET:
             model.config.use_cache = cached
     return [_answer_of(row, set(ends), stop, plain, marked) for row in rows]
+
+
+def _as_rows(head: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an output head is called with, its first tensor laid out anew: of the last positions of
+    longer rows, as they lie, PyTorch's product on a CPU copies the whole head for each row."""
+    return (given[0].clone(memory_format=torch.contiguous_format), *given[1:]) if given else given
 
 
 def _answer_of(
