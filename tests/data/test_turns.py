@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.formats import Example
+from halfbyte.data.formats import Example, last_asked
 from halfbyte.data.renderer import PARTS, SPLIT, Renderer
 from halfbyte.errors import DataError
 from halfbyte.files import hub
@@ -188,3 +188,16 @@ def test_the_option_decides_between_one_row_and_several():
     assert trained(renderer_of(CHATML, turns="each"), TALK) == ["yo<|im_end|>", "so<|im_end|>"]
     assert trained(renderer_of(CHATML, turns="last"), TALK) == ["so<|im_end|>"]
     assert trained(renderer_of(CHATML), TALK) == ["yo<|im_end|>so<|im_end|>"]
+
+
+def test_what_was_asked_is_the_turn_before_the_last_answer():
+    """And no system message, which a template may write before it by itself."""
+    system = {"role": "system", "content": "be brief"}
+    more = {"role": "user", "content": "and two?"}
+    thanks = {"role": "user", "content": "thanks"}
+    assert last_asked(Example("x", [system, Q, A])) == Q["content"]
+    assert last_asked(Example("x", [Q, A, more, A, thanks])) == "and two?"
+    assert last_asked(Example("x", [Q, A, more, A], untrained=frozenset({3}))) == Q["content"]
+    assert last_asked(Example("x", prompt="one: ", completion="two")) == "one: "
+    assert last_asked(Example("x", [{"role": "user", "content": [{"type": "text"}]}, A])) == ""
+    assert last_asked(None) == ""

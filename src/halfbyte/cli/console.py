@@ -165,7 +165,7 @@ def samples(rows: list[dict[str, Any]]) -> None:
 
     for row in rows:
         lines = Table.grid(padding=(0, 1))
-        lines.add_row(Text("asked", style="bold"), cut(row["question"]))
+        lines.add_row(Text("asked", style="bold"), cut(row["asked"]))
         lines.add_row(Text("wanted", style="dim"), cut(row["expected"]))
         lines.add_row(Text("before", style="dim"), cut(row["before"], row["before_stopped"]))
         lines.add_row(Text("after", style="green"), cut(row["after"], row["after_stopped"]))

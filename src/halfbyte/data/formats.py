@@ -54,6 +54,8 @@ READ = {
 }
 """What a form reads beside its columns."""
 IGNORE, MIXED = -100, "mixed"
+ASKING = ("user", "tool")
+"""Roles whose turns are answered."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,26 @@ class Example:
     part_of: str = ""
     input_ids: list[int] | None = None
     loss_mask: list[bool] | None = None
+
+
+def trained_turns(example: Example) -> list[int]:
+    return [
+        i
+        for i, message in enumerate(example.messages or [])
+        if message["role"] == "assistant"
+        and i >= example.supervised_from
+        and i not in example.untrained
+    ]
+
+
+def last_asked(example: Example | None) -> str:
+    """What the last trained answer of a row answers, without what a template puts before it; ""
+    where that is no text."""
+    if example is None or not (trained := trained_turns(example)):
+        return example.prompt if example is not None else ""
+    before = (example.messages or [])[: trained[-1]]
+    content = next((m.get("content") for m in reversed(before) if m["role"] in ASKING), "")
+    return content if isinstance(content, str) else ""
 
 
 class ExampleReader:

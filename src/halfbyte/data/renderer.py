@@ -23,11 +23,11 @@ from typing import Any
 from ..errors import DataError
 from .chat_template import builtin_template, refuse_unread, template_digest, templates_of
 from .encoder import Encoder, TokenizedExample, Tokens
-from .formats import Example
+from .formats import ASKING, Example, trained_turns
 from .origins import places
 from .template import Rendering, Request, TemplateProcess, variants
 from .tracked import TEMPLATE
-from .turns import Text, Turns, TurnWriter, pattern_of, trained_turns, written
+from .turns import Text, Turns, TurnWriter, pattern_of, written
 from .unread import named_unread, unread
 
 
@@ -400,7 +400,7 @@ class Renderer:
         there is no question (plain text) or the answer is a call."""
         if example.messages is not None:
             last = trained_turns(example)[-1]
-            asked = any(message["role"] in ("user", "tool") for message in example.messages[:last])
+            asked = any(message["role"] in ASKING for message in example.messages[:last])
             if not asked or example.messages[last].get("tool_calls"):
                 return None
             asking = self._asking(example.messages[:last], example.tools)

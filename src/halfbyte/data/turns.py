@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import DataError
-from .formats import Example
+from .formats import Example, trained_turns
 from .origins import places
 from .template import Rendering, Request, variants
 from .tracked import TEMPLATE
@@ -363,16 +363,6 @@ def _common(one: str, other: str) -> str:
 def pattern_of(tokens: Sequence[str]) -> re.Pattern[str]:
     longest = sorted((re.escape(token) for token in tokens if token), key=len, reverse=True)
     return re.compile("|".join(longest) or r"(?!)")
-
-
-def trained_turns(example: Example) -> list[int]:
-    return [
-        i
-        for i, message in enumerate(example.messages or [])
-        if message["role"] == "assistant"
-        and i >= example.supervised_from
-        and i not in example.untrained
-    ]
 
 
 def as_taken(example: Example, variant: int) -> Example:

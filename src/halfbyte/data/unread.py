@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DataError
-from .formats import Example
+from .formats import Example, trained_turns
 from .origins import KEY, Path, places
-from .turns import Text, as_taken, trained_turns
+from .turns import Text, as_taken
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 

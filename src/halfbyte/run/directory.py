@@ -227,8 +227,8 @@ class Run:
         return self.read(METRICS)
 
     def samples(self) -> list[dict[str, Any]]:
-        """Each sampled question once: where, question, expected, and the answers before and after
-        training."""
+        """Each sampled question once: where, question (all that was read), asked (the last turn of
+        it), expected, and the answers before and after training."""
         found: dict[str, dict[str, Any]] = {}
         rows = self.read(SAMPLES)
         last = max((row["step"] for row in rows), default=0)
@@ -236,7 +236,11 @@ class Run:
             if row["step"] not in (0, last):
                 continue
             sample = found.setdefault(
-                row["where"], {k: row[k] for k in ("where", "question", "expected")}
+                row["where"],
+                {
+                    **{k: row[k] for k in ("where", "question", "expected")},
+                    "asked": row.get("asked") or row["question"],  # releases before had no "asked"
+                },
             )
             when = "before" if row["step"] == 0 else "after"
             sample[when], sample[f"{when}_stopped"] = row["answer"], row["stopped"]

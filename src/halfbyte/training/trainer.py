@@ -20,6 +20,7 @@ from ..adapters.modules_to_save import forget_casts, trainable_modules
 from ..config.hf_objects import config_of
 from ..config.options import TrainConfig
 from ..data.batches import MicroBatch, collate, largest_pass
+from ..data.formats import last_asked
 from ..data.memory_rows import rows_in_memory, rows_name
 from ..engine.evaluate import largest_group, mean_loss
 from ..engine.generate import SAMPLE_SECONDS, SAMPLE_TOKENS, answers
@@ -395,4 +396,5 @@ class Trainer:
         for (row, ids, wanted), said in zip(asked, found, strict=True):
             question = renderer.tokenizer.decode(ids, skip_special_tokens=True).strip()
             sample = {"step": step, "where": row.where, "question": question, "expected": wanted}
-            self.run.append(SAMPLES, {**sample, "answer": said.text, "stopped": said.stopped})
+            sample |= {"asked": last_asked(row.example), "answer": said.text}
+            self.run.append(SAMPLES, {**sample, "stopped": said.stopped})
