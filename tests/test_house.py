@@ -47,6 +47,7 @@ TESTED_ELSEWHERE = {
     "nf4": "names of quantization/tensor.py and bnb_format.py",
     "errors": "every test of a refusal; cli/test_cli.py prints them",
     "progress": "two callbacks",
+    "quantization.params4bit": "quantization/test_hf_quantizer.py",
     "adapters.peft_config": "adapters/test_peft_files.py",
     "data.cells": "data/test_formats.py",
     "data.encoder": "data/test_renderer.py and test_renderer_masks.py, through the renderer",

@@ -29,8 +29,10 @@ from halfbyte.integrations import optimize
 from halfbyte.model import fusion
 from halfbyte.ops import cpu, gpu
 from halfbyte.quantization.load import load_base
+from halfbyte.quantization.tensor import NF4Tensor
 
 from ..helpers import SHARED, small_config
+from ..model.test_experts import mixture
 
 peft: Any = pytest.importorskip("peft")
 
@@ -869,3 +871,43 @@ def test_two_processes_train_what_the_script_trains(
         found.append(load_file(out / "adapter_model.safetensors"))
     for name, value in found[0].items():
         assert difference(found[1][name], value) < 1e-4, name
+
+
+@needs_library
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_held_in_4_bits_where_that_is_asked_for(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """bitsandbytes leaves them in 16 bits; with PEFT's adapters on them their sum is never made."""
+    path = mixture(family, tmp_path / "model")
+    options: Any = {
+        "target_modules": ["q_proj", "v_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
+    model = adapted(path, torch.float32, **options)
+    said: list[str] = []
+    halfbyte.optimize(adapted(path, torch.float32, **options), say=said.append)
+    assert "optimize(model, quantize_experts=True)" in " ".join(said)
+    halfbyte.optimize(model, quantize_experts=True, say=(said := []).append)
+    assert "the experts" in " ".join(said) and "quantize_experts" not in " ".join(said)
+    stacks = {n: p for n, p in model.named_parameters() if p.dim() == 3 and "lora" not in n}
+    assert len(stacks) == 4 and all(isinstance(p, NF4Tensor) for p in stacks.values())
+    # as PEFT computes it, of the same values
+    other = adapted(path, torch.float32, **options).train()
+    with torch.no_grad():
+        for name, p in stacks.items():
+            other.get_parameter(name).copy_(p.dequantize())
+    model.train()
+    expected, wanted = outcome(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.utils.parametrize, "register_parametrization", None)
+        found, grads = outcome(model)
+    assert difference(found, expected) < 1e-4
+    assert grads.keys() == wanted.keys() and any("experts" in name for name in grads)
+    for name, grad in wanted.items():
+        assert difference(grads[name], grad) < 1e-3, name
+    with model.disable_adapter():
+        plain = model(input_ids=IDS).logits
+    with other.disable_adapter(), torch.no_grad():
+        assert difference(plain, other(input_ids=IDS).logits) < 1e-4
+        assert difference(plain, found) > 1e-3

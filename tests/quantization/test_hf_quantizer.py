@@ -197,7 +197,7 @@ def test_peft_does_with_it_what_it_does_with_bitsandbytes(checkpoint: Path, opti
 
 
 def test_its_arithmetic_is_of_its_values():
-    from halfbyte.quantization.hf_quantizer import Params4bit
+    from halfbyte.quantization.params4bit import Params4bit
 
     torch.manual_seed(0)
     values = torch.randn(16, 64)

@@ -5,6 +5,8 @@ is asked for beyond the ordinary (several adapters, DoRA, merged or disabled one
 parts) is answered by its own class.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..adapters.lora import lora_linear
 from ..model.class_swap import has_hooks, is_wrapped
+from ..quantization.experts import IMPLEMENTATION
 from ..quantization.tensor import NESTED_BLOCK_SIZE, NF4Tensor, four_bit_linear
 
 
@@ -132,6 +135,32 @@ class OptimizedLora(nn.Module):
         if not p:
             return ops.NO_DROPOUT
         return ops.Dropout(ops.drop_threshold(p), int(torch.randint(0, 1 << 62, ())), 0, 0, 0)
+
+
+class OptimizedExpertLora(nn.Module):
+    """PEFT's LoRA on a parameter of a mixture's experts that is in 4 bits: its factors go beside
+    each expert's 4-bit product (`quantization.experts`), where PEFT makes the sum of all experts
+    and their changes in 16 bits."""
+
+    @contextlib.contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        own: Any = self
+        experts, name = own.get_base_layer(), own.parameter_name
+        adapters = [adapter for adapter in active_adapters if adapter in own.lora_A]
+        stack = getattr(experts, name)
+        held = isinstance(stack, NF4Tensor) and stack.dim() == 3
+        config: Any = getattr(experts, "config", None)
+        runs = getattr(config, "_experts_implementation", None) == IMPLEMENTATION
+        if len(adapters) != 1 or not (held and runs) or is_wrapped(experts):
+            with super()._activate_lora(active_adapters):  # pyright: ignore[reportAttributeAccessIssue]
+                yield
+            return
+        low_rank = experts.__dict__.setdefault("low_rank", {})
+        low_rank[name] = own.get_delta_factors(adapters[0])
+        try:
+            yield
+        finally:
+            del low_rank[name]
 
 
 def _base_weight(base: Any, x: Tensor) -> tuple[Tensor | None, torch.dtype]:

@@ -28,9 +28,10 @@ from ..model.class_swap import is_wrapped, swap_class
 from ..model.recognize import is_function_of, spec_of
 from ..ops import cpu, gpu
 from ..progress import to_stderr
+from ..quantization.experts import coverage, experts_in_16_bits, hold_experts
 from ..quantization.tensor import NF4Tensor
 from .checkpointing import checkpoint_with_tapes
-from .layers import OptimizedFourBit, OptimizedLora
+from .layers import OptimizedExpertLora, OptimizedFourBit, OptimizedLora
 
 
 @dataclass
@@ -65,6 +66,7 @@ def optimize(
     model: Any,
     *,
     kept_activations: str = "auto",
+    quantize_experts: bool = False,
     say: Callable[[str], None] = to_stderr,
 ) -> Any:
     """Make a transformers model with PEFT's adapters train faster and in less memory, in place.
@@ -81,6 +83,8 @@ def optimize(
         model: a transformers model or a PEFT model of one.
         kept_activations: what checkpointed layers keep beside their input: "none", "attention",
             "mlp_in", "all", or "auto": all, where it takes at most half of the memory that is free.
+        quantize_experts: hold the experts of a mixture, which bitsandbytes leaves in 16 bits, in 4
+            bits, too, as its other layers are. Their values are then others.
         say: takes lines for people.
 
     Returns:
@@ -98,6 +102,7 @@ def optimize(
     if why := _unserved(next(inner.parameters()).device):
         say(f"the model is left as it is: {why}")
         return model
+    experts = hold_experts(inner) if quantize_experts else 0
     done = _replace_layers(inner)
     narrowed = _undo_upcasts(inner)
     if inner.config._attn_implementation == "sdpa" and cpu.serves(next(inner.parameters())):
@@ -120,7 +125,8 @@ def optimize(
     for module, training in modes:
         module.training = training
     return_freed()  # reading a model leaves up to as much as it takes with the C library
-    for line in (*_what_was_done(done, fused.line(), narrowed), checkpointing):
+    of_experts = coverage(inner) if experts else experts_in_16_bits(inner)
+    for line in (*_what_was_done(done, fused.line(), narrowed), of_experts, checkpointing):
         if line:
             say(line)
     return model
@@ -163,6 +169,9 @@ def _replace_layers(inner: Any) -> _Done:
             swap_class(module, OptimizedLora)
             module.kept_dtypes = {name: module.lora_A[name].weight.dtype for name in plain}
             done.lora += bool(plain)
+        elif kind == "experts":
+            swap_class(module, OptimizedExpertLora)
+            done.lora += 1
         elif kind == "bitsandbytes":
             done.packed += _unpack(module)
             swap_class(module, OptimizedFourBit)
@@ -171,15 +180,16 @@ def _replace_layers(inner: Any) -> _Done:
 
 
 def _kind(module: nn.Module) -> str:
-    """ "peft": one of its LoRA layers on a linear one; "bitsandbytes": its 4-bit layer; "" for
-    others and ours."""
-    if isinstance(module, OptimizedLora | OptimizedFourBit):
+    """ "peft": one of its LoRA layers on a linear one; "experts": its LoRA on a parameter;
+    "bitsandbytes": its 4-bit layer; "" for others and ours."""
+    if isinstance(module, OptimizedLora | OptimizedFourBit | OptimizedExpertLora):
         return ""
     bitsandbytes = sys.modules.get("bitsandbytes")
     if bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit):
         return "bitsandbytes"
     if type(module).__module__.startswith("peft.tuners.lora."):
-        return "peft" if type(module).__name__ in ("Linear", "Linear4bit") else ""
+        kinds = {"Linear": "peft", "Linear4bit": "peft", "ParamWrapper": "experts"}
+        return kinds.get(type(module).__name__, "")
     return ""
 
 

@@ -11,7 +11,7 @@ Routers choose by small differences, so they stay in 16 bits and take no adapter
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -75,31 +75,13 @@ class DividedExperts(nn.Module):
             hidden_states: [tokens, width].
             top_k_index, top_k_weights: [tokens, k], as the router gives them.
         """
-        chosen = top_k_index.reshape(-1)
-        order = torch.argsort(chosen, stable=True)
-        counts = self._counts(chosen)
-        # a router of several machines names experts that are elsewhere by a number too high
-        order = order[: sum(counts)]
-        k = top_k_index.shape[1]
-        gathered = _Gather.apply(hidden_states, order, k)
-        results = [
-            self._run(getattr(self, str(number)), part)
-            for number, part in enumerate(gathered.split(counts))
-            if len(part)
-        ]
-        weights = top_k_weights.reshape(-1)[order].unsqueeze(1)
-        weighted = torch.cat(results) * weights
-        return _Return.apply(weighted, order, len(hidden_states), k).to(hidden_states.dtype)
-
-    def _counts(self, chosen: Tensor) -> list[int]:
-        """How many times each expert is chosen; of shapes alone, some stand for all: that takes as
-        much memory, and hundreds less time."""
-        if chosen.is_meta:
-            some = min(self.num_experts, IMAGINED)
-            each, more = divmod(len(chosen), some)
-            counts = [each + (number < more) for number in range(some)]
-            return counts + [0] * (self.num_experts - some)
-        return torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
+        return over_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.num_experts,
+            lambda number, part: self._run(getattr(self, str(number)), part),
+        )
 
     def _run(self, expert: Any, x: Tensor) -> Tensor:
         if isinstance(expert, Expert):
@@ -112,6 +94,45 @@ class DividedExperts(nn.Module):
             return expert.down_proj(self.act_fn(up))
         both = torch.cat((expert.gate_proj(x), up), dim=-1)
         return expert.down_proj(own._apply_gate(both))
+
+
+def over_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    num_experts: int,
+    run: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """The weighted sum of the experts each token goes to, [tokens, width].
+
+    Args:
+        hidden_states: [tokens, width].
+        top_k_index, top_k_weights: [tokens, k], as the router gives them.
+        run: what an expert makes of its tokens, [n, width] both, by its number.
+    """
+    chosen = top_k_index.reshape(-1)
+    order = torch.argsort(chosen, stable=True)
+    counts = _counts(chosen, num_experts)
+    # a router of several machines names experts that are elsewhere by a number too high
+    order = order[: sum(counts)]
+    k = top_k_index.shape[1]
+    gathered = _Gather.apply(hidden_states, order, k)
+    parts: Any = enumerate(gathered.split(counts))
+    results = [run(number, part) for number, part in parts if len(part)]
+    weights = top_k_weights.reshape(-1)[order].unsqueeze(1)
+    weighted = torch.cat(results) * weights
+    return _Return.apply(weighted, order, len(hidden_states), k).to(hidden_states.dtype)
+
+
+def _counts(chosen: Tensor, num_experts: int) -> list[int]:
+    """How many times each expert is chosen; of shapes alone, some stand for all: that takes as
+    much memory, and hundreds less time."""
+    if chosen.is_meta:
+        some = min(num_experts, IMAGINED)
+        each, more = divmod(len(chosen), some)
+        counts = [each + (number < more) for number in range(some)]
+        return counts + [0] * (num_experts - some)
+    return torch.bincount(chosen, minlength=num_experts)[:num_experts].tolist()
 
 
 class _Gather(torch.autograd.Function):

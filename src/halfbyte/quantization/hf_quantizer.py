@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -28,11 +27,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .. import ops
 from ..codebooks import BNB_QUANT_TYPES
 from ..errors import UsageError
+from ..progress import to_stderr
 from .bnb_format import STATE_KEY, components, from_components
-from .tensor import NF4Tensor, four_bit_linear, quantize
+from .experts import coverage, expert_weights, use_held_experts
+from .params4bit import parameter
+from .tensor import NF4Tensor, quantize
 
 NAME = "halfbyte"
 # their annotations are narrower than what they take
@@ -68,119 +69,6 @@ class BitsAndBytesConfig(_Config):
         return {**super().to_dict(), "quant_method": "bitsandbytes"}
 
 
-class _Half:
-    """The size of an element of 4 bits, where bytes are counted as ``numel() * element_size()``."""
-
-    def __rmul__(self, count: int) -> int:
-        return count // 2
-
-
-class Params4bit(NF4Tensor):
-    """An `NF4Tensor` that is to other packages what bitsandbytes' parameter of this name is.
-
-    PEFT leaves a weight of this name as it is when it raises all others to fp32, and asks it for
-    what bitsandbytes' has. It computes in its own type, ``bnb_4bit_compute_dtype``, whatever that
-    of the input is. Merging adds to it in place, and quantizes again; a clone, and any other
-    arithmetic, is an ordinary tensor of the values.
-
-    Args:
-        data: `ops.FourBit`, or a tensor that is quantized now, with bitsandbytes' settings.
-    """
-
-    quant_storage = torch.uint8
-    module = None
-    bnb_quantized = True
-
-    @staticmethod
-    def __new__(cls, data: Any, *parts: Any, **settings: Any) -> Any:
-        if isinstance(data, ops.FourBit):
-            return NF4Tensor.__new__(cls, data, *parts, **settings)
-        made = quantize(
-            data.detach(),
-            block_size=settings.get("blocksize") or 64,
-            double_quant=settings.get("compress_statistics", True),
-            quant_type=settings.get("quant_type", "fp4"),
-        )
-        return _parameter(made, data.dtype)
-
-    @property
-    def compress_statistics(self) -> bool:
-        """Whether the scales are in 8 bits."""
-        return self.nested_absmax is not None
-
-    @property
-    def blocksize(self) -> int:
-        return self.block_size
-
-    @property
-    def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Bytes of the codes, as bitsandbytes counts them."""
-        return self.packed.nbytes
-
-    @property
-    def quant_state(self) -> Any:
-        """What bitsandbytes describes the codes by, in the same memory.
-
-        Raises:
-            AttributeError: bitsandbytes is not there.
-        """
-        try:
-            from bitsandbytes.functional import QuantState
-        except ImportError as error:
-            raise AttributeError("quant_state is bitsandbytes', which is not installed") from error
-        nested = None
-        if self.nested_absmax is not None:
-            nested = QuantState(
-                absmax=self.nested_absmax,
-                blocksize=self.nested_block_size,
-                code=self.nested_quant_map,
-                dtype=torch.float32,
-            )
-        return QuantState(
-            absmax=self.absmax,
-            shape=self.shape,
-            code=self.quant_map,
-            blocksize=self.block_size,
-            quant_type=self.quant_type,
-            dtype=self.dtype,
-            offset=self.nested_offset,
-            state2=nested,
-        )
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            x, weight, bias = given["input"], given["weight"], given.get("bias")
-            if isinstance(weight, NF4Tensor) and x.dtype != weight.dtype:
-                bias = None if bias is None else bias.to(weight.dtype)
-                return four_bit_linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-        if func is Tensor.element_size:
-            return _Half()
-        if str(func).startswith("bitsandbytes.dequantize_4bit"):
-            return func(*[a.packed if isinstance(a, cls) else a for a in args], **kwargs)
-        if func is Tensor.clone:  # to be changed, perhaps by something that takes gradients
-            return args[0].dequantize()
-        try:
-            return super().__torch_function__(func, types, args, kwargs)
-        except NotImplementedError:
-            name = getattr(func, "__name__", "")
-            if name.endswith("_") and not name.endswith("__"):  # in place
-                raise
-            return func(*[_values(a) for a in args], **{k: _values(v) for k, v in kwargs.items()})
-
-
-def _values(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, NF4Tensor) else value
-
-
-def _parameter(tensor: NF4Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(
-        Params4bit(tensor._parts, tensor.shape, dtype, tensor.quant_type), requires_grad=False
-    )
-
-
 class _Quantize(_Operation):
     """A weight as it is in a checkpoint to one in 4 bits."""
 
@@ -201,7 +89,7 @@ class _Quantize(_Operation):
                 double_quant=settings.bnb_4bit_use_double_quant,
                 quant_type=settings.bnb_4bit_quant_type,
             )
-            result[name] = _parameter(made, settings.bnb_4bit_compute_dtype or value.dtype)
+            result[name] = parameter(made, settings.bnb_4bit_compute_dtype or value.dtype)
             _is_there(model, name)
         return result
 
@@ -229,7 +117,7 @@ class _Deserialize(_Operation):
         tensor = from_components("weight", stored)
         _is_there(model, full_layer_name or "")
         dtype = self.quantizer.quantization_config.bnb_4bit_compute_dtype or tensor.dtype
-        return {"weight": _parameter(tensor, dtype)}
+        return {"weight": parameter(tensor, dtype)}
 
 
 def _is_there(model: Any, name: str) -> None:
@@ -240,8 +128,8 @@ def _is_there(model: Any, name: str) -> None:
 
 @register_quantizer(NAME)
 class FourBitQuantizer(_Quantizer):
-    """Holds the linear layers of a model in 4 bits, all but its output head, or all but what the
-    settings skip."""
+    """Holds the linear layers of a model and its experts in 4 bits, all but its output head, or all
+    but what the settings skip."""
 
     requires_calibration = False
     quantization_config: Any
@@ -262,6 +150,7 @@ class FourBitQuantizer(_Quantizer):
         super().__init__(quantization_config, **others)
         self.names: set[str] = set()
         self.transposed: set[str] = set()
+        self.experts: set[str] = set()
 
     @property
     def quantized_element_size(self) -> float:
@@ -281,6 +170,11 @@ class FourBitQuantizer(_Quantizer):
                 self.transposed.add(f"{name}.weight")
             if type(module) in (nn.Linear, Conv1D):
                 self.names.add(f"{name}.weight")
+            if not self.pre_quantized:
+                self.experts |= {f"{name}.{own}" for own in expert_weights(module)}
+        self.names |= self.experts
+        if self.experts:
+            use_held_experts(model)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **others: Any) -> bool:
@@ -303,6 +197,8 @@ class FourBitQuantizer(_Quantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
         model.is_loaded_in_4bit = True
+        if self.experts:
+            to_stderr(coverage(model))
         if not any(isinstance(p, NF4Tensor) for p in model.parameters()):
             warnings.warn(
                 f"no layer of this {type(model).__name__} is in 4 bits: it has no torch.nn.Linear "
@@ -335,6 +231,16 @@ class FourBitQuantizer(_Quantizer):
                     "halfbyte.export(..., 'bnb-4bit') base and adapter",
                 ],
             )
+        stacked = [n for n, p in model.named_parameters() if _is_stacked(p)]
+        if stacked:
+            raise UsageError(
+                f"this model has experts in 4 bits ({stacked[0]}, ...), for which bitsandbytes "
+                "has no form in a checkpoint",
+                ways_out=[
+                    "save_pretrained of PEFT's model writes the adapter alone",
+                    "halfbyte.merge writes one whole model of it and of its base",
+                ],
+            )
         for name, tensor in model.state_dict().items():
             found.update(
                 components(name, tensor) if isinstance(tensor, NF4Tensor) else {name: tensor}
@@ -347,6 +253,10 @@ class FourBitQuantizer(_Quantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _is_stacked(p: Tensor) -> bool:
+    return isinstance(p, NF4Tensor) and p.dim() > 2
 
 
 def _linear_of(layer: Any) -> nn.Linear:

@@ -28,6 +28,7 @@ from torch.nn import functional
 from .. import codebooks, ops
 from ..memory import recompute
 from ..memory.streaming import StreamedGroup
+from ..ops.fourbit import absmax_values
 from ..ops.library import first_order
 
 NESTED_BLOCK_SIZE = 256
@@ -221,6 +222,20 @@ def _copy_(tensor: NF4Tensor, source: Tensor, non_blocking: bool = False) -> NF4
     return tensor
 
 
+def _set_(tensor: NF4Tensor, source: Tensor) -> NF4Tensor:
+    """In place: the memory of another 4-bit tensor of this shape, as parametrizations put it
+    back."""
+    if not isinstance(source, NF4Tensor) or (source.shape, source.dtype) != (
+        tensor.shape,
+        tensor.dtype,
+    ):
+        raise TypeError("a 4-bit tensor is set to one of its shape and type alone")
+    for name, part in zip(source._parts._fields, source._parts, strict=True):
+        setattr(tensor, name, part)
+    tensor.quant_type, tensor.streamed = source.quant_type, source.streamed
+    return tensor
+
+
 def _sub_(tensor: NF4Tensor, other: Any, *, alpha: Any = 1) -> NF4Tensor:
     return _add_(tensor, other, alpha=-alpha)
 
@@ -285,6 +300,39 @@ def _to_copy(
     return tensor._map(lambda part: part.to(device=device, copy=True))
 
 
+def _select(tensor: NF4Tensor, dim: int, index: int) -> NF4Tensor:
+    """One of what is stacked along the first dimension (an expert's matrix): a part of the same
+    memory, but for scales in 8 bits of a group that begins in the part before."""
+    if dim != 0 or tensor.dim() < 2 or not -len(tensor) <= index < len(tensor):
+        raise NotImplementedError(f"[{index}] along dimension {dim} of a 4-bit {tensor.shape}")
+    number, weights = index % len(tensor), math.prod(tensor.shape[1:])
+    blocks, left = divmod(weights, tensor.block_size)
+    if left:
+        raise NotImplementedError(
+            f"a block of {tensor.block_size} weights is shared by two parts of {weights} each"
+        )
+    start, parts = number * blocks, tensor._parts
+    packed = parts.packed[start * tensor.block_size // 2 :][: weights // 2]
+    if parts.nested_absmax is None:
+        parts = parts._replace(packed=packed, absmax=parts.absmax[start:][:blocks])
+    else:
+        size = tensor.nested_block_size
+        first = start // size
+        parts = parts._replace(
+            packed=packed,
+            absmax=parts.absmax[first * size : start + blocks],
+            nested_absmax=parts.nested_absmax[first : -(-(start + blocks) // size)],
+        )
+        if start % size:  # not the first of a group of scales
+            plain = absmax_values(parts)[start - first * size :]
+            parts = ops.FourBit(packed, plain, parts.quant_map, None, None, None, *parts[-2:])
+    return type(tensor)(parts, tensor.shape[1:], tensor.dtype, tensor.quant_type, tensor.streamed)
+
+
+def _unbind(tensor: NF4Tensor, dim: int = 0) -> list[NF4Tensor]:
+    return [_select(tensor, dim, number) for number in range(len(tensor))]
+
+
 _aten: Any = torch.ops.aten
 _DISPATCH: dict[Any, Callable] = {
     _aten.detach.default: _detach,
@@ -294,6 +342,9 @@ _DISPATCH: dict[Any, Callable] = {
     _aten.add_.Tensor: _add_,
     _aten.sub_.Tensor: _sub_,
     _aten.copy_.default: _copy_,
+    _aten.set_.source_Tensor: _set_,
+    _aten.select.int: _select,
+    _aten.unbind.int: _unbind,
 }
 
 
