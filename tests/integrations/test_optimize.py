@@ -888,6 +888,7 @@ def test_experts_are_held_in_4_bits_where_that_is_asked_for(
     said: list[str] = []
     halfbyte.optimize(adapted(path, torch.float32, **options), say=said.append)
     assert "optimize(model, quantize_experts=True)" in " ".join(said)
+    assert "left as they are: 4 LoRA layers" in " ".join(said)
     halfbyte.optimize(model, quantize_experts=True, say=(said := []).append)
     assert "the experts" in " ".join(said) and "quantize_experts" not in " ".join(said)
     stacks = {n: p for n, p in model.named_parameters() if p.dim() == 3 and "lora" not in n}

@@ -47,7 +47,8 @@ def _what_was_done(done: _Done, fused: str, narrowed: int) -> Iterator[str]:
     """Lines for people: layers replaced and left alone, bytes won back."""
     yield f"{done.lora} LoRA layers, {done.four_bit} other 4-bit layers; {fused}"
     if done.other:
-        yield f"left as they are: {done.other} LoRA layers of other kinds (DoRA, ...)"
+        kinds = "DoRA, experts in 16 bits, ..."
+        yield f"left as they are: {done.other} LoRA layers of other kinds ({kinds})"
     if done.wrapped:
         yield (
             f"left as they are: {done.wrapped} modules whose forward something else has replaced "
@@ -170,8 +171,11 @@ def _replace_layers(inner: Any) -> _Done:
             module.kept_dtypes = {name: module.lora_A[name].weight.dtype for name in plain}
             done.lora += bool(plain)
         elif kind == "experts":
-            swap_class(module, OptimizedExpertLora)
-            done.lora += 1
+            held = isinstance(module.get_param(), NF4Tensor)
+            if held:
+                swap_class(module, OptimizedExpertLora)
+            done.lora += held
+            done.other += not held
         elif kind == "bitsandbytes":
             done.packed += _unpack(module)
             swap_class(module, OptimizedFourBit)
